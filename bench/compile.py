@@ -1,0 +1,216 @@
+"""Compile a planned launch for a chip that need not be present, and read its resources from the machine code."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "sm_120": GPUTarget("cuda", 120, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes of shared memory one block may use (CUDA programming guide, table of compute capabilities; LDS on gfx942).
+SHARED_LIMIT = {
+    "sm_80": 163 * 1024,
+    "sm_86": 99 * 1024,
+    "sm_89": 99 * 1024,
+    "sm_90": 227 * 1024,
+    "sm_100": 227 * 1024,
+    "sm_120": 99 * 1024,
+    "gfx942": 64 * 1024,
+}
+_TRITON_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int32: "i32",
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel uses. Instruction counts are per thread, loops counted as often as they run.
+
+    `instructions` is None where the compiler unrolled some of the kernel's loops, so that trips cannot be assigned.
+    `spills` counts instructions that move registers to or from local memory: `cuobjdump`'s LOCAL figure alone misses
+    those that ptxas puts on the stack.
+    """
+
+    target: str
+    registers: int
+    spills: int
+    shared: int
+    threads: int
+    instructions: int | None
+    wide_loads: int
+    loads: int
+    wide_stores: int
+    stores: int
+    matrix: int
+    by_opcode: Counter[str] = field(compare=False, repr=False)
+
+
+def compile_launch(
+    kernel: Any,
+    arguments: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    launch: dict[str, Any],
+    target: str,
+    trips: tuple[int, ...] = (),
+) -> Resources:
+    """Compile one launch as the JIT would specialise it for `arguments` (tensors may be on the meta device).
+
+    `trips`: how often each run-time loop of the kernel runs, in source order.
+    """
+    signature: dict[str, str] = {}
+    aligned: dict[tuple[int, ...], list] = {}
+    values = dict(constexprs)
+    names = kernel.arg_names
+    for i, (name, value) in enumerate(zip(names, arguments, strict=False)):
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TRITON_TYPES[value.dtype]
+            aligned[(i,)] = [["tt.divisibility", 16]]
+        elif value == 1:
+            values[name] = 1
+        else:
+            signature[name] = "i64" if value >= 2**31 else "i32"
+            if value % 16 == 0:
+                aligned[(i,)] = [["tt.divisibility", 16]]
+    for name in values:
+        signature[name] = "constexpr"
+    source = ASTSource(
+        fn=kernel,
+        signature={name: signature[name] for name in names},
+        constexprs={(names.index(name),): value for name, value in values.items()},
+        attrs=aligned,
+    )
+    options = {key: value for key, value in launch.items() if key != "grid"}
+    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    if target.startswith("gfx"):
+        return _read_amdgcn(compiled, target, trips)
+    return _read_cubin(compiled, target, trips)
+
+
+def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources:
+    sass, usage = _cuobjdump(compiled.asm["cubin"])
+    lines = _sass_lines(sass)
+    weights = _loop_weights(lines, trips)
+    opcodes: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    for (_, opcode, _), weight in zip(lines, weights or [1] * len(lines), strict=True):
+        base = opcode.split(".")[0]
+        opcodes[base] += weight
+        counts["instructions"] += weight
+        if base in ("LDG", "LDGSTS"):
+            counts["loads"] += weight
+            counts["wide_loads"] += weight * (".128" in opcode)
+        elif base == "STG":
+            counts["stores"] += weight
+            counts["wide_stores"] += weight * (".128" in opcode)
+        elif base in ("LDL", "STL"):
+            counts["spills"] += weight
+        elif base in ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "OMMA") or base.startswith("UTC") and "MMA" in base:
+            counts["matrix"] += weight
+    return Resources(
+        target=target,
+        registers=int(usage[0]),
+        spills=counts["spills"],
+        shared=compiled.metadata.shared,
+        threads=32 * compiled.metadata.num_warps,
+        instructions=counts["instructions"] if weights else None,
+        wide_loads=counts["wide_loads"],
+        loads=counts["loads"],
+        wide_stores=counts["wide_stores"],
+        stores=counts["stores"],
+        matrix=counts["matrix"],
+        by_opcode=opcodes,
+    )
+
+
+def _cuobjdump(cubin: bytes) -> tuple[str, tuple[str, str]]:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+).*?LOCAL:(\d+)", usage.stdout + usage.stderr)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage.stdout + usage.stderr!r}")
+    return sass, (found[1], found[2])
+
+
+def _sass_lines(sass: str) -> list[tuple[int, str, str]]:
+    """(address, opcode, text) of each instruction, without the padding behind the last exit."""
+    pattern = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
+    lines = [(int(m[1], 16), m[2], line) for line in sass.splitlines() if (m := pattern.match(line))]
+    while lines and lines[-1][1] == "NOP":
+        lines.pop()
+    if lines and lines[-1][1] == "BRA":
+        lines.pop()
+    return lines
+
+
+def _loop_weights(lines: list[tuple[int, str, str]], trips: tuple[int, ...]) -> list[int] | None:
+    """How often each instruction runs, from the backward branches and the loops' trip counts in order."""
+    loops = set()
+    for address, opcode, text in lines:
+        target = re.search(r"0x([0-9a-f]+)\s*;", text)
+        if opcode.startswith("BRA") and target and int(target[1], 16) < address:
+            loops.add((int(target[1], 16), address))
+    weights = [1] * len(lines)
+    if not loops:
+        return weights
+    expected = [trip for trip in trips if trip > 1]
+    if len(loops) != len(expected):
+        return None
+    for (start, end), trip in zip(sorted(loops), expected, strict=True):
+        for i, (address, _, _) in enumerate(lines):
+            if start <= address <= end:
+                weights[i] *= trip
+    return weights
+
+
+def _read_amdgcn(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources:
+    """Static counts only: loops of AMD code are not weighted."""
+    text = compiled.asm["amdgcn"]
+    opcodes = Counter(m[1] for line in text.splitlines() if (m := re.match(r"\t([vs]_\w+|ds_\w+|global_\w+)", line)))
+
+    def total(prefix: str) -> int:
+        return sum(count for opcode, count in opcodes.items() if opcode.startswith(prefix))
+
+    def figure(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", text)
+        if found is None:
+            raise RuntimeError(f"the AMD assembly states no .{name}")
+        return int(found[1])
+
+    return Resources(
+        target=target,
+        registers=figure("vgpr_count"),
+        spills=figure("vgpr_spill_count") + figure("sgpr_spill_count"),
+        shared=compiled.metadata.shared,
+        threads=64 * compiled.metadata.num_warps,
+        instructions=sum(opcodes.values()),
+        wide_loads=opcodes["global_load_dwordx4"] + opcodes["buffer_load_dwordx4"],
+        loads=total("global_load") + total("buffer_load"),
+        wide_stores=opcodes["global_store_dwordx4"],
+        stores=total("global_store"),
+        matrix=total("v_mfma"),
+        by_opcode=opcodes,
+    )

@@ -1,0 +1,82 @@
+"""Inputs of a case: random numbers, and what a real photograph looks like behind a network's stem."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .shapes import Stage
+
+RANDOM = "random"
+PHOTO = "photo"
+KINDS = (RANDOM, PHOTO)
+
+PHOTOGRAPHS = ("china.jpg", "flower.jpg")
+CROP = 224
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def make_input(
+    kind: str, batch: int, stage: Stage, dtype: torch.dtype, device: torch.device, seed: int
+) -> Tensor:
+    """`[batch, channels, height, width]` in `dtype` on `device`, NCHW; the same numbers for the same seed.
+
+    Raises ValueError for an unknown `kind`.
+    """
+    if kind == RANDOM:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(batch, stage.channels, stage.height, stage.width, generator=generator)
+    elif kind == PHOTO:
+        x = _photo_activations(batch, stage, seed)
+    else:
+        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    return x.to(device=device, dtype=dtype)
+
+
+@torch.no_grad()
+def _photo_activations(batch: int, stage: Stage, seed: int) -> Tensor:
+    """Stem output, averaged down to the stage's size, projected to its channels, ReLU, unit variance.
+
+    Non-negative, spatially smooth and with a mean far from zero: what a unit meets in a network, and
+    what random numbers are not.
+    """
+    features = F.adaptive_avg_pool2d(_stem(batch, seed), (stage.height, stage.width))
+    generator = torch.Generator().manual_seed(seed + stage.index)
+    projection = torch.randn(stage.channels, features.shape[1], 1, 1, generator=generator)
+    x = torch.relu(F.conv2d(features, projection / features.shape[1] ** 0.5))
+    return x / x.std()
+
+
+@functools.lru_cache(maxsize=1)
+@torch.no_grad()
+def _stem(batch: int, seed: int) -> Tensor:
+    """Crops behind a 7x7 stride-2 convolution and a 3x3 stride-2 max-pool: `[batch, 64, 56, 56]` fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(64, 3, 7, 7, generator=generator) * (2 / 147) ** 0.5
+    features = torch.relu(F.conv2d(_crops(batch, generator), weight, stride=2, padding=3))
+    return F.max_pool2d(features, 3, stride=2, padding=1)
+
+
+def _crops(batch: int, generator: torch.Generator) -> Tensor:
+    """Random crops, every second one mirrored, of the photographs in turn: `[batch, 3, 224, 224]` fp32."""
+    crops = []
+    for index in range(batch):
+        photo = _photograph(PHOTOGRAPHS[index % len(PHOTOGRAPHS)])
+        top = int(torch.randint(photo.shape[1] - CROP + 1, (), generator=generator))
+        left = int(torch.randint(photo.shape[2] - CROP + 1, (), generator=generator))
+        crop = photo[:, top : top + CROP, left : left + CROP]
+        crops.append(crop.flip(2) if index // len(PHOTOGRAPHS) % 2 else crop)
+    return torch.stack(crops)
+
+
+@functools.cache
+def _photograph(name: str) -> Tensor:
+    """One of scikit-learn's sample photographs, normalised as for ImageNet: `[3, 427, 640]` fp32."""
+    from sklearn.datasets import load_sample_image
+
+    pixels = torch.from_numpy(load_sample_image(name).copy()).permute(2, 0, 1).float() / 255
+    return (pixels - torch.tensor(IMAGENET_MEAN)[:, None, None]) / torch.tensor(IMAGENET_STD)[:, None, None]

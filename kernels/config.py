@@ -1,0 +1,69 @@
+"""One frozen config per kernel. Keys equal the kernels' constexpr names, so a JSON entry is a config."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """`branch_conv_stream_fwd_kernel`: BLOCK_N samples x BLOCK_H column runs x BLOCK_W row runs per tile."""
+
+    BLOCK_CI: int
+    BLOCK_CO: int
+    BLOCK_H: int
+    BLOCK_W: int
+    RUN_H: int
+    RUN_W: int
+    BLOCK_N: int = 1
+    BLOCKS_PER_PROGRAM: int = 1
+    num_warps: int = 1
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class TapConfig:
+    """`branch_conv_tap_fwd_kernel`: BLOCK_N samples x BLOCK_H rows x BLOCK_W row runs per tile."""
+
+    BLOCK_CI: int
+    BLOCK_CO: int
+    BLOCK_H: int
+    BLOCK_W: int
+    RUN_W: int = 1
+    BLOCK_N: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+
+
+@dataclass(frozen=True)
+class DepthwiseConfig:
+    """`branch_conv_depthwise_fwd_kernel`: BLOCK_N samples x BLOCK_H column runs x BLOCK_W columns x BLOCK_C channels."""
+
+    BLOCK_C: int
+    BLOCK_H: int
+    BLOCK_W: int
+    RUN_H: int = 1
+    BLOCK_N: int = 1
+    num_warps: int = 4
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """`gate_fwd_kernel`: BLOCK_N samples x BLOCK_C channels; BLOCK_S pooled channels, BLOCK_D entries of z at a time."""
+
+    BLOCK_N: int
+    BLOCK_S: int
+    BLOCK_D: int
+    BLOCK_C: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
+class SelectConfig:
+    """`select_fwd_kernel`: BLOCK_P pixels x BLOCK_C channels per program."""
+
+    BLOCK_P: int
+    BLOCK_C: int
+    num_warps: int = 4
+
+
+BranchConfig = StreamConfig | TapConfig | DepthwiseConfig

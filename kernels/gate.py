@@ -1,0 +1,117 @@
+"""The gate: pooled partial sums to attention, in one launch (Li et al. 2019, Eqs. 2, 3 and 5)."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import GateConfig
+from .geometry import cdiv, next_power_of_2
+from .tiling import relu
+
+
+@triton.jit
+def gate_fwd_kernel(
+    partial_ptr, reduce_ptr, scale_ptr, shift_ptr, select_ptr, select_bias_ptr, attention_ptr,
+    N, TILES, C, D, PIXELS,
+    stride_partial_n, stride_partial_t,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_RELU: tl.constexpr, HAS_SELECT_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Attention of BLOCK_N samples for BLOCK_C channels and all M branches.
+
+    Every program computes the whole descriptor z, BLOCK_D entries and BLOCK_S pooled channels at a time: cheaper than
+    a second launch or a grid-wide wait.
+    """
+    dtype = reduce_ptr.dtype.element_ty
+    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = n < N
+    offs_mc = tl.arange(0, BLOCK_M * BLOCK_C)
+    m = offs_mc // BLOCK_C
+    c = tl.program_id(0) * BLOCK_C + offs_mc % BLOCK_C
+    mask_mc = (m < M) & (c < C)
+    offs_s = tl.arange(0, BLOCK_S)
+
+    logits = tl.zeros([BLOCK_N, BLOCK_M * BLOCK_C], tl.float32)
+    if HAS_SELECT_BIAS:
+        logits += tl.load(select_bias_ptr + m * C + c, mask=mask_mc, other=0.0)[None, :]
+    for d0 in range(0, D, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D)
+        mask_d = d < D
+        z = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        for s0 in range(0, C, BLOCK_S):
+            mask_s = s0 + offs_s < C
+            offs_partial = n[:, None] * stride_partial_n + (s0 + offs_s)[None, :]
+            mask_partial = mask_n[:, None] & mask_s[None, :]
+            s = tl.zeros([BLOCK_N, BLOCK_S], tl.float32)
+            for t in range(TILES):
+                s += tl.load(partial_ptr + t * stride_partial_t + offs_partial, mask=mask_partial, other=0.0)
+            mask_w = mask_d[:, None] & mask_s[None, :]
+            w = tl.load(reduce_ptr + d[:, None] * C + (s0 + offs_s)[None, :], mask=mask_w, other=0.0)
+            z = tl.dot((s / PIXELS).to(dtype), tl.trans(w), z, input_precision="ieee")
+        scale = tl.load(scale_ptr + d, mask=mask_d, other=0.0)
+        shift = tl.load(shift_ptr + d, mask=mask_d, other=0.0)
+        z = z * scale[None, :] + shift[None, :]
+        if HAS_RELU:
+            z = relu(z)
+        mask_w = mask_mc[:, None] & mask_d[None, :]
+        w = tl.load(select_ptr + (m * C + c)[:, None] * D + d[None, :], mask=mask_w, other=0.0)
+        logits = tl.dot(z.to(dtype), tl.trans(w), logits, input_precision="ieee")
+
+    logits = tl.where((m < M)[None, :], logits, float("-inf"))
+    logits = tl.reshape(logits, [BLOCK_N, BLOCK_M, BLOCK_C])
+    # A maximum may drop NaN; the subtraction puts it back, so one NaN logit makes all its branches NaN.
+    e = tl.exp(logits - tl.max(logits, axis=1)[:, None, :])
+    attention = tl.reshape(e / tl.sum(e, axis=1)[:, None, :], [BLOCK_N, BLOCK_M * BLOCK_C])
+    offs_attention = n[:, None] * (M * C) + (m * C + c)[None, :]
+    tl.store(attention_ptr + offs_attention, attention, mask=mask_n[:, None] & mask_mc[None, :])
+
+
+def gate_fwd(
+    partial: torch.Tensor,
+    reduce_weight: torch.Tensor,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
+    select_weight: torch.Tensor,
+    select_bias: torch.Tensor | None,
+    attention: torch.Tensor,
+    *,
+    pixels: int,
+    has_relu: bool,
+    config: GateConfig,
+) -> None:
+    """Write `attention [N, M, C]` (fp32) from `partial [N, TILES, C]` (fp32 sums over branches and a tile's pixels).
+
+    `z = act((W1 @ sum(partial) / pixels) * scale + shift)`, logits `W2 @ z + b2`, softmax over M. `reduce_weight [D, C]`
+    and `select_weight [M, C, D]` are contiguous and share one dtype, in which the products' operands are rounded;
+    `scale [D]`, `shift [D]` and `select_bias [M, C]` are fp32.
+    """
+    kernel, arguments, constexprs, launch = plan_gate_launch(
+        partial, reduce_weight, scale, shift, select_weight, select_bias, attention,
+        pixels=pixels, has_relu=has_relu, config=config,
+    )  # fmt: skip
+    kernel[launch["grid"]](*arguments, **constexprs, num_warps=launch["num_warps"])
+
+
+def plan_gate_launch(
+    partial, reduce_weight, scale, shift, select_weight, select_bias, attention, *, pixels, has_relu, config
+):
+    """The launch that `gate_fwd` makes, as (kernel, arguments, constexprs, grid and options); nothing is run."""
+    n, tiles, c = partial.shape
+    m, _, d = select_weight.shape
+    arguments = (
+        partial, reduce_weight, scale, shift, select_weight, scale if select_bias is None else select_bias, attention,
+        n, tiles, c, d, pixels, partial.stride(0), partial.stride(1),
+    )  # fmt: skip
+    constexprs = {
+        "M": m,
+        "BLOCK_M": next_power_of_2(m),
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_S": config.BLOCK_S,
+        "BLOCK_D": config.BLOCK_D,
+        "BLOCK_C": config.BLOCK_C,
+        "HAS_RELU": has_relu,
+        "HAS_SELECT_BIAS": select_bias is not None,
+    }
+    launch = {"grid": (cdiv(c, config.BLOCK_C), cdiv(n, config.BLOCK_N)), "num_warps": config.num_warps}
+    return gate_fwd_kernel, arguments, constexprs, launch

@@ -1,0 +1,147 @@
+"""What a branch-convolution launch computes (`ConvShape`) and how a config cuts it into blocks and runs (`Blocking`)."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import gcd
+
+from .config import BranchConfig, DepthwiseConfig, StreamConfig
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """Branches that share a launch: equal channels, groups and stride; kernel size and dilation of their own.
+
+    `c_in` and `c_out` are the channels of one branch; with `is_split`, branch m reads channels from `m * c_in` on.
+    Padding is `dilation * (kernel - 1) / 2`.
+    """
+
+    c_in: int
+    c_out: int
+    groups: int
+    kernels: tuple[int, ...]
+    dilations: tuple[int, ...]
+    stride: int = 1
+    is_split: bool = False
+
+    @property
+    def is_depthwise(self) -> bool:
+        return self.groups == self.c_in == self.c_out
+
+    def output_size(self, h: int, w: int) -> tuple[int, int]:
+        """Output pixels for an input of `h` x `w` pixels."""
+        return (h - 1) // self.stride + 1, (w - 1) // self.stride + 1
+
+
+@dataclass(frozen=True)
+class Blocking:
+    """Static sizes of one (shape, config) pair; the packed weights are laid out by it.
+
+    A channel block covers `groups_per_block` whole groups, or is one of `blocks_per_group` blocks of one group.
+    `offsets[m]` is where branch m's weights start inside a channel block's, `offsets[-1]` the block's length.
+    """
+
+    groups_per_block: int
+    blocks_per_group: int
+    channels_ci: int
+    channels_co: int
+    chunks: int
+    blocks: int
+    spacings: tuple[int, ...]
+    steps: tuple[int, ...]
+    spans: tuple[int, ...]
+    taps_w: tuple[int, ...]
+    offsets: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
+    # A 1x1 branch has no neighbouring taps: its lattice pitch is the stride, so that runs stay dense.
+    dilations = lattice(shape)
+    spacings = tuple(d // gcd(d, shape.stride) for d in dilations)
+    steps = tuple(shape.stride // gcd(d, shape.stride) for d in dilations)
+    if isinstance(config, DepthwiseConfig):
+        sizes = [k * k for k in shape.kernels]
+        return Blocking(
+            groups_per_block=config.BLOCK_C,
+            blocks_per_group=1,
+            channels_ci=config.BLOCK_C,
+            channels_co=config.BLOCK_C,
+            chunks=1,
+            blocks=cdiv(shape.c_out, config.BLOCK_C),
+            spacings=spacings,
+            steps=steps,
+            spans=(1,) * len(sizes),
+            taps_w=shape.kernels,
+            offsets=_starts(sizes),
+        )
+    ci_per_group, co_per_group = shape.c_in // shape.groups, shape.c_out // shape.groups
+    groups_per_block = min(shape.groups, config.BLOCK_CI // ci_per_group, config.BLOCK_CO // co_per_group)
+    if isinstance(config, StreamConfig) and groups_per_block == 0:
+        raise ValueError(
+            f"config: a channel block of {config.BLOCK_CI} inputs and {config.BLOCK_CO} outputs cannot hold a group of "
+            f"{ci_per_group} and {co_per_group}; the stream formulation needs whole groups"
+        )
+    groups_per_block = max(1, groups_per_block)
+    blocks_per_group = cdiv(co_per_group, config.BLOCK_CO)
+    channels_ci = groups_per_block * ci_per_group
+    chunks = cdiv(channels_ci, config.BLOCK_CI)
+    if config.RUN_W > 1:
+        spans = tuple(
+            next_power_of_2((config.RUN_W - 1) * step + k) for step, k in zip(steps, shape.kernels, strict=True)
+        )
+        taps_w = (1,) * len(spans)
+    else:
+        spans, taps_w = (1,) * len(steps), shape.kernels
+    sizes = [
+        k * t * chunks * config.RUN_W * config.BLOCK_CO * span * config.BLOCK_CI
+        for k, t, span in zip(shape.kernels, taps_w, spans, strict=True)
+    ]
+    return Blocking(
+        groups_per_block=groups_per_block,
+        blocks_per_group=blocks_per_group,
+        channels_ci=channels_ci,
+        channels_co=groups_per_block * co_per_group,
+        chunks=chunks,
+        blocks=cdiv(shape.groups, groups_per_block) * blocks_per_group,
+        spacings=spacings,
+        steps=steps,
+        spans=spans,
+        taps_w=taps_w,
+        offsets=_starts(sizes),
+    )
+
+
+def lattice(shape: ConvShape) -> tuple[int, ...]:
+    """Pitch in input pixels of the points each branch reads: its dilation, or the stride for a 1x1 kernel."""
+    return tuple(d if k > 1 else shape.stride for k, d in zip(shape.kernels, shape.dilations, strict=True))
+
+
+def runs(size: int, run: int, spacing: int) -> int:
+    """Runs of `run` outputs, `spacing` apart, that cover an axis of `size` outputs."""
+    return cdiv(size, run * spacing) * spacing
+
+
+def tiles(shape: ConvShape, config: BranchConfig, h: int, w: int) -> tuple[int, int]:
+    """Tiles along height and width of an `h` x `w` output: the most that any branch needs."""
+    spacings = blocking(shape, config).spacings
+    run_h = 1 if not isinstance(config, StreamConfig | DepthwiseConfig) else config.RUN_H
+    run_w = 1 if isinstance(config, DepthwiseConfig) else config.RUN_W
+    return (
+        max(cdiv(runs(h, run_h, s), config.BLOCK_H) for s in spacings),
+        max(cdiv(runs(w, run_w, s), config.BLOCK_W) for s in spacings),
+    )
+
+
+def _starts(sizes: list[int]) -> tuple[int, ...]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return tuple(starts)

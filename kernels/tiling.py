@@ -1,0 +1,52 @@
+"""Device helpers that every branch-convolution kernel shares: how outputs are grouped into runs, and the pooled sums.
+
+A *run* is `RUN` outputs along one axis, `SPACING` pixels apart. With `SPACING = dilation / gcd(dilation, stride)` the
+input pixels that neighbouring outputs of a run read fall on one lattice of pitch `dilation`, so a run of `RUN` outputs
+reads `(RUN - 1) * STEP + k` lattice points, `STEP = stride / gcd(dilation, stride)`, instead of `RUN * k`.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def run_origin(run, RUN: tl.constexpr, SPACING: tl.constexpr):
+    """First output of each run: runs 0, 1, 2, … tile the axis without gaps or overlaps."""
+    return (run // SPACING) * (RUN * SPACING) + run % SPACING
+
+
+@triton.jit
+def relu(v):
+    """ReLU that hands NaN on, as `torch.relu` does (a plain maximum would drop it)."""
+    return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def pooled_pixels(origin, mask_p, W, RUN_W: tl.constexpr, SPACING: tl.constexpr, BLOCK_POOL: tl.constexpr):
+    """1 where pixel run `p` holds a pixel of the image at position `column` of the run, else 0. [BLOCK_P, BLOCK_POOL]"""
+    offs_col = tl.arange(0, BLOCK_POOL)
+    in_image = origin[:, None] + offs_col[None, :] * SPACING < W
+    return in_image & (offs_col < RUN_W)[None, :] & mask_p[:, None]
+
+
+@triton.jit
+def fold_pool(
+    pool, RUN_W: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_N: tl.constexpr, POOL_BY_DOT: tl.constexpr
+):
+    """Sums per sample and channel, `[BLOCK_N, BLOCK_CO]`, from what a tile's branches accumulated.
+
+    `POOL_BY_DOT`: `pool` is `[RUN_W * BLOCK_CO, BLOCK_POOL]`, of which each row uses its own run position's column.
+    Otherwise it is `[RUN_W * BLOCK_CO, BLOCK_N * pixels]`.
+    """
+    if POOL_BY_DOT:
+        BLOCK_POOL: tl.constexpr = pool.shape[1]
+        position = tl.arange(0, RUN_W * BLOCK_CO) // BLOCK_CO
+        own = position[:, None] == tl.arange(0, BLOCK_POOL)[None, :]
+        sums = tl.sum(tl.where(own, pool, 0.0), axis=1)
+        sums = tl.sum(tl.reshape(sums, [RUN_W, BLOCK_CO]), axis=0)
+        return tl.reshape(sums, [1, BLOCK_CO])
+    else:
+        PIXELS: tl.constexpr = pool.shape[1] // BLOCK_N
+        sums = tl.sum(tl.reshape(pool, [RUN_W * BLOCK_CO, BLOCK_N, PIXELS]), axis=2)
+        sums = tl.sum(tl.reshape(sums, [RUN_W, BLOCK_CO, BLOCK_N]), axis=0)
+        return tl.trans(sums)

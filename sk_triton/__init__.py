@@ -1,0 +1,21 @@
+"""Selective Kernel convolutions (Li et al., CVPR 2019) accelerated with Triton."""
+
+from importlib.metadata import version
+
+from .backend import use_backend
+from .dispatch import can_run_triton, explain
+from .layers import SelectiveKernel, SKConv
+from .spec import BranchSpec, SKSpec
+
+__version__ = version("sk-triton")
+
+__all__ = [
+    "BranchSpec",
+    "SKConv",
+    "SKSpec",
+    "SelectiveKernel",
+    "__version__",
+    "can_run_triton",
+    "explain",
+    "use_backend",
+]

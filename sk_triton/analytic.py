@@ -1,0 +1,149 @@
+"""Configs from shapes alone: deterministic, and good without tuning.
+
+The figures behind the limits below are the compiled kernels' own (registers, spills, instructions per output), printed
+by ``sk-triton resources``; none of them is a measured time.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import product
+
+import torch
+
+from .chips import Chip
+from .kernels.config import BranchConfig, DepthwiseConfig, GateConfig, SelectConfig, StreamConfig, TapConfig
+from .kernels.geometry import ConvShape, blocking, cdiv, next_power_of_2, tiles
+
+# Widest group, in channels, that the stream formulation keeps in registers without spilling.
+MAX_STREAM_CHANNELS = 32
+
+
+@lru_cache(maxsize=4096)
+def branch_config(
+    shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip
+) -> BranchConfig:
+    """Config for the branches of `shape` on a batch of `n` outputs of `h` x `w` pixels."""
+    is_ieee = dtype == torch.float32 and not allow_tf32
+    group = max(shape.c_in, shape.c_out) // shape.groups
+    kernel = max(shape.kernels)
+    if shape.is_depthwise and dtype == torch.float32:
+        return _smallest(_depthwise_candidates(kernel), shape, n, h, w, chip)
+    if dtype == torch.float32:
+        streams = group <= 8 and kernel <= 3
+    else:
+        streams = group <= MAX_STREAM_CHANNELS and kernel <= (5 if group <= 8 else 3)
+    if streams:
+        return _smallest(_stream_candidates(shape, dtype, is_ieee), shape, n, h, w, chip)
+    return _smallest(_tap_candidates(shape, dtype), shape, n, h, w, chip)
+
+
+def gate_config(m: int, c: int, d: int, chip: Chip) -> GateConfig:
+    """Config for `m` branches, `c` channels and a descriptor of `d` entries."""
+    block_d = min(64, max(16, next_power_of_2(d)))
+    # The product with the select weights holds BLOCK_M * BLOCK_C columns.
+    block_c = max(16, min(64, next_power_of_2(c), 256 // next_power_of_2(m)))
+    return GateConfig(BLOCK_N=16, BLOCK_S=min(64, max(16, next_power_of_2(c))), BLOCK_D=block_d, BLOCK_C=block_c)
+
+
+def select_config(pixels: int, c: int) -> SelectConfig:
+    """Config for an output of `pixels` pixels and `c` channels: about 4096 elements per program."""
+    block_c = min(128, next_power_of_2(c))
+    return SelectConfig(BLOCK_P=min(4096 // block_c, max(1, next_power_of_2(pixels))), BLOCK_C=block_c)
+
+
+def _stream_candidates(shape: ConvShape, dtype: torch.dtype, is_ieee: bool) -> list[BranchConfig]:
+    group = max(shape.c_in, shape.c_out) // shape.groups
+    # Runs along a row pay while neighbouring outputs share input pixels, and while the weights fit in registers.
+    shares_row = all(step == 1 for step in blocking(shape, TapConfig(16, 16, 1, 1)).steps)
+    run_w = 2 if group <= 8 and shares_row else 1
+    block = 8 if run_w == 2 else max(16, next_power_of_2(group))
+    if is_ieee:
+        longest = 1
+    elif dtype == torch.float32:
+        longest = 2 if run_w == 2 else 1
+    elif block == 32:
+        longest = 2
+    elif max(shape.kernels) > 3 or not shares_row:
+        longest = 4
+    else:
+        longest = 8
+    return [
+        StreamConfig(
+            BLOCK_CI=block,
+            BLOCK_CO=block,
+            BLOCK_N=block_n,
+            BLOCK_H=16 // block_n // block_w,
+            BLOCK_W=block_w,
+            RUN_H=run_h,
+            RUN_W=run_w,
+            # Two blocks of 8 16-bit channels share the 32-byte sectors that a load brings in.
+            BLOCKS_PER_PROGRAM=2 if block == 8 and dtype != torch.float32 else 1,
+        )
+        for run_h, block_n, block_w in product((8, 7, 4, 2, 1), (1, 2, 4), (2, 4, 8, 16))
+        if run_h <= longest and block_n * block_w <= 16
+    ]
+
+
+def _tap_candidates(shape: ConvShape, dtype: torch.dtype) -> list[BranchConfig]:
+    group_in, group_out = shape.c_in // shape.groups, shape.c_out // shape.groups
+    is_wide = min(group_in, group_out) >= 64
+    block_ci = min(32 if dtype == torch.float32 else 64, max(16, next_power_of_2(group_in)))
+    block_co = min(64, max(16, next_power_of_2(group_out)))
+    pixels = 128 if is_wide else 64
+    return [
+        TapConfig(
+            BLOCK_CI=block_ci,
+            BLOCK_CO=block_co,
+            BLOCK_N=block_n,
+            BLOCK_H=pixels // block_n // block_w,
+            BLOCK_W=block_w,
+            num_warps=4,
+            num_stages=2,
+        )
+        for block_n, block_w in product((1, 2, 4), (4, 8, 16))
+        if block_n * block_w <= pixels
+    ]
+
+
+def _depthwise_candidates(kernel: int) -> list[BranchConfig]:
+    return [
+        DepthwiseConfig(
+            BLOCK_C=32,
+            BLOCK_N=block_n,
+            BLOCK_H=8 // block_n // block_w,
+            BLOCK_W=block_w,
+            RUN_H=run_h,
+            num_warps=1,
+        )
+        for run_h, block_n, block_w in product((4, 2, 1), (1, 2), (1, 2, 4, 8))
+        if block_n * block_w <= 8 and (kernel <= 3 or run_h == 1)
+    ]
+
+
+def _smallest(
+    candidates: list[BranchConfig], shape: ConvShape, n: int, h: int, w: int, chip: Chip
+) -> BranchConfig:
+    return min(candidates, key=lambda config: _cost(config, shape, n, h, w, chip))
+
+
+def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
+    """Relative time of a launch: work over the whole chip, or the chain of waves of its programs, the larger."""
+    layout = blocking(shape, config)
+    tiles_h, tiles_w = tiles(shape, config, h, w)
+    run_h = config.RUN_H if isinstance(config, StreamConfig | DepthwiseConfig) else 1
+    run_w = 1 if isinstance(config, DepthwiseConfig) else config.RUN_W
+    # Outputs per tile, rows of input loaded per row of output, and the masks that an overhanging run needs.
+    area = config.BLOCK_N * config.BLOCK_H * run_h * config.BLOCK_W * run_w
+    overlap = max((run_h - 1) * step + k for step, k in zip(layout.steps, shape.kernels, strict=True)) / run_h
+    is_even = all(h % (run_h * spacing) == 0 for spacing in layout.spacings)
+    # Columns and rows of halo that a tile reads beyond its own: traffic from L2.
+    reach = max(d * (k - 1) for d, k in zip(shape.dilations, shape.kernels, strict=True))
+    height, width = config.BLOCK_H * run_h * shape.stride, config.BLOCK_W * run_w * shape.stride
+    halo = (height + reach) * (width + reach) / (height * width)
+    work = area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15)
+    blocks = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
+    programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * cdiv(layout.blocks, blocks)
+    # About 8 programs of this size keep one processor busy; fewer leave it idle.
+    waves = cdiv(programs, 8 * chip.processors)
+    return max(programs * work / (8 * chip.processors), waves * work) * blocks

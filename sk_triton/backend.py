@@ -1,0 +1,51 @@
+"""Which implementation runs: a choice scoped to a block of code."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["auto", "triton", "reference"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+_scoped: ContextVar[Backend] = ContextVar("sk_triton_backend", default="auto")
+# The latest scope of the whole process, for Dynamo alone: that of torch 2.8 cannot trace ContextVar.get, and
+# it guards a global, so a changed backend recompiles.
+_latest: Backend = "auto"
+
+
+def current_backend() -> Backend:
+    """The backend of the innermost :func:`use_backend` in this thread or task; "auto" outside of any."""
+    return _latest if torch.compiler.is_compiling() else _scoped.get()
+
+
+def use_backend(name: Backend) -> contextlib._GeneratorContextManager[None]:
+    """Choose the backend in a ``with`` block, or in a function when used as a decorator.
+
+    Args:
+        name: "auto" takes Triton where it can run and else the reference; "triton" and "reference" take just
+            that: where Triton cannot run, the layer raises ``RuntimeError`` with the reason and never falls
+            back.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+    return _scope(name)
+
+
+@contextlib.contextmanager
+def _scope(name: Backend) -> Iterator[None]:
+    global _latest
+    before, token = _latest, _scoped.set(name)
+    _latest = name
+    try:
+        yield
+    finally:
+        _latest = before
+        _scoped.reset(token)

@@ -1,0 +1,161 @@
+"""The parts of :class:`sk_triton.SelectiveKernel`: containers with timm's parameter names, and factories."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from .params import Branch, Gate
+from .spec import BranchSpec
+
+Factory = Callable[..., nn.Module]
+Placement = dict[str, Any]  # device and dtype
+
+
+class ConvPath(nn.Module):
+    """One branch: ``conv`` without bias, ``bn``, ``bn.drop``, ``bn.act``, ``aa``; the last three optional.
+
+    With ``aa_layer`` and a stride above 1, the convolution has stride 1 and ``aa`` does the striding.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        branch: BranchSpec,
+        stride: int,
+        act_layer: Factory | None,
+        norm_layer: Factory,
+        aa_layer: Factory | None,
+        drop_layer: Factory | None,
+        placement: Placement,
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(
+            in_channels,
+            out_channels,
+            branch.kernel_size,
+            stride=stride if aa_layer is None else 1,
+            padding=branch.padding,
+            dilation=branch.dilation,
+            groups=branch.groups,
+            bias=False,
+            **placement,
+        )
+        self.bn = make_norm(norm_layer, out_channels, placement)
+        # Below the norm, where timm keeps the parameters of an activation such as PReLU: bn.act.weight.
+        _attach(self.bn, "drop", make_drop(drop_layer, placement))
+        _attach(self.bn, "act", make_act(act_layer, placement))
+        self.aa: nn.Module | None = None
+        if aa_layer is not None and stride > 1:
+            self.aa = make_aa(aa_layer, out_channels, stride, placement)
+
+    def branch(self) -> Branch:
+        """The parameters as they are now."""
+        modules = self._modules
+        weight, bias = weight_and_bias(modules["conv"])  # type: ignore[arg-type]
+        bn: Any = modules["bn"]
+        below = bn._modules
+        return Branch(weight, bias, bn, below.get("drop"), below.get("act"), self.aa)
+
+
+class GateLayers(nn.Module):
+    """The gate: ``fc_reduce``, ``bn``, ReLU, ``fc_select``; each ``fc`` is a 1x1 convolution without bias."""
+
+    def __init__(self, channels: int, num_branches: int, width: int, placement: Placement) -> None:
+        super().__init__()
+        self.fc_reduce = nn.Conv2d(channels, width, 1, bias=False, **placement)
+        self.bn = nn.BatchNorm2d(width, **placement)
+        self.act = nn.ReLU(inplace=True)
+        self.fc_select = nn.Conv2d(width, channels * num_branches, 1, bias=False, **placement)
+
+    def gate(self) -> Gate:
+        """The parameters as they are now."""
+        reduce_weight, reduce_bias = weight_and_bias(self.fc_reduce)
+        weight, bias = weight_and_bias(self.fc_select)
+        select_bias = None if bias is None else (bias,)
+        return Gate(reduce_weight, reduce_bias, self.bn, self.act, (weight,), select_bias)
+
+
+def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The module's ``weight`` and ``bias`` as they are now, parametrised ones included."""
+    # Plain attribute access costs about 1 us each through nn.Module.__getattr__, which shows at batch 1.
+    own = module._parameters
+    if "weight" in own and "bias" in own:
+        return own["weight"], own["bias"]  # type: ignore[return-value]
+    return module.weight, module.bias  # type: ignore[return-value]
+
+
+def make_norm(norm_layer: Factory, channels: int, placement: Placement) -> nn.Module:
+    """``norm_layer(channels)``; ``nn.GroupNorm``, or a partial of it with keywords, has 32 groups by default.
+
+    Raises:
+        TypeError: ``norm_layer`` is not a callable that returns a module.
+    """
+    keywords: dict[str, Any] = {}
+    target: Any = norm_layer
+    if isinstance(target, functools.partial) and not target.args:
+        target, keywords = target.func, target.keywords
+    if target is nn.GroupNorm:  # its first argument is the number of groups, unlike every other norm
+        norm_layer = functools.partial(nn.GroupNorm, **{"num_groups": 32, **keywords})
+        return _placed("norm_layer", norm_layer, placement, num_channels=channels)
+    return _placed("norm_layer", norm_layer, placement, channels)
+
+
+def make_act(act_layer: Factory | None, placement: Placement) -> nn.Module | None:
+    """``act_layer(inplace=True)``, or ``act_layer()`` where it takes no such argument; None for no act.
+
+    Raises:
+        TypeError: ``act_layer`` is not a callable that returns a module.
+    """
+    if act_layer is None:
+        return None
+    try:
+        act = _placed("act_layer", act_layer, placement, inplace=True)
+    except TypeError:
+        act = _placed("act_layer", act_layer, placement)
+    return None if isinstance(act, nn.Identity) else act
+
+
+def make_drop(drop_layer: Factory | None, placement: Placement) -> nn.Module | None:
+    """``drop_layer()``, or None.
+
+    Raises:
+        TypeError: ``drop_layer`` is not a callable that returns a module.
+    """
+    return None if drop_layer is None else _placed("drop_layer", drop_layer, placement)
+
+
+def make_aa(aa_layer: Factory, channels: int, stride: int, placement: Placement) -> nn.Module:
+    """``aa_layer(channels=, stride=)``, or ``aa_layer(stride)`` where it takes no such arguments.
+
+    Raises:
+        TypeError: ``aa_layer`` is not a callable that returns a module.
+    """
+    try:
+        return _placed("aa_layer", aa_layer, placement, channels=channels, stride=stride)
+    except TypeError:
+        return _placed("aa_layer", aa_layer, placement, stride)
+
+
+def _placed(name: str, factory: Factory, placement: Placement, *args: Any, **kwargs: Any) -> nn.Module:
+    # Moved afterwards rather than built in place: not every factory takes device and dtype.
+    module = factory(*args, **kwargs) if callable(factory) else None
+    if not isinstance(module, nn.Module):
+        what = factory if module is None else f"one that returns {type(module).__name__}"
+        raise TypeError(f"{name} must be a callable that returns an nn.Module, got {what!r}")
+    return module.to(**placement) if any(v is not None for v in placement.values()) else module
+
+
+def _attach(norm: nn.Module, name: str, module: nn.Module | None) -> None:
+    if module is None:
+        return
+    if hasattr(norm, name):
+        raise ValueError(
+            f"norm_layer must return a norm without a {name!r} of its own, got {type(norm).__name__}: "
+            f"pass the plain norm, and {name}_layer beside it"
+        )
+    norm.add_module(name, module)

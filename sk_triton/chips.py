@@ -1,0 +1,52 @@
+"""Facts about the supported chips, and which of them a device is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Chip:
+    """One architecture and the figures of a typical product with it.
+
+    Attributes:
+        name: "sm_90", "gfx942", …
+        processors: streaming multiprocessors or compute units.
+        registers: 32-bit registers that one thread may use.
+    """
+
+    name: str
+    processors: int
+    registers: int = 255
+
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("sm_80", processors=108),
+        Chip("sm_86", processors=84),
+        Chip("sm_89", processors=128),
+        Chip("sm_90", processors=132),
+        Chip("sm_100", processors=148),
+        Chip("sm_120", processors=170),
+        Chip("gfx942", processors=304, registers=512),
+    )
+}
+# Relatives without an entry of their own: the same instruction set family.
+_RELATIVES = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_121": "sm_120", "gfx950": "gfx942"}
+
+
+@lru_cache
+def chip_of(device: torch.device) -> Chip | None:
+    """The chip of a CUDA or ROCm device, None if it is not supported; the CPU (interpreter) counts as sm_90."""
+    if device.type == "cpu":
+        return CHIPS["sm_90"]
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+    else:
+        name = f"sm_{properties.major}{properties.minor}"
+    return CHIPS.get(_RELATIVES.get(name, name))

@@ -1,0 +1,67 @@
+"""The `sk-triton` command. A subcommand's module is imported only when that subcommand runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sk_triton.environment import missing_message, version
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand: its module has `add_arguments(parser)` and `run(args) -> exit code`."""
+
+    module: str
+    summary: str
+
+
+COMMANDS = {
+    "bench": Command("sk_triton.bench.run", "measure the SK layer against its peers on this machine"),
+    "doctor": Command("sk_triton.doctor", "say what is installed, which backend runs and why"),
+    "resources": Command(
+        "sk_triton.bench.resources", "compile the kernels for each chip, list what they use"
+    ),
+    "traffic": Command("sk_triton.bench.traffic", "count each schedule's passes over memory"),
+}
+MISSING_PACKAGE = 2
+INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand and returns its exit code; 2 for bad usage or a missing optional package."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    chosen = arguments[0] if arguments else None
+    try:
+        parser = _parser(chosen)
+        args = parser.parse_args(arguments)
+        if args.command is None:
+            parser.print_help()
+            return 0
+        return importlib.import_module(COMMANDS[args.command].module).run(args)
+    except ModuleNotFoundError as error:
+        message = missing_message(error.name or "")
+        if message is None:
+            raise
+        print(f"sk-triton {chosen}: {message}", file=sys.stderr)
+        return MISSING_PACKAGE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser(chosen: str | None) -> argparse.ArgumentParser:
+    """The whole command's parser; only the chosen subcommand's options are filled in."""
+    parser = argparse.ArgumentParser(
+        prog="sk-triton", description="Selective Kernel convolution accelerated with Triton"
+    )
+    parser.add_argument("--version", action="version", version=f"sk_triton {version('sk-triton')}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=command.summary, description=command.summary)
+        if name == chosen:
+            importlib.import_module(command.module).add_arguments(subparser)
+    return parser

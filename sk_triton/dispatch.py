@@ -1,0 +1,246 @@
+"""Which implementation runs a call, with which configs, and why not another."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .backend import current_backend
+from .chips import CHIPS, Chip, chip_of
+from .packing import PackCache
+from .params import Branch, Gate
+from .plan import BranchLaunch, Plan
+from .spec import BranchSpec, SKSpec
+
+if TYPE_CHECKING:
+    from .layers import SKUnit
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[bool, str]:
+    """Whether the Triton kernels can run the unit on `x`; if not, the reason (else "")."""
+    reason = _device_reason(x) or _unit_reason(spec) or _state_reason(x, branches, gate)
+    return not reason, reason
+
+
+def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, backend: str) -> Plan:
+    """The plan for a call under `backend`: "auto", "triton" or "reference".
+
+    "auto" takes the kernels on a GPU where they can run. On a CPU it takes the reference, even with
+    ``TRITON_INTERPRET=1``; "triton" then runs the kernels through Triton's interpreter.
+
+    Raises:
+        RuntimeError: `backend` is "triton" and the kernels cannot run; the message holds the reason.
+    """
+    if backend == "reference":
+        return _reference_plan(x.dtype, spec, "the reference was requested")
+    if backend == "auto" and x.device.type == "cpu":
+        return _reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes the reference')
+    can_run, reason = can_run_triton(x, branches, gate, spec)
+    if can_run:
+        n, _, h, w = x.shape
+        chip = chip_of(x.device)
+        assert chip is not None
+        return _triton_plan(spec, n, *spec.output_size(h, w), x.dtype, allows_tf32(), chip)
+    if backend == "triton":
+        raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
+    return _reference_plan(x.dtype, spec, reason)
+
+
+def run(
+    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
+) -> Tensor:
+    """Run a plan whose backend is "triton"."""
+    from .schedules import store
+
+    if plan.backend != "triton" or plan.schedule != "store":
+        raise ValueError(f"plan must have backend 'triton' and schedule 'store', got {plan.backend}/{plan.schedule}")
+    return store.run(plan, x, branches, gate, spec, cache)
+
+
+def explain(layer: SKUnit, x: Tensor) -> Explanation:
+    """What ``layer(x)`` would run under the current backend and grad mode, and why not the others.
+
+    Raises:
+        RuntimeError: ``use_backend("triton")`` is in force and the kernels cannot run.
+    """
+    from .checks import check_input
+
+    check_input(x, layer.spec)
+    return Explanation(choose(x, layer.branches(), layer.gate(), layer.spec, backend=current_backend()), layer.spec)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A plan that prints as a report."""
+
+    plan: Plan
+    spec: SKSpec
+
+    def __str__(self) -> str:
+        plan = self.plan
+        lines = [
+            f"backend   {plan.backend}",
+            f"schedule  {plan.schedule}",
+            f"passes    {plan.passes:g} over one activation tensor (predicted)",
+        ]
+        for launch in plan.branch_launches:
+            branches = ", ".join(map(str, self.spec.branches[launch.start : launch.stop]))
+            lines.append(f"branches  {branches}")
+            lines.append(f"  config  {_show(launch.config)}")
+            lines.append(f"  source  {launch.source}")
+        if plan.gate is not None and plan.select is not None:
+            lines.append(f"gate      {_show(plan.gate)}")
+            lines.append(f"select    {_show(plan.select)}")
+        lines.extend(f"not {name}: {reason}" for name, reason in plan.rejected)
+        return "\n".join(lines)
+
+
+def allows_tf32() -> bool:
+    """Whether PyTorch's own switches let fp32 convolutions round their operands to TF32."""
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    precision = getattr(conv, "fp32_precision", None)
+    if precision is None or precision == "none":
+        return torch.backends.cudnn.allow_tf32
+    return precision == "tf32"
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels run through its interpreter, on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+@lru_cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _device_reason(x: Tensor) -> str:
+    if not has_triton():
+        return "Triton is not installed (pip install triton)"
+    if x.dtype not in DTYPES:
+        return f"x has dtype {x.dtype}; the kernels take float16, bfloat16 and float32"
+    if x.device.type == "cpu":
+        if not is_interpreted():
+            return 'x is on "cpu"; the kernels need a GPU, or TRITON_INTERPRET=1 to run interpreted'
+        if x.dtype == torch.bfloat16:
+            return "Triton's interpreter multiplies the bit patterns of bfloat16; take float16 or float32 there"
+        return ""
+    if x.device.type != "cuda":
+        return f'x is on "{x.device.type}"; the kernels run on CUDA and ROCm GPUs'
+    if chip_of(x.device) is None:
+        name = torch.cuda.get_device_name(x.device)
+        return f"{name} is not supported; supported are {', '.join(CHIPS)}"
+    return ""
+
+
+@lru_cache
+def _unit_reason(spec: SKSpec) -> str:
+    for part, act in (("branch_act", spec.branch_act), ("gate_act", spec.gate_act)):
+        if act not in ("relu", "identity"):
+            return f"{part} is {act}; the kernels compute relu and identity"
+    return ""
+
+
+def _state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate) -> str:
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing; the kernels are not registered as operators yet"
+    if type(x) is not Tensor and type(x) is not nn.Parameter:
+        return f"x is a {type(x).__name__}; the kernels take plain tensors"
+    for name, norm in (*((f"branches[{m}].norm", b.norm) for m, b in enumerate(branches)), ("gate.norm", gate.norm)):
+        if norm is None:
+            continue
+        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+            return f"{name} is a {type(norm).__name__}; the kernels fold BatchNorm2d and SyncBatchNorm"
+        if norm.training or norm.running_mean is None or norm.running_var is None:
+            return f"{name} uses batch statistics; the kernels are for inference (layer.eval())"
+    for m, branch in enumerate(branches):
+        if branch.aa is not None:
+            return f"branches[{m}].aa is set; the kernels have no anti-aliasing"
+        if branch.drop is not None and not isinstance(branch.drop, nn.Identity):
+            if not isinstance(branch.drop, nn.Module) or branch.drop.training:
+                return f"branches[{m}].drop is active; the kernels are for inference (layer.eval())"
+    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in _tensors(branches, gate))):
+        return "gradients are enabled; the kernels are forward only (torch.no_grad() or torch.inference_mode())"
+    return ""
+
+
+def _tensors(branches: Sequence[Branch], gate: Gate) -> Iterable[Tensor]:
+    for branch in branches:
+        yield branch.weight
+        if branch.bias is not None:
+            yield branch.bias
+    yield gate.reduce_weight
+    yield from gate.select_weight
+    for part in (*(b.norm for b in branches), gate.norm):
+        if isinstance(part, nn.Module):
+            yield from part.parameters(recurse=False)
+    if gate.reduce_bias is not None:
+        yield gate.reduce_bias
+    yield from gate.select_bias or ()
+
+
+@lru_cache(maxsize=1024)
+def _triton_plan(
+    spec: SKSpec, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip
+) -> Plan:
+    from . import analytic, tuning
+    from .kernels.geometry import ConvShape
+
+    launches: list[BranchLaunch] = []
+    for _, group in groupby(enumerate(spec.branches), key=lambda item: item[1].groups):
+        members: list[tuple[int, BranchSpec]] = list(group)
+        start, stop = members[0][0], members[-1][0] + 1
+        shape = ConvShape(
+            c_in=spec.branch_in_channels,
+            c_out=spec.out_channels,
+            groups=members[0][1].groups,
+            kernels=tuple(branch.kernel_size for _, branch in members),
+            dilations=tuple(branch.dilation for _, branch in members),
+            stride=spec.stride,
+            is_split=spec.split_input,
+        )
+        config, source = tuning.branch_config(shape, n, h, w, dtype, allow_tf32, chip)
+        launches.append(BranchLaunch(start, stop, shape, config, source))
+    m = spec.num_branches
+    return Plan(
+        backend="triton",
+        schedule="store",
+        passes=len(launches) + 2 * m + 1,
+        dtype=dtype,
+        rejected=(("reference", f"the kernels can run; eager takes {_eager_passes(spec)} passes"),),
+        branch_launches=tuple(launches),
+        gate=analytic.gate_config(m, spec.out_channels, spec.gate_width, chip),
+        select=analytic.select_config(h * w, spec.out_channels),
+        has_relu=spec.branch_act == "relu",
+        gate_has_relu=spec.gate_act == "relu",
+        allow_tf32=allow_tf32 and dtype == torch.float32,
+    )
+
+
+@lru_cache(maxsize=1024)
+def _reference_plan(dtype: torch.dtype, spec: SKSpec, reason: str) -> Plan:
+    return Plan("reference", "eager", _eager_passes(spec), dtype, rejected=(("triton", reason),))
+
+
+def _eager_passes(spec: SKSpec) -> int:
+    """Passes of the reference in eager mode: each operator reads its inputs and writes its result."""
+    m = spec.num_branches
+    split = 2 + 2 * spec.branch_norm + 2 * (spec.branch_act != "identity")
+    fuse = 3 * (m - 1) + 1
+    select = 2 * m + 3 * (m - 1)
+    return m * split + fuse + select
+
+
+def _show(config: Any) -> str:
+    values = ", ".join(f"{f.name}={getattr(config, f.name)}" for f in fields(config))
+    return f"{type(config).__name__}({values})"

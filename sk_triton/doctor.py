@@ -1,0 +1,153 @@
+"""`sk-triton doctor`: what is installed, which backend `auto` takes and why, and what mends the rest."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from . import environment
+from .environment import OPTIONAL_PACKAGES, OptionalPackage
+
+LABEL_WIDTH = 14
+
+
+@dataclass(frozen=True)
+class PackageState:
+    """An optional package as found: what the trouble is, and the pip command that mends it."""
+
+    package: OptionalPackage
+    version: str | None
+    trouble: str | None = None
+    remedy: str | None = None
+
+
+@dataclass(frozen=True)
+class BackendState:
+    """What `auto` takes for one layer on one device; `works` is whether a call went through."""
+
+    device: str
+    layer: str
+    backend: str
+    reason: str
+    works: bool
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """`sk-triton doctor` has no options."""
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the report. Returns 0 if the layers run here, on whichever backend, else 1."""
+    packages = [inspect_package(package) for package in OPTIONAL_PACKAGES]
+    backends = list(inspect_backends())
+    print("\n".join(report(packages, backends)))
+    return 0 if all(state.works for state in backends) else 1
+
+
+def inspect_package(package: OptionalPackage) -> PackageState:
+    """Version of a package, and whether it is missing, too old or broken; imports it."""
+    installed = environment.version(package.distribution)
+    remedy = environment.install_command(package)
+    if installed is None:
+        return PackageState(package, None, "not installed", remedy)
+    required = environment.required_version(package)
+    if required and environment.is_older(installed, required):
+        return PackageState(package, installed, f"older than {required}", remedy)
+    try:
+        importlib.import_module(package.module)
+    except Exception as error:  # a package that is there may fail in any way when imported
+        return PackageState(package, installed, f"does not import: {_first_line(error)}", remedy)
+    return PackageState(package, installed)
+
+
+def inspect_backends() -> Iterator[BackendState]:
+    """Probes both layers in fp16 on every kind of GPU that is visible, and in fp32 on the CPU."""
+    if torch.cuda.is_available():
+        yield from _probe_device(torch.device("cuda"), torch.float16)
+    yield from _probe_device(torch.device("cpu"), torch.float32)
+
+
+def report(packages: list[PackageState], backends: list[BackendState]) -> list[str]:
+    """The report's lines."""
+    lines = ["Installed"]
+    revision = environment.git_revision()
+    source = f"  {revision.commit[:9]}{' with changes' if revision.dirty else ''}" if revision.commit else ""
+    lines.append(_row("python", f"{platform.python_version()}  {sys.executable}"))
+    lines.append(_row("sk_triton", f"{environment.version('sk-triton')}{source}  {environment.PACKAGE_DIR}"))
+    lines.append(_row("torch", f"{torch.__version__}  built for {environment.torch_built_for()}"))
+    for state in packages:
+        name = state.package.distribution
+        facts = [state.version or "", f"({state.trouble})" if state.trouble else ""]
+        lines.append(_row(name, " ".join(fact for fact in facts if fact)))
+
+    lines += ["", "Devices"]
+    lines.append(_row("cpu", f"{environment.cpu_name()}, {torch.get_num_threads()} threads"))
+    gpus = environment.gpu_names()
+    lines += [_row(f"gpu {index}", name) for index, name in enumerate(gpus)]
+    if not gpus:
+        lines.append(_row("gpu", f"none: {_why_no_gpu()}"))
+    lines.append(_row("driver", environment.driver_version() or "none found"))
+
+    lines += ["", "Backend that `auto` takes"]
+    for probe in backends:
+        lines.append(_row(f"{probe.device}", f"{probe.layer}: {probe.backend}, {probe.reason}"))
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        lines.append(_row("", "TRITON_INTERPRET=1: use_backend('triton') interprets the kernels, slowly"))
+
+    remedies: dict[str, list[str]] = {}
+    for state in packages:
+        if state.remedy and state.trouble:
+            use = f"{state.package.distribution} ({state.package.used_for})"
+            remedies.setdefault(state.remedy, []).append(use)
+    if remedies:
+        lines += ["", "To mend"]
+        lines += [f"  {command}    # {', '.join(names)}" for command, names in remedies.items()]
+    return lines
+
+
+def _probe_device(device: torch.device, dtype: torch.dtype) -> Iterator[BackendState]:
+    from . import SelectiveKernel, SKConv, can_run_triton
+
+    for layer in (
+        SKConv(64, M=2, G=16, r=16),
+        SelectiveKernel(64, groups=16, split_input=False),
+    ):
+        name = type(layer).__name__
+        try:
+            layer = layer.to(device, dtype).eval()
+            x = torch.zeros(1, 64, 8, 8, device=device, dtype=dtype)
+            runs, reason = can_run_triton(x, layer.branches(), layer.gate(), layer.spec)
+            with torch.no_grad():
+                layer(x)
+        except Exception as error:  # whatever it is, the report must still be printed
+            yield BackendState(device.type, name, "fails", _first_line(error), works=False)
+            continue
+        backend = "triton" if runs and device.type != "cpu" else "reference"
+        why = reason or ("the kernels run here" if backend == "triton" else "the kernels need a GPU")
+        yield BackendState(device.type, name, backend, why, works=True)
+
+
+def _why_no_gpu() -> str:
+    built = environment.torch_built_for()
+    if built == "the CPU only":
+        return "this PyTorch is built for the CPU only; see https://pytorch.org/get-started/locally/"
+    driver = environment.driver_version()
+    if driver is None:
+        return f"this PyTorch is built for {built}, but no driver was found"
+    return f"this PyTorch is built for {built} and sees no device with driver {driver}"
+
+
+def _row(label: str, text: str) -> str:
+    return f"  {label:<{LABEL_WIDTH}}{text}".rstrip()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

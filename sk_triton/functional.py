@@ -1,0 +1,58 @@
+"""The one path that every layer takes: checks, autocast, then the reference or a schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import dispatch, reference
+from .backend import current_backend
+from .checks import check_input, check_params
+from .packing import PackCache
+from .params import Branch, Gate
+from .spec import SKSpec
+
+
+def sk_conv(
+    x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, cache: PackCache | None = None
+) -> Tensor:
+    """Selective-kernel convolution (Li et al., CVPR 2019), equivalent to ``sk_triton.reference.sk_conv``.
+
+    Autocast acts as on ``nn.Conv2d``: the result has autocast's dtype, and float64 is left alone.
+
+    Args:
+        x: ``[N, in_channels, H, W]`` of float16, bfloat16, float32 or float64. N = 0 gives an empty result.
+        branches: M branches, as ``spec`` describes them, with the dtype and device of x.
+        gate: the gate, likewise.
+        spec: the unit's description.
+        cache: packed weights to reuse from call to call with the same parameters; None packs them anew.
+
+    Returns:
+        ``[N, out_channels, H', W']`` in the memory format of x.
+
+    Raises:
+        TypeError: x is no tensor, or dtypes are mixed or not floating.
+        ValueError: wrong rank, channels, sizes, shapes or devices, or parts that ``spec`` does not describe.
+        RuntimeError: ``use_backend("triton")`` where Triton cannot run; the message holds the reason.
+    """
+    check_input(x, spec)
+    autocast = _autocast_dtype(x)
+    check_params(x, branches, gate, spec, autocast)
+    if autocast is not None:
+        x = x.to(autocast)
+    plan = dispatch.choose(x, branches, gate, spec, backend=current_backend())
+    if plan.backend == "reference" or x.shape[0] == 0:
+        v = reference.sk_conv(x, branches, gate, spec)
+        # A norm or an activation of the user's may leave the autocast dtype.
+        return v if autocast is None else v.to(autocast)
+    return dispatch.run(plan, x, branches, gate, spec, cache)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype to which autocast takes ``nn.Conv2d`` on x, or None where it leaves it alone."""
+    device = x.device.type
+    if x.dtype is torch.float64 or device == "meta":  # autocast does not know the meta device
+        return None
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

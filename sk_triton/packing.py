@@ -1,0 +1,154 @@
+"""Parameters in the form the kernels read, and the cache that never serves a stale copy of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .params import Branch, Gate
+from .plan import Plan
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A unit's parameters, packed for one plan.
+
+    Attributes:
+        weights: one flat tensor for each branch launch of the plan, norms folded in.
+        shifts: ``[M, C]`` fp32 for each branch launch, or None where nothing is added.
+        reduce_weight, gate_scale, gate_shift: ``[d, C]``, ``[d]``, ``[d]``: ``z = act((W1 s) * scale + shift)``.
+        select_weight, select_bias: ``[M, C, d]``, and ``[M, C]`` fp32 or None.
+    """
+
+    weights: tuple[Tensor, ...]
+    shifts: tuple[Tensor | None, ...]
+    reduce_weight: Tensor
+    gate_scale: Tensor
+    gate_shift: Tensor
+    select_weight: Tensor
+    select_bias: Tensor | None
+
+
+class PackCache:
+    """What a layer's parameters were packed into, with the means to tell that they have changed since.
+
+    An entry is used only while every source tensor has the address, version counter, dtype, shape and strides it was
+    packed from; the entry keeps the sources' memory alive, so that an address cannot be reused. In-place updates,
+    ``load_state_dict``, ``.to()`` and assignments to ``.data`` are all seen. A write that PyTorch itself does not count
+    (``p.data.add_(1)``, a NumPy view) is not: call :meth:`clear`, or ``layer.train()`` and ``layer.eval()``, after it.
+
+    A deep copy or a pickle of a cache is empty.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[Hashable, tuple[tuple, tuple[Tensor, ...], Packed]] = {}
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._entries = {}
+
+    def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], Packed]) -> Packed:
+        """The entry under `key` if `sources` are unchanged, else a new one from `build`."""
+        # Inference tensors have no version counter, and memory allocated during a graph capture is the graph's own.
+        if any(t.is_inference() for t in sources) or _is_capturing(sources[0]):
+            return build()
+        fingerprint = tuple([(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in sources])
+        entries = self._entries
+        entry = entries.get(key)
+        if entry is not None and entry[0] == fingerprint:
+            return entry[2]
+        packed = build()
+        if packed.gate_scale.is_cuda:
+            # Once per update: later calls may come from any stream.
+            torch.cuda.current_stream(packed.gate_scale.device).synchronize()
+        fresh = {k: e for k, e in entries.items() if e[0] == fingerprint}
+        fresh[key] = (fingerprint, tuple(t.detach() for t in sources), packed)
+        self._entries = fresh
+        return packed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PackCache:
+        return PackCache()
+
+    def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
+        return PackCache, ()
+
+
+def pack(plan: Plan, branches: Sequence[Branch], gate: Gate, cache: PackCache | None) -> Packed:
+    """Parameters packed for `plan`, from `cache` where they are unchanged."""
+    if cache is None:
+        return _pack(plan, branches, gate)
+    epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
+    key = (plan.dtype, plan.branch_launches, epsilons)
+    return cache.get(key, _sources(branches, gate), lambda: _pack(plan, branches, gate))
+
+
+def fold_norm(norm: Any, bias: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """`(scale, shift)` in fp32 with `norm(y + bias) = y * scale + shift`, for an eval-mode batch norm or None."""
+    shift = torch.zeros(width, device=like.device) if bias is None else bias.float()
+    if norm is None:
+        return torch.ones(width, device=like.device), shift
+    scale = (norm.running_var.float() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.float()
+    shift = (shift - norm.running_mean.float()) * scale
+    return scale, shift if norm.bias is None else shift + norm.bias.float()
+
+
+@torch.no_grad()
+def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
+    from .kernels.packing import pack_branch_weights
+
+    weights, shifts = [], []
+    for launch in plan.branch_launches:
+        scaled, shift, has_shift = [], [], False
+        for branch in branches[launch.start : launch.stop]:
+            scale, added = fold_norm(branch.norm, branch.bias, branch.weight.shape[0], branch.weight)
+            scaled.append(branch.weight.float() * scale[:, None, None, None])
+            shift.append(added)
+            has_shift |= branch.norm is not None or branch.bias is not None
+        weights.append(pack_branch_weights(scaled, launch.shape, launch.config, plan.dtype))
+        shifts.append(torch.stack(shift) if has_shift else None)
+    width = gate.reduce_weight.shape[0]
+    gate_scale, gate_shift = fold_norm(gate.norm, gate.reduce_bias, width, gate.reduce_weight)
+    select_weight = torch.cat([w.flatten(1) for w in gate.select_weight])
+    select_bias = None
+    if gate.select_bias is not None:
+        select_bias = torch.cat([b.float() for b in gate.select_bias])
+    return Packed(
+        weights=tuple(weights),
+        shifts=tuple(shifts),
+        reduce_weight=gate.reduce_weight.flatten(1).to(plan.dtype).contiguous(),
+        gate_scale=gate_scale,
+        gate_shift=gate_shift,
+        select_weight=select_weight.to(plan.dtype).reshape(len(branches), -1, width),
+        select_bias=select_bias,
+    )
+
+
+def _sources(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
+    sources = [gate.reduce_weight, *gate.select_weight]
+    if gate.reduce_bias is not None:
+        sources.append(gate.reduce_bias)
+    if gate.select_bias is not None:
+        sources.extend(gate.select_bias)
+    sources.extend(_norm_sources(gate.norm))
+    for branch in branches:
+        sources.append(branch.weight)
+        if branch.bias is not None:
+            sources.append(branch.bias)
+        sources.extend(_norm_sources(branch.norm))
+    return sources
+
+
+def _norm_sources(norm: Any) -> list[Tensor]:
+    if not isinstance(norm, nn.Module):
+        return []
+    return [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
+
+
+def _is_capturing(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

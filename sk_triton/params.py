@@ -1,0 +1,46 @@
+"""The tensors and modules of a selective-kernel unit, as plain tuples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+Map = Callable[[Tensor], Tensor]
+
+
+class Branch(NamedTuple):
+    """One branch: a convolution, then what follows it, applied in the order of the fields.
+
+    Attributes:
+        weight: ``[C_out, C_branch_in / groups, k, k]``.
+        bias: ``[C_out]`` or None.
+        norm, drop, act, aa: maps of ``[N, C_out, H', W']``; ``aa`` may change H' and W'.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    norm: Map | None = None
+    drop: Map | None = None
+    act: Map | None = None
+    aa: Map | None = None
+
+
+class Gate(NamedTuple):
+    """The gate: from the pooled features ``[N, C]`` to the branches' logits ``[N, M, C]``.
+
+    Attributes:
+        reduce_weight: ``[d, C]``, or ``[d, C, 1, 1]`` as of a 1x1 convolution.
+        reduce_bias: ``[d]`` or None.
+        norm, act: maps of ``[N, d, 1, 1]``.
+        select_weight: tensors whose concatenation on axis 0, viewed 2-D, is ``[M * C, d]``: row m * C + c.
+        select_bias: tensors whose concatenation is ``[M * C]``, or None.
+    """
+
+    reduce_weight: Tensor
+    reduce_bias: Tensor | None
+    norm: Map | None
+    act: Map | None
+    select_weight: tuple[Tensor, ...]
+    select_bias: tuple[Tensor, ...] | None = None

@@ -1,0 +1,82 @@
+"""Schedule "store": one launch writes the branches and their pooled sums, one computes the gate, one selects.
+
+Six passes over an activation tensor for M = 2: x once, each branch written and read, the result written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.branch_conv import branch_conv_fwd
+from ..kernels.gate import gate_fwd
+from ..kernels.geometry import tiles
+from ..kernels.select import select_fwd
+from ..layout import memory_format
+from ..packing import PackCache, pack
+from ..params import Branch, Gate
+from ..plan import Plan
+from ..spec import SKSpec
+
+# The gate walks the partial sums of a channel one tile after another; past this many a reduction of its own is faster.
+MAX_GATE_TILES = 64
+
+
+def run(
+    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
+) -> Tensor:
+    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
+    assert plan.gate is not None
+    assert plan.select is not None
+    packed = pack(plan, branches, gate, cache)
+    out_format = memory_format(x)
+    if x.stride(1) != 1:
+        # NCHW: one conversion; the result is written in NCHW directly.
+        x = x.contiguous(memory_format=torch.channels_last)
+        if x.stride(1) != 1:  # one channel: every stride describes it
+            x = x.as_strided(x.shape, (x.stride(0), 1, x.stride(2), x.stride(3)))
+    n, _, h_in, w_in = x.shape
+    h, w = spec.output_size(h_in, w_in)
+    c, m = spec.out_channels, spec.num_branches
+    counts = [math.prod(tiles(launch.shape, launch.config, h, w)) for launch in plan.branch_launches]
+    u = x.new_empty((m, n, h, w, c))
+    partial = x.new_empty((n, sum(counts), c), dtype=torch.float32)
+    first_tile = 0
+    for launch, count, weight, shift in zip(
+        plan.branch_launches, counts, packed.weights, packed.shifts, strict=True
+    ):
+        channel = launch.start * spec.branch_in_channels if spec.split_input else 0
+        branch_conv_fwd(
+            x[:, channel:] if channel else x,
+            weight,
+            shift,
+            u[launch.start : launch.stop],
+            partial[:, first_tile : first_tile + count],
+            shape=launch.shape,
+            has_relu=plan.has_relu,
+            allow_tf32=plan.allow_tf32,
+            config=launch.config,
+        )
+        first_tile += count
+    if partial.shape[1] > MAX_GATE_TILES:
+        partial = partial.sum(1, keepdim=True)
+    attention = x.new_empty((n, m, c), dtype=torch.float32)
+    gate_fwd(
+        partial,
+        packed.reduce_weight,
+        packed.gate_scale,
+        packed.gate_shift,
+        packed.select_weight,
+        packed.select_bias,
+        attention,
+        pixels=h * w,
+        has_relu=plan.gate_has_relu,
+        config=plan.gate,
+    )
+    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
+    select_fwd(u, attention, v, config=plan.select)
+    return v
+

@@ -1,0 +1,74 @@
+"""Lookup of configs: the shipped file for the chip first, the analytic choice after it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from functools import lru_cache
+from importlib import resources
+from typing import Any
+
+import torch
+
+from . import analytic
+from .chips import Chip
+from .kernels.config import BranchConfig, DepthwiseConfig, StreamConfig, TapConfig
+from .kernels.geometry import ConvShape
+
+SCHEMA = 1
+_KINDS = {"stream": StreamConfig, "tap": TapConfig, "depthwise": DepthwiseConfig}
+
+
+def branch_config(
+    shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip
+) -> tuple[BranchConfig, str]:
+    """The config for a branch launch and where it came from, for `explain`."""
+    entry = _shipped(chip.name).get(key(shape, n, h, w, dtype, allow_tf32))
+    if entry is not None:
+        return entry, f"configs/{chip.name}.json (predicted)"
+    return analytic.branch_config(shape, n, h, w, dtype, allow_tf32, chip), f"analytic ({chip.name})"
+
+
+def key(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool) -> str:
+    """Text key of a forward branch launch; `n` counts by its power of two, rounded up."""
+    branches = "+".join(f"k{k}d{d}" for k, d in zip(shape.kernels, shape.dilations, strict=True))
+    precision = str(dtype).removeprefix("torch.") + ("-tf32" if allow_tf32 and dtype == torch.float32 else "")
+    split = "-split" if shape.is_split else ""
+    return (
+        f"forward/{precision}/c{shape.c_in}-{shape.c_out}/g{shape.groups}/{branches}/s{shape.stride}{split}"
+        f"/{h}x{w}/n{(n - 1).bit_length()}"
+    )
+
+
+def dump_entry(config: BranchConfig) -> dict[str, Any]:
+    """A config as a JSON object."""
+    kind = next(name for name, cls in _KINDS.items() if type(config) is cls)
+    return {"kernel": kind, **asdict(config)}
+
+
+@lru_cache
+def kernels_hash() -> str:
+    """Hash of the kernels' sources: a config made for other sources is not used."""
+    digest = hashlib.sha256()
+    folder = resources.files("sk_triton.kernels")
+    for file in sorted(folder.iterdir(), key=lambda f: f.name):
+        if file.name.endswith(".py"):
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@lru_cache
+def _shipped(chip_name: str) -> dict[str, BranchConfig]:
+    file = resources.files("sk_triton.configs") / f"{chip_name}.json"
+    if not file.is_file():
+        return {}
+    content = json.loads(file.read_text())
+    if content["schema"] != SCHEMA or content["kernels"] != kernels_hash():
+        return {}
+    return {name: _load_entry(entry) for name, entry in content["branch_conv_fwd"].items()}
+
+
+def _load_entry(entry: dict[str, Any]) -> BranchConfig:
+    fields = dict(entry)
+    return _KINDS[fields.pop("kernel")](**fields)

@@ -1,0 +1,127 @@
+"""`sk-triton doctor`, and the facts about the machine that it and the benchmark share."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+import torch
+
+import sk_triton
+from sk_triton import cli, doctor, environment
+from sk_triton.environment import OptionalPackage
+
+TIMM = next(package for package in environment.OPTIONAL_PACKAGES if package.module == "timm")
+TRITON = next(package for package in environment.OPTIONAL_PACKAGES if package.module == "triton")
+ABSENT = OptionalPackage("sk_triton_absent", "sk-triton-absent", "bench", "nothing")
+
+
+def test_the_report_names_every_package_the_devices_and_the_backend(capsys):
+    assert cli.main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    for name in ("python", "sk_triton", "torch", "triton", "timm", "rich", "matplotlib", "scikit-learn"):
+        assert f"  {name} " in text
+    assert torch.__version__ in text
+    assert "Backend that `auto` takes" in text
+    assert "SKConv: " in text
+    assert "SelectiveKernel: " in text
+
+
+def test_without_a_gpu_auto_takes_the_reference_and_says_why():
+    states = [state for state in doctor.inspect_backends() if state.device == "cpu"]
+    assert [state.layer for state in states] == ["SKConv", "SelectiveKernel"]
+    assert all(state.backend == "reference" and state.reason and state.works for state in states)
+
+
+def test_a_layer_that_does_not_run_is_reported_and_the_exit_code_says_so(monkeypatch, capsys):
+    def broken(*arguments):
+        raise OSError("libcuda.so not found\nmore")
+
+    monkeypatch.setattr(sk_triton, "can_run_triton", broken)
+    assert cli.main(["doctor"]) == 1
+    assert "OSError: libcuda.so not found" in capsys.readouterr().out
+
+
+def test_a_missing_package_comes_with_its_pip_line():
+    state = doctor.inspect_package(ABSENT)
+    assert (state.version, state.trouble) == (None, "not installed")
+    lines = doctor.report([state], [])
+    assert lines[lines.index("To mend") + 1].strip().startswith("pip install ")
+
+
+def test_an_old_package_is_reported(monkeypatch):
+    monkeypatch.setattr(environment, "version", lambda name: "0.4.12")
+    state = doctor.inspect_package(TIMM)
+    assert state.trouble == "older than 1.0.9"
+    assert "pip install" in state.remedy
+
+
+def test_a_package_that_does_not_import_is_reported(monkeypatch):
+    def broken(name):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert "operator torchvision::nms" in doctor.inspect_package(TIMM).trouble
+
+
+def test_nothing_to_mend_is_not_mentioned():
+    states = [doctor.PackageState(TIMM, "1.0.31")]
+    assert "To mend" not in doctor.report(states, [])
+
+
+@pytest.mark.parametrize(
+    ("facts", "expected"),
+    [
+        ({"built": "the CPU only", "driver": None}, "built for the CPU only"),
+        ({"built": "CUDA 13.2", "driver": None}, "no driver was found"),
+        ({"built": "CUDA 13.2", "driver": "570.86"}, "sees no device with driver 570.86"),
+    ],
+)
+def test_why_there_is_no_gpu(facts, expected, monkeypatch):
+    monkeypatch.setattr(environment, "torch_built_for", lambda: facts["built"])
+    monkeypatch.setattr(environment, "driver_version", lambda: facts["driver"])
+    monkeypatch.setattr(environment, "gpu_names", list)
+    assert expected in "\n".join(doctor.report([], []))
+
+
+def test_the_pip_line_fits_how_sk_triton_was_installed(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "CLONE_DIR", tmp_path)
+    assert environment.install_command(TIMM) == "pip install 'sk-triton[bench]'"
+    (tmp_path / "pyproject.toml").touch()
+    assert environment.install_command(TIMM) == f"pip install -e '{tmp_path}[bench]'"
+    monkeypatch.chdir(tmp_path)
+    assert environment.install_command(TIMM) == "pip install -e '.[bench]'"
+    assert environment.install_command(TRITON) == "pip install 'triton>=3.4'"
+
+
+@pytest.mark.parametrize(
+    ("installed", "required", "older"),
+    [
+        ("2.8.0+cu128", "2.8", False),
+        ("2.10.1", "2.8", False),
+        ("1.0.9", "1.0.31", True),
+        ("1.0", "1.0.0", False),
+        ("3.4.0rc1", "3.5", True),
+    ],
+)
+def test_versions_compare_as_numbers(installed, required, older):
+    assert environment.is_older(installed, required) == older
+
+
+def test_a_wheel_in_somebody_elses_repository_is_not_stamped_with_its_commit(monkeypatch, tmp_path):
+    monkeypatch.setattr(environment, "CLONE_DIR", tmp_path)
+    assert environment.git_revision() == environment.Revision(None, None)
+
+
+def test_a_clone_is_stamped_with_its_commit_and_whether_it_was_changed(monkeypatch, tmp_path):
+    (tmp_path / "pyproject.toml").touch()
+    answers = {"ls-files": "sk_triton/environment.py", "status": " M README.md", "rev-parse": "abc123"}
+    monkeypatch.setattr(environment, "CLONE_DIR", tmp_path)
+    monkeypatch.setattr(environment, "_git", lambda *arguments: answers[arguments[0]])
+    assert environment.git_revision() == environment.Revision("abc123", True)
+    answers["status"] = ""
+    assert environment.git_revision() == environment.Revision("abc123", False)
+
+
+def test_a_command_that_is_absent_gives_none():
+    assert environment._output("sk-triton-no-such-command") is None

@@ -1,0 +1,39 @@
+"""The one tolerance table, and the error rule for kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# For two implementations of the same formula in the same dtype; only the order of summation differs.
+SAME_FORMULA = {
+    torch.float64: {"rtol": 1e-9, "atol": 1e-11},
+    torch.float32: {"rtol": 1e-4, "atol": 2e-5},
+    torch.float16: {"rtol": 1e-2, "atol": 1e-2},
+    torch.bfloat16: {"rtol": 5e-2, "atol": 5e-2},
+}
+
+# A kernel may err by at most this multiple of eager's own error against float64, on the same input.
+ERROR_FACTOR = 2.0
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal up to the order of summation; dtype, shape and device must be equal outright."""
+    torch.testing.assert_close(actual, expected, **SAME_FORMULA[expected.dtype], equal_nan=True)
+
+
+def assert_errs_like_eager(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """The error rule: ``actual`` is as near to ``exact`` (float64) as twice the error of ``eager`` in its dtype.
+
+    The error is the largest absolute one; one unit in the last place of the largest value is always allowed.
+    """
+    assert actual.dtype == eager.dtype
+    assert exact.dtype == torch.float64
+    assert actual.shape == eager.shape == exact.shape
+    assert torch.equal(actual.isfinite(), exact.isfinite()), "finite where float64 is not, or the reverse"
+    if not exact.numel():
+        return
+    ulp = exact.abs().max().item() * torch.finfo(actual.dtype).eps
+    allowed = ERROR_FACTOR * max((eager.double() - exact).abs().max().item(), ulp)
+    error = (actual.double() - exact).abs().max().item()
+    assert error <= allowed, f"error {error:.3e} above {allowed:.3e} in {actual.dtype}"
