@@ -15,6 +15,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from sk_triton.kernels.launch import Launch
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
@@ -65,23 +67,14 @@ class Resources:
     by_opcode: Counter[str] = field(compare=False, repr=False)
 
 
-def compile_launch(
-    kernel: Any,
-    arguments: tuple[Any, ...],
-    constexprs: dict[str, Any],
-    launch: dict[str, Any],
-    target: str,
-    trips: tuple[int, ...] = (),
-) -> Resources:
-    """Compile one launch as the JIT would specialise it for `arguments` (tensors may be on the meta device).
-
-    `trips`: how often each run-time loop of the kernel runs, in source order.
-    """
+def compile_launch(launch: Launch, target: str) -> Resources:
+    """Compile one launch as the JIT would specialise it for its arguments (tensors may be on the meta device)."""
+    kernel, constexprs = launch.kernel, launch.constexprs
     signature: dict[str, str] = {}
     aligned: dict[tuple[int, ...], list] = {}
     values = dict(constexprs)
     names = kernel.arg_names
-    for i, (name, value) in enumerate(zip(names, arguments, strict=False)):
+    for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _TRITON_TYPES[value.dtype]
             aligned[(i,)] = [["tt.divisibility", 16]]
@@ -99,11 +92,10 @@ def compile_launch(
         constexprs={(names.index(name),): value for name, value in values.items()},
         attrs=aligned,
     )
-    options = {key: value for key, value in launch.items() if key != "grid"}
-    compiled = triton.compile(source, target=TARGETS[target], options=options)
+    compiled = triton.compile(source, target=TARGETS[target], options=launch.compile_options)
     if target.startswith("gfx"):
-        return _read_amdgcn(compiled, target, trips)
-    return _read_cubin(compiled, target, trips)
+        return _read_amdgcn(compiled, target)
+    return _read_cubin(compiled, target, launch.trips)
 
 
 def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources:
@@ -186,7 +178,7 @@ def _loop_weights(lines: list[tuple[int, str, str]], trips: tuple[int, ...]) -> 
     return weights
 
 
-def _read_amdgcn(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources:
+def _read_amdgcn(compiled: Any, target: str) -> Resources:
     """Static counts only: loops of AMD code are not weighted."""
     text = compiled.asm["amdgcn"]
     opcodes = Counter(m[1] for line in text.splitlines() if (m := re.match(r"\t([vs]_\w+|ds_\w+|global_\w+)", line)))
@@ -203,7 +195,7 @@ def _read_amdgcn(compiled: Any, target: str, trips: tuple[int, ...]) -> Resource
     return Resources(
         target=target,
         registers=figure("vgpr_count"),
-        spills=figure("vgpr_spill_count") + figure("sgpr_spill_count"),
+        spills=figure("vgpr_spill_count"),
         shared=compiled.metadata.shared,
         threads=64 * compiled.metadata.num_warps,
         instructions=sum(opcodes.values()),

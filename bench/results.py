@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from sk_triton import environment
+from sk_triton.dispatch import allows_tf32
 
 SCHEMA = 1
 
@@ -44,7 +45,7 @@ class Stamp:
     git_commit: str | None
     git_dirty: bool | None
     tf32_convolution: bool
-    tf32_matmul: bool
+    float32_matmul_precision: str
     cudnn_benchmark: bool
     threads: int
     load: float | None
@@ -168,8 +169,8 @@ def stamp(device: torch.device) -> Stamp:
         sk_triton=environment.version("sk-triton"),
         git_commit=revision.commit,
         git_dirty=revision.dirty,
-        tf32_convolution=torch.backends.cudnn.allow_tf32,
-        tf32_matmul=torch.backends.cuda.matmul.allow_tf32,
+        tf32_convolution=allows_tf32(),
+        float32_matmul_precision=torch.get_float32_matmul_precision(),
         cudnn_benchmark=torch.backends.cudnn.benchmark,
         threads=torch.get_num_threads(),
         load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,

@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     except (ValueError, OSError) as error:
         console.print(f"sk-triton bench: {error}", markup=False, style="red")
         return 2
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     grid = default_grid(device.type, args.quick)
     grid = replace(
         grid,

@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .config import GateConfig
 from .geometry import cdiv, next_power_of_2
+from .launch import Launch
 from .tiling import relu
 
 
@@ -79,24 +80,13 @@ def gate_fwd(
     pixels: int,
     has_relu: bool,
     config: GateConfig,
-) -> None:
+) -> Launch:
     """Write `attention [N, M, C]` (fp32) from `partial [N, TILES, C]` (fp32 sums over branches and a tile's pixels).
 
     `z = act((W1 @ sum(partial) / pixels) * scale + shift)`, logits `W2 @ z + b2`, softmax over M. `reduce_weight [D, C]`
     and `select_weight [M, C, D]` are contiguous and share one dtype, in which the products' operands are rounded;
     `scale [D]`, `shift [D]` and `select_bias [M, C]` are fp32.
     """
-    kernel, arguments, constexprs, launch = plan_gate_launch(
-        partial, reduce_weight, scale, shift, select_weight, select_bias, attention,
-        pixels=pixels, has_relu=has_relu, config=config,
-    )  # fmt: skip
-    kernel[launch["grid"]](*arguments, **constexprs, num_warps=launch["num_warps"])
-
-
-def plan_gate_launch(
-    partial, reduce_weight, scale, shift, select_weight, select_bias, attention, *, pixels, has_relu, config
-):
-    """The launch that `gate_fwd` makes, as (kernel, arguments, constexprs, grid and options); nothing is run."""
     n, tiles, c = partial.shape
     m, _, d = select_weight.shape
     arguments = (
@@ -113,5 +103,6 @@ def plan_gate_launch(
         "HAS_RELU": has_relu,
         "HAS_SELECT_BIAS": select_bias is not None,
     }
-    launch = {"grid": (cdiv(c, config.BLOCK_C), cdiv(n, config.BLOCK_N)), "num_warps": config.num_warps}
-    return gate_fwd_kernel, arguments, constexprs, launch
+    grid = (cdiv(c, config.BLOCK_C), cdiv(n, config.BLOCK_N))
+    trips = (cdiv(d, config.BLOCK_D), cdiv(c, config.BLOCK_S), tiles)
+    return Launch(gate_fwd_kernel, grid, arguments, constexprs, {"num_warps": config.num_warps}, trips)

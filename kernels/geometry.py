@@ -44,7 +44,8 @@ class ConvShape:
 class Blocking:
     """Static sizes of one (shape, config) pair; the packed weights are laid out by it.
 
-    A channel block covers `groups_per_block` whole groups, or is one of `blocks_per_group` blocks of one group.
+    A channel block covers `groups_per_block` whole groups, or is one of `blocks_per_group` blocks of one group. Blocks
+    beyond the last group fill up the last program; their weights are zero.
     `offsets[m]` is where branch m's weights start inside a channel block's, `offsets[-1]` the block's length.
     """
 
@@ -100,6 +101,7 @@ def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
         taps_w = (1,) * len(spans)
     else:
         spans, taps_w = (1,) * len(steps), shape.kernels
+    per_program = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
     sizes = [
         k * t * chunks * config.RUN_W * config.BLOCK_CO * span * config.BLOCK_CI
         for k, t, span in zip(shape.kernels, taps_w, spans, strict=True)
@@ -110,7 +112,7 @@ def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
         channels_ci=channels_ci,
         channels_co=groups_per_block * co_per_group,
         chunks=chunks,
-        blocks=cdiv(shape.groups, groups_per_block) * blocks_per_group,
+        blocks=cdiv(cdiv(shape.groups, groups_per_block) * blocks_per_group, per_program) * per_program,
         spacings=spacings,
         steps=steps,
         spans=spans,

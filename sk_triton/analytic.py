@@ -33,9 +33,8 @@ def branch_config(
         streams = group <= 8 and kernel <= 3
     else:
         streams = group <= MAX_STREAM_CHANNELS and kernel <= (5 if group <= 8 else 3)
-    if streams:
-        return _smallest(_stream_candidates(shape, dtype, is_ieee), shape, n, h, w, chip)
-    return _smallest(_tap_candidates(shape, dtype), shape, n, h, w, chip)
+    candidates = _stream_candidates(shape, is_ieee, dtype) if streams else _tap_candidates(shape, is_ieee, dtype)
+    return _smallest(candidates, shape, n, h, w, chip)
 
 
 def gate_config(m: int, c: int, d: int, chip: Chip) -> GateConfig:
@@ -52,19 +51,23 @@ def select_config(pixels: int, c: int) -> SelectConfig:
     return SelectConfig(BLOCK_P=min(4096 // block_c, max(1, next_power_of_2(pixels))), BLOCK_C=block_c)
 
 
-def _stream_candidates(shape: ConvShape, dtype: torch.dtype, is_ieee: bool) -> list[BranchConfig]:
+def _shares_row(shape: ConvShape) -> bool:
+    """Whether neighbouring outputs of a run read the same input pixels but one, so that runs along a row pay."""
+    return all(step == 1 for step in blocking(shape, TapConfig(16, 16, 1, 1)).steps)
+
+
+def _stream_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> list[BranchConfig]:
     group = max(shape.c_in, shape.c_out) // shape.groups
-    # Runs along a row pay while neighbouring outputs share input pixels, and while the weights fit in registers.
-    shares_row = all(step == 1 for step in blocking(shape, TapConfig(16, 16, 1, 1)).steps)
-    run_w = 2 if group <= 8 and shares_row else 1
+    run_w = 2 if group <= 8 and _shares_row(shape) else 1
     block = 8 if run_w == 2 else max(16, next_power_of_2(group))
+    # The longest column run whose rows, weights and accumulators fit in registers.
     if is_ieee:
         longest = 1
     elif dtype == torch.float32:
         longest = 2 if run_w == 2 else 1
-    elif block == 32:
+    elif block == 32 or max(shape.kernels) > 3:
         longest = 2
-    elif max(shape.kernels) > 3 or not shares_row:
+    elif run_w == 1 and shape.stride > 1:
         longest = 4
     else:
         longest = 8
@@ -85,24 +88,28 @@ def _stream_candidates(shape: ConvShape, dtype: torch.dtype, is_ieee: bool) -> l
     ]
 
 
-def _tap_candidates(shape: ConvShape, dtype: torch.dtype) -> list[BranchConfig]:
+def _tap_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> list[BranchConfig]:
     group_in, group_out = shape.c_in // shape.groups, shape.c_out // shape.groups
-    is_wide = min(group_in, group_out) >= 64
-    block_ci = min(32 if dtype == torch.float32 else 64, max(16, next_power_of_2(group_in)))
-    block_co = min(64, max(16, next_power_of_2(group_out)))
-    pixels = 128 if is_wide else 64
+    if max(group_in, group_out) <= 8 and _shares_row(shape) and not is_ieee:
+        block_ci, block_co, run_w, pixels, num_warps, num_stages = 8, 8, 2, 64, 1, 1
+    else:
+        # Products in fp32 without tensor cores keep both operands in registers.
+        block_ci = min(16 if is_ieee else 32 if dtype == torch.float32 else 64, max(16, next_power_of_2(group_in)))
+        block_co = min(32 if is_ieee else 64, max(16, next_power_of_2(group_out)))
+        run_w, pixels, num_warps, num_stages = 1, 64, 4, 1 if is_ieee else 2
     return [
         TapConfig(
             BLOCK_CI=block_ci,
             BLOCK_CO=block_co,
             BLOCK_N=block_n,
-            BLOCK_H=pixels // block_n // block_w,
+            BLOCK_H=pixels // run_w // block_n // block_w,
             BLOCK_W=block_w,
-            num_warps=4,
-            num_stages=2,
+            RUN_W=run_w,
+            num_warps=num_warps,
+            num_stages=num_stages,
         )
         for block_n, block_w in product((1, 2, 4), (4, 8, 16))
-        if block_n * block_w <= pixels
+        if block_n * block_w <= pixels // run_w
     ]
 
 
@@ -141,7 +148,8 @@ def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: 
     reach = max(d * (k - 1) for d, k in zip(shape.dilations, shape.kernels, strict=True))
     height, width = config.BLOCK_H * run_h * shape.stride, config.BLOCK_W * run_w * shape.stride
     halo = (height + reach) * (width + reach) / (height * width)
-    work = area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15)
+    # Pixels of several samples are pooled by masked sums, not on the tensor core.
+    work = area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * (1.0 if config.BLOCK_N == 1 else 1.3)
     blocks = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
     programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * cdiv(layout.blocks, blocks)
     # About 8 programs of this size keep one processor busy; fewer leave it idle.

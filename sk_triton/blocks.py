@@ -145,8 +145,8 @@ def _placed(name: str, factory: Factory, placement: Placement, *args: Any, **kwa
     # Moved afterwards rather than built in place: not every factory takes device and dtype.
     module = factory(*args, **kwargs) if callable(factory) else None
     if not isinstance(module, nn.Module):
-        what = factory if module is None else f"one that returns {type(module).__name__}"
-        raise TypeError(f"{name} must be a callable that returns an nn.Module, got {what!r}")
+        returned = f", which returns {type(module).__name__}" if callable(factory) else ""
+        raise TypeError(f"{name} must be a callable that returns an nn.Module, got {factory!r}{returned}")
     return module.to(**placement) if any(v is not None for v in placement.values()) else module
 
 

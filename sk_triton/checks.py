@@ -39,7 +39,7 @@ def check_input(x: Tensor, spec: SKSpec) -> None:
         raise ValueError(f"x must be 4-D [N, C, H, W], got {len(shape)}-D of shape {list(shape)}")
     if shape[1] != spec.in_channels:
         raise ValueError(
-            f"x must have {spec.in_channels} channels (in_channels), got {shape[1]} in {list(shape)}"
+            f"x must have in_channels = {spec.in_channels} channels, got {shape[1]}: {list(shape)}"
         )
     if shape[2] < 1 or shape[3] < 1:
         height, width = spec.output_size(shape[2], shape[3])
@@ -61,9 +61,7 @@ def check_params(
         ValueError: mixed devices, wrong shapes, or parts that the spec does not describe.
     """
     if len(branches) != spec.num_branches:
-        raise ValueError(
-            f"branches must hold M = {spec.num_branches} Branch (spec.branches), got {len(branches)}"
-        )
+        raise ValueError(f"branches must hold M = {spec.num_branches} (spec.branches), got {len(branches)}")
     like = (x.device, x.dtype, autocast)
     channels, width = spec.out_channels, spec.gate_width
     for m, (branch, shape) in enumerate(zip(branches, spec.weight_shapes, strict=True)):

@@ -50,7 +50,7 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
         n, _, h, w = x.shape
         chip = chip_of(x.device)
         assert chip is not None
-        return _triton_plan(spec, n, *spec.output_size(h, w), x.dtype, allows_tf32(), chip)
+        return plan_store(spec, n, *spec.output_size(h, w), x.dtype, allows_tf32(), chip)
     if backend == "triton":
         raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
     return _reference_plan(x.dtype, spec, reason)
@@ -190,9 +190,10 @@ def _tensors(branches: Sequence[Branch], gate: Gate) -> Iterable[Tensor]:
 
 
 @lru_cache(maxsize=1024)
-def _triton_plan(
+def plan_store(
     spec: SKSpec, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip
 ) -> Plan:
+    """The plan of schedule "store" for a batch of `n` outputs of `h` x `w` pixels on `chip`."""
     from . import analytic, tuning
     from .kernels.geometry import ConvShape
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import platform
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from . import environment
+from .dispatch import is_interpreted
 from .environment import OPTIONAL_PACKAGES, OptionalPackage
 
 LABEL_WIDTH = 14
@@ -46,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the report. Returns 0 if the layers run here, on whichever backend, else 1."""
     packages = [inspect_package(package) for package in OPTIONAL_PACKAGES]
-    backends = list(inspect_backends())
+    backends = inspect_backends()
     print("\n".join(report(packages, backends)))
     return 0 if all(state.works for state in backends) else 1
 
@@ -67,11 +66,10 @@ def inspect_package(package: OptionalPackage) -> PackageState:
     return PackageState(package, installed)
 
 
-def inspect_backends() -> Iterator[BackendState]:
-    """Probes both layers in fp16 on every kind of GPU that is visible, and in fp32 on the CPU."""
-    if torch.cuda.is_available():
-        yield from _probe_device(torch.device("cuda"), torch.float16)
-    yield from _probe_device(torch.device("cpu"), torch.float32)
+def inspect_backends() -> list[BackendState]:
+    """Probes both layers for inference, in fp16 on the first GPU if one is visible and in fp32 on the CPU."""
+    gpu = _probe_device(torch.device("cuda"), torch.float16) if torch.cuda.is_available() else []
+    return gpu + _probe_device(torch.device("cpu"), torch.float32)
 
 
 def report(packages: list[PackageState], backends: list[BackendState]) -> list[str]:
@@ -95,10 +93,10 @@ def report(packages: list[PackageState], backends: list[BackendState]) -> list[s
         lines.append(_row("gpu", f"none: {_why_no_gpu()}"))
     lines.append(_row("driver", environment.driver_version() or "none found"))
 
-    lines += ["", "Backend that `auto` takes"]
+    lines += ["", "Backend that `auto` takes for inference"]
     for probe in backends:
-        lines.append(_row(f"{probe.device}", f"{probe.layer}: {probe.backend}, {probe.reason}"))
-    if os.environ.get("TRITON_INTERPRET") == "1":
+        lines.append(_row(probe.device, f"{probe.layer}: {probe.backend} ({probe.reason})"))
+    if is_interpreted():
         lines.append(_row("", "TRITON_INTERPRET=1: use_backend('triton') interprets the kernels, slowly"))
 
     remedies: dict[str, list[str]] = {}
@@ -112,26 +110,25 @@ def report(packages: list[PackageState], backends: list[BackendState]) -> list[s
     return lines
 
 
-def _probe_device(device: torch.device, dtype: torch.dtype) -> Iterator[BackendState]:
-    from . import SelectiveKernel, SKConv, can_run_triton
+@torch.no_grad()
+def _probe_device(device: torch.device, dtype: torch.dtype) -> list[BackendState]:
+    from . import SelectiveKernel, SKConv, explain
 
-    for layer in (
-        SKConv(64, M=2, G=16, r=16),
-        SelectiveKernel(64, groups=16, split_input=False),
-    ):
+    states = []
+    for layer in (SKConv(64, M=2, G=16, r=16), SelectiveKernel(64, groups=16, split_input=False)):
         name = type(layer).__name__
         try:
             layer = layer.to(device, dtype).eval()
             x = torch.zeros(1, 64, 8, 8, device=device, dtype=dtype)
-            runs, reason = can_run_triton(x, layer.branches(), layer.gate(), layer.spec)
-            with torch.no_grad():
-                layer(x)
+            plan = explain(layer, x).plan
+            layer(x)
         except Exception as error:  # whatever it is, the report must still be printed
-            yield BackendState(device.type, name, "fails", _first_line(error), works=False)
+            states.append(BackendState(device.type, name, "fails", _first_line(error), works=False))
             continue
-        backend = "triton" if runs and device.type != "cpu" else "reference"
-        why = reason or ("the kernels run here" if backend == "triton" else "the kernels need a GPU")
-        yield BackendState(device.type, name, backend, why, works=True)
+        reasons = [f"not {other}: {reason}" for other, reason in plan.rejected if plan.backend == "reference"]
+        why = "; ".join(reasons) or f"schedule {plan.schedule}"
+        states.append(BackendState(device.type, name, plan.backend, why, works=True))
+    return states
 
 
 def _why_no_gpu() -> str:

@@ -13,7 +13,15 @@ from .blocks import ConvPath, GateLayers, weight_and_bias
 from .checks import act_name
 from .packing import PackCache
 from .params import Branch, Gate
-from .spec import BranchSpec, SKSpec, make_divisible, require_divides, require_int, require_odd_kernel
+from .spec import (
+    BranchSpec,
+    SKSpec,
+    make_divisible,
+    require_divides,
+    require_int,
+    require_odd_kernel,
+    require_positive,
+)
 from .spec import gate_width as paper_gate_width
 
 
@@ -84,8 +92,7 @@ class SKConv(SKUnit):
         for name, value in {"features": features, "M": M, "G": G, "stride": stride, "L": L}.items():
             require_int(name, value)
         require_divides("G", G, "features", features)
-        if not r > 0:
-            raise ValueError(f"r must be > 0, got {r}")
+        require_positive("r", r)
         if gate_width is None:
             gate_width = paper_gate_width(features, r, L)
         else:
@@ -281,8 +288,10 @@ def _kernel_sizes(kernel_size: int | Sequence[int] | None) -> tuple[int, ...]:
         return 3, 5
     if isinstance(kernel_size, int):
         kernel_size = (kernel_size, kernel_size)
-    if not isinstance(kernel_size, (list, tuple)) or not kernel_size:
+    if not isinstance(kernel_size, (list, tuple)):
         raise TypeError(f"kernel_size must be an int or a list or tuple of ints, got {kernel_size!r}")
+    if not kernel_size:
+        raise ValueError(f"kernel_size must hold at least one kernel, got {kernel_size!r}")
     for k in kernel_size:
         require_odd_kernel("kernel_size", k)
         if k == 1:
@@ -309,8 +318,7 @@ def _gate_width(
         require_int(name, value)
     if rd_channels is not None or gate_width is not None:
         return next(iter(given.values()))
-    if not rd_ratio > 0:
-        raise ValueError(f"rd_ratio must be > 0, got {rd_ratio}")
+    require_positive("rd_ratio", rd_ratio)
     if min_channels is not None:
         return max(int(channels * rd_ratio), min_channels)
     require_int("rd_divisor", rd_divisor)

@@ -18,6 +18,19 @@ def require_int(name: str, value: object, minimum: int = 1) -> None:
         raise ValueError(f"{name} must be an int >= {minimum}, got {value}")
 
 
+def require_positive(name: str, value: object) -> None:
+    """Raise unless ``value`` is a number above 0.
+
+    Raises:
+        TypeError: ``value`` is not an ``int`` or ``float``.
+        ValueError: ``value`` is not above 0.
+    """
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number > 0, got {value!r} of type {type(value).__name__}")
+    if not value > 0:
+        raise ValueError(f"{name} must be a number > 0, got {value}")
+
+
 def require_odd_kernel(name: str, value: object, minimum: int = 1) -> None:
     """Raise unless ``value`` is an odd ``int``: an even kernel has no symmetric "same" padding.
 
@@ -42,10 +55,10 @@ def gate_width(channels: int, reduction: float, minimum: int = 32) -> int:
     """Width of the gate's hidden layer, ``d = max(C / r, L)`` (Li et al., CVPR 2019, Eq. 4), C / r floored.
 
     Raises:
-        ValueError: ``reduction`` is not positive.
+        TypeError: ``reduction`` is not a number.
+        ValueError: ``reduction`` is not above 0.
     """
-    if not reduction > 0:
-        raise ValueError(f"reduction must be > 0, got {reduction}")
+    require_positive("reduction", reduction)
     return max(int(channels / reduction), minimum)
 
 
@@ -111,7 +124,7 @@ class SKSpec:
 
     Attributes:
         num_branches: M.
-        branch_in_channels: channels that each branch reads: ``in_channels``, divided by M with ``split_input``.
+        branch_in_channels: channels that each branch reads: ``in_channels``, over M with ``split_input``.
         weight_shapes: shape of each branch's weight, ``[out_channels, branch_in_channels / groups, k, k]``.
 
     Raises:

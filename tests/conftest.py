@@ -9,6 +9,10 @@ settings.register_profile("sk_triton", deadline=None, derandomize=True, max_exam
 settings.load_profile("sk_triton")
 
 
+# The tensors are tiny: a second thread only waits.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     torch.manual_seed(0)

@@ -1,4 +1,4 @@
-"""Classes of others, written anew from their documents, with which results and checkpoints are compared."""
+"""Classes of others, written anew from their documents, to compare results and checkpoints with."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 
 class SeedSKConv(nn.Module):
-    """The seed document's ``SKConv``: bare branches of kernel 3, 5, 7, ..., a gate of two layers with bias."""
+    """The seed document's ``SKConv``: bare branches of kernel 3, 5, 7, ..., a gate with biases and no act."""
 
-    def __init__(self, features: int, M: int, G: int, r: float, stride: int = 1, L: int = 32) -> None:
+    def __init__(self, features: int, M: int, G: int, r: float, stride: int = 1, L: int = 32):
         super().__init__()
         d = max(int(features / r), L)
         self.convs = nn.ModuleList(

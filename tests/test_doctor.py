@@ -37,7 +37,7 @@ def test_a_layer_that_does_not_run_is_reported_and_the_exit_code_says_so(monkeyp
     def broken(*arguments):
         raise OSError("libcuda.so not found\nmore")
 
-    monkeypatch.setattr(sk_triton, "can_run_triton", broken)
+    monkeypatch.setattr(sk_triton, "explain", broken)
     assert cli.main(["doctor"]) == 1
     assert "OSError: libcuda.so not found" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import timm.layers
@@ -92,9 +93,8 @@ def test_every_parameter_takes_part(spec, seed):
 
 def test_equations_by_hand():
     """One output value of a two-branch unit, from the paper's equations and plain Python arithmetic."""
-    spec = SKSpec(
-        1, 1, (BranchSpec(1), BranchSpec(3)), branch_norm=False, branch_act="relu", gate_width=1, gate_norm=False
-    )  # fmt: skip
+    branches = (BranchSpec(1), BranchSpec(3))
+    spec = SKSpec(1, 1, branches, branch_norm=False, gate_width=1, gate_norm=False)
     x = torch.tensor([[[[1.0, 2.0], [3.0, -4.0]]]], dtype=torch.float64)
     branches, gate = random_unit(spec)
     with torch.no_grad():
@@ -127,9 +127,11 @@ def test_equals_the_seeds_class(features, M, G, r, stride, L):
     ours = SKConv(features, M, G, r, stride, L, dtype=torch.float64)
     ours.load_state_dict(seed.state_dict())
     assert_equal_modules(ours, seed, (3, features, 7, 6))
-    again = SeedSKConv(features, M, G, r, stride, L).double()
-    again.load_state_dict(ours.state_dict())
     assert list(ours.state_dict()) == list(seed.state_dict())
+    torch.nn.init.normal_(ours.fcs[-1].weight)
+    seed.load_state_dict(ours.state_dict())
+    x = torch.randn(2, features, 5, 5, dtype=torch.float64)
+    assert_same(ours(x), seed(x))
 
 
 def assert_equal_modules(ours, peer, shape, dtype=torch.float64):
@@ -161,7 +163,7 @@ TIMM_GRID = [
     {"in_channels": 16, "split_input": False, "groups": 4},
     {"in_channels": 16, "split_input": False, "groups": 16},
     {"in_channels": 16, "groups": 8, "stride": 2},
-    {"in_channels": 16, "out_channels": 4, "split_input": False, "groups": 16},  # timm: min(out_channels, groups)
+    {"in_channels": 16, "out_channels": 4, "split_input": False, "groups": 16},  # min(4, 16)
     {"in_channels": 16, "keep_3x3": False},
     {"in_channels": 16, "keep_3x3": False, "dilation": 2, "stride": 2},
     {"in_channels": 16, "dilation": 2},
@@ -180,7 +182,11 @@ TIMM_GRID = [
     {"in_channels": 16, "act_layer": None},
     {"in_channels": 16, "act_layer": nn.Identity},
     {"in_channels": 64, "norm_layer": nn.GroupNorm},
-    {"in_channels": 16, "norm_layer": timm.layers.LayerNorm2d},
+    {"in_channels": 16, "norm_layer": partial(nn.GroupNorm, num_groups=4, eps=1e-3)},
+    {"in_channels": 16, "norm_layer": partial(nn.BatchNorm2d, momentum=0.3, eps=1e-3)},
+    {"in_channels": 16, "norm_layer": partial(nn.BatchNorm2d, affine=False), "groups": 2},
+    # timm swaps a norm for its own with an activation, whose default eps is 1e-5 whatever the norm's.
+    {"in_channels": 16, "norm_layer": partial(timm.layers.LayerNorm2d, eps=1e-5)},
     {"in_channels": 16, "drop_layer": nn.Dropout2d},
     {"in_channels": 16, "drop_layer": nn.Dropout2d, "act_layer": nn.PReLU},
     {"in_channels": 16, "aa_layer": nn.AvgPool2d, "stride": 2},
@@ -191,7 +197,11 @@ TIMM_GRID = [
 
 
 def label(settings):
-    return "-".join(f"{k}={getattr(v, '__name__', v)}" for k, v in settings.items())
+    return "-".join(
+        f"{name}={getattr(value, '__name__', value)}"
+        for name, value in settings.items()
+        if not isinstance(value, partial)
+    )
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -202,45 +212,23 @@ def test_equals_timm(settings, training):
     ours = SelectiveKernel(**settings, dtype=torch.float64)
     assert list(ours.state_dict()) == list(peer.state_dict())
     ours.load_state_dict(peer.state_dict())
+    assert_equal_modules(ours.train(training), peer.train(training), (3, settings["in_channels"], 9, 7))
     again = TimmSelectiveKernel(**settings).double()
     again.load_state_dict(ours.state_dict())
-    assert_equal_modules(ours.train(training), peer.train(training), (3, settings["in_channels"], 9, 7))
-    assert_same(again.eval()(x := torch.randn(2, settings["in_channels"], 5, 5).double()), _evaluated(again, x))
-
-
-def _evaluated(module, x):
-    return module.eval()(x)
+    x = torch.randn(2, settings["in_channels"], 5, 5, dtype=torch.float64)
+    assert_same(ours.eval()(x), again.eval()(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_near_float64(dtype):
-    spec = SKSpec(16, 16, (BranchSpec(3, 1, 4), BranchSpec(3, 2, 4)), gate_width=8)
-    branches, gate = random_unit(spec)
+    layer = SelectiveKernel(16, groups=4, split_input=False, dtype=torch.float64)
+    randomize_norms(layer)
     x = torch.randn(2, 16, 9, 7, dtype=torch.float64)
     with torch.no_grad():
-        exact = reference.sk_conv(x, branches, gate, spec)
-        low = SKSpecCast(dtype)(x, branches, gate, spec)
-    scale = exact.abs().max()
+        exact = layer.eval()(x)
+        low = layer.to(dtype)(x.to(dtype))
     assert low.dtype == dtype
-    assert (low.double() - exact).abs().max() < 16 * torch.finfo(dtype).eps * scale
-
-
-class SKSpecCast:
-    """Runs the reference with everything cast to a dtype."""
-
-    def __init__(self, dtype):
-        self.dtype = dtype
-
-    def __call__(self, x, branches, gate, spec):
-        branches = tuple(
-            b._replace(weight=b.weight.to(self.dtype), norm=b.norm.to(self.dtype)) for b in branches
-        )
-        gate = gate._replace(
-            reduce_weight=gate.reduce_weight.to(self.dtype),
-            norm=gate.norm.to(self.dtype),
-            select_weight=tuple(w.to(self.dtype) for w in gate.select_weight),
-        )
-        return sk_conv(x.to(self.dtype), branches, gate, spec)
+    assert (low.double() - exact).abs().max() < 16 * torch.finfo(dtype).eps * exact.abs().max()
 
 
 def test_four_dimensional_gate_weights_are_the_same():

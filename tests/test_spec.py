@@ -35,7 +35,11 @@ def test_output_size_is_the_convolutions(spec, height, width):
 def test_weight_shapes_are_the_convolutions(spec):
     for branch, shape in zip(spec.branches, spec.weight_shapes, strict=True):
         conv = nn.Conv2d(
-            spec.branch_in_channels, spec.out_channels, branch.kernel_size, groups=branch.groups, device="meta"
+            spec.branch_in_channels,
+            spec.out_channels,
+            branch.kernel_size,
+            groups=branch.groups,
+            device="meta",
         )
         assert tuple(conv.weight.shape) == shape
 
@@ -110,10 +114,10 @@ BAD = [
     ({"branches": BranchSpec(3)}, TypeError, "branches must be a tuple of BranchSpec, got BranchSpec"),
     ({"split_input": 1}, TypeError, "split_input must be a bool, got 1"),
     ({"gate_norm": None}, TypeError, "gate_norm must be a bool, got None"),
-    ({"branch_act": nn.ReLU}, TypeError, "branch_act must be an activation's name .*got <class"),
-    ({"gate_act": ""}, TypeError, "gate_act must be an activation's name .* got ''"),
-    ({"in_channels": 9, "split_input": True}, ValueError, "number of branches must divide in_channels = 9, got 2"),
-    ({"in_channels": 6, "split_input": True}, ValueError, r"branches\[0\].groups must divide .*input channels = 3, got 2"),
+    ({"branch_act": nn.ReLU}, TypeError, "branch_act must be the name of an activation .*got <class"),
+    ({"gate_act": ""}, TypeError, "gate_act must be the name of an activation .* got ''"),
+    ({"in_channels": 9, "split_input": True}, ValueError, "branches must divide in_channels = 9, got 2"),
+    ({"in_channels": 6, "split_input": True}, ValueError, r"\[0\].groups must divide .*channels = 3, got 2"),
     ({"out_channels": 7}, ValueError, r"branches\[0\]\.groups must divide out_channels = 7, got 2"),
 ]
 
@@ -145,5 +149,5 @@ def test_bad_branch(args, error, message):
 
 @pytest.mark.parametrize("r", [0, -1, float("nan")])
 def test_bad_reduction(r):
-    with pytest.raises(ValueError, match=f"reduction must be > 0, got {r}"):
+    with pytest.raises(ValueError, match=f"reduction must be a number > 0, got {r}"):
         gate_width(64, r)

@@ -23,9 +23,9 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 def assert_errs_like_eager(actual: Tensor, eager: Tensor, exact: Tensor) -> None:
-    """The error rule: ``actual`` is as near to ``exact`` (float64) as twice the error of ``eager`` in its dtype.
+    """The error rule: ``actual`` errs from ``exact`` (float64) by at most twice what ``eager`` does.
 
-    The error is the largest absolute one; one unit in the last place of the largest value is always allowed.
+    The error is the largest absolute one, and one unit in the last place of the largest value is granted.
     """
     assert actual.dtype == eager.dtype
     assert exact.dtype == torch.float64

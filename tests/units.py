@@ -22,9 +22,7 @@ def specs(draw: st.DrawFn, acts: tuple[str, ...] = tuple(ACTS), linear: bool = F
     groups = [draw(st.sampled_from([1, 2, 4])) for _ in range(M)]
     common = math.lcm(*groups)
     branch_in = common * draw(st.integers(1, 2))
-    branches = tuple(
-        BranchSpec(draw(st.sampled_from([1, 3, 5])), draw(st.integers(1, 2)), groups=g) for g in groups
-    )
+    branches = tuple(BranchSpec(draw(st.sampled_from([1, 3, 5])), draw(st.integers(1, 2)), g) for g in groups)
     return SKSpec(
         branch_in * M if split_input else branch_in,
         common * draw(st.integers(1, 2)),
@@ -48,7 +46,7 @@ sizes = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7))  # N,
 def random_unit(
     spec: SKSpec, dtype: torch.dtype = torch.float64, *, training: bool = False
 ) -> tuple[tuple[Branch, ...], Gate]:
-    """Random parameters for a spec, with norms that are no identity; all float parameters require gradients."""
+    """Random parameters for a spec, with norms that are no identity; all of them require gradients."""
     C, d, M = spec.out_channels, spec.gate_width, spec.num_branches
     branches = tuple(
         Branch(
@@ -82,8 +80,9 @@ def randomize_norms(module: nn.Module) -> None:
     """Give every batch norm inside a module parameters and running statistics that are no identity."""
     for norm in module.modules():
         if isinstance(norm, nn.BatchNorm2d):
-            norm.weight.uniform_(0.5, 1.5)
-            norm.bias.normal_(0, 0.3)
+            if norm.affine:
+                norm.weight.uniform_(0.5, 1.5)
+                norm.bias.normal_(0, 0.3)
             norm.running_mean.normal_(0, 0.3)
             norm.running_var.uniform_(0.5, 1.5)
 

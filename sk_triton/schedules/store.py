@@ -5,8 +5,9 @@ Six passes over an activation tensor for M = 2: x once, each branch written and 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ..kernels.gate import gate_fwd
 from ..kernels.geometry import tiles
 from ..kernels.select import select_fwd
 from ..layout import memory_format
-from ..packing import PackCache, pack
+from ..packing import Packed, PackCache, pack
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec
@@ -29,54 +30,73 @@ def run(
     plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
 ) -> Tensor:
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
+    with torch.cuda.device_of(x):
+        steps, v = prepare(plan, x, pack(plan, branches, gate, cache), spec)
+        for step in steps:
+            step()
+    return v
+
+
+def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[Callable[[], object]], Tensor]:
+    """The steps that compute the unit, mostly kernel launches, and the tensor that will hold its output."""
     assert plan.gate is not None
     assert plan.select is not None
-    packed = pack(plan, branches, gate, cache)
     out_format = memory_format(x)
-    if x.stride(1) != 1:
-        # NCHW: one conversion; the result is written in NCHW directly.
-        x = x.contiguous(memory_format=torch.channels_last)
-        if x.stride(1) != 1:  # one channel: every stride describes it
-            x = x.as_strided(x.shape, (x.stride(0), 1, x.stride(2), x.stride(3)))
+    x = _with_adjacent_channels(x)
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
     c, m = spec.out_channels, spec.num_branches
     counts = [math.prod(tiles(launch.shape, launch.config, h, w)) for launch in plan.branch_launches]
     u = x.new_empty((m, n, h, w, c))
     partial = x.new_empty((n, sum(counts), c), dtype=torch.float32)
+    attention = x.new_empty((n, m, c), dtype=torch.float32)
+    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
+
+    steps: list[Callable[[], object]] = []
     first_tile = 0
     for launch, count, weight, shift in zip(
         plan.branch_launches, counts, packed.weights, packed.shifts, strict=True
     ):
-        channel = launch.start * spec.branch_in_channels if spec.split_input else 0
-        branch_conv_fwd(
-            x[:, channel:] if channel else x,
-            weight,
-            shift,
-            u[launch.start : launch.stop],
-            partial[:, first_tile : first_tile + count],
-            shape=launch.shape,
-            has_relu=plan.has_relu,
-            allow_tf32=plan.allow_tf32,
-            config=launch.config,
+        steps.append(
+            branch_conv_fwd(
+                x[:, launch.start * spec.branch_in_channels :] if spec.split_input else x,
+                weight,
+                shift,
+                u[launch.start : launch.stop],
+                partial[:, first_tile : first_tile + count],
+                shape=launch.shape,
+                has_relu=plan.has_relu,
+                allow_tf32=plan.allow_tf32,
+                config=launch.config,
+            )
         )
         first_tile += count
-    if partial.shape[1] > MAX_GATE_TILES:
-        partial = partial.sum(1, keepdim=True)
-    attention = x.new_empty((n, m, c), dtype=torch.float32)
-    gate_fwd(
-        partial,
-        packed.reduce_weight,
-        packed.gate_scale,
-        packed.gate_shift,
-        packed.select_weight,
-        packed.select_bias,
-        attention,
-        pixels=h * w,
-        has_relu=plan.gate_has_relu,
-        config=plan.gate,
+    if first_tile > MAX_GATE_TILES:
+        total = partial.new_empty((n, 1, c))
+        steps.append(functools.partial(torch.sum, partial, 1, keepdim=True, out=total))
+        partial = total
+    steps.append(
+        gate_fwd(
+            partial,
+            packed.reduce_weight,
+            packed.gate_scale,
+            packed.gate_shift,
+            packed.select_weight,
+            packed.select_bias,
+            attention,
+            pixels=h * w,
+            has_relu=plan.gate_has_relu,
+            config=plan.gate,
+        )
     )
-    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
-    select_fwd(u, attention, v, config=plan.select)
-    return v
+    steps.append(select_fwd(u, attention, v, config=plan.select))
+    return steps, v
 
+
+def _with_adjacent_channels(x: Tensor) -> Tensor:
+    """x itself where its channels are adjacent, else a channels_last copy: the one conversion that NCHW input costs."""
+    if x.stride(1) == 1:
+        return x
+    x = x.contiguous(memory_format=torch.channels_last)
+    # The stride of a single channel is arbitrary.
+    return x.as_strided(x.shape, (x.stride(0), 1, x.stride(2), x.stride(3)))

@@ -1,0 +1,94 @@
+"""The support grid: units, sizes and dtypes whose kernels are compiled and checked for every chip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sk_triton.spec import BranchSpec, SKSpec
+
+
+@dataclass(frozen=True)
+class Case:
+    """A unit on a batch of `n` inputs of `size` x `size` pixels."""
+
+    name: str
+    spec: SKSpec
+    n: int
+    size: int
+    dtype: torch.dtype
+    allow_tf32: bool = False
+
+    @property
+    def precision(self) -> str:
+        name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
+        return "tf32" if self.allow_tf32 else name
+
+
+def paper_unit(
+    channels: int,
+    groups: int = 32,
+    kernels: tuple[int, ...] = (3, 3),
+    dilations: tuple[int, ...] = (1, 2),
+    *,
+    in_channels: int | None = None,
+    stride: int = 1,
+    split_input: bool = False,
+) -> SKSpec:
+    """The paper's unit: norm and ReLU in the branches and the gate, `d = max(C / 16, 32)`."""
+    return SKSpec(
+        in_channels=channels if in_channels is None else in_channels,
+        out_channels=channels,
+        branches=tuple(BranchSpec(k, d, groups) for k, d in zip(kernels, dilations, strict=True)),
+        stride=stride,
+        split_input=split_input,
+        gate_width=max(channels // 16, 32),
+    )
+
+
+def seed_unit(channels: int, num_branches: int = 2, groups: int = 32) -> SKSpec:
+    """The seed document's class: bare branches with true kernels 3, 5, … and biases."""
+    return SKSpec(
+        in_channels=channels,
+        out_channels=channels,
+        branches=tuple(BranchSpec(3 + 2 * m, 1, groups) for m in range(num_branches)),
+        branch_bias=True,
+        branch_norm=False,
+        branch_act="identity",
+        gate_width=max(channels // 16, 32),
+        gate_bias=True,
+        gate_norm=False,
+        gate_act="identity",
+        select_bias=True,
+    )
+
+
+# (name, unit, batch, input size): the four SKNet-50 stages first.
+UNITS: tuple[tuple[str, SKSpec, int, int], ...] = (
+    ("stage 1", paper_unit(128), 128, 56),
+    ("stage 2", paper_unit(256), 128, 28),
+    ("stage 3", paper_unit(512), 128, 14),
+    ("stage 4", paper_unit(1024), 128, 7),
+    ("stage 1, batch 1", paper_unit(128), 1, 56),
+    ("stage 2, stride 2", paper_unit(256, stride=2), 128, 56),
+    ("seed, M = 2", seed_unit(128), 128, 56),
+    ("seed, M = 3", seed_unit(128, num_branches=3), 128, 56),
+    ("depthwise", paper_unit(64, groups=64), 128, 56),
+    ("dense, split", paper_unit(64, groups=1, in_channels=64, split_input=True), 128, 56),
+    ("dense", paper_unit(128, groups=1), 128, 28),
+    ("12 channels per group", paper_unit(384), 128, 14),
+    ("64 channels per group", paper_unit(2048), 32, 14),
+    ("one branch", paper_unit(128, kernels=(3,), dilations=(1,)), 128, 56),
+)
+PRECISIONS: tuple[tuple[torch.dtype, bool], ...] = (
+    (torch.float16, False),
+    (torch.bfloat16, False),
+    (torch.float32, True),
+    (torch.float32, False),
+)
+CASES = tuple(
+    Case(name, spec, n, size, dtype, allow_tf32)
+    for name, spec, n, size in UNITS
+    for dtype, allow_tf32 in PRECISIONS
+)

@@ -1,0 +1,161 @@
+"""`sk-triton resources`: what every kernel of the support grid uses on every chip, from the compiled code alone."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from sk_triton import SKSpec
+from sk_triton.chips import CHIPS
+from sk_triton.environment import require
+
+from .grid import CASES, UNITS, Case
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel of one case on one chip.
+
+    `per_output`: thread-instructions per element that the launch's branches write, waste at the edges included; None
+    where the compiler unrolled loops so that they cannot be counted, and for the gate.
+    """
+
+    case: Case
+    kernel: str
+    config: str
+    resources: Resources  # noqa: F821  (imported where Triton is)
+    per_output: float | None
+    shared_limit: int
+
+    @property
+    def faults(self) -> list[str]:
+        """What a kernel must not do: spill, exceed shared memory, or miss the tensor cores it is meant to use."""
+        found = []
+        if self.resources.spills:
+            found.append(f"{self.resources.spills} spills")
+        if self.resources.shared > self.shared_limit:
+            found.append(f"{self.resources.shared} of {self.shared_limit} bytes of shared memory")
+        if "depthwise" not in self.kernel and "select" not in self.kernel and self.case.precision != "fp32":
+            if not self.resources.matrix:
+                found.append("no tensor-core instruction")
+        return found
+
+
+def launches(case: Case, target: str) -> list:
+    """The kernel launches of `case` under schedule "store" on chip `target`, on meta tensors."""
+    from sk_triton import dispatch
+    from sk_triton.kernels.launch import Launch
+    from sk_triton.packing import Packed
+    from sk_triton.schedules import store
+
+    spec = case.spec
+    x = torch.empty(
+        (case.n, spec.in_channels, case.size, case.size), dtype=case.dtype, device="meta"
+    ).to(memory_format=torch.channels_last)
+    height, width = spec.output_size(case.size, case.size)
+    plan = dispatch.plan_store(spec, case.n, height, width, case.dtype, case.allow_tf32, CHIPS[target])
+    m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
+    packed = Packed(
+        weights=tuple(x.new_empty(16) for _ in plan.branch_launches),
+        shifts=tuple(
+            x.new_empty((launch.stop - launch.start, c), dtype=torch.float32) for launch in plan.branch_launches
+        ),
+        reduce_weight=x.new_empty((d, c)),
+        gate_scale=x.new_empty(d, dtype=torch.float32),
+        gate_shift=x.new_empty(d, dtype=torch.float32),
+        select_weight=x.new_empty((m, c, d)),
+        select_bias=x.new_empty((m, c), dtype=torch.float32) if spec.select_bias else None,
+    )
+    steps, _ = store.prepare(plan, x, packed, spec)
+    return [step for step in steps if isinstance(step, Launch)]
+
+
+def measure(case: Case, target: str) -> list[Row]:
+    """Compile the case's kernels for `target` and read what they use."""
+    from .compile import SHARED_LIMIT, compile_launch
+
+    rows = []
+    height, width = case.spec.output_size(case.size, case.size)
+    outputs = case.n * height * width * case.spec.out_channels
+    for launch in launches(case, target):
+        used = compile_launch(launch, target)
+        name = launch.kernel.fn.__name__ if hasattr(launch.kernel, "fn") else launch.kernel.__name__
+        name = name.removesuffix("_kernel").removesuffix("_fwd")
+        per_output = None
+        if used.instructions is not None and name != "gate":
+            programs = torch.Size(launch.grid).numel()
+            written = outputs * len(launch.constexprs.get("KERNELS", (1,)))
+            per_output = used.instructions * used.threads * programs / written
+        sizes = {k: v for k, v in launch.constexprs.items() if k.startswith(("BLOCK", "RUN"))}
+        config = " ".join(f"{k}={v}" for k, v in sizes.items()) + f" num_warps={launch.options['num_warps']}"
+        rows.append(Row(case, name, config, used, per_output, SHARED_LIMIT[target]))
+    return rows
+
+
+def measure_all(cases: list[Case], targets: list[str], workers: int) -> Iterator[list[Row]]:
+    """`measure` for every pair, in order, in `workers` processes."""
+    pairs = [(case, target) for target in targets for case in cases]
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(measure, *zip(*pairs, strict=True))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sk-triton resources`."""
+    parser.add_argument("--chip", choices=tuple(CHIPS), nargs="+", default=list(CHIPS), help="chips (default: all)")
+    parser.add_argument(
+        "--unit", choices=[name for name, *_ in UNITS], nargs="+", help="units of the support grid (default: all)"
+    )
+    parser.add_argument(
+        "--precision", choices=("fp16", "bf16", "tf32", "fp32"), nargs="+", default=["fp16"], help="default: fp16"
+    )
+    parser.add_argument("--workers", type=int, default=2, help="compiling processes (default 2)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table; returns 1 if a kernel spills, exceeds shared memory or misses the tensor cores."""
+    require("rich")
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Table
+
+    cases = [
+        case for case in CASES if case.precision in args.precision and (not args.unit or case.name in args.unit)
+    ]
+    console = Console()
+    rows: list[Row] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("compiling", total=len(cases) * len(args.chip))
+        for found in measure_all(cases, args.chip, args.workers):
+            rows.extend(found)
+            progress.advance(task)
+
+    table = Table(title="Resources of the compiled kernels")
+    for title in ("chip", "unit", "kernel", "precision"):
+        table.add_column(title)
+    for title in ("registers", "spills", "shared", "16-byte loads", "matrix", "instr / output"):
+        table.add_column(title, justify="right")
+    table.add_column("fault", style="red")
+    for row in rows:
+        used = row.resources
+        table.add_row(
+            used.target,
+            row.case.name,
+            row.kernel,
+            row.case.precision,
+            str(used.registers),
+            str(used.spills),
+            str(used.shared),
+            f"{used.wide_loads}/{used.loads}",
+            str(used.matrix),
+            "-" if row.per_output is None or used.target.startswith("gfx") else f"{row.per_output:.1f}",
+            ", ".join(row.faults),
+        )
+    console.print(table)
+    faults = [row for row in rows if row.faults]
+    console.print(f"{len(rows)} kernels, {len(faults)} with faults")
+    return 1 if faults else 0

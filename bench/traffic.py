@@ -1,0 +1,199 @@
+"""`sk-triton traffic`: the bytes that each kernel asks for and the distinct bytes it touches, counted by interpreting."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sk_triton import SKSpec
+from sk_triton.environment import require
+
+from .grid import paper_unit
+
+
+@dataclass
+class Traffic:
+    """Counts for one tensor under one launch, in bytes."""
+
+    kernel: str
+    tensor: str
+    read: int = 0
+    written: int = 0
+    touched: int = 0
+
+    @property
+    def requested(self) -> int:
+        return self.read + self.written
+
+
+class Meter:
+    """Counts accesses per tensor while the interpreter runs kernels inside :meth:`watch`.
+
+    An access outside of every tensor's storage raises ``IndexError``: on a GPU it would be a fault, or worse, nothing.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        storages: dict[int, str] = {}
+        for name, tensor in tensors.items():
+            storages.setdefault(tensor.untyped_storage().data_ptr(), name)
+        self._tensors = {name: tensors[name] for name in storages.values()}
+        self._rows: dict[str, Traffic] = {}
+        self._touched: dict[str, np.ndarray] = {}
+
+    @contextlib.contextmanager
+    def watch(self, kernel: str = "") -> Iterator[list[Traffic]]:
+        """Count what runs inside; the list that is handed out is filled at the end, one row per tensor used."""
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self._rows = {name: Traffic(kernel, name) for name in self._tensors}
+        self._touched = {}
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def metered_load(builder, ptrs, mask, *args, **kwargs):
+            self._count(ptrs, mask, is_write=False)
+            return load(builder, ptrs, mask, *args, **kwargs)
+
+        def metered_store(builder, ptrs, value, mask, *args, **kwargs):
+            self._count(ptrs, mask, is_write=True)
+            return store(builder, ptrs, value, mask, *args, **kwargs)
+
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = metered_load, metered_store
+        result: list[Traffic] = []
+        try:
+            yield result
+        finally:
+            InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+        for name, row in self._rows.items():
+            if row.requested:
+                row.touched = int(self._touched[name].sum())
+                result.append(row)
+
+    def _count(self, ptrs: Any, mask: Any, *, is_write: bool) -> None:
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data].astype(np.int64).reshape(-1)
+        found = 0
+        for name, tensor in self._tensors.items():
+            storage = tensor.untyped_storage()
+            offsets = addresses - storage.data_ptr()
+            offsets = offsets[(offsets >= 0) & (offsets + size <= storage.nbytes())]
+            if not offsets.size:
+                continue
+            found += offsets.size
+            row = self._rows[name]
+            if is_write:
+                row.written += offsets.size * size
+            else:
+                row.read += offsets.size * size
+            touched = self._touched.setdefault(name, np.zeros(storage.nbytes(), bool))
+            for byte in range(size):
+                touched[offsets + byte] = True
+        if found != addresses.size:
+            raise IndexError(f"{addresses.size - found} accesses outside of every tensor")
+
+
+def count(spec: SKSpec, n: int, size: int, dtype: torch.dtype = torch.float16) -> tuple[list[Traffic], int]:
+    """Traffic of schedule "store" on `n` inputs of `size` x `size` pixels, and T, the bytes of one output.
+
+    The configs are those of a full-size batch (128): tiles do not depend on how little is interpreted.
+
+    Raises:
+        RuntimeError: the kernels were imported without ``TRITON_INTERPRET=1``.
+    """
+    from sk_triton import dispatch
+    from sk_triton.chips import CHIPS
+    from sk_triton.kernels.launch import Launch
+    from sk_triton.packing import Packed
+    from sk_triton.schedules import store
+
+    if not dispatch.is_interpreted():
+        raise RuntimeError("traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before the first import")
+    height, width = spec.output_size(size, size)
+    plan = dispatch.plan_store(spec, 128, height, width, dtype, False, CHIPS["sm_90"])
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    from sk_triton.kernels.packing import pack_branch_weights
+
+    m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
+    x = random(n, spec.in_channels, size, size).to(memory_format=torch.channels_last)
+    packed = Packed(
+        weights=tuple(
+            pack_branch_weights(
+                [random(*shape) for shape in spec.weight_shapes[launch.start : launch.stop]],
+                launch.shape,
+                launch.config,
+                dtype,
+            )
+            for launch in plan.branch_launches
+        ),
+        shifts=tuple(random(la.stop - la.start, c, dtype=torch.float32) for la in plan.branch_launches),
+        reduce_weight=random(d, c),
+        gate_scale=random(d, dtype=torch.float32),
+        gate_shift=random(d, dtype=torch.float32),
+        select_weight=random(m, c, d),
+        select_bias=None,
+    )
+    steps, v = store.prepare(plan, x, packed, spec)
+    rows: list[Traffic] = []
+    for step in steps:
+        if not isinstance(step, Launch):
+            raise ValueError(f"spec on {size} x {size} pixels needs a step outside the kernels, which is not counted")
+        named = zip(step.kernel.arg_names, step.arguments, strict=False)
+        tensors = {_LABELS.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor)}
+        with Meter(tensors).watch(step.kernel.fn.__name__.removesuffix("_fwd_kernel")) as found:
+            step()
+        rows.extend(found)
+    return rows, v.numel() * v.element_size()
+
+
+_LABELS = {"w_ptr": "branch weights", "reduce_ptr": "reduce weight", "select_ptr": "select weight"}
+
+
+def total(rows: list[Traffic], unit: int) -> float:
+    """Distinct bytes of everything that grows with the batch (weights excluded), in units of T."""
+    per_batch = ("x", "u", "v", "partial", "attention")
+    return sum(row.touched for row in rows if row.tensor in per_batch) / unit
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sk-triton traffic`."""
+    parser.add_argument("--channels", type=int, default=32, help="channels of the unit, 4 per group (default 32)")
+    parser.add_argument("--size", type=int, default=56, help="height and width (default 56)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints the table of one unit."""
+    import os
+    import sys
+
+    require("rich")
+    from sk_triton import dispatch
+
+    if not dispatch.is_interpreted():
+        # Triton reads the switch when a kernel is defined, so it must be set before the process starts.
+        os.environ["TRITON_INTERPRET"] = "1"
+        os.execv(sys.executable, [sys.executable, "-m", "sk_triton", *sys.argv[1:]])
+    from rich.console import Console
+    from rich.table import Table
+
+    rows, unit = count(paper_unit(args.channels, groups=args.channels // 4), 1, args.size)
+    table = Table(title=f"Traffic of schedule store, {args.channels}@{args.size}², in passes (T = one activation)")
+    for title in ("kernel", "tensor"):
+        table.add_column(title)
+    for title in ("requested", "distinct"):
+        table.add_column(title, justify="right")
+    for row in rows:
+        table.add_row(row.kernel, row.tensor, f"{row.requested / unit:.2f}", f"{row.touched / unit:.3f}")
+    console = Console()
+    console.print(table)
+    console.print(f"distinct, without weights: {total(rows, unit):.2f} T")
+    return 0

@@ -1,0 +1,25 @@
+"""A kernel launch, prepared but not run: so that it can be run, compiled for an absent chip, or counted."""
+
+from typing import Any, NamedTuple
+
+
+class Launch(NamedTuple):
+    """`kernel[grid](*arguments, **constexprs, **options)`; calling it runs it.
+
+    `options` holds num_warps and num_stages; `trips`, how often each run-time loop of the kernel runs, in source order.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constexprs: dict[str, Any]
+    options: dict[str, int]
+    trips: tuple[int, ...] = ()
+
+    def __call__(self) -> None:
+        self.kernel[self.grid](*self.arguments, **self.constexprs, **self.compile_options)
+
+    @property
+    def compile_options(self) -> dict[str, Any]:
+        """Options for Triton's compiler. Fused multiply-adds are asked for: Triton 3.10 leaves them out by default."""
+        return {**self.options, "enable_fp_fusion": True}

@@ -1,0 +1,7 @@
+"""`python -m sk_triton` is the `sk-triton` command."""
+
+import sys
+
+from .cli import main
+
+sys.exit(main())

@@ -1,0 +1,193 @@
+"""The branch convolutions, interpreted, against float64."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sk_triton.bench.traffic import Meter
+from sk_triton.kernels.config import DepthwiseConfig, StreamConfig, TapConfig
+from sk_triton.kernels.geometry import ConvShape, tiles
+
+from .interpreter import exact_bfloat16
+from .tolerances import assert_errs_like_eager
+
+pytestmark = pytest.mark.interpret
+
+GROUPED = ConvShape(16, 16, 4, (3, 3), (1, 2))
+STREAM = StreamConfig(8, 8, BLOCK_H=2, BLOCK_W=8, RUN_H=4, RUN_W=2, BLOCKS_PER_PROGRAM=2)
+STREAM_WIDE = StreamConfig(16, 16, BLOCK_H=2, BLOCK_W=8, RUN_H=4, RUN_W=1)
+
+# name: (branches, config, N, H, W)
+CASES = {
+    "stream": (GROUPED, STREAM, 2, 13, 17),
+    "stream, even rows": (GROUPED, StreamConfig(8, 8, 2, 8, RUN_H=7, RUN_W=2), 1, 14, 16),
+    "stream, two samples per tile": (GROUPED, StreamConfig(8, 8, 2, 4, RUN_H=4, RUN_W=2, BLOCK_N=2), 3, 7, 5),
+    "stream, one pixel": (GROUPED, STREAM, 1, 1, 1),
+    "stream, one row": (GROUPED, STREAM, 2, 1, 9),
+    "stream, 1x1 and dilation 3": (ConvShape(24, 24, 8, (1, 3, 3), (1, 3, 1)), STREAM, 2, 13, 7),
+    "stream, split input": (ConvShape(16, 16, 4, (3, 3), (1, 2), is_split=True), STREAM, 2, 7, 5),
+    "stream, one branch": (ConvShape(16, 16, 4, (3,), (2,)), STREAM, 1, 7, 5),
+    "stream, channel multiplier": (ConvShape(8, 16, 4, (1, 3), (1, 2), stride=2), STREAM_WIDE, 2, 13, 6),
+    "stream, stride 2, runs along rows": (ConvShape(16, 16, 4, (3, 1), (2, 1), stride=2), STREAM, 2, 13, 17),
+    "stream, stride 2": (ConvShape(16, 32, 4, (3, 3), (1, 2), stride=2), STREAM_WIDE, 2, 13, 17),
+    "stream, stride 3": (ConvShape(16, 16, 4, (3, 5), (1, 2), stride=3), STREAM_WIDE, 1, 13, 17),
+    "stream, 3 channels per group": (ConvShape(15, 15, 5, (3, 3), (1, 2)), STREAM, 2, 7, 5),
+    "stream, unequal block count": (ConvShape(24, 24, 6, (3, 3), (1, 2)), STREAM, 1, 7, 5),
+    "stream, 5x5": (ConvShape(16, 16, 4, (3, 5), (1, 1)), STREAM, 1, 7, 5),
+    "tap, 3 to 7 with runs": (ConvShape(16, 16, 4, (3, 5, 7), (1, 1, 1)), TapConfig(8, 8, 4, 4, RUN_W=4), 2, 13, 17),
+    "tap, dense": (ConvShape(20, 24, 1, (3, 3), (1, 2)), TapConfig(16, 16, 8, 4), 2, 7, 5),
+    "tap, wide groups": (ConvShape(40, 80, 2, (3, 3), (1, 2), stride=2), TapConfig(32, 16, 2, 8, BLOCK_N=2), 3, 7, 5),
+    "tap, narrow groups": (ConvShape(12, 12, 4, (3, 5), (1, 1)), TapConfig(16, 16, 4, 4), 1, 7, 5),
+    "tap, one pixel": (ConvShape(32, 32, 2, (1, 3), (1, 2)), TapConfig(16, 16, 4, 4), 1, 1, 1),
+    "depthwise": (ConvShape(20, 20, 20, (3, 3), (1, 2)), DepthwiseConfig(16, 2, 4, RUN_H=2), 2, 7, 5),
+    "depthwise, 13x17": (ConvShape(16, 16, 16, (3, 1), (2, 1)), DepthwiseConfig(16, 2, 4, RUN_H=4), 1, 13, 17),
+    "depthwise, stride 2": (
+        ConvShape(20, 20, 20, (3, 5), (1, 2), stride=2), DepthwiseConfig(16, 2, 4, BLOCK_N=2), 3, 9, 1,
+    ),
+    "depthwise, split input": (
+        ConvShape(16, 16, 16, (3, 3), (1, 2), is_split=True), DepthwiseConfig(16, 2, 4, RUN_H=2), 1, 7, 5,
+    ),
+}  # fmt: skip
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def make(shape, n, h, w, dtype):
+    channels = shape.c_in * (len(shape.kernels) if shape.is_split else 1)
+    x = torch.randn(n, channels, h, w).to(dtype).to(memory_format=torch.channels_last)
+    fan_in = shape.c_in // shape.groups
+    weights = [
+        (torch.randn(shape.c_out, fan_in, k, k) / (k * math.sqrt(fan_in))).to(dtype) for k in shape.kernels
+    ]
+    return x, weights, torch.randn(len(shape.kernels), shape.c_out)
+
+
+def run(x, weights, shift, shape, config, *, has_relu):
+    """`u [M, N, C, H, W]` and pooled sums `[N, C]` from a launch into NaN-filled buffers with guards around them."""
+    from sk_triton.kernels.branch_conv import branch_conv_fwd
+    from sk_triton.kernels.packing import pack_branch_weights
+
+    n, m, c = x.shape[0], len(shape.kernels), shape.c_out
+    h, w = shape.output_size(*x.shape[2:])
+    count = math.prod(tiles(shape, config, h, w))
+    u = torch.full((m + 2, n + 2, h + 2, w + 2, c), math.nan, dtype=x.dtype)
+    partial = torch.full((n + 2, count + 2, c), math.nan)
+    inner_u, inner_partial = u[1:-1, 1:-1, 1:-1, 1:-1], partial[1:-1, 1:-1]
+    packed = pack_branch_weights(weights, shape, config, x.dtype)
+    launch = branch_conv_fwd(
+        x, packed, shift, inner_u, inner_partial,
+        shape=shape, has_relu=has_relu, allow_tf32=False, config=config,
+    )  # fmt: skip
+    tensors = [t for t in launch.arguments if isinstance(t, torch.Tensor)]
+    is_small = x.untyped_storage().nbytes() < 2**20
+    with (
+        exact_bfloat16() if x.dtype == torch.bfloat16 else contextlib.nullcontext(),
+        Meter({str(i): t for i, t in enumerate(tensors)}).watch() if is_small else contextlib.nullcontext(),
+    ):
+        launch()
+    written = u.isfinite().sum() + partial.isfinite().sum()
+    assert written <= inner_u.numel() + inner_partial.numel(), "the kernel wrote outside of its output"
+    return inner_u.permute(0, 1, 4, 2, 3), inner_partial.sum(1)
+
+
+def eager(x, weights, shift, shape, *, has_relu):
+    us = []
+    for m, (weight, dilation) in enumerate(zip(weights, shape.dilations, strict=True)):
+        x_m = x[:, m * shape.c_in : (m + 1) * shape.c_in] if shape.is_split else x
+        padding = dilation * (shape.kernels[m] // 2)
+        u = F.conv2d(x_m, weight, None, shape.stride, padding, dilation, shape.groups)
+        if shift is not None:
+            u = u + shift[m].to(u.dtype)[:, None, None]
+        us.append(u.relu() if has_relu else u)
+    return torch.stack(us)
+
+
+def exact(x, weights, shift, shape, *, has_relu):
+    double = None if shift is None else shift.double()
+    return eager(x.double(), [w.double() for w in weights], double, shape, has_relu=has_relu)
+
+
+def check(x, weights, shift, shape, config, *, has_relu=True):
+    u, pooled = run(x, weights, shift, shape, config, has_relu=has_relu)
+    ours = eager(x, weights, shift, shape, has_relu=has_relu)
+    reference = exact(x, weights, shift, shape, has_relu=has_relu)
+    assert_errs_like_eager(u, ours, reference)
+    sums = reference.sum(0).sum((2, 3))
+    # What eager pools is the branches it stored, so its own error is that of their rounding.
+    assert_errs_like_eager(pooled, ours.double().sum(0).sum((2, 3)).float(), sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_float64(name, dtype):
+    shape, config, *size = CASES[name]
+    x, weights, shift = make(shape, *size, dtype)
+    check(x, weights, shift, shape, config)
+
+
+@pytest.mark.parametrize("name", ["stream", "tap, dense", "depthwise"])
+def test_without_shift_and_relu(name):
+    shape, config, *size = CASES[name]
+    x, weights, _ = make(shape, *size, torch.float32)
+    check(x, weights, None, shape, config, has_relu=False)
+
+
+@pytest.mark.parametrize("name", ["stream", "tap, dense", "depthwise"])
+@pytest.mark.parametrize("view", ["crop", "channels", "every other pixel", "misaligned", "broadcast"])
+def test_strided_input(name, view):
+    shape, config, n, *_ = CASES[name]
+    x, weights, shift = make(shape, n, 9, 10, torch.float16)
+    channels = x.shape[1]
+    if view == "crop":
+        x = x[:, :, 1:-1, 2:]
+    elif view == "every other pixel":
+        x = x[:, :, ::2, ::2]
+    elif view == "channels":
+        x = torch.cat([x, x], 1).to(memory_format=torch.channels_last)[:, 3 : channels + 3]
+    elif view == "misaligned":
+        storage = torch.randn(x.numel() + 1).half()[1:]
+        x = storage.as_strided(x.shape, x.stride())
+    else:
+        x = x[:1].expand(n, -1, -1, -1)
+    assert x.stride(1) == 1
+    check(x, weights, shift, shape, config)
+
+
+@pytest.mark.parametrize("name", ["stream", "tap, dense", "depthwise"])
+@pytest.mark.parametrize("axis", [0, 2, 3], ids=["N", "H", "W"])
+def test_strides_beyond_31_bits(name, axis):
+    """A view that spans more than 2^31 elements of a buffer of which little is ever touched."""
+    shape, config, *_ = CASES[name]
+    small, weights, shift = make(shape, 2, 3, 2, torch.float16)
+    strides = list(small.stride())
+    strides[axis] = 2**31 + 16
+    last = sum((size - 1) * stride for size, stride in zip(small.shape, strides, strict=True))
+    x = torch.empty(last + 1, dtype=torch.float16).as_strided(small.shape, strides)
+    x.copy_(small)
+    check(x, weights, shift, shape, config)
+
+
+@pytest.mark.parametrize("name", ["stream", "stream, two samples per tile", "tap, wide groups", "depthwise, stride 2"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_values_stay_in_their_sample(name, value):
+    shape, config, n, h, w = CASES[name]
+    x, weights, shift = make(shape, n, h, w, torch.float16)
+    clean_u, clean_pooled = run(x, weights, shift, shape, config, has_relu=True)
+    x[1, 0, h // 2, w // 2] = value
+    u, pooled = run(x, weights, shift, shape, config, has_relu=True)
+    others = [i for i in range(n) if i != 1]
+    assert torch.equal(u[:, others], clean_u[:, others])
+    assert torch.equal(pooled[others], clean_pooled[others])
+    if math.isnan(value):
+        affected = exact(x, weights, shift, shape, has_relu=True).isnan()
+        assert u[affected].isnan().all(), "ReLU must hand NaN on"
+        assert pooled[1].isnan().any()
+
+
+def test_stream_needs_whole_groups():
+    from sk_triton.kernels.geometry import blocking
+
+    with pytest.raises(ValueError, match="8 inputs and 8 outputs cannot hold a group of 16 and 16"):
+        blocking(ConvShape(32, 32, 2, (3,), (1,)), STREAM)
