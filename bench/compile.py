@@ -181,7 +181,9 @@ def _loop_weights(lines: list[tuple[int, str, str]], trips: tuple[int, ...]) -> 
 def _read_amdgcn(compiled: Any, target: str) -> Resources:
     """Static counts only: loops of AMD code are not weighted."""
     text = compiled.asm["amdgcn"]
-    opcodes = Counter(m[1] for line in text.splitlines() if (m := re.match(r"\t([vs]_\w+|ds_\w+|global_\w+)", line)))
+    opcodes = Counter(
+        m[1] for line in text.splitlines() if (m := re.match(r"\t([vs]_\w+|ds_\w+|global_\w+)", line))
+    )
 
     def total(prefix: str) -> int:
         return sum(count for opcode, count in opcodes.items() if opcode.startswith(prefix))

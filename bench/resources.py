@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import json
+import multiprocessing
+import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from sk_triton import SKSpec
+from sk_triton import dispatch, tuning
 from sk_triton.chips import CHIPS
 from sk_triton.environment import require
+from sk_triton.kernels.config import BranchConfig
+from sk_triton.kernels.launch import Launch
+from sk_triton.packing import Packed
+from sk_triton.plan import BranchLaunch, Plan
 
 from .grid import CASES, UNITS, Case
+
+if TYPE_CHECKING:
+    from .compile import Resources
 
 
 @dataclass(frozen=True)
@@ -27,9 +38,10 @@ class Row:
     case: Case
     kernel: str
     config: str
-    resources: Resources  # noqa: F821  (imported where Triton is)
+    resources: Resources
     per_output: float | None
     shared_limit: int
+    branch_launch: BranchLaunch | None
 
     @property
     def faults(self) -> list[str]:
@@ -45,24 +57,22 @@ class Row:
         return found
 
 
-def launches(case: Case, target: str) -> list:
-    """The kernel launches of `case` under schedule "store" on chip `target`, on meta tensors."""
-    from sk_triton import dispatch
-    from sk_triton.kernels.launch import Launch
-    from sk_triton.packing import Packed
+def launches(case: Case, target: str) -> tuple[Plan, list[Launch]]:
+    """The plan and the kernel launches of `case` under schedule "store" on chip `target`, on meta tensors."""
     from sk_triton.schedules import store
 
     spec = case.spec
-    x = torch.empty(
-        (case.n, spec.in_channels, case.size, case.size), dtype=case.dtype, device="meta"
-    ).to(memory_format=torch.channels_last)
+    x = torch.empty((case.n, spec.in_channels, case.size, case.size), dtype=case.dtype, device="meta").to(
+        memory_format=torch.channels_last
+    )
     height, width = spec.output_size(case.size, case.size)
     plan = dispatch.plan_store(spec, case.n, height, width, case.dtype, case.allow_tf32, CHIPS[target])
     m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
     packed = Packed(
         weights=tuple(x.new_empty(16) for _ in plan.branch_launches),
         shifts=tuple(
-            x.new_empty((launch.stop - launch.start, c), dtype=torch.float32) for launch in plan.branch_launches
+            x.new_empty((launch.stop - launch.start, c), dtype=torch.float32)
+            for launch in plan.branch_launches
         ),
         reduce_weight=x.new_empty((d, c)),
         gate_scale=x.new_empty(d, dtype=torch.float32),
@@ -71,7 +81,7 @@ def launches(case: Case, target: str) -> list:
         select_bias=x.new_empty((m, c), dtype=torch.float32) if spec.select_bias else None,
     )
     steps, _ = store.prepare(plan, x, packed, spec)
-    return [step for step in steps if isinstance(step, Launch)]
+    return plan, [step for step in steps if isinstance(step, Launch)]
 
 
 def measure(case: Case, target: str) -> list[Row]:
@@ -81,10 +91,10 @@ def measure(case: Case, target: str) -> list[Row]:
     rows = []
     height, width = case.spec.output_size(case.size, case.size)
     outputs = case.n * height * width * case.spec.out_channels
-    for launch in launches(case, target):
+    plan, planned = launches(case, target)
+    for i, launch in enumerate(planned):
         used = compile_launch(launch, target)
-        name = launch.kernel.fn.__name__ if hasattr(launch.kernel, "fn") else launch.kernel.__name__
-        name = name.removesuffix("_kernel").removesuffix("_fwd")
+        name = launch.kernel.fn.__name__.removesuffix("_fwd_kernel")
         per_output = None
         if used.instructions is not None and name != "gate":
             programs = torch.Size(launch.grid).numel()
@@ -92,25 +102,59 @@ def measure(case: Case, target: str) -> list[Row]:
             per_output = used.instructions * used.threads * programs / written
         sizes = {k: v for k, v in launch.constexprs.items() if k.startswith(("BLOCK", "RUN"))}
         config = " ".join(f"{k}={v}" for k, v in sizes.items()) + f" num_warps={launch.options['num_warps']}"
-        rows.append(Row(case, name, config, used, per_output, SHARED_LIMIT[target]))
+        branch_launch = plan.branch_launches[i] if i < len(plan.branch_launches) else None
+        rows.append(Row(case, name, config, used, per_output, SHARED_LIMIT[target], branch_launch))
     return rows
 
 
 def measure_all(cases: list[Case], targets: list[str], workers: int) -> Iterator[list[Row]]:
-    """`measure` for every pair, in order, in `workers` processes."""
+    """`measure` for every pair, in order, in `workers` new processes, where kernels are compiled, not interpreted."""
     pairs = [(case, target) for target in targets for case in cases]
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(measure, *zip(*pairs, strict=True))
+    interpreted = os.environ.pop("TRITON_INTERPRET", None)
+    try:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(measure, *zip(*pairs, strict=True))
+    finally:
+        if interpreted is not None:
+            os.environ["TRITON_INTERPRET"] = interpreted
+
+
+def write_configs(rows: list[Row]) -> None:
+    """Replace the shipped configs of every chip in `rows` by those of its branch launches that have no fault."""
+    by_chip: dict[str, dict[str, BranchConfig]] = {}
+    for row in rows:
+        if row.branch_launch is not None and not row.faults:
+            case, launch = row.case, row.branch_launch
+            size = case.spec.output_size(case.size, case.size)
+            key = tuning.key(launch.shape, case.n, *size, case.dtype, case.allow_tf32)
+            by_chip.setdefault(row.resources.target, {})[key] = launch.config
+    for chip, entries in by_chip.items():
+        content = json.dumps(tuning.shipped_content(chip, entries), indent=1)
+        tuning.shipped_file(chip).write_text(content + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton resources`."""
-    parser.add_argument("--chip", choices=tuple(CHIPS), nargs="+", default=list(CHIPS), help="chips (default: all)")
     parser.add_argument(
-        "--unit", choices=[name for name, *_ in UNITS], nargs="+", help="units of the support grid (default: all)"
+        "--chip", choices=tuple(CHIPS), nargs="+", default=list(CHIPS), help="chips (default: all)"
     )
     parser.add_argument(
-        "--precision", choices=("fp16", "bf16", "tf32", "fp32"), nargs="+", default=["fp16"], help="default: fp16"
+        "--unit",
+        choices=[name for name, *_ in UNITS],
+        nargs="+",
+        help="units of the support grid (default: all)",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("fp16", "bf16", "tf32", "fp32"),
+        nargs="+",
+        default=["fp16"],
+        help="default: fp16",
+    )
+    parser.add_argument(
+        "--write-configs",
+        action="store_true",
+        help="replace the shipped configs by the analytic ones compiled here",
     )
     parser.add_argument("--workers", type=int, default=2, help="compiling processes (default 2)")
 
@@ -122,8 +166,13 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
+    if args.write_configs:
+        for chip in args.chip:
+            tuning.shipped_file(chip).unlink(missing_ok=True)
     cases = [
-        case for case in CASES if case.precision in args.precision and (not args.unit or case.name in args.unit)
+        case
+        for case in CASES
+        if case.precision in args.precision and (not args.unit or case.name in args.unit)
     ]
     console = Console()
     rows: list[Row] = []
@@ -156,6 +205,8 @@ def run(args: argparse.Namespace) -> int:
             ", ".join(row.faults),
         )
     console.print(table)
+    if args.write_configs:
+        write_configs(rows)
     faults = [row for row in rows if row.faults]
     console.print(f"{len(rows)} kernels, {len(faults)} with faults")
     return 1 if faults else 0

@@ -64,7 +64,10 @@ class Meter:
             self._count(ptrs, mask, is_write=True)
             return store(builder, ptrs, value, mask, *args, **kwargs)
 
-        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = metered_load, metered_store
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
+            metered_load,
+            metered_store,
+        )
         result: list[Traffic] = []
         try:
             yield result
@@ -113,7 +116,9 @@ def count(spec: SKSpec, n: int, size: int, dtype: torch.dtype = torch.float16) -
     from sk_triton.schedules import store
 
     if not dispatch.is_interpreted():
-        raise RuntimeError("traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before the first import")
+        raise RuntimeError(
+            "traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
+        )
     height, width = spec.output_size(size, size)
     plan = dispatch.plan_store(spec, 128, height, width, dtype, False, CHIPS["sm_90"])
     generator = torch.Generator().manual_seed(0)
@@ -146,9 +151,13 @@ def count(spec: SKSpec, n: int, size: int, dtype: torch.dtype = torch.float16) -
     rows: list[Traffic] = []
     for step in steps:
         if not isinstance(step, Launch):
-            raise ValueError(f"spec on {size} x {size} pixels needs a step outside the kernels, which is not counted")
+            raise ValueError(
+                f"spec on {size} x {size} pixels needs a step outside the kernels, which is not counted"
+            )
         named = zip(step.kernel.arg_names, step.arguments, strict=False)
-        tensors = {_LABELS.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor)}
+        tensors = {
+            _LABELS.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor)
+        }
         with Meter(tensors).watch(step.kernel.fn.__name__.removesuffix("_fwd_kernel")) as found:
             step()
         rows.extend(found)
@@ -166,7 +175,9 @@ def total(rows: list[Traffic], unit: int) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton traffic`."""
-    parser.add_argument("--channels", type=int, default=32, help="channels of the unit, 4 per group (default 32)")
+    parser.add_argument(
+        "--channels", type=int, default=32, help="channels of the unit, 4 per group (default 32)"
+    )
     parser.add_argument("--size", type=int, default=56, help="height and width (default 56)")
 
 
@@ -186,7 +197,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     rows, unit = count(paper_unit(args.channels, groups=args.channels // 4), 1, args.size)
-    table = Table(title=f"Traffic of schedule store, {args.channels}@{args.size}², in passes (T = one activation)")
+    table = Table(
+        title=f"Traffic of schedule store, {args.channels}@{args.size}², in passes (T = one activation)"
+    )
     for title in ("kernel", "tensor"):
         table.add_column(title)
     for title in ("requested", "distinct"):

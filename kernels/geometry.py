@@ -96,7 +96,8 @@ def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
     chunks = cdiv(channels_ci, config.BLOCK_CI)
     if config.RUN_W > 1:
         spans = tuple(
-            next_power_of_2((config.RUN_W - 1) * step + k) for step, k in zip(steps, shape.kernels, strict=True)
+            next_power_of_2((config.RUN_W - 1) * step + k)
+            for step, k in zip(steps, shape.kernels, strict=True)
         )
         taps_w = (1,) * len(spans)
     else:

@@ -33,7 +33,9 @@ def branch_config(
         streams = group <= 8 and kernel <= 3
     else:
         streams = group <= MAX_STREAM_CHANNELS and kernel <= (5 if group <= 8 else 3)
-    candidates = _stream_candidates(shape, is_ieee, dtype) if streams else _tap_candidates(shape, is_ieee, dtype)
+    candidates = (
+        _stream_candidates(shape, is_ieee, dtype) if streams else _tap_candidates(shape, is_ieee, dtype)
+    )
     return _smallest(candidates, shape, n, h, w, chip)
 
 
@@ -42,7 +44,9 @@ def gate_config(m: int, c: int, d: int, chip: Chip) -> GateConfig:
     block_d = min(64, max(16, next_power_of_2(d)))
     # The product with the select weights holds BLOCK_M * BLOCK_C columns.
     block_c = max(16, min(64, next_power_of_2(c), 256 // next_power_of_2(m)))
-    return GateConfig(BLOCK_N=16, BLOCK_S=min(64, max(16, next_power_of_2(c))), BLOCK_D=block_d, BLOCK_C=block_c)
+    return GateConfig(
+        BLOCK_N=16, BLOCK_S=min(64, max(16, next_power_of_2(c))), BLOCK_D=block_d, BLOCK_C=block_c
+    )
 
 
 def select_config(pixels: int, c: int) -> SelectConfig:
@@ -94,7 +98,9 @@ def _tap_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> list
         block_ci, block_co, run_w, pixels, num_warps, num_stages = 8, 8, 2, 64, 1, 1
     else:
         # Products in fp32 without tensor cores keep both operands in registers.
-        block_ci = min(16 if is_ieee else 32 if dtype == torch.float32 else 64, max(16, next_power_of_2(group_in)))
+        block_ci = min(
+            16 if is_ieee else 32 if dtype == torch.float32 else 64, max(16, next_power_of_2(group_in))
+        )
         block_co = min(32 if is_ieee else 64, max(16, next_power_of_2(group_out)))
         run_w, pixels, num_warps, num_stages = 1, 64, 4, 1 if is_ieee else 2
     return [
@@ -149,7 +155,9 @@ def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: 
     height, width = config.BLOCK_H * run_h * shape.stride, config.BLOCK_W * run_w * shape.stride
     halo = (height + reach) * (width + reach) / (height * width)
     # Pixels of several samples are pooled by masked sums, not on the tensor core.
-    work = area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * (1.0 if config.BLOCK_N == 1 else 1.3)
+    work = (
+        area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * (1.0 if config.BLOCK_N == 1 else 1.3)
+    )
     blocks = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
     programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * cdiv(layout.blocks, blocks)
     # About 8 programs of this size keep one processor busy; fewer leave it idle.

@@ -63,7 +63,9 @@ def run(
     from .schedules import store
 
     if plan.backend != "triton" or plan.schedule != "store":
-        raise ValueError(f"plan must have backend 'triton' and schedule 'store', got {plan.backend}/{plan.schedule}")
+        raise ValueError(
+            f"plan must have backend 'triton' and schedule 'store', got {plan.backend}/{plan.schedule}"
+        )
     return store.run(plan, x, branches, gate, spec, cache)
 
 
@@ -76,7 +78,9 @@ def explain(layer: SKUnit, x: Tensor) -> Explanation:
     from .checks import check_input
 
     check_input(x, layer.spec)
-    return Explanation(choose(x, layer.branches(), layer.gate(), layer.spec, backend=current_backend()), layer.spec)
+    return Explanation(
+        choose(x, layer.branches(), layer.gate(), layer.spec, backend=current_backend()), layer.spec
+    )
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,9 @@ def _device_reason(x: Tensor) -> str:
         if not is_interpreted():
             return 'x is on "cpu"; the kernels need a GPU, or TRITON_INTERPRET=1 to run interpreted'
         if x.dtype == torch.bfloat16:
-            return "Triton's interpreter multiplies the bit patterns of bfloat16; take float16 or float32 there"
+            return (
+                "Triton's interpreter multiplies the bit patterns of bfloat16; take float16 or float32 there"
+            )
         return ""
     if x.device.type != "cuda":
         return f'x is on "{x.device.type}"; the kernels run on CUDA and ROCm GPUs'
@@ -156,7 +162,10 @@ def _state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate) -> str:
         return "torch.compile is tracing; the kernels are not registered as operators yet"
     if type(x) is not Tensor and type(x) is not nn.Parameter:
         return f"x is a {type(x).__name__}; the kernels take plain tensors"
-    for name, norm in (*((f"branches[{m}].norm", b.norm) for m, b in enumerate(branches)), ("gate.norm", gate.norm)):
+    for name, norm in (
+        *((f"branches[{m}].norm", b.norm) for m, b in enumerate(branches)),
+        ("gate.norm", gate.norm),
+    ):
         if norm is None:
             continue
         if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
@@ -169,8 +178,12 @@ def _state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate) -> str:
         if branch.drop is not None and not isinstance(branch.drop, nn.Identity):
             if not isinstance(branch.drop, nn.Module) or branch.drop.training:
                 return f"branches[{m}].drop is active; the kernels are for inference (layer.eval())"
-    if torch.is_grad_enabled() and (x.requires_grad or any(t.requires_grad for t in _tensors(branches, gate))):
-        return "gradients are enabled; the kernels are forward only (torch.no_grad() or torch.inference_mode())"
+    if torch.is_grad_enabled() and (
+        x.requires_grad or any(t.requires_grad for t in _tensors(branches, gate))
+    ):
+        return (
+            "gradients are enabled; the kernels are forward only (torch.no_grad() or torch.inference_mode())"
+        )
     return ""
 
 

@@ -6,12 +6,12 @@ import hashlib
 import json
 from dataclasses import asdict
 from functools import lru_cache
-from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import analytic
+from . import analytic, kernels
 from .chips import Chip
 from .kernels.config import BranchConfig, DepthwiseConfig, StreamConfig, TapConfig
 from .kernels.geometry import ConvShape
@@ -41,6 +41,22 @@ def key(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32
     )
 
 
+def shipped_file(chip_name: str) -> Path:
+    """The file of configs that the package ships for a chip."""
+    return Path(__file__).parent / "configs" / f"{chip_name}.json"
+
+
+def shipped_content(chip_name: str, entries: dict[str, BranchConfig]) -> dict[str, Any]:
+    """What a shipped file holds: configs predicted to be good, each compiled for the chip without a fault."""
+    return {
+        "schema": SCHEMA,
+        "chip": chip_name,
+        "evidence": "predicted",
+        "kernels": kernels_hash(),
+        "branch_conv_fwd": {name: dump_entry(config) for name, config in sorted(entries.items())},
+    }
+
+
 def dump_entry(config: BranchConfig) -> dict[str, Any]:
     """A config as a JSON object."""
     kind = next(name for name, cls in _KINDS.items() if type(config) is cls)
@@ -51,16 +67,14 @@ def dump_entry(config: BranchConfig) -> dict[str, Any]:
 def kernels_hash() -> str:
     """Hash of the kernels' sources: a config made for other sources is not used."""
     digest = hashlib.sha256()
-    folder = resources.files("sk_triton.kernels")
-    for file in sorted(folder.iterdir(), key=lambda f: f.name):
-        if file.name.endswith(".py"):
-            digest.update(file.read_bytes())
+    for file in sorted(Path(str(kernels.__file__)).parent.glob("*.py")):
+        digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 @lru_cache
 def _shipped(chip_name: str) -> dict[str, BranchConfig]:
-    file = resources.files("sk_triton.configs") / f"{chip_name}.json"
+    file = shipped_file(chip_name)
     if not file.is_file():
         return {}
     content = json.loads(file.read_text())

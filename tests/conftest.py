@@ -1,16 +1,32 @@
 """Settings shared by all tests."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Triton reads the switch when a kernel is defined: in one process kernels are either interpreted or compiled.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # No deadline: two busy cores time nothing. Derandomised: a failure on one machine is a failure on all.
 settings.register_profile("sk_triton", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("sk_triton")
 
-
 # The tensors are tiny: a second thread only waits.
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "gpu" in item.keywords and (IS_INTERPRETED or not torch.cuda.is_available()):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU and compiled kernels"))
+        if "interpret" in item.keywords and not IS_INTERPRETED:
+            item.add_marker(
+                pytest.mark.skip(reason="kernels are compiled here: TRITON_INTERPRET=1 pytest -m interpret")
+            )
 
 
 @pytest.fixture(autouse=True)

@@ -169,7 +169,9 @@ def test_strides_beyond_31_bits(name, axis):
     check(x, weights, shift, shape, config)
 
 
-@pytest.mark.parametrize("name", ["stream", "stream, two samples per tile", "tap, wide groups", "depthwise, stride 2"])
+@pytest.mark.parametrize(
+    "name", ["stream", "stream, two samples per tile", "tap, wide groups", "depthwise, stride 2"]
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_values_stay_in_their_sample(name, value):
     shape, config, n, h, w = CASES[name]

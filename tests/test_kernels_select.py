@@ -31,7 +31,9 @@ def run(u, attention, memory_format=torch.channels_last):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(2, 3, 13, 17, 20), (1, 1, 1, 1, 1), (3, 2, 7, 5, 33), (2, 1, 1, 9, 16), (2, 1, 9, 1, 16)], ids=str
+    "shape",
+    [(2, 3, 13, 17, 20), (1, 1, 1, 1, 1), (3, 2, 7, 5, 33), (2, 1, 1, 9, 16), (2, 1, 9, 1, 16)],
+    ids=str,
 )
 def test_matches_float64(shape, dtype, memory_format):
     m, n, _, _, c = shape

@@ -12,7 +12,7 @@ from timm.layers.selective_kernel import SelectiveKernel as TimmSelectiveKernel
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from sk_triton import BranchSpec, SelectiveKernel, SKConv
+from sk_triton import BranchSpec, SelectiveKernel, SKConv, use_backend
 from sk_triton.packing import PackCache
 
 from .peers import NormedSeedSKConv, SeedSKConv, WrappedSeedSKConv
@@ -203,7 +203,26 @@ def test_autocast_is_that_of_conv2d(make, dtype, low, training):
     assert all(p.grad.dtype == wide for p in layer.parameters())
 
 
-@pytest.mark.parametrize("norm_layer", [nn.BatchNorm2d, functools.partial(nn.GroupNorm, num_groups=2)])
+class Float32Norm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x.float())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_on_a_gpu_is_that_of_conv2d(make, memory_format, training, backend):
+    layer, conv = make(device="cuda").train(training), nn.Conv2d(16, 16, 3, device="cuda")
+    x = torch.randn(2, 16, 6, 5, device="cuda").contiguous(memory_format=memory_format)
+    with torch.autocast("cuda", dtype=torch.float16), use_backend(backend):
+        v = layer(x)
+        assert v.dtype == conv(x).dtype
+    assert v.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize(
+    "norm_layer", [nn.BatchNorm2d, Float32Norm, functools.partial(nn.GroupNorm, num_groups=2)]
+)
 def test_autocast_is_near_float32(norm_layer):
     layer = SelectiveKernel(16, norm_layer=norm_layer)
     x = torch.randn(4, 16, 6, 6)

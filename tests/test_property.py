@@ -167,6 +167,18 @@ def test_memory_format_of(shape, layout):
             assert reference.memory_format(view) is layout
 
 
+def test_memory_format_of_an_expanded_channel():
+    x = torch.empty(2, 1, 5, 6)
+    assert reference.memory_format(x.expand(2, 4, 5, 6)) is torch.contiguous_format
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_select_keeps_the_dtype_of_the_branches(dtype):
+    """A softmax under autocast on a GPU is float32."""
+    us = [torch.randn(2, 3, 4, 4, dtype=dtype) for _ in range(2)]
+    assert reference.select(us, torch.full((2, 2, 3), 0.5)).dtype == dtype
+
+
 @pytest.mark.parametrize("shape", [(2, 1, 5, 6), (2, 4, 1, 1)])
 def test_a_tensor_in_both_formats_counts_as_contiguous(shape):
     assert reference.memory_format(torch.empty(shape)) is torch.contiguous_format

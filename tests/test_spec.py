@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import timm.layers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -92,7 +92,9 @@ def test_gate_width_is_equation_4(channels, r, L, expected):
     assert gate_width(channels, r, L) == expected
 
 
-@given(st.floats(0.1, 5000), st.sampled_from([1, 4, 8, 16, 32]))
+@example(9.5, 8)
+@example(8.8, 8)
+@given(st.floats(0.1, 5000) | st.floats(0.1, 99), st.sampled_from([1, 4, 8, 16, 32]))
 def test_make_divisible_is_timms(value, divisor):
     width = make_divisible(value, divisor)
     assert width == timm.layers.make_divisible(value, divisor)

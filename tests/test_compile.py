@@ -1,0 +1,75 @@
+"""Kernels compiled for every supported chip, none of which need be present."""
+
+import pytest
+import torch
+
+from sk_triton.bench import resources
+from sk_triton.bench.grid import CASES, Case, paper_unit
+from sk_triton.chips import CHIPS
+
+pytestmark = pytest.mark.compile
+
+# What a chip's kernels are judged by here; `sk-triton resources` compiles the whole support grid.
+UNITS = {
+    "fp16": ("stage 1", "stage 2", "stage 3", "stage 4", "seed, M = 2", "dense"),
+    "tf32": ("stage 1", "depthwise"),
+}
+CHOSEN = [case for case in CASES if case.name in UNITS.get(case.precision, ())]
+LARGE = Case("over 2^31 elements", paper_unit(64, groups=16), 1, 8192, torch.float16)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    measured = resources.measure_all(CHOSEN, list(CHIPS), workers=2)
+    large = resources.measure_all([LARGE], ["sm_90"], workers=1)
+    return [row for found in (*measured, *large) for row in found]
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_no_kernel_has_a_fault(rows, chip):
+    """No spills, shared memory within the chip's limit, tensor cores where meant."""
+    found = [row for row in rows if row.resources.target == chip]
+    assert len(found) >= 3 * len(CHOSEN)
+    assert not [(row.case.name, row.case.precision, row.kernel, row.faults) for row in found if row.faults]
+
+
+@pytest.mark.parametrize("chip", [name for name in CHIPS if name.startswith("sm_")])
+def test_activations_are_loaded_16_bytes_at_a_time(rows, chip):
+    """All but the loads of shift, attention and the like: fp32 vectors of a few channels."""
+    for row in rows:
+        if row.resources.target == chip and row.kernel.startswith(("branch_conv_stream", "select")):
+            assert row.resources.wide_loads >= 0.75 * row.resources.loads, (row.case.name, row.kernel)
+
+
+def test_instructions_per_output(rows):
+    (row,) = [
+        row
+        for row in rows
+        if (row.resources.target, row.case.name, row.case.precision) == ("sm_90", "stage 1", "fp16")
+        and row.kernel == "branch_conv_stream"
+    ]
+    assert row.per_output <= 12
+
+
+def test_large_tensors_take_64_bit_offsets(rows):
+    large = [row for row in rows if row.case is not None and row.case.name == LARGE.name]
+    assert {row.kernel for row in large} == {"branch_conv_stream", "gate", "select"}
+    _, planned = resources.launches(LARGE, "sm_90")
+    assert planned[0].constexprs["IS_LARGE"]
+    assert planned[-1].constexprs["IS_LARGE"]
+    assert not any(row.faults for row in large)
+
+
+def test_faults_are_found(rows):
+    from dataclasses import replace
+
+    row = rows[0]
+    assert row.kernel == "branch_conv_stream"
+    worse = replace(
+        row, resources=replace(row.resources, spills=3, shared=10**6, matrix=0), shared_limit=1000
+    )
+    assert worse.faults == [
+        "3 spills",
+        "1000000 of 1000 bytes of shared memory",
+        "no tensor-core instruction",
+    ]

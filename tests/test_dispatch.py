@@ -1,0 +1,222 @@
+"""What runs, why not the rest, and with which configs."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from sk_triton import (
+    SelectiveKernel,
+    SKConv,
+    analytic,
+    can_run_triton,
+    dispatch,
+    explain,
+    tuning,
+    use_backend,
+)
+from sk_triton.chips import CHIPS
+from sk_triton.kernels.config import DepthwiseConfig, StreamConfig, TapConfig
+from sk_triton.kernels.geometry import ConvShape
+
+SM_90 = CHIPS["sm_90"]
+
+
+def layer(**kwargs):
+    return SelectiveKernel(16, groups=4, split_input=False, **kwargs).eval()
+
+
+def reason(module, x):
+    can_run, why = can_run_triton(x, module.branches(), module.gate(), module.spec)
+    assert can_run == (not why)
+    return why
+
+
+@pytest.fixture
+def x():
+    return torch.randn(1, 16, 5, 4)
+
+
+@pytest.mark.interpret
+def test_can_run_interpreted(x):
+    with torch.no_grad():
+        assert reason(layer(), x) == ""
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda m, x: (m.double(), x.double()), "x has dtype torch.float64; the kernels take float16"),
+        (lambda m, x: (m.bfloat16(), x.bfloat16()), "interpreter multiplies the bit patterns of bfloat16"),
+        (lambda m, x: (m.train(), x), r"branches\[0\].norm uses batch statistics; .*layer.eval\(\)"),
+        (lambda m, x: (layer(act_layer=nn.SiLU), x), "branch_act is SiLU; the kernels compute relu and identity"),
+        (lambda m, x: (layer(norm_layer=nn.InstanceNorm2d), x), r"branches\[0\].norm is a InstanceNorm2d"),
+        (lambda m, x: (layer(drop_layer=nn.Dropout).train(), x), "batch statistics"),
+        (lambda m, x: (m, x.to("meta")), 'x is on "meta"'),
+        (lambda m, x: (m, x.as_subclass(type("Sub", (torch.Tensor,), {}))), "x is a Sub; the kernels take plain tensors"),
+    ],
+)  # fmt: skip
+def test_reasons(change, why, x):
+    module, x = change(layer(), x)
+    with torch.no_grad():
+        assert reason(module, x)
+        with pytest.raises(RuntimeError, match=rf'use_backend\("triton"\) cannot run here: .*{why}'):
+            dispatch.choose(x, module.branches(), module.gate(), module.spec, backend="triton")
+
+
+def test_active_drop_is_refused(x):
+    module = layer(drop_layer=nn.Dropout)
+    with torch.no_grad():
+        assert "drop" not in reason(module, x)
+        module.paths[1].bn.drop.train()
+        if dispatch.is_interpreted():
+            assert (
+                reason(module, x)
+                == "branches[1].drop is active; the kernels are for inference (layer.eval())"
+            )
+
+
+@pytest.mark.interpret
+def test_gradients_are_refused_and_inference_is_not(x):
+    module = layer()
+    with (
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match="gradients are enabled; the kernels are forward only"),
+    ):
+        module(x)
+    for parameter in module.parameters():
+        parameter.requires_grad_(False)
+    with use_backend("triton"):
+        assert not module(x).requires_grad
+        with pytest.raises(RuntimeError, match="gradients are enabled"):
+            module(x.requires_grad_())
+
+
+@pytest.mark.interpret
+def test_explicit_request_runs_the_kernels_and_auto_on_cpu_does_not(x, monkeypatch):
+    ran = []
+    monkeypatch.setattr("sk_triton.schedules.store.run", lambda *args: ran.append(args))
+    module = layer()
+    with torch.no_grad():
+        module(x)
+        with use_backend("reference"):
+            module(x)
+        assert not ran
+        with use_backend("triton"):
+            module(x)
+        assert len(ran) == 1
+
+
+def test_without_triton(x, monkeypatch):
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
+    assert reason(layer(), x) == "Triton is not installed (pip install triton)"
+
+
+def test_without_interpreter(x, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with torch.no_grad():
+        assert reason(layer(), x).startswith('x is on "cpu"; the kernels need a GPU')
+
+
+def test_explain_reference(x):
+    text = str(explain(layer(), x))
+    assert "backend   reference" in text
+    assert "schedule  eager" in text
+    assert 'not triton: x is on "cpu", where "auto" takes the reference' in text
+
+
+@pytest.mark.interpret
+def test_explain_triton(x):
+    with torch.no_grad(), use_backend("triton"):
+        text = str(explain(SKConv(16, M=3, G=4, r=4).eval(), x))
+    assert "backend   triton" in text
+    assert "schedule  store" in text
+    assert "passes    8 over one activation tensor (predicted)" in text
+    assert "branches  3x3 g4, 5x5 g4, 7x7 g4" in text
+    assert "source  analytic (sm_90)" in text
+    assert "not reference: the kernels can run; eager takes 25 passes" in text
+
+
+def test_branches_with_unequal_groups_take_a_launch_each():
+    from sk_triton import BranchSpec, SKSpec
+
+    spec = SKSpec(32, 32, (BranchSpec(3, 1, 1), BranchSpec(3, 1, 32), BranchSpec(3, 2, 32)), gate_width=8)
+    plan = dispatch.plan_store(spec, 8, 14, 14, torch.float16, True, SM_90)
+    assert [(la.start, la.stop, la.shape.groups) for la in plan.branch_launches] == [(0, 1, 1), (1, 3, 32)]
+    assert plan.passes == 2 + 2 * 3 + 1
+    assert not plan.allow_tf32
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_tf32_follows_pytorch(allowed, monkeypatch):
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = allowed
+        assert dispatch.allows_tf32() is allowed
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+GROUPED = ConvShape(128, 128, 32, (3, 3), (1, 2))
+
+
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
+@pytest.mark.parametrize(
+    ("shape", "dtype", "allow_tf32", "kind"),
+    [
+        (GROUPED, torch.float16, False, StreamConfig),
+        (GROUPED, torch.float32, True, StreamConfig),
+        (GROUPED, torch.float32, False, StreamConfig),
+        (ConvShape(64, 64, 64, (3,), (1,)), torch.float16, False, StreamConfig),
+        (ConvShape(64, 64, 64, (3,), (1,)), torch.float32, True, DepthwiseConfig),
+        (ConvShape(64, 64, 1, (3,), (1,)), torch.bfloat16, False, TapConfig),
+        (ConvShape(128, 128, 32, (3, 5, 7), (1, 1, 1)), torch.float16, False, TapConfig),
+    ],
+)
+def test_analytic_choice(chip, shape, dtype, allow_tf32, kind):
+    config = analytic.branch_config(shape, 128, 56, 56, dtype, allow_tf32, chip)
+    assert type(config) is kind
+    analytic.branch_config.cache_clear()
+    assert analytic.branch_config(shape, 128, 56, 56, dtype, allow_tf32, chip) == config
+
+
+def test_small_batches_get_shorter_runs():
+    runs = [analytic.branch_config(GROUPED, n, 56, 56, torch.float16, False, SM_90).RUN_H for n in (1, 128)]
+    assert runs[0] < runs[1]
+
+
+def test_shipped_entry_comes_before_the_analytic_choice(monkeypatch):
+    chosen = analytic.branch_config(GROUPED, 128, 56, 56, torch.float16, False, SM_90)
+    other = StreamConfig(8, 8, 4, 4, RUN_H=1, RUN_W=2)
+    assert other != chosen
+    key = tuning.key(GROUPED, 128, 56, 56, torch.float16, False)
+    assert key == "forward/float16/c128-128/g32/k3d1+k3d2/s1/56x56/n7"
+    monkeypatch.setattr(tuning, "_shipped", lambda chip: {key: other} if chip == "sm_90" else {})
+    found, source = tuning.branch_config(GROUPED, 100, 56, 56, torch.float16, False, SM_90)
+    assert (found, source) == (other, "configs/sm_90.json (predicted)")
+    found, source = tuning.branch_config(GROUPED, 128, 56, 56, torch.float16, False, CHIPS["sm_80"])
+    assert source == "analytic (sm_80)"
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_shipped_files_are_current(chip):
+    """A file made for other kernels would be ignored; regenerate with `sk-triton resources --write-configs`."""
+    file = tuning.shipped_file(chip)
+    content = json.loads(file.read_text())
+    assert content["schema"] == tuning.SCHEMA
+    assert content["kernels"] == tuning.kernels_hash()
+    assert content["chip"] == chip
+    assert content["evidence"] == "predicted"
+    loaded = tuning._shipped(chip)
+    assert len(loaded) == len(content["branch_conv_fwd"]) > 0
+    for name, config in loaded.items():
+        assert tuning.dump_entry(config) == content["branch_conv_fwd"][name]
+
+
+def test_stale_files_are_ignored(monkeypatch):
+    tuning._shipped.cache_clear()
+    monkeypatch.setattr(tuning, "kernels_hash", lambda: "another")
+    assert tuning._shipped("sm_90") == {}
+    tuning._shipped.cache_clear()

@@ -1,0 +1,203 @@
+"""Packed weights: the right entries, and never stale ones."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from sk_triton import SelectiveKernel, SKConv, use_backend
+from sk_triton.kernels.config import DepthwiseConfig, StreamConfig, TapConfig
+from sk_triton.kernels.geometry import ConvShape, blocking
+from sk_triton.kernels.packing import pack_branch_weights
+from sk_triton.packing import PackCache, fold_norm
+
+from .units import random_norm, randomize_norms
+
+
+def seed_layer():
+    return SKConv(8, M=2, G=4, r=2, L=4).eval()
+
+
+def paper_layer():
+    layer = SelectiveKernel(8, groups=4, split_input=False).eval()
+    randomize_norms(layer)
+    return layer
+
+
+def in_place(layer):
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.mul_(1.5)
+
+
+def optimizer_step(layer):
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def load_state_dict(layer):
+    layer.load_state_dict({k: v * 2 if v.is_floating_point() else v for k, v in layer.state_dict().items()})
+
+
+def swapped_data(layer):
+    for parameter in layer.parameters():
+        parameter.data = parameter.data * 2
+
+
+def swapped_data_twice(layer):
+    # The second tensor may land at the first one's old address.
+    for parameter in layer.parameters():
+        shape = parameter.shape
+        parameter.data = torch.zeros(1)
+        parameter.data = torch.rand(shape)
+
+
+def swapped_parameter(layer):
+    for module in layer.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            setattr(module, name, nn.Parameter(parameter.detach() * 2))
+
+
+def running_statistics(layer):
+    for module in layer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.add_(0.5)
+            module.running_var.mul_(2)
+
+
+def epsilon(layer):
+    for module in layer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 0.5
+
+
+def uncounted_write_then_train(layer):
+    layer.train()
+    for parameter in layer.parameters():
+        parameter.data.mul_(1.5)
+    layer.eval()
+
+
+CHANGES = [
+    in_place, optimizer_step, load_state_dict, swapped_data, swapped_data_twice, swapped_parameter,
+    running_statistics, epsilon, uncounted_write_then_train,
+]  # fmt: skip
+
+
+def outputs(layer, x):
+    with torch.no_grad():
+        with use_backend("triton"):
+            ours = layer(x)
+        with use_backend("reference"):
+            return ours, layer(x)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("make", [seed_layer, paper_layer])
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+def test_a_change_is_seen(make, change):
+    layer, x = make(), torch.randn(1, 8, 5, 4)
+    before, _ = outputs(layer, x)
+    again, _ = outputs(layer, x)
+    assert torch.equal(before, again)
+    change(layer)
+    after, expected = outputs(layer, x)
+    if any(isinstance(m, nn.BatchNorm2d) for m in layer.modules()) or change not in (
+        running_statistics,
+        epsilon,
+    ):
+        assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, expected)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    "move", [lambda m: m.half(), lambda m: m.to(torch.float16), lambda m: m.half().float()]
+)
+def test_to_is_seen(move):
+    layer, x = paper_layer(), torch.randn(1, 8, 5, 4)
+    outputs(layer, x)
+    layer = move(layer)
+    ours, expected = outputs(layer, x.to(layer.paths[0].conv.weight.dtype))
+    assert ours.dtype == expected.dtype
+    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.interpret
+def test_copies_share_nothing():
+    layer, x = paper_layer(), torch.randn(1, 8, 5, 4)
+    before, _ = outputs(layer, x)
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        in_place(twin)
+        after, expected = outputs(twin, x)
+        torch.testing.assert_close(after, expected)
+        assert torch.equal(outputs(layer, x)[0], before)
+
+
+def test_unchanged_parameters_are_packed_once():
+    cache, sources, built = PackCache(), [torch.ones(2), torch.zeros(3)], []
+
+    def build():
+        packed = type("Packed", (), {"gate_scale": torch.ones(1)})()
+        built.append(packed)
+        return packed
+
+    first = cache.get("plan", sources, build)
+    assert cache.get("plan", sources, build) is first
+    assert cache.get("another plan", sources, build) is not first
+    assert cache.get("plan", sources, build) is first
+    sources[0].add_(1)
+    assert cache.get("plan", sources, build) is not first
+    assert len(built) == 3
+    cache.clear()
+    cache.get("plan", sources, build)
+    assert len(built) == 4
+
+
+def test_inference_tensors_are_never_cached():
+    with torch.inference_mode():
+        source = torch.ones(2)
+    cache, built = PackCache(), []
+    for _ in range(2):
+        cache.get("plan", [source], lambda: built.append(1))
+    assert len(built) == 2
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_fold_norm(affine):
+    norm = random_norm(5, torch.float32)
+    if not affine:
+        norm.weight = norm.bias = None
+    y, bias = torch.randn(2, 5, 3, 3), torch.randn(5)
+    scale, shift = fold_norm(norm, bias, 5, y)
+    folded = y * scale[:, None, None] + shift[:, None, None]
+    torch.testing.assert_close(folded, norm(y + bias[:, None, None]))
+
+
+@pytest.mark.parametrize(
+    ("shape", "config"),
+    [
+        (
+            ConvShape(15, 15, 5, (1, 3), (1, 2)),
+            StreamConfig(8, 8, 2, 8, RUN_H=4, RUN_W=2, BLOCKS_PER_PROGRAM=2),
+        ),
+        (ConvShape(16, 32, 2, (3, 5), (1, 1)), TapConfig(16, 8, 4, 4)),
+        (ConvShape(40, 24, 1, (3,), (1,)), TapConfig(16, 16, 4, 4, RUN_W=2)),
+        (ConvShape(9, 9, 9, (3, 5), (1, 1)), DepthwiseConfig(4, 2, 2)),
+    ],
+    ids=str,
+)
+def test_every_weight_is_packed_once_per_run_position(shape, config):
+    fan_in = shape.c_in // shape.groups
+    weights = [torch.rand(shape.c_out, fan_in, k, k) + 1 for k in shape.kernels]
+    packed = pack_branch_weights(weights, shape, config, torch.float64)
+    copies = 1 if isinstance(config, DepthwiseConfig) else config.RUN_W
+    assert packed.sum().item() == pytest.approx(copies * sum(w.double().sum().item() for w in weights))
+    assert packed.count_nonzero() == copies * sum(w.numel() for w in weights)
+    if not isinstance(config, DepthwiseConfig):
+        layout = blocking(shape, config)
+        assert packed.numel() == layout.blocks * layout.offsets[-1]

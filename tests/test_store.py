@@ -1,0 +1,180 @@
+"""Whole units through schedule "store", interpreted, against float64, the seed document's class and timm's module."""
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from sk_triton import SelectiveKernel, SKConv, dispatch, functional, use_backend
+from sk_triton.kernels.config import SelectConfig
+from sk_triton.schedules import store
+
+from .peers import SeedSKConv
+from .tolerances import assert_errs_like_eager, assert_same
+from .units import random_unit, randomize_norms, sizes, specs
+
+pytestmark = pytest.mark.interpret
+
+LAYERS = {
+    "seed": lambda: SKConv(32, M=2, G=8, r=4),
+    "seed, three branches, stride 2": lambda: SKConv(16, M=3, G=4, r=4, stride=2, L=8),
+    "seed, one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
+    "paper": lambda: SelectiveKernel(32, groups=8, split_input=False),
+    "paper, stride 2": lambda: SelectiveKernel(32, groups=8, split_input=False, stride=2),
+    "timm's default": lambda: SelectiveKernel(32),
+    "split, groups": lambda: SelectiveKernel(32, groups=8),
+    "out of in": lambda: SelectiveKernel(32, 48, groups=4, split_input=False),
+    "true 5x5": lambda: SelectiveKernel(32, groups=8, keep_3x3=False, split_input=False),
+    "dilation 2": lambda: SelectiveKernel(32, groups=8, dilation=2, split_input=False),
+    "depthwise": lambda: SelectiveKernel(32, groups=32, split_input=False),
+}
+
+
+def compare(layer, x):
+    """The error rule on a layer and an input, and the memory format."""
+    layer.eval()
+    randomize_norms(layer)
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).double()(x.double())
+        with use_backend("reference"):
+            eager = layer(x)
+        with use_backend("triton"):
+            ours = layer(x)
+    assert ours.stride() == eager.stride()
+    assert_errs_like_eager(ours, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, dtype, memory_format):
+    compare(
+        LAYERS[name]().to(dtype),
+        torch.randn(2, LAYERS[name]().spec.in_channels, 7, 5)
+        .to(dtype)
+        .contiguous(memory_format=memory_format),
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 13, 17), (3, 1, 4)], ids=str)
+@pytest.mark.parametrize("name", ["seed", "paper"])
+def test_sizes(name, size):
+    n, h, w = size
+    compare(LAYERS[name](), torch.randn(n, 32, h, w))
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :, 1:, ::2],
+        lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:, ::2],
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:1].expand(2, -1, -1, -1),
+        lambda x: x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x),
+    ],
+    ids=["crop", "crop, channels_last", "transposed", "broadcast", "misaligned"],
+)
+def test_views(view):
+    compare(LAYERS["paper"]().half(), view(torch.randn(2, 32, 6, 5).half()))
+
+
+@settings(max_examples=25)
+@given(specs(acts=("relu", "identity")), sizes)
+def test_any_unit(spec, size):
+    n, h, w = size
+    branches, gate = random_unit(spec, torch.float32)
+    x = torch.randn(n, spec.in_channels, h, w)
+    with torch.no_grad():
+        with use_backend("triton"):
+            ours = functional.sk_conv(x, branches, gate, spec)
+        with use_backend("reference"):
+            assert_same(ours, functional.sk_conv(x, branches, gate, spec))
+
+
+def test_seed_state_dict():
+    seed, x = SeedSKConv(32, M=2, G=8, r=4).eval(), torch.randn(2, 32, 7, 5)
+    layer = SKConv(32, M=2, G=8, r=4).eval()
+    layer.load_state_dict(seed.state_dict())
+    with torch.no_grad():
+        assert_same(layer(x), seed(x))
+        with use_backend("triton"):
+            assert_same(layer(x), seed(x))
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"groups": 8}, {"groups": 8, "split_input": False, "stride": 2}], ids=str
+)
+def test_timm_state_dict(settings):
+    timm_layers = pytest.importorskip("timm.layers")
+    timm, x = timm_layers.SelectiveKernel(32, **settings).eval(), torch.randn(2, 32, 7, 5)
+    randomize_norms(timm)
+    layer = SelectiveKernel(32, **settings).eval()
+    layer.load_state_dict(timm.state_dict())
+    with torch.no_grad():
+        assert_same(layer(x), timm(x))
+        with use_backend("triton"):
+            assert_same(layer(x), timm(x))
+
+
+def test_autocast():
+    layer, x = LAYERS["paper"]().eval(), torch.randn(2, 32, 7, 5)
+    with torch.no_grad(), torch.autocast("cpu", torch.float16):
+        with use_backend("triton"):
+            ours = layer(x)
+        with use_backend("reference"):
+            eager = layer(x)
+    assert ours.dtype == torch.float16
+    assert_errs_like_eager(ours, eager, copy.deepcopy(layer).double()(x.double()).detach())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_values_propagate_as_in_eager(value):
+    layer, x = LAYERS["paper"]().eval(), torch.randn(3, 32, 7, 5)
+    x[1, 2, 3, 4] = value
+    with torch.no_grad():
+        with use_backend("triton"):
+            ours = layer(x)
+        with use_backend("reference"):
+            eager = layer(x)
+    assert ours[1].isnan().any()
+    assert torch.equal(ours.isnan(), eager.isnan())
+
+
+def test_many_tiles_are_reduced_before_the_gate(monkeypatch):
+    monkeypatch.setattr(store, "MAX_GATE_TILES", 1)
+    compare(LAYERS["paper"](), torch.randn(2, 32, 40, 9))
+
+
+def test_empty_batch():
+    with torch.no_grad(), use_backend("triton"):
+        assert LAYERS["paper"]().eval()(torch.empty(0, 32, 7, 5)).shape == (0, 32, 7, 5)
+
+
+def test_every_output_element_is_written(monkeypatch):
+    """Outputs and scratch memory start as NaN; whatever is read before it is written shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    for name in ("paper, stride 2", "seed", "depthwise"):
+        compare(LAYERS[name](), torch.randn(2, 32, 7, 5))
+
+
+def test_select_config_covers_any_size():
+    from sk_triton.analytic import select_config
+
+    assert select_config(1, 1) == SelectConfig(BLOCK_P=1, BLOCK_C=1)
+    assert select_config(49, 1024).BLOCK_C == 128
+
+
+def test_run_refuses_other_plans():
+    layer, x = LAYERS["paper"](), torch.randn(1, 32, 7, 5)
+    plan = dispatch.choose(x, layer.branches(), layer.gate(), layer.spec, backend="reference")
+    with pytest.raises(
+        ValueError, match="plan must have backend 'triton' and schedule 'store', got reference/eager"
+    ):
+        dispatch.run(plan, x, layer.branches(), layer.gate(), layer.spec, None)
