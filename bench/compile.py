@@ -78,6 +78,8 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _TRITON_TYPES[value.dtype]
             aligned[(i,)] = [["tt.divisibility", 16]]
+        elif kernel.params[i].do_not_specialize:
+            signature[name] = "i64" if value >= 2**31 else "i32"
         elif value == 1:
             values[name] = 1
         else:
@@ -116,7 +118,9 @@ def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources
             counts["wide_stores"] += weight * (".128" in opcode)
         elif base in ("LDL", "STL"):
             counts["spills"] += weight
-        elif base in ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "OMMA") or base.startswith("UTC") and "MMA" in base:
+        elif base in ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "OMMA") or (
+            base.startswith("UTC") and "MMA" in base
+        ):
             counts["matrix"] += weight
     return Resources(
         target=target,

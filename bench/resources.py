@@ -51,9 +51,13 @@ class Row:
             found.append(f"{self.resources.spills} spills")
         if self.resources.shared > self.shared_limit:
             found.append(f"{self.resources.shared} of {self.shared_limit} bytes of shared memory")
-        if "depthwise" not in self.kernel and "select" not in self.kernel and self.case.precision != "fp32":
-            if not self.resources.matrix:
-                found.append("no tensor-core instruction")
+        # fp32 units take the tensor cores only in the branches, only where TF32 is allowed, and never depthwise.
+        precision = (
+            "fp32" if self.kernel == "gate" and self.case.dtype == torch.float32 else self.case.precision
+        )
+        uses_matrix = self.kernel not in ("select", "branch_conv_depthwise") and precision != "fp32"
+        if uses_matrix and not self.resources.matrix:
+            found.append("no tensor-core instruction")
         return found
 
 

@@ -1,11 +1,11 @@
-"""`sk-triton traffic`: the bytes that each kernel asks for and the distinct bytes it touches, counted by interpreting."""
+"""`sk-triton traffic`: the bytes each kernel asks for and the distinct bytes it touches, counted by interpreting."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -101,10 +101,11 @@ class Meter:
             raise IndexError(f"{addresses.size - found} accesses outside of every tensor")
 
 
-def count(spec: SKSpec, n: int, size: int, dtype: torch.dtype = torch.float16) -> tuple[list[Traffic], int]:
-    """Traffic of schedule "store" on `n` inputs of `size` x `size` pixels, and T, the bytes of one output.
+def count(spec: SKSpec, n: int, size: int, full: SKSpec | None = None) -> tuple[list[Traffic], int]:
+    """fp16 traffic of schedule "store" on `n` inputs of `size` x `size` pixels, and T, the bytes of one output.
 
-    The configs are those of a full-size batch (128): tiles do not depend on how little is interpreted.
+    The configs are those of a batch of 128 of the unit `full` (default: `spec`), so that a few of its channels, as many
+    per group, can stand for all of them.
 
     Raises:
         RuntimeError: the kernels were imported without ``TRITON_INTERPRET=1``.
@@ -120,7 +121,15 @@ def count(spec: SKSpec, n: int, size: int, dtype: torch.dtype = torch.float16) -
             "traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
         )
     height, width = spec.output_size(size, size)
+    dtype = torch.float16
     plan = dispatch.plan_store(spec, 128, height, width, dtype, False, CHIPS["sm_90"])
+    if full is not None:
+        configs = dispatch.plan_store(full, 128, height, width, dtype, False, CHIPS["sm_90"]).branch_launches
+        launches = [
+            replace(launch, config=other.config)
+            for launch, other in zip(plan.branch_launches, configs, strict=True)
+        ]
+        plan = replace(plan, branch_launches=tuple(launches))
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
@@ -167,18 +176,25 @@ def count(spec: SKSpec, n: int, size: int, dtype: torch.dtype = torch.float16) -
 _LABELS = {"w_ptr": "branch weights", "reduce_ptr": "reduce weight", "select_ptr": "select weight"}
 
 
-def total(rows: list[Traffic], unit: int) -> float:
-    """Distinct bytes of everything that grows with the batch (weights excluded), in units of T."""
-    per_batch = ("x", "u", "v", "partial", "attention")
-    return sum(row.touched for row in rows if row.tensor in per_batch) / unit
+def passes(rows: list[Traffic], unit: int, tensors: tuple[str, ...] = ("x", "u", "v")) -> float:
+    """Distinct bytes of the activations, or of other tensors, in units of T."""
+    return sum(row.touched for row in rows if row.tensor in tensors) / unit
+
+
+# The SKNet-50 stages, each by a few of its channels: (full unit, interpreted unit, batch, size).
+STAGES = {
+    1: (paper_unit(128), paper_unit(16, groups=4), 1, 56),
+    2: (paper_unit(256), paper_unit(16, groups=2), 1, 28),
+    3: (paper_unit(512), paper_unit(32, groups=2), 1, 14),
+    4: (paper_unit(1024), paper_unit(64, groups=2), 1, 7),
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton traffic`."""
     parser.add_argument(
-        "--channels", type=int, default=32, help="channels of the unit, 4 per group (default 32)"
+        "--stage", type=int, choices=tuple(STAGES), default=1, help="stage of SKNet-50 (default 1)"
     )
-    parser.add_argument("--size", type=int, default=56, help="height and width (default 56)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -196,9 +212,10 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    rows, unit = count(paper_unit(args.channels, groups=args.channels // 4), 1, args.size)
+    full, spec, n, size = STAGES[args.stage]
+    rows, unit = count(spec, n, size, full)
     table = Table(
-        title=f"Traffic of schedule store, {args.channels}@{args.size}², in passes (T = one activation)"
+        title=f"Schedule store, stage {args.stage} of SKNet-50, in passes over one activation tensor (T)"
     )
     for title in ("kernel", "tensor"):
         table.add_column(title)
@@ -208,5 +225,8 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(row.kernel, row.tensor, f"{row.requested / unit:.2f}", f"{row.touched / unit:.3f}")
     console = Console()
     console.print(table)
-    console.print(f"distinct, without weights: {total(rows, unit):.2f} T")
+    small = passes(rows, unit, ("partial", "attention"))
+    console.print(
+        f"activations {passes(rows, unit):.2f} T, partial sums and attention {small:.2f} T, all distinct bytes"
+    )
     return 0

@@ -1,8 +1,7 @@
 """Launcher of the branch convolutions: the config's type names the kernel."""
 
-from dataclasses import asdict
-
 import torch
+import triton
 
 from .branch_conv_depthwise import branch_conv_depthwise_fwd_kernel
 from .branch_conv_stream import branch_conv_stream_fwd_kernel
@@ -11,7 +10,8 @@ from .config import BranchConfig, DepthwiseConfig, StreamConfig, TapConfig
 from .geometry import Blocking, ConvShape, blocking, cdiv, lattice, tiles
 from .launch import Launch
 
-BLOCK_POOL = 8  # narrowest right operand of a tensor-core product; also the longest run
+# Columns of the product that pools a tile, one per position in a run: the fewest that Triton takes.
+BLOCK_POOL = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
 
 
 def branch_conv_fwd(
@@ -57,8 +57,7 @@ def branch_conv_fwd(
         "HAS_RELU": has_relu,
         "IS_LARGE": max(extent_x, extent_u) + shape.c_out >= 2**31,
     }
-    options = asdict(config)
-    constexprs |= {name: value for name, value in options.items() if name.isupper()}
+    constexprs |= {name: value for name, value in vars(config).items() if name.isupper()}
     trips: tuple[int, ...] = ()
     if isinstance(config, DepthwiseConfig):
         kernel = branch_conv_depthwise_fwd_kernel

@@ -1,9 +1,9 @@
-"""Depthwise branch convolutions (one channel per group): no tensor core, fp32 multiply-adds vectorised over channels."""
+"""Depthwise branch convolutions (one channel per group): fp32 multiply-adds vectorised over channels."""
 
 import triton
 import triton.language as tl
 
-from .tiling import relu, run_origin
+from .tiling import SIZES, relu, run_origin
 
 
 @triton.jit
@@ -28,7 +28,9 @@ def depthwise_branch(
     for i in tl.static_range((RUN_H - 1) * STEP + KERNEL):
         in_rows = mask_p & (y_in + i * DILATION >= 0) & (y_in + i * DILATION < H_IN)
         for kx in tl.static_range(KERNEL):
-            mask = (in_rows & (x_in + kx * DILATION >= 0) & (x_in + kx * DILATION < W_IN))[:, None] & mask_c[None, :]
+            mask = (in_rows & (x_in + kx * DILATION >= 0) & (x_in + kx * DILATION < W_IN))[:, None] & mask_c[
+                None, :
+            ]
             row = i * DILATION * stride_xh + kx * DILATION * stride_xw
             rows = rows + (tl.load(x_ptr + row + offs_x, mask=mask, other=0.0),)
     weights = ()
@@ -53,7 +55,7 @@ def depthwise_branch(
     return pool
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def branch_conv_depthwise_fwd_kernel(
     x_ptr, w_ptr, shift_ptr, u_ptr, partial_ptr,
     N, H_IN, W_IN, H, W, C, TILES_H, TILES_W, CHANNEL_PROGRAMS,
@@ -79,6 +81,7 @@ def branch_conv_depthwise_fwd_kernel(
     pid = tl.program_id(0)
     tile = pid // CHANNEL_PROGRAMS
     n0 = (tile // (TILES_W * TILES_H)).to(tl.int64) * BLOCK_N
+    n_left = tl.minimum(N - n0, BLOCK_N).to(tl.int32)
     offs_p = tl.arange(0, BLOCK_P)
     sample = offs_p // (BLOCK_H * BLOCK_W)
     run_h = tile // TILES_W % TILES_H * BLOCK_H + offs_p // BLOCK_W % BLOCK_H
@@ -92,7 +95,7 @@ def branch_conv_depthwise_fwd_kernel(
     for m in tl.static_range(len(KERNELS)):
         pool = depthwise_branch(
             x_ptr + m * SPLIT_CI, w_ptr + W_OFFSETS[m] * C, shift_ptr + m * C, u_ptr, pool,
-            sample, run_h, x, offs_c, mask_c, N - n0, H_IN, W_IN, H, W, C,
+            sample, run_h, x, offs_c, mask_c, n_left, H_IN, W_IN, H, W, C,
             stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw,
             KERNELS[m], DILATIONS[m], STRIDE, SPACINGS[m], RUN_H,
             BLOCK_P, BLOCK_C, HAS_SHIFT, HAS_RELU,
@@ -100,5 +103,5 @@ def branch_conv_depthwise_fwd_kernel(
         u_ptr += stride_um
     sums = tl.sum(tl.reshape(pool, [BLOCK_N, BLOCK_H * BLOCK_W, BLOCK_C]), axis=1)
     offs_n = tl.arange(0, BLOCK_N)
-    mask = (n0 + offs_n < N)[:, None] & mask_c[None, :]
+    mask = (offs_n < n_left)[:, None] & mask_c[None, :]
     tl.store(partial_ptr + offs_n[:, None] * stride_partial_n + offs_c[None, :], sums, mask=mask)

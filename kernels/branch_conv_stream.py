@@ -9,7 +9,7 @@ product with the pixel mask that pools it. Derivation and instruction counts: `k
 import triton
 import triton.language as tl
 
-from .tiling import fold_pool, pooled_pixels, relu, run_origin
+from .tiling import SIZES, fold_pool, pooled_pixels, relu, run_origin
 
 
 @triton.jit
@@ -94,7 +94,7 @@ def stream_branch(
     return pool
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def branch_conv_stream_fwd_kernel(
     x_ptr, w_ptr, shift_ptr, u_ptr, partial_ptr,
     N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
@@ -130,6 +130,7 @@ def branch_conv_stream_fwd_kernel(
     tile_h = tile // TILES_W % TILES_H
     n0 = (tile // (TILES_W * TILES_H)).to(tl.int64) * BLOCK_N
 
+    n_left = tl.minimum(N - n0, BLOCK_N).to(tl.int32)
     offs_p = tl.arange(0, BLOCK_P)
     sample = offs_p // (BLOCK_H * BLOCK_W)
     run_h = tile_h * BLOCK_H + offs_p // BLOCK_W % BLOCK_H
@@ -155,7 +156,7 @@ def branch_conv_stream_fwd_kernel(
                 shift_ptr + m * C_OUT + co0,
                 u_block_ptr,
                 pool,
-                sample, run_h, run_w, N - n0, H_IN, W_IN, H, W, ci_end, co_end,
+                sample, run_h, run_w, n_left, H_IN, W_IN, H, W, ci_end, co_end,
                 stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw,
                 KERNELS[m], DILATIONS[m], STRIDE, SPACINGS[m], SPANS[m], IS_EVEN_H[m],
                 RUN_H, RUN_W, BLOCK_CI, BLOCK_CO, BLOCK_P, BLOCK_POOL,
@@ -163,5 +164,5 @@ def branch_conv_stream_fwd_kernel(
             )  # fmt: skip
             u_block_ptr += stride_um
         sums = fold_pool(pool, RUN_W, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
-        mask = (n0 + offs_n < N)[:, None] & (offs_c < co_end)[None, :]
+        mask = (offs_n < n_left)[:, None] & (offs_c < co_end)[None, :]
         tl.store(partial_ptr + offs_n[:, None] * stride_partial_n + co0 + offs_c[None, :], sums, mask=mask)

@@ -35,7 +35,7 @@ class TapConfig:
 
 @dataclass(frozen=True)
 class DepthwiseConfig:
-    """`branch_conv_depthwise_fwd_kernel`: BLOCK_N samples x BLOCK_H column runs x BLOCK_W columns x BLOCK_C channels."""
+    """`branch_conv_depthwise_fwd_kernel`: BLOCK_N samples x BLOCK_H column runs x BLOCK_W columns per tile."""
 
     BLOCK_C: int
     BLOCK_H: int
@@ -48,7 +48,7 @@ class DepthwiseConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """`gate_fwd_kernel`: BLOCK_N samples x BLOCK_C channels; BLOCK_S pooled channels, BLOCK_D entries of z at a time."""
+    """`gate_fwd_kernel`: BLOCK_N samples x BLOCK_C channels; BLOCK_S channels of s, BLOCK_D entries of z at a time."""
 
     BLOCK_N: int
     BLOCK_S: int

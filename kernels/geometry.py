@@ -1,4 +1,4 @@
-"""What a branch-convolution launch computes (`ConvShape`) and how a config cuts it into blocks and runs (`Blocking`)."""
+"""What a branch-convolution launch computes (`ConvShape`) and how a config cuts it into blocks (`Blocking`)."""
 
 from dataclasses import dataclass
 from functools import lru_cache

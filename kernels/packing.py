@@ -15,8 +15,8 @@ def pack_branch_weights(
     """Pack `weights[m] [c_out, c_in / groups, k, k]` for `branch_conv_fwd` under `config`, rounded to `dtype`.
 
     Depthwise: `[M][k * k][C]`. Otherwise `[blocks][M][k][taps_w][chunks][RUN_W * BLOCK_CO][span * BLOCK_CI]`: the entry
-    for output `(o, co)` and input `(j, ci)` is the weight of kernel column `j - o * step`, zero where that is outside the
-    kernel or where co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups).
+    for output `(o, co)` and input `(j, ci)` is the weight of kernel column `j - o * step`, zero where that is outside
+    the kernel or co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups).
     """
     if isinstance(config, DepthwiseConfig):
         return torch.cat([w.reshape(shape.c_out, -1).t().reshape(-1) for w in weights]).to(dtype)
@@ -36,7 +36,16 @@ def _gather_index(
     """Where in `weight.reshape(-1)` each packed entry comes from, and which entries are not zero. [blocks, entries]"""
     assert not isinstance(config, DepthwiseConfig)
     k, taps_w, step = shape.kernels[m], layout.taps_w[m], layout.steps[m]
-    sizes = (layout.blocks, k, taps_w, layout.chunks, config.RUN_W, config.BLOCK_CO, layout.spans[m], config.BLOCK_CI)
+    sizes = (
+        layout.blocks,
+        k,
+        taps_w,
+        layout.chunks,
+        config.RUN_W,
+        config.BLOCK_CO,
+        layout.spans[m],
+        config.BLOCK_CI,
+    )
     block, ky, kx_step, chunk, o, co, j, ci = (
         torch.arange(size).reshape([-1 if axis == i else 1 for i in range(len(sizes))])
         for axis, size in enumerate(sizes)
@@ -54,7 +63,9 @@ def _gather_index(
         & (group < shape.groups)
         & (ci // ci_per_group == co // co_per_group)
     )
-    index = (((group * co_per_group + co % co_per_group) * ci_per_group + ci % ci_per_group) * k + ky) * k + kx
+    index = (
+        ((group * co_per_group + co % co_per_group) * ci_per_group + ci % ci_per_group) * k + ky
+    ) * k + kx
     return (
         torch.where(mask, index, 0).expand(sizes).reshape(layout.blocks, -1),
         mask.expand(sizes).reshape(layout.blocks, -1),

@@ -9,7 +9,7 @@ from .geometry import cdiv
 from .launch import Launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("PIXELS", "TILES"))
 def select_fwd_kernel(
     u_ptr, attention_ptr, v_ptr,
     PIXELS, C, TILES,
@@ -47,7 +47,9 @@ def select_fwd(u: torch.Tensor, attention: torch.Tensor, v: torch.Tensor, *, con
     """
     m, n, h, w, c = u.shape
     if h > 1 and v.stride(2) != w * v.stride(3):
-        raise ValueError(f"v must have equally spaced pixels, got strides {v.stride()} for shape {tuple(v.shape)}")
+        raise ValueError(
+            f"v must have equally spaced pixels, got strides {v.stride()} for shape {tuple(v.shape)}"
+        )
     tiles = cdiv(h * w, config.BLOCK_P)
     last_pixel = h * w - 1
     extent = max(last_pixel * u.stride(3), last_pixel * v.stride(3) + (c - 1) * v.stride(1)) + c

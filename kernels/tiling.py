@@ -8,6 +8,9 @@ reads `(RUN - 1) * STEP + k` lattice points, `STEP = stride / gcd(dilation, stri
 import triton
 import triton.language as tl
 
+# Arguments whose values Triton must not specialise for: another batch or image size takes the same compiled kernel.
+SIZES = ("N", "H_IN", "W_IN", "H", "W", "TILES_H", "TILES_W", "CHANNEL_PROGRAMS")
+
 
 @triton.jit
 def run_origin(run, RUN: tl.constexpr, SPACING: tl.constexpr):
@@ -23,7 +26,7 @@ def relu(v):
 
 @triton.jit
 def pooled_pixels(origin, mask_p, W, RUN_W: tl.constexpr, SPACING: tl.constexpr, BLOCK_POOL: tl.constexpr):
-    """1 where pixel run `p` holds a pixel of the image at position `column` of the run, else 0. [BLOCK_P, BLOCK_POOL]"""
+    """Whether row run `p` has a pixel of the image at position `column`. [BLOCK_P, BLOCK_POOL]"""
     offs_col = tl.arange(0, BLOCK_POOL)
     in_image = origin[:, None] + offs_col[None, :] * SPACING < W
     return in_image & (offs_col < RUN_W)[None, :] & mask_p[:, None]

@@ -39,13 +39,16 @@ def branch_config(
     return _smallest(candidates, shape, n, h, w, chip)
 
 
-def gate_config(m: int, c: int, d: int, chip: Chip) -> GateConfig:
+def gate_config(m: int, c: int, d: int, dtype: torch.dtype) -> GateConfig:
     """Config for `m` branches, `c` channels and a descriptor of `d` entries."""
-    block_d = min(64, max(16, next_power_of_2(d)))
-    # The product with the select weights holds BLOCK_M * BLOCK_C columns.
-    block_c = max(16, min(64, next_power_of_2(c), 256 // next_power_of_2(m)))
+    # Products of fp32 operands run without tensor cores and hold both in registers.
+    widest, columns = (32, 64) if dtype == torch.float32 else (64, 128)
     return GateConfig(
-        BLOCK_N=16, BLOCK_S=min(64, max(16, next_power_of_2(c))), BLOCK_D=block_d, BLOCK_C=block_c
+        BLOCK_N=16,
+        BLOCK_S=min(32, max(16, next_power_of_2(c))),
+        BLOCK_D=min(widest, max(16, next_power_of_2(d))),
+        BLOCK_C=max(16, min(next_power_of_2(c), columns // next_power_of_2(m))),
+        num_warps=8,
     )
 
 
@@ -88,21 +91,27 @@ def _stream_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> l
             BLOCKS_PER_PROGRAM=2 if block == 8 and dtype != torch.float32 else 1,
         )
         for run_h, block_n, block_w in product((8, 7, 4, 2, 1), (1, 2, 4), (2, 4, 8, 16))
-        if run_h <= longest and block_n * block_w <= 16
+        # Wide blocks in narrow tiles need more registers than sm_86 and sm_89 give.
+        if run_h <= longest and block_n * block_w <= 16 and (block < 32 or block_w >= 8)
     ]
 
 
 def _tap_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> list[BranchConfig]:
     group_in, group_out = shape.c_in // shape.groups, shape.c_out // shape.groups
+    is_wide = min(group_in, group_out) >= 64 and not is_ieee
     if max(group_in, group_out) <= 8 and _shares_row(shape) and not is_ieee:
         block_ci, block_co, run_w, pixels, num_warps, num_stages = 8, 8, 2, 64, 1, 1
     else:
         # Products in fp32 without tensor cores keep both operands in registers.
-        block_ci = min(
-            16 if is_ieee else 32 if dtype == torch.float32 else 64, max(16, next_power_of_2(group_in))
+        most_ci, most_co = (16, 32) if is_ieee else (32, 64) if dtype == torch.float32 else (64, 128)
+        block_ci = min(most_ci, max(16, next_power_of_2(group_in)))
+        block_co = min(most_co, max(16, next_power_of_2(group_out)))
+        run_w, pixels, num_warps, num_stages = (
+            1,
+            128 if is_wide else 64,
+            8 if is_wide else 4,
+            1 if is_ieee else 2,
         )
-        block_co = min(32 if is_ieee else 64, max(16, next_power_of_2(group_out)))
-        run_w, pixels, num_warps, num_stages = 1, 64, 4, 1 if is_ieee else 2
     return [
         TapConfig(
             BLOCK_CI=block_ci,

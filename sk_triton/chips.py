@@ -45,8 +45,6 @@ def chip_of(device: torch.device) -> Chip | None:
     if device.type == "cpu":
         return CHIPS["sm_90"]
     properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip:
-        name = properties.gcnArchName.split(":")[0]
-    else:
-        name = f"sm_{properties.major}{properties.minor}"
+    cuda_name = f"sm_{properties.major}{properties.minor}"
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else cuda_name
     return CHIPS.get(_RELATIVES.get(name, name))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from .layers import SKUnit
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Channels per group up to which the convolution is bound by memory, so that fusing it pays.
+MAX_AUTO_CHANNELS = 64
 
 
 def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[bool, str]:
@@ -35,7 +37,7 @@ def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSp
 def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, backend: str) -> Plan:
     """The plan for a call under `backend`: "auto", "triton" or "reference".
 
-    "auto" takes the kernels on a GPU where they can run. On a CPU it takes the reference, even with
+    "auto" takes the kernels on a GPU where they can run and are expected to pay. On a CPU it takes the reference, even with
     ``TRITON_INTERPRET=1``; "triton" then runs the kernels through Triton's interpreter.
 
     Raises:
@@ -46,7 +48,9 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
     if backend == "auto" and x.device.type == "cpu":
         return _reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes the reference')
     can_run, reason = can_run_triton(x, branches, gate, spec)
-    if can_run:
+    if can_run and backend == "auto":
+        reason = _slower_reason(spec)
+    if not reason:
         n, _, h, w = x.shape
         chip = chip_of(x.device)
         assert chip is not None
@@ -157,6 +161,18 @@ def _unit_reason(spec: SKSpec) -> str:
     return ""
 
 
+@lru_cache
+def _slower_reason(spec: SKSpec) -> str:
+    """Why "auto" leaves a unit that the kernels could run to the reference."""
+    widest = max(max(spec.branch_in_channels, spec.out_channels) // branch.groups for branch in spec.branches)
+    if widest > MAX_AUTO_CHANNELS:
+        return (
+            f"a branch has {widest} channels per group; above {MAX_AUTO_CHANNELS} the library's convolution is expected "
+            'to be faster (use_backend("triton") runs the kernels all the same)'
+        )
+    return ""
+
+
 def _state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate) -> str:
     if torch.compiler.is_compiling():
         return "torch.compile is tracing; the kernels are not registered as operators yet"
@@ -175,9 +191,8 @@ def _state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate) -> str:
     for m, branch in enumerate(branches):
         if branch.aa is not None:
             return f"branches[{m}].aa is set; the kernels have no anti-aliasing"
-        if branch.drop is not None and not isinstance(branch.drop, nn.Identity):
-            if not isinstance(branch.drop, nn.Module) or branch.drop.training:
-                return f"branches[{m}].drop is active; the kernels are for inference (layer.eval())"
+        if branch.drop is not None and getattr(branch.drop, "training", True):
+            return f"branches[{m}].drop is active; the kernels are for inference (layer.eval())"
     if torch.is_grad_enabled() and (
         x.requires_grad or any(t.requires_grad for t in _tensors(branches, gate))
     ):
@@ -233,7 +248,7 @@ def plan_store(
         dtype=dtype,
         rejected=(("reference", f"the kernels can run; eager takes {_eager_passes(spec)} passes"),),
         branch_launches=tuple(launches),
-        gate=analytic.gate_config(m, spec.out_channels, spec.gate_width, chip),
+        gate=analytic.gate_config(m, spec.out_channels, spec.gate_width, dtype),
         select=analytic.select_config(h * w, spec.out_channels),
         has_relu=spec.branch_act == "relu",
         gate_has_relu=spec.gate_act == "relu",

@@ -55,7 +55,7 @@ def test_can_run_interpreted(x):
         (lambda m, x: (layer(norm_layer=nn.InstanceNorm2d), x), r"branches\[0\].norm is a InstanceNorm2d"),
         (lambda m, x: (layer(drop_layer=nn.Dropout).train(), x), "batch statistics"),
         (lambda m, x: (m, x.to("meta")), 'x is on "meta"'),
-        (lambda m, x: (m, x.as_subclass(type("Sub", (torch.Tensor,), {}))), "x is a Sub; the kernels take plain tensors"),
+        (lambda m, x: (m, x.as_subclass(type("Sub", (torch.Tensor,), {}))), "x is a Sub; the kernels take"),
     ],
 )  # fmt: skip
 def test_reasons(change, why, x):
@@ -107,6 +107,34 @@ def test_explicit_request_runs_the_kernels_and_auto_on_cpu_does_not(x, monkeypat
         with use_backend("triton"):
             module(x)
         assert len(ran) == 1
+
+
+@pytest.mark.interpret
+def test_auto_leaves_wide_groups_to_the_library(x, monkeypatch):
+    """On a GPU; here the device is hidden from the choice."""
+    wide, narrow = SelectiveKernel(256).eval(), SelectiveKernel(256, groups=32).eval()
+    x = torch.randn(1, 256, 3, 3)
+
+    def choose(module, backend):
+        with torch.no_grad():
+            return dispatch.choose(
+                FakeCuda(x), module.branches(), module.gate(), module.spec, backend=backend
+            )
+
+    class FakeCuda:
+        def __init__(self, tensor):
+            self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device("cuda")
+
+    monkeypatch.setattr(dispatch, "can_run_triton", lambda *args: (True, ""))
+    monkeypatch.setattr(dispatch, "chip_of", lambda device: SM_90)
+    plan = choose(wide, "auto")
+    assert plan.backend == "reference"
+    assert (
+        "a branch has 256 channels per group; above 64 the library's convolution is expected"
+        in plan.rejected[0][1]
+    )
+    assert choose(wide, "triton").backend == "triton"
+    assert choose(narrow, "auto").backend == "triton"
 
 
 def test_without_triton(x, monkeypatch):

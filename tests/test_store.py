@@ -18,17 +18,17 @@ from .units import random_unit, randomize_norms, sizes, specs
 pytestmark = pytest.mark.interpret
 
 LAYERS = {
-    "seed": lambda: SKConv(32, M=2, G=8, r=4),
+    "seed": lambda: SKConv(16, M=2, G=4, r=4, L=8),
     "seed, three branches, stride 2": lambda: SKConv(16, M=3, G=4, r=4, stride=2, L=8),
     "seed, one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
-    "paper": lambda: SelectiveKernel(32, groups=8, split_input=False),
-    "paper, stride 2": lambda: SelectiveKernel(32, groups=8, split_input=False, stride=2),
-    "timm's default": lambda: SelectiveKernel(32),
-    "split, groups": lambda: SelectiveKernel(32, groups=8),
-    "out of in": lambda: SelectiveKernel(32, 48, groups=4, split_input=False),
-    "true 5x5": lambda: SelectiveKernel(32, groups=8, keep_3x3=False, split_input=False),
-    "dilation 2": lambda: SelectiveKernel(32, groups=8, dilation=2, split_input=False),
-    "depthwise": lambda: SelectiveKernel(32, groups=32, split_input=False),
+    "paper": lambda: SelectiveKernel(16, groups=4, split_input=False),
+    "paper, stride 2": lambda: SelectiveKernel(16, groups=4, split_input=False, stride=2),
+    "timm's default": lambda: SelectiveKernel(16),
+    "split, groups": lambda: SelectiveKernel(16, groups=4),
+    "out of in": lambda: SelectiveKernel(16, 24, groups=2, split_input=False),
+    "true 5x5": lambda: SelectiveKernel(16, groups=4, keep_3x3=False, split_input=False),
+    "dilation 2": lambda: SelectiveKernel(16, groups=4, dilation=2, split_input=False),
+    "depthwise": lambda: SelectiveKernel(16, groups=16, split_input=False),
 }
 
 
@@ -61,7 +61,7 @@ def test_layers(name, dtype, memory_format):
 @pytest.mark.parametrize("name", ["seed", "paper"])
 def test_sizes(name, size):
     n, h, w = size
-    compare(LAYERS[name](), torch.randn(n, 32, h, w))
+    compare(LAYERS[name](), torch.randn(n, 16, h, w))
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def test_sizes(name, size):
     ids=["crop", "crop, channels_last", "transposed", "broadcast", "misaligned"],
 )
 def test_views(view):
-    compare(LAYERS["paper"]().half(), view(torch.randn(2, 32, 6, 5).half()))
+    compare(LAYERS["paper"]().half(), view(torch.randn(2, 16, 6, 5).half()))
 
 
 @settings(max_examples=25)
@@ -93,8 +93,8 @@ def test_any_unit(spec, size):
 
 
 def test_seed_state_dict():
-    seed, x = SeedSKConv(32, M=2, G=8, r=4).eval(), torch.randn(2, 32, 7, 5)
-    layer = SKConv(32, M=2, G=8, r=4).eval()
+    seed, x = SeedSKConv(16, M=2, G=4, r=4).eval(), torch.randn(2, 16, 7, 5)
+    layer = SKConv(16, M=2, G=4, r=4).eval()
     layer.load_state_dict(seed.state_dict())
     with torch.no_grad():
         assert_same(layer(x), seed(x))
@@ -103,13 +103,13 @@ def test_seed_state_dict():
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"groups": 8}, {"groups": 8, "split_input": False, "stride": 2}], ids=str
+    "settings", [{}, {"groups": 4}, {"groups": 4, "split_input": False, "stride": 2}], ids=str
 )
 def test_timm_state_dict(settings):
     timm_layers = pytest.importorskip("timm.layers")
-    timm, x = timm_layers.SelectiveKernel(32, **settings).eval(), torch.randn(2, 32, 7, 5)
+    timm, x = timm_layers.SelectiveKernel(16, **settings).eval(), torch.randn(2, 16, 7, 5)
     randomize_norms(timm)
-    layer = SelectiveKernel(32, **settings).eval()
+    layer = SelectiveKernel(16, **settings).eval()
     layer.load_state_dict(timm.state_dict())
     with torch.no_grad():
         assert_same(layer(x), timm(x))
@@ -118,7 +118,7 @@ def test_timm_state_dict(settings):
 
 
 def test_autocast():
-    layer, x = LAYERS["paper"]().eval(), torch.randn(2, 32, 7, 5)
+    layer, x = LAYERS["paper"]().eval(), torch.randn(2, 16, 7, 5)
     with torch.no_grad(), torch.autocast("cpu", torch.float16):
         with use_backend("triton"):
             ours = layer(x)
@@ -130,7 +130,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_values_propagate_as_in_eager(value):
-    layer, x = LAYERS["paper"]().eval(), torch.randn(3, 32, 7, 5)
+    layer, x = LAYERS["paper"]().eval(), torch.randn(3, 16, 7, 5)
     x[1, 2, 3, 4] = value
     with torch.no_grad():
         with use_backend("triton"):
@@ -143,12 +143,12 @@ def test_bad_values_propagate_as_in_eager(value):
 
 def test_many_tiles_are_reduced_before_the_gate(monkeypatch):
     monkeypatch.setattr(store, "MAX_GATE_TILES", 1)
-    compare(LAYERS["paper"](), torch.randn(2, 32, 40, 9))
+    compare(LAYERS["paper"](), torch.randn(2, 16, 20, 9))
 
 
 def test_empty_batch():
     with torch.no_grad(), use_backend("triton"):
-        assert LAYERS["paper"]().eval()(torch.empty(0, 32, 7, 5)).shape == (0, 32, 7, 5)
+        assert LAYERS["paper"]().eval()(torch.empty(0, 16, 7, 5)).shape == (0, 16, 7, 5)
 
 
 def test_every_output_element_is_written(monkeypatch):
@@ -161,7 +161,7 @@ def test_every_output_element_is_written(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
     for name in ("paper, stride 2", "seed", "depthwise"):
-        compare(LAYERS[name](), torch.randn(2, 32, 7, 5))
+        compare(LAYERS[name](), torch.randn(2, 16, 7, 5))
 
 
 def test_select_config_covers_any_size():
@@ -172,7 +172,7 @@ def test_select_config_covers_any_size():
 
 
 def test_run_refuses_other_plans():
-    layer, x = LAYERS["paper"](), torch.randn(1, 32, 7, 5)
+    layer, x = LAYERS["paper"](), torch.randn(1, 16, 7, 5)
     plan = dispatch.choose(x, layer.branches(), layer.gate(), layer.spec, backend="reference")
     with pytest.raises(
         ValueError, match="plan must have backend 'triton' and schedule 'store', got reference/eager"

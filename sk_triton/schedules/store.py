@@ -17,7 +17,7 @@ from ..kernels.gate import gate_fwd
 from ..kernels.geometry import tiles
 from ..kernels.select import select_fwd
 from ..layout import memory_format
-from ..packing import Packed, PackCache, pack
+from ..packing import PackCache, Packed, pack
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec
