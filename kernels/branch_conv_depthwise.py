@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .tiling import SIZES, relu, run_origin
+from .tiling import SIZES, locate_tile, relu, run_origin, widen
 
 
 @triton.jit
@@ -71,26 +71,22 @@ def branch_conv_depthwise_fwd_kernel(
     A tile is BLOCK_N samples x BLOCK_H column runs (RUN_H outputs each) x BLOCK_W columns x BLOCK_C channels.
     """
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
-    if IS_LARGE:
-        stride_xn = tl.cast(stride_xn, tl.int64)
-        stride_xh = tl.cast(stride_xh, tl.int64)
-        stride_xw = tl.cast(stride_xw, tl.int64)
-        stride_un = tl.cast(stride_un, tl.int64)
-        stride_uh = tl.cast(stride_uh, tl.int64)
-        stride_uw = tl.cast(stride_uw, tl.int64)
-    pid = tl.program_id(0)
-    tile = pid // CHANNEL_PROGRAMS
-    n0 = (tile // (TILES_W * TILES_H)).to(tl.int64) * BLOCK_N
+    stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
+    stride_un, stride_uh, stride_uw = widen(stride_un, stride_uh, stride_uw, IS_LARGE)
+    channel_program, tile, tile_h, tile_w, block_n = locate_tile(
+        tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W
+    )
+    n0 = block_n.to(tl.int64) * BLOCK_N
     n_left = tl.minimum(N - n0, BLOCK_N).to(tl.int32)
     offs_p = tl.arange(0, BLOCK_P)
     sample = offs_p // (BLOCK_H * BLOCK_W)
-    run_h = tile // TILES_W % TILES_H * BLOCK_H + offs_p // BLOCK_W % BLOCK_H
-    x = tile % TILES_W * BLOCK_W + offs_p % BLOCK_W
-    offs_c = pid % CHANNEL_PROGRAMS * BLOCK_C + tl.arange(0, BLOCK_C)
+    run_h = tile_h * BLOCK_H + offs_p // BLOCK_W % BLOCK_H
+    x = tile_w * BLOCK_W + offs_p % BLOCK_W
+    offs_c = channel_program * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     x_ptr += n0 * stride_xn
     u_ptr += n0 * stride_un
-    partial_ptr += n0 * stride_partial_n + (tile % (TILES_W * TILES_H)).to(tl.int64) * stride_partial_t
+    partial_ptr += n0 * stride_partial_n + tile.to(tl.int64) * stride_partial_t
     pool = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for m in tl.static_range(len(KERNELS)):
         pool = depthwise_branch(

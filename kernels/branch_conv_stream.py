@@ -9,7 +9,7 @@ product with the pixel mask that pools it. Derivation and instruction counts: `k
 import triton
 import triton.language as tl
 
-from .tiling import SIZES, fold_pool, pooled_pixels, relu, run_origin
+from .tiling import SIZES, fold_pool, locate_tile, pooled_pixels, relu, run_origin, widen
 
 
 @triton.jit
@@ -116,20 +116,12 @@ def branch_conv_stream_fwd_kernel(
     A channel block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO.
     """
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
-    if IS_LARGE:
-        stride_xn = tl.cast(stride_xn, tl.int64)
-        stride_xh = tl.cast(stride_xh, tl.int64)
-        stride_xw = tl.cast(stride_xw, tl.int64)
-        stride_un = tl.cast(stride_un, tl.int64)
-        stride_uh = tl.cast(stride_uh, tl.int64)
-        stride_uw = tl.cast(stride_uw, tl.int64)
-    pid = tl.program_id(0)
-    channel_program = pid % CHANNEL_PROGRAMS
-    tile = pid // CHANNEL_PROGRAMS
-    tile_w = tile % TILES_W
-    tile_h = tile // TILES_W % TILES_H
-    n0 = (tile // (TILES_W * TILES_H)).to(tl.int64) * BLOCK_N
-
+    stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
+    stride_un, stride_uh, stride_uw = widen(stride_un, stride_uh, stride_uw, IS_LARGE)
+    channel_program, tile, tile_h, tile_w, block_n = locate_tile(
+        tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W
+    )
+    n0 = block_n.to(tl.int64) * BLOCK_N
     n_left = tl.minimum(N - n0, BLOCK_N).to(tl.int32)
     offs_p = tl.arange(0, BLOCK_P)
     sample = offs_p // (BLOCK_H * BLOCK_W)
@@ -137,7 +129,7 @@ def branch_conv_stream_fwd_kernel(
     run_w = tile_w * BLOCK_W + offs_p % BLOCK_W
     x_ptr += n0 * stride_xn
     u_ptr += n0 * stride_un
-    partial_ptr += n0 * stride_partial_n + (tile % (TILES_W * TILES_H)).to(tl.int64) * stride_partial_t
+    partial_ptr += n0 * stride_partial_n + tile.to(tl.int64) * stride_partial_t
     offs_n = tl.arange(0, BLOCK_N)
     offs_c = tl.arange(0, BLOCK_CO)
 

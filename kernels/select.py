@@ -7,6 +7,7 @@ import triton.language as tl
 from .config import SelectConfig
 from .geometry import cdiv
 from .launch import Launch
+from .tiling import widen
 
 
 @triton.jit(do_not_specialize=("PIXELS", "TILES"))
@@ -17,10 +18,7 @@ def select_fwd_kernel(
     M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_P pixels x BLOCK_C channels of one sample."""
-    if IS_LARGE:
-        stride_up = tl.cast(stride_up, tl.int64)
-        stride_vc = tl.cast(stride_vc, tl.int64)
-        stride_vp = tl.cast(stride_vp, tl.int64)
+    stride_up, stride_vc, stride_vp = widen(stride_up, stride_vc, stride_vp, IS_LARGE)
     pid = tl.program_id(0)
     n = (pid // TILES).to(tl.int64)
     p = pid % TILES * BLOCK_P + tl.arange(0, BLOCK_P)

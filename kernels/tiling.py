@@ -19,6 +19,23 @@ def run_origin(run, RUN: tl.constexpr, SPACING: tl.constexpr):
 
 
 @triton.jit
+def locate_tile(pid, CHANNEL_PROGRAMS, TILES_H, TILES_W):
+    """(channel program, tile within a sample, tile row, tile column, block of samples) of a program."""
+    tile = pid // CHANNEL_PROGRAMS
+    tiles = TILES_H * TILES_W
+    return pid % CHANNEL_PROGRAMS, tile % tiles, tile // TILES_W % TILES_H, tile % TILES_W, tile // tiles
+
+
+@triton.jit
+def widen(a, b, c, IS_LARGE: tl.constexpr):
+    """Three strides, in 64 bits where offsets inside a tile's samples may reach 2^31 elements."""
+    if IS_LARGE:
+        return tl.cast(a, tl.int64), tl.cast(b, tl.int64), tl.cast(c, tl.int64)
+    else:
+        return a, b, c
+
+
+@triton.jit
 def relu(v):
     """ReLU that hands NaN on, as `torch.relu` does (a plain maximum would drop it)."""
     return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -3,7 +3,8 @@
 from importlib.metadata import version
 
 from .backend import use_backend
-from .dispatch import can_run_triton, explain
+from .dispatch import can_run_triton
+from .explanation import explain
 from .layers import SelectiveKernel, SKConv
 from .spec import BranchSpec, SKSpec
 

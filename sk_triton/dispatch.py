@@ -5,23 +5,17 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
 from functools import lru_cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .backend import current_backend
 from .chips import CHIPS, Chip, chip_of
 from .packing import PackCache
 from .params import Branch, Gate
 from .plan import BranchLaunch, Plan
 from .spec import BranchSpec, SKSpec
-
-if TYPE_CHECKING:
-    from .layers import SKUnit
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays.
@@ -37,8 +31,8 @@ def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSp
 def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, backend: str) -> Plan:
     """The plan for a call under `backend`: "auto", "triton" or "reference".
 
-    "auto" takes the kernels on a GPU where they can run and are expected to pay. On a CPU it takes the reference, even with
-    ``TRITON_INTERPRET=1``; "triton" then runs the kernels through Triton's interpreter.
+    "auto" takes the kernels on a GPU where they can run and are expected to pay. On a CPU it takes the reference, even
+    with ``TRITON_INTERPRET=1``; "triton" then runs the kernels through Triton's interpreter.
 
     Raises:
         RuntimeError: `backend` is "triton" and the kernels cannot run; the message holds the reason.
@@ -71,46 +65,6 @@ def run(
             f"plan must have backend 'triton' and schedule 'store', got {plan.backend}/{plan.schedule}"
         )
     return store.run(plan, x, branches, gate, spec, cache)
-
-
-def explain(layer: SKUnit, x: Tensor) -> Explanation:
-    """What ``layer(x)`` would run under the current backend and grad mode, and why not the others.
-
-    Raises:
-        RuntimeError: ``use_backend("triton")`` is in force and the kernels cannot run.
-    """
-    from .checks import check_input
-
-    check_input(x, layer.spec)
-    return Explanation(
-        choose(x, layer.branches(), layer.gate(), layer.spec, backend=current_backend()), layer.spec
-    )
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """A plan that prints as a report."""
-
-    plan: Plan
-    spec: SKSpec
-
-    def __str__(self) -> str:
-        plan = self.plan
-        lines = [
-            f"backend   {plan.backend}",
-            f"schedule  {plan.schedule}",
-            f"passes    {plan.passes:g} over one activation tensor (predicted)",
-        ]
-        for launch in plan.branch_launches:
-            branches = ", ".join(map(str, self.spec.branches[launch.start : launch.stop]))
-            lines.append(f"branches  {branches}")
-            lines.append(f"  config  {_show(launch.config)}")
-            lines.append(f"  source  {launch.source}")
-        if plan.gate is not None and plan.select is not None:
-            lines.append(f"gate      {_show(plan.gate)}")
-            lines.append(f"select    {_show(plan.select)}")
-        lines.extend(f"not {name}: {reason}" for name, reason in plan.rejected)
-        return "\n".join(lines)
 
 
 def allows_tf32() -> bool:
@@ -167,8 +121,8 @@ def _slower_reason(spec: SKSpec) -> str:
     widest = max(max(spec.branch_in_channels, spec.out_channels) // branch.groups for branch in spec.branches)
     if widest > MAX_AUTO_CHANNELS:
         return (
-            f"a branch has {widest} channels per group; above {MAX_AUTO_CHANNELS} the library's convolution is expected "
-            'to be faster (use_backend("triton") runs the kernels all the same)'
+            f"a branch has {widest} channels per group; above {MAX_AUTO_CHANNELS} the library's convolution is "
+            'expected to be faster (use_backend("triton") runs the kernels all the same)'
         )
     return ""
 
@@ -268,8 +222,3 @@ def _eager_passes(spec: SKSpec) -> int:
     fuse = 3 * (m - 1) + 1
     select = 2 * m + 3 * (m - 1)
     return m * split + fuse + select
-
-
-def _show(config: Any) -> str:
-    values = ", ".join(f"{f.name}={getattr(config, f.name)}" for f in fields(config))
-    return f"{type(config).__name__}({values})"

@@ -38,7 +38,7 @@ def sk_conv(
         RuntimeError: ``use_backend("triton")`` where Triton cannot run; the message holds the reason.
     """
     check_input(x, spec)
-    autocast = _autocast_dtype(x)
+    autocast = autocast_dtype(x)
     check_params(x, branches, gate, spec, autocast)
     if autocast is not None:
         x = x.to(autocast)
@@ -50,7 +50,7 @@ def sk_conv(
     return dispatch.run(plan, x, branches, gate, spec, cache)
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype to which autocast takes ``nn.Conv2d`` on x, or None where it leaves it alone."""
     device = x.device.type
     if x.dtype is torch.float64 or device == "meta":  # autocast does not know the meta device

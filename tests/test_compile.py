@@ -1,5 +1,10 @@
 """Kernels compiled for every supported chip, none of which need be present."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -73,3 +78,13 @@ def test_faults_are_found(rows):
         "1000000 of 1000 bytes of shared memory",
         "no tensor-core instruction",
     ]
+
+
+def test_launches_pass_the_jit():
+    script = Path(__file__).with_name("jit_path.py")
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {line.removesuffix("_fwd_kernel") for line in done.stdout.split()} == {
+        "branch_conv_stream", "branch_conv_tap", "branch_conv_depthwise", "gate", "select",
+    }  # fmt: skip

@@ -156,6 +156,13 @@ def test_explain_reference(x):
 
 
 @pytest.mark.interpret
+def test_explain_sees_autocast(x):
+    with torch.no_grad(), use_backend("triton"), torch.autocast("cpu", torch.float16):
+        plan = explain(layer(), x).plan
+    assert plan.dtype == torch.float16
+
+
+@pytest.mark.interpret
 def test_explain_triton(x):
     with torch.no_grad(), use_backend("triton"):
         text = str(explain(SKConv(16, M=3, G=4, r=4).eval(), x))

@@ -14,9 +14,6 @@ from pathlib import Path
 
 import pytest
 
-# One process builds the wheel.
-pytestmark = pytest.mark.xdist_group("packaging")
-
 ROOT = Path(__file__).resolve().parents[1]
 # Folder of the checkout: its package. `sk_triton` comes last: the others are rooms inside it.
 ROOMS = {"kernels": "sk_triton.kernels", "bench": "sk_triton.bench", "sk_triton": "sk_triton"}

@@ -1,0 +1,61 @@
+"""What a layer would run, as a report to print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from . import dispatch
+from .backend import current_backend
+from .checks import check_input
+from .functional import autocast_dtype
+from .plan import Plan
+from .spec import SKSpec
+
+if TYPE_CHECKING:
+    from .layers import SKUnit
+
+
+def explain(layer: SKUnit, x: Tensor) -> Explanation:
+    """What ``layer(x)`` would run under the current backend, grad mode and autocast, and why not the others.
+
+    Raises:
+        RuntimeError: ``use_backend("triton")`` is in force and the kernels cannot run.
+    """
+    check_input(x, layer.spec)
+    x = x.to(autocast_dtype(x) or x.dtype)
+    branches, gate, spec = layer.branches(), layer.gate(), layer.spec
+    return Explanation(dispatch.choose(x, branches, gate, spec, backend=current_backend()), spec)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A plan that prints as a report."""
+
+    plan: Plan
+    spec: SKSpec
+
+    def __str__(self) -> str:
+        plan = self.plan
+        lines = [
+            f"backend   {plan.backend}",
+            f"schedule  {plan.schedule}",
+            f"passes    {plan.passes:g} over one activation tensor (predicted)",
+        ]
+        for launch in plan.branch_launches:
+            branches = ", ".join(map(str, self.spec.branches[launch.start : launch.stop]))
+            lines.append(f"branches  {branches}")
+            lines.append(f"  config  {_show(launch.config)}")
+            lines.append(f"  source  {launch.source}")
+        if plan.gate is not None and plan.select is not None:
+            lines.append(f"gate      {_show(plan.gate)}")
+            lines.append(f"select    {_show(plan.select)}")
+        lines.extend(f"not {name}: {reason}" for name, reason in plan.rejected)
+        return "\n".join(lines)
+
+
+def _show(config: Any) -> str:
+    values = ", ".join(f"{f.name}={getattr(config, f.name)}" for f in fields(config))
+    return f"{type(config).__name__}({values})"
