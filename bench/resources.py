@@ -16,7 +16,6 @@ import torch
 from sk_triton import dispatch, tuning
 from sk_triton.chips import CHIPS
 from sk_triton.environment import require
-from sk_triton.kernels.config import BranchConfig
 from sk_triton.kernels.launch import Launch
 from sk_triton.packing import Packed
 from sk_triton.plan import BranchLaunch, Plan
@@ -124,14 +123,17 @@ def measure_all(cases: list[Case], targets: list[str], workers: int) -> Iterator
 
 
 def write_configs(rows: list[Row]) -> None:
-    """Replace the shipped configs of every chip in `rows` by those of its branch launches that have no fault."""
-    by_chip: dict[str, dict[str, BranchConfig]] = {}
+    """Put the configs of the branch launches in `rows` that have no fault into their chips' shipped files.
+
+    Entries for other launches stay if they were made for the kernels as they are.
+    """
+    by_chip = {row.resources.target: dict(tuning.shipped(row.resources.target)) for row in rows}
     for row in rows:
         if row.branch_launch is not None and not row.faults:
             case, launch = row.case, row.branch_launch
             size = case.spec.output_size(case.size, case.size)
             key = tuning.key(launch.shape, case.n, *size, case.dtype, case.allow_tf32)
-            by_chip.setdefault(row.resources.target, {})[key] = launch.config
+            by_chip[row.resources.target][key] = launch.config
     for chip, entries in by_chip.items():
         content = json.dumps(tuning.shipped_content(chip, entries), indent=1)
         tuning.shipped_file(chip).write_text(content + "\n")
@@ -158,7 +160,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--write-configs",
         action="store_true",
-        help="replace the shipped configs by the analytic ones compiled here",
+        help="ship the analytic configs of what is compiled here",
     )
     parser.add_argument("--workers", type=int, default=2, help="compiling processes (default 2)")
 
@@ -170,9 +172,6 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
-    if args.write_configs:
-        for chip in args.chip:
-            tuning.shipped_file(chip).unlink(missing_ok=True)
     cases = [
         case
         for case in CASES

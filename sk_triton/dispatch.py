@@ -138,7 +138,7 @@ def _state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate) -> str:
     ):
         if norm is None:
             continue
-        if type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
+        if not isinstance(norm, nn.Module) or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return f"{name} is a {type(norm).__name__}; the kernels fold BatchNorm2d and SyncBatchNorm"
         if norm.training or norm.running_mean is None or norm.running_var is None:
             return f"{name} uses batch statistics; the kernels are for inference (layer.eval())"

@@ -147,7 +147,8 @@ def _sources(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
 def _norm_sources(norm: Any) -> list[Tensor]:
     if not isinstance(norm, nn.Module):
         return []
-    return [t for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var) if t is not None]
+    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    return [t for t in tensors if isinstance(t, Tensor)]
 
 
 def _is_capturing(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ def branch_config(
     shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip
 ) -> tuple[BranchConfig, str]:
     """The config for a branch launch and where it came from, for `explain`."""
-    entry = _shipped(chip.name).get(key(shape, n, h, w, dtype, allow_tf32))
+    entry = shipped(chip.name).get(key(shape, n, h, w, dtype, allow_tf32))
     if entry is not None:
         return entry, f"configs/{chip.name}.json (predicted)"
     return analytic.branch_config(shape, n, h, w, dtype, allow_tf32, chip), f"analytic ({chip.name})"
@@ -73,7 +73,8 @@ def kernels_hash() -> str:
 
 
 @lru_cache
-def _shipped(chip_name: str) -> dict[str, BranchConfig]:
+def shipped(chip_name: str) -> dict[str, BranchConfig]:
+    """The shipped configs of a chip by key; none if they were made for other kernels."""
     file = shipped_file(chip_name)
     if not file.is_file():
         return {}

@@ -19,6 +19,11 @@ settings.load_profile("sk_triton")
 torch.set_num_threads(1)
 
 
+def pytest_xdist_auto_num_workers():
+    """One process where there is a GPU to share."""
+    return 1 if torch.cuda.is_available() else os.cpu_count()
+
+
 def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords and (IS_INTERPRETED or not torch.cuda.is_available()):

@@ -228,7 +228,7 @@ def test_shipped_entry_comes_before_the_analytic_choice(monkeypatch):
     assert other != chosen
     key = tuning.key(GROUPED, 128, 56, 56, torch.float16, False)
     assert key == "forward/float16/c128-128/g32/k3d1+k3d2/s1/56x56/n7"
-    monkeypatch.setattr(tuning, "_shipped", lambda chip: {key: other} if chip == "sm_90" else {})
+    monkeypatch.setattr(tuning, "shipped", lambda chip: {key: other} if chip == "sm_90" else {})
     found, source = tuning.branch_config(GROUPED, 100, 56, 56, torch.float16, False, SM_90)
     assert (found, source) == (other, "configs/sm_90.json (predicted)")
     found, source = tuning.branch_config(GROUPED, 128, 56, 56, torch.float16, False, CHIPS["sm_80"])
@@ -244,14 +244,14 @@ def test_shipped_files_are_current(chip):
     assert content["kernels"] == tuning.kernels_hash()
     assert content["chip"] == chip
     assert content["evidence"] == "predicted"
-    loaded = tuning._shipped(chip)
+    loaded = tuning.shipped(chip)
     assert len(loaded) == len(content["branch_conv_fwd"]) > 0
     for name, config in loaded.items():
         assert tuning.dump_entry(config) == content["branch_conv_fwd"][name]
 
 
 def test_stale_files_are_ignored(monkeypatch):
-    tuning._shipped.cache_clear()
+    tuning.shipped.cache_clear()
     monkeypatch.setattr(tuning, "kernels_hash", lambda: "another")
-    assert tuning._shipped("sm_90") == {}
-    tuning._shipped.cache_clear()
+    assert tuning.shipped("sm_90") == {}
+    tuning.shipped.cache_clear()

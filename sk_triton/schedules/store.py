@@ -15,6 +15,7 @@ from torch import Tensor
 from ..kernels.branch_conv import branch_conv_fwd
 from ..kernels.gate import gate_fwd
 from ..kernels.geometry import tiles
+from ..kernels.launch import Launch
 from ..kernels.select import select_fwd
 from ..layout import memory_format
 from ..packing import PackCache, Packed, pack
@@ -37,7 +38,9 @@ def run(
     return v
 
 
-def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[Callable[[], object]], Tensor]:
+def prepare(
+    plan: Plan, x: Tensor, packed: Packed, spec: SKSpec
+) -> tuple[list[Launch | Callable[[], object]], Tensor]:
     """The steps that compute the unit, mostly kernel launches, and the tensor that will hold its output."""
     assert plan.gate is not None
     assert plan.select is not None
@@ -52,7 +55,7 @@ def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[C
     attention = x.new_empty((n, m, c), dtype=torch.float32)
     v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
 
-    steps: list[Callable[[], object]] = []
+    steps: list[Launch | Callable[[], object]] = []
     first_tile = 0
     for launch, count, weight, shift in zip(
         plan.branch_launches, counts, packed.weights, packed.shifts, strict=True
