@@ -132,6 +132,7 @@ def test_copies_share_nothing():
     layer, x = paper_layer(), torch.randn(1, 8, 5, 4)
     before, _ = outputs(layer, x)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert twin._cache is not layer._cache
         in_place(twin)
         after, expected = outputs(twin, x)
         torch.testing.assert_close(after, expected)
@@ -156,6 +157,17 @@ def test_unchanged_parameters_are_packed_once():
     cache.clear()
     cache.get("plan", sources, build)
     assert len(built) == 4
+
+
+def test_an_address_is_not_reused_while_it_is_a_key():
+    packed = type("Packed", (), {"gate_scale": torch.ones(1)})()
+    for _ in range(20):  # without the cache the allocator reuses it about every other time
+        cache, source = PackCache(), torch.rand(1000)
+        address = source.data_ptr()
+        cache.get("plan", [source], lambda: packed)
+        source.data = torch.zeros(1)
+        others = [torch.rand(1000) for _ in range(100)]
+        assert address not in [t.data_ptr() for t in others]
 
 
 def test_inference_tensors_are_never_cached():
