@@ -72,6 +72,7 @@ def branch_conv_fwd(
             "POOL_BY_DOT": config.BLOCK_N == 1 and x.element_size() == 2,
             "HAS_CHANNEL_MASK": not _is_full(shape, layout, config),
             "PRECISION": "tf32" if allow_tf32 else "ieee",
+            "IS_EVEN_W": tuple(w_out % (config.RUN_W * spacing) == 0 for spacing in layout.spacings),
         }
         if isinstance(config, StreamConfig):
             constexprs["IS_EVEN_H"] = tuple(h % (config.RUN_H * spacing) == 0 for spacing in layout.spacings)

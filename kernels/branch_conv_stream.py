@@ -18,7 +18,7 @@ def stream_branch(
     sample, run_h, run_w, N_LEFT, H_IN, W_IN, H, W, CI_END, CO_END,
     stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
-    SPACING: tl.constexpr, SPAN: tl.constexpr, IS_EVEN_H: tl.constexpr,
+    SPACING: tl.constexpr, SPAN: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
     RUN_H: tl.constexpr, RUN_W: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_POOL: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
@@ -37,7 +37,7 @@ def stream_branch(
     offs_m = tl.arange(0, BLOCK_M)
     ci = offs_k % BLOCK_CI
     co = offs_m % BLOCK_CO
-    mask_p = (y < H) & (sample < N_LEFT)
+    mask_p = (y < H) & (x < W) & (sample < N_LEFT)
     x_in = x[:, None] * STRIDE + (offs_k // BLOCK_CI - HALF)[None, :] * DILATION  # [BLOCK_P, BLOCK_K]
     offs_x = (sample * stride_xn + y * STRIDE * stride_xh)[:, None] + x_in * stride_xw + ci[None, :]
 
@@ -88,6 +88,9 @@ def stream_branch(
             pooled_r = pooled & in_image[:, None]
         tl.store(u_ptr + r * SPACING * stride_uh + offs_u, u, mask=mask_r)
         if POOL_BY_DOT:
+            # Outputs beyond the image see part of it; one that overflows must not meet the product as infinity.
+            if not (IS_EVEN_H and IS_EVEN_W):
+                u = tl.where(mask_r, u, 0.0)
             pool = tl.dot(u, pooled_r.to(u.dtype), pool)
         else:
             pool += tl.where(mask_r, acc, 0.0)
@@ -101,7 +104,7 @@ def branch_conv_stream_fwd_kernel(
     stride_xn, stride_xh, stride_xw, stride_um, stride_un, stride_uh, stride_uw,
     stride_partial_n, stride_partial_t,
     KERNELS: tl.constexpr, DILATIONS: tl.constexpr, SPACINGS: tl.constexpr, SPANS: tl.constexpr,
-    W_OFFSETS: tl.constexpr, IS_EVEN_H: tl.constexpr, STRIDE: tl.constexpr,
+    W_OFFSETS: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr, STRIDE: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, SPLIT_CI: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -150,7 +153,7 @@ def branch_conv_stream_fwd_kernel(
                 pool,
                 sample, run_h, run_w, n_left, H_IN, W_IN, H, W, ci_end, co_end,
                 stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw,
-                KERNELS[m], DILATIONS[m], STRIDE, SPACINGS[m], SPANS[m], IS_EVEN_H[m],
+                KERNELS[m], DILATIONS[m], STRIDE, SPACINGS[m], SPANS[m], IS_EVEN_H[m], IS_EVEN_W[m],
                 RUN_H, RUN_W, BLOCK_CI, BLOCK_CO, BLOCK_P, BLOCK_POOL,
                 HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, POOL_BY_DOT, PRECISION,
             )  # fmt: skip

@@ -17,7 +17,8 @@ def tap_branch(
     sample, y, run_w, N_LEFT, H_IN, W_IN, H, W, CI_END, CO_END,
     stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr, SPACING: tl.constexpr, SPAN: tl.constexpr,
-    K_CHUNKS: tl.constexpr, RUN_W: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    IS_EVEN_W: tl.constexpr, K_CHUNKS: tl.constexpr,
+    RUN_W: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_POOL: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
     POOL_BY_DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -33,7 +34,7 @@ def tap_branch(
     offs_m = tl.arange(0, BLOCK_M)
     ci = offs_k % BLOCK_CI
     co = offs_m % BLOCK_CO
-    mask_p = (y < H) & (sample < N_LEFT)
+    mask_p = (y < H) & (x < W) & (sample < N_LEFT)
     y_in = y * STRIDE - HALF * DILATION
     x_in = x[:, None] * STRIDE + (offs_k // BLOCK_CI - HALF)[None, :] * DILATION  # [BLOCK_P, BLOCK_K]
     offs_x = (sample * stride_xn + y_in * stride_xh)[:, None] + x_in * stride_xw + ci[None, :]
@@ -67,6 +68,9 @@ def tap_branch(
         mask_out &= (co < CO_END)[:, None]
     tl.store(u_ptr + offs_u, u, mask=mask_out)
     if POOL_BY_DOT:
+        # Outputs beyond the image see part of it; one that overflows must not meet the product as infinity.
+        if not IS_EVEN_W:
+            u = tl.where(mask_out, u, 0.0)
         pooled = pooled_pixels(x, mask_p, W, RUN_W, SPACING, BLOCK_POOL)
         return tl.dot(u, pooled.to(u.dtype), pool)
     else:
@@ -80,7 +84,7 @@ def branch_conv_tap_fwd_kernel(
     stride_xn, stride_xh, stride_xw, stride_um, stride_un, stride_uh, stride_uw,
     stride_partial_n, stride_partial_t,
     KERNELS: tl.constexpr, DILATIONS: tl.constexpr, SPACINGS: tl.constexpr, SPANS: tl.constexpr,
-    W_OFFSETS: tl.constexpr, STRIDE: tl.constexpr,
+    W_OFFSETS: tl.constexpr, IS_EVEN_W: tl.constexpr, STRIDE: tl.constexpr,
     BLOCKS_PER_GROUP: tl.constexpr, K_CHUNKS: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, SPLIT_CI: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
@@ -126,7 +130,7 @@ def branch_conv_tap_fwd_kernel(
             pool,
             sample, y, run_w, n_left, H_IN, W_IN, H, W, ci_end, co_end,
             stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw,
-            KERNELS[m], DILATIONS[m], STRIDE, SPACINGS[m], SPANS[m], K_CHUNKS,
+            KERNELS[m], DILATIONS[m], STRIDE, SPACINGS[m], SPANS[m], IS_EVEN_W[m], K_CHUNKS,
             RUN_W, BLOCK_CI, BLOCK_CO, BLOCK_P, BLOCK_POOL,
             HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, POOL_BY_DOT, PRECISION,
         )  # fmt: skip

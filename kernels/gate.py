@@ -57,11 +57,11 @@ def gate_fwd_kernel(
     Every program computes the whole descriptor z, BLOCK_D entries and BLOCK_S pooled channels at a time: cheaper than
     a second launch or a grid-wide wait.
     """
-    n = tl.program_id(1).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = n < N
     offs_mc = tl.arange(0, BLOCK_M * BLOCK_C)
     m = offs_mc // BLOCK_C
-    c = tl.program_id(0) * BLOCK_C + offs_mc % BLOCK_C
+    c = tl.program_id(1) * BLOCK_C + offs_mc % BLOCK_C
     mask_mc = (m < M) & (c < C)
     row = m * C + c
 
@@ -125,5 +125,5 @@ def gate_fwd(
         "HAS_RELU": has_relu,
         "HAS_SELECT_BIAS": select_bias is not None,
     }
-    grid = (cdiv(c, config.BLOCK_C), cdiv(n, config.BLOCK_N))
+    grid = (cdiv(n, config.BLOCK_N), cdiv(c, config.BLOCK_C))
     return Launch(gate_fwd_kernel, grid, arguments, constexprs, {"num_warps": config.num_warps})

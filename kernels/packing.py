@@ -23,15 +23,15 @@ def pack_branch_weights(
     layout = blocking(shape, config)
     packed = []
     for m, weight in enumerate(weights):
-        index, mask = _gather_index(shape, config, layout, m)
-        taken = weight.reshape(-1)[index.to(weight.device)]
-        packed.append(torch.where(mask.to(weight.device), taken, taken.new_zeros(())))
+        index, mask = _gather_index(shape, config, layout, m, weight.device)
+        taken = weight.reshape(-1)[index]
+        packed.append(torch.where(mask, taken, taken.new_zeros(())))
     return torch.cat(packed, dim=1).to(dtype).reshape(-1)
 
 
 @lru_cache(maxsize=256)
 def _gather_index(
-    shape: ConvShape, config: BranchConfig, layout: Blocking, m: int
+    shape: ConvShape, config: BranchConfig, layout: Blocking, m: int, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where in `weight.reshape(-1)` each packed entry comes from, and which entries are not zero. [blocks, entries]"""
     assert not isinstance(config, DepthwiseConfig)
@@ -47,7 +47,7 @@ def _gather_index(
         config.BLOCK_CI,
     )
     block, ky, kx_step, chunk, o, co, j, ci = (
-        torch.arange(size).reshape([-1 if axis == i else 1 for i in range(len(sizes))])
+        torch.arange(size, device="cpu").reshape([-1 if axis == i else 1 for i in range(len(sizes))])
         for axis, size in enumerate(sizes)
     )
     ci_per_group, co_per_group = shape.c_in // shape.groups, shape.c_out // shape.groups
@@ -67,6 +67,6 @@ def _gather_index(
         ((group * co_per_group + co % co_per_group) * ci_per_group + ci % ci_per_group) * k + ky
     ) * k + kx
     return (
-        torch.where(mask, index, 0).expand(sizes).reshape(layout.blocks, -1),
-        mask.expand(sizes).reshape(layout.blocks, -1),
+        torch.where(mask, index, 0).expand(sizes).reshape(layout.blocks, -1).to(device),
+        mask.expand(sizes).reshape(layout.blocks, -1).to(device),
     )

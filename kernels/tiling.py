@@ -8,7 +8,7 @@ reads `(RUN - 1) * STEP + k` lattice points, `STEP = stride / gcd(dilation, stri
 import triton
 import triton.language as tl
 
-# Arguments whose values Triton must not specialise for: another batch or image size takes the same compiled kernel.
+# Arguments whose values Triton must not specialise for.
 SIZES = ("N", "H_IN", "W_IN", "H", "W", "TILES_H", "TILES_W", "CHANNEL_PROGRAMS")
 
 

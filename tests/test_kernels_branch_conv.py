@@ -193,3 +193,19 @@ def test_stream_needs_whole_groups():
 
     with pytest.raises(ValueError, match="8 inputs and 8 outputs cannot hold a group of 16 and 16"):
         blocking(ConvShape(32, 32, 2, (3,), (1,)), STREAM)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 7), (7, 8), (5, 3)], ids=str)
+@pytest.mark.parametrize("config", [STREAM, TapConfig(8, 8, 8, 4, RUN_W=2)], ids=lambda c: type(c).__name__)
+def test_overflow_beyond_the_image_stays_there(config, size):
+    """Outputs that overhang see part of the image, and may exceed fp16 where no pixel of it does."""
+    shape = ConvShape(8, 8, 2, (3, 3), (1, 2))
+    weight = torch.zeros(8, 4, 3, 3)
+    weight[:, 0, 1, 0], weight[:, 0, 1, 1] = 4, -4
+    x = torch.linspace(0, 3e4, size[0] * size[1]).reshape(1, 1, *size).repeat(1, 8, 1, 1)
+    x = x.half().to(memory_format=torch.channels_last)
+    weights = [weight.half(), weight.half()]
+    assert exact(x, weights, None, shape, has_relu=True).max() < torch.finfo(torch.float16).max
+    u, pooled = run(x, weights, None, shape, config, has_relu=True)
+    assert u.isfinite().all()
+    assert pooled.isfinite().all()
