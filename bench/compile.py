@@ -101,7 +101,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
 
 
 def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources:
-    sass, usage = _cuobjdump(compiled.asm["cubin"])
+    sass, registers = _cuobjdump(compiled.asm["cubin"])
     lines = _sass_lines(sass)
     weights = _loop_weights(lines, trips)
     opcodes: Counter[str] = Counter()
@@ -124,7 +124,7 @@ def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources
             counts["matrix"] += weight
     return Resources(
         target=target,
-        registers=int(usage[0]),
+        registers=registers,
         spills=counts["spills"],
         shared=compiled.metadata.shared,
         threads=32 * compiled.metadata.num_warps,
@@ -138,17 +138,18 @@ def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources
     )
 
 
-def _cuobjdump(cubin: bytes) -> tuple[str, tuple[str, str]]:
+def _cuobjdump(cubin: bytes) -> tuple[str, int]:
+    """The machine code as text, and the registers of a thread."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+).*?LOCAL:(\d+)", usage.stdout + usage.stderr)
+    found = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
     if found is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {usage.stdout + usage.stderr!r}")
-    return sass, (found[1], found[2])
+    return sass, int(found[1])
 
 
 def _sass_lines(sass: str) -> list[tuple[int, str, str]]:

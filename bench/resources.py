@@ -68,8 +68,7 @@ def launches(case: Case, target: str) -> tuple[Plan, list[Launch]]:
     x = torch.empty((case.n, spec.in_channels, case.size, case.size), dtype=case.dtype, device="meta").to(
         memory_format=torch.channels_last
     )
-    height, width = spec.output_size(case.size, case.size)
-    plan = dispatch.plan_store(spec, case.n, height, width, case.dtype, case.allow_tf32, CHIPS[target])
+    plan = dispatch.plan_store(spec, case.n, case.size, case.size, case.dtype, case.allow_tf32, CHIPS[target])
     m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
     packed = Packed(
         weights=tuple(x.new_empty(16) for _ in plan.branch_launches),

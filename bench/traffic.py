@@ -120,11 +120,10 @@ def count(spec: SKSpec, n: int, size: int, full: SKSpec | None = None) -> tuple[
         raise RuntimeError(
             "traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
         )
-    height, width = spec.output_size(size, size)
     dtype = torch.float16
-    plan = dispatch.plan_store(spec, 128, height, width, dtype, False, CHIPS["sm_90"])
+    plan = dispatch.plan_store(spec, 128, size, size, dtype, False, CHIPS["sm_90"])
     if full is not None:
-        configs = dispatch.plan_store(full, 128, height, width, dtype, False, CHIPS["sm_90"]).branch_launches
+        configs = dispatch.plan_store(full, 128, size, size, dtype, False, CHIPS["sm_90"]).branch_launches
         launches = [
             replace(launch, config=other.config)
             for launch, other in zip(plan.branch_launches, configs, strict=True)

@@ -34,7 +34,7 @@ def branch_config(
     else:
         streams = group <= MAX_STREAM_CHANNELS and kernel <= (5 if group <= 8 else 3)
     candidates = (
-        _stream_candidates(shape, is_ieee, dtype) if streams else _tap_candidates(shape, is_ieee, dtype)
+        _stream_candidates(shape, is_ieee, dtype, chip) if streams else _tap_candidates(shape, is_ieee, dtype)
     )
     return _smallest(candidates, shape, n, h, w, chip)
 
@@ -42,11 +42,11 @@ def branch_config(
 def gate_config(m: int, c: int, d: int, dtype: torch.dtype) -> GateConfig:
     """Config for `m` branches, `c` channels and a descriptor of `d` entries."""
     # Products of fp32 operands run without tensor cores and hold both in registers.
-    widest, columns = (32, 64) if dtype == torch.float32 else (64, 128)
+    columns = 64 if dtype == torch.float32 else 128
     return GateConfig(
         BLOCK_N=16,
         BLOCK_S=min(32, max(16, next_power_of_2(c))),
-        BLOCK_D=min(widest, max(16, next_power_of_2(d))),
+        BLOCK_D=min(64, max(16, next_power_of_2(d))),
         BLOCK_C=max(16, min(next_power_of_2(c), columns // next_power_of_2(m))),
         num_warps=8,
     )
@@ -63,7 +63,7 @@ def _shares_row(shape: ConvShape) -> bool:
     return all(step == 1 for step in blocking(shape, TapConfig(16, 16, 1, 1)).steps)
 
 
-def _stream_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> list[BranchConfig]:
+def _stream_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype, chip: Chip) -> list[BranchConfig]:
     group = max(shape.c_in, shape.c_out) // shape.groups
     run_w = 2 if group <= 8 and _shares_row(shape) else 1
     block = 8 if run_w == 2 else max(16, next_power_of_2(group))
@@ -78,6 +78,10 @@ def _stream_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> l
         longest = 4
     else:
         longest = 8
+    if chip.name.startswith("gfx"):
+        longest = min(longest, 4)
+    if chip.name == "sm_80" and dtype == torch.bfloat16 and block == 32:
+        longest = 1
     return [
         StreamConfig(
             BLOCK_CI=block,

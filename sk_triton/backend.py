@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Literal, get_args
@@ -16,6 +17,8 @@ _scoped: ContextVar[Backend] = ContextVar("sk_triton_backend", default="auto")
 # The latest scope of the whole process, for Dynamo alone: that of torch 2.8 cannot trace ContextVar.get, and
 # it guards a global, so a changed backend recompiles.
 _latest: Backend = "auto"
+_live: list[list[Backend]] = []
+_lock = threading.Lock()
 
 
 def current_backend() -> Backend:
@@ -42,10 +45,16 @@ def use_backend(name: Backend) -> contextlib._GeneratorContextManager[None]:
 @contextlib.contextmanager
 def _scope(name: Backend) -> Iterator[None]:
     global _latest
-    before, token = _latest, _scoped.set(name)
-    _latest = name
+    token = _scoped.set(name)
+    scope = [name]
+    with _lock:
+        _live.append(scope)
+        _latest = name
     try:
         yield
     finally:
-        _latest = before
+        # By identity: scopes of other threads may have opened and closed in between.
+        with _lock:
+            _live[:] = [other for other in _live if other is not scope]
+            _latest = _live[-1][0] if _live else "auto"
         _scoped.reset(token)

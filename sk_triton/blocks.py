@@ -52,10 +52,16 @@ class ConvPath(nn.Module):
         self.aa: nn.Module | None = None
         if aa_layer is not None and stride > 1:
             self.aa = make_aa(aa_layer, out_channels, stride, placement)
+        self._built = conv_settings(self.conv)
 
     def branch(self) -> Branch:
-        """The parameters as they are now."""
+        """The parameters as they are now.
+
+        Raises:
+            ValueError: the convolution's settings were changed.
+        """
         modules = self._modules
+        check_conv_settings("conv", modules["conv"], self._built)
         weight, bias = weight_and_bias(modules["conv"])  # type: ignore[arg-type]
         bn: Any = modules["bn"]
         below = bn._modules
@@ -80,8 +86,33 @@ class GateLayers(nn.Module):
         return Gate(reduce_weight, reduce_bias, self.bn, self.act, (weight,), select_bias)
 
 
+def conv_settings(conv: Any) -> tuple[Any, ...]:
+    """What a convolution computes besides its weights."""
+    return conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode
+
+
+def check_conv_settings(name: str, conv: Any, built: tuple[Any, ...]) -> None:
+    """Raise ``ValueError`` if a convolution is no longer what it was built as: the unit's spec decides, not it."""
+    now = conv_settings(conv)
+    if now != built:
+        raise ValueError(
+            f"{name}: stride, padding, dilation, groups and padding_mode must stay as built, {built}, got {now}; "
+            "build a layer with other settings and load the state_dict"
+        )
+
+
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The module's ``weight`` and ``bias`` as they are now, parametrised ones included."""
+    """The module's ``weight`` and ``bias`` as they are now, parametrised ones included.
+
+    Raises:
+        RuntimeError: a hook of ``torch.nn.utils`` (pruning, the old weight and spectral norm) would compute them.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):
+            raise RuntimeError(
+                f"{type(hook).__name__} recomputes a weight in a forward hook, which does not run here: "
+                "use torch.nn.utils.parametrizations, or make the change permanent"
+            )
     # Plain attribute access costs about 1 us each through nn.Module.__getattr__, which shows at batch 1.
     own = module._parameters
     if "weight" in own and "bias" in own:

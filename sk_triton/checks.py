@@ -16,9 +16,10 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def act_name(act: Map | None) -> str:
     """The name of an activation in a :class:`SKSpec`: "relu", "identity", or its class or function name."""
-    if isinstance(act, nn.ReLU) or act is F.relu or act is torch.relu:
+    # A subclass may compute something else.
+    if type(act) is nn.ReLU or act is F.relu or act is torch.relu:
         return "relu"
-    if act is None or isinstance(act, nn.Identity):
+    if act is None or type(act) is nn.Identity:
         return "identity"
     return type(act).__name__ if isinstance(act, nn.Module) else getattr(act, "__name__", type(act).__name__)
 

@@ -15,12 +15,10 @@ class Chip:
     Attributes:
         name: "sm_90", "gfx942", …
         processors: streaming multiprocessors or compute units.
-        registers: 32-bit registers that one thread may use.
     """
 
     name: str
     processors: int
-    registers: int = 255
 
 
 CHIPS = {
@@ -32,11 +30,11 @@ CHIPS = {
         Chip("sm_90", processors=132),
         Chip("sm_100", processors=148),
         Chip("sm_120", processors=170),
-        Chip("gfx942", processors=304, registers=512),
+        Chip("gfx942", processors=304),
     )
 }
 # Relatives without an entry of their own: the same instruction set family.
-_RELATIVES = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_121": "sm_120", "gfx950": "gfx942"}
+_RELATIVES = {"sm_87": "sm_86", "sm_103": "sm_100", "sm_121": "sm_120"}
 
 
 @lru_cache

@@ -10,6 +10,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from .chips import CHIPS, Chip, chip_of
 from .packing import PackCache
@@ -17,6 +18,8 @@ from .params import Branch, Gate
 from .plan import BranchLaunch, Plan
 from .spec import BranchSpec, SKSpec
 
+# Identities outside of training.
+_DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays.
 MAX_AUTO_CHANNELS = 64
@@ -24,7 +27,7 @@ MAX_AUTO_CHANNELS = 64
 
 def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[bool, str]:
     """Whether the Triton kernels can run the unit on `x`; if not, the reason (else "")."""
-    reason = _device_reason(x) or _unit_reason(spec) or _state_reason(x, branches, gate)
+    reason = _tracing_reason(x) or _device_reason(x) or _unit_reason(spec) or _state_reason(x, branches, gate)
     return not reason, reason
 
 
@@ -41,14 +44,16 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
         return _reference_plan(x.dtype, spec, "the reference was requested")
     if backend == "auto" and x.device.type == "cpu":
         return _reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes the reference')
+    if backend == "auto" and not torch.compiler.is_compiling() and is_interpreted():
+        return _reference_plan(x.dtype, spec, 'TRITON_INTERPRET is set, where "auto" takes the reference')
     can_run, reason = can_run_triton(x, branches, gate, spec)
     if can_run and backend == "auto":
         reason = _slower_reason(spec)
     if not reason:
-        n, _, h, w = x.shape
+        n, _, h_in, w_in = x.shape
         chip = chip_of(x.device)
         assert chip is not None
-        return plan_store(spec, n, *spec.output_size(h, w), x.dtype, allows_tf32(), chip)
+        return plan_store(spec, n, h_in, w_in, x.dtype, allows_tf32(), chip, is_converted=x.stride(1) != 1)
     if backend == "triton":
         raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
     return _reference_plan(x.dtype, spec, reason)
@@ -68,7 +73,9 @@ def run(
 
 
 def allows_tf32() -> bool:
-    """Whether PyTorch's own switches let fp32 convolutions round their operands to TF32."""
+    """Whether PyTorch's own switches let fp32 convolutions round their operands to TF32; never on ROCm."""
+    if torch.version.hip:
+        return False
     conv = getattr(torch.backends.cudnn, "conv", None)
     precision = getattr(conv, "fp32_precision", None)
     if precision is None or precision == "none":
@@ -86,18 +93,29 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def _tracing_reason(x: Tensor) -> str:
+    """Why a call under a transformation of PyTorch's cannot run the kernels; asked before sizes are looked at."""
+    if torch.compiler.is_compiling():
+        return "torch.compile is tracing; the kernels are not registered as operators yet"
+    if torch.jit.is_tracing():
+        return "torch.jit is tracing; the kernels are not registered as operators"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a torch.func transformation is active; the kernels have no rule for it"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active; the kernels have no tangents"
+    return ""
+
+
 def _device_reason(x: Tensor) -> str:
     if not has_triton():
         return "Triton is not installed (pip install triton)"
     if x.dtype not in DTYPES:
         return f"x has dtype {x.dtype}; the kernels take float16, bfloat16 and float32"
+    if is_interpreted() and x.dtype == torch.bfloat16:
+        return "Triton's interpreter multiplies the bit patterns of bfloat16; take float16 or float32 there"
     if x.device.type == "cpu":
         if not is_interpreted():
             return 'x is on "cpu"; the kernels need a GPU, or TRITON_INTERPRET=1 to run interpreted'
-        if x.dtype == torch.bfloat16:
-            return (
-                "Triton's interpreter multiplies the bit patterns of bfloat16; take float16 or float32 there"
-            )
         return ""
     if x.device.type != "cuda":
         return f'x is on "{x.device.type}"; the kernels run on CUDA and ROCm GPUs'
@@ -128,28 +146,36 @@ def _slower_reason(spec: SKSpec) -> str:
 
 
 def _state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate) -> str:
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing; the kernels are not registered as operators yet"
-    if type(x) is not Tensor and type(x) is not nn.Parameter:
-        return f"x is a {type(x).__name__}; the kernels take plain tensors"
-    for name, norm in (
-        *((f"branches[{m}].norm", b.norm) for m, b in enumerate(branches)),
-        ("gate.norm", gate.norm),
-    ):
+    norms = [(f"branches[{m}].norm", branch.norm) for m, branch in enumerate(branches)]
+    for name, norm in (*norms, ("gate.norm", gate.norm)):
         if norm is None:
             continue
         if not isinstance(norm, nn.Module) or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
             return f"{name} is a {type(norm).__name__}; the kernels fold BatchNorm2d and SyncBatchNorm"
         if norm.training or norm.running_mean is None or norm.running_var is None:
             return f"{name} uses batch statistics; the kernels are for inference (layer.eval())"
+    acts = [(f"branches[{m}].act", branch.act) for m, branch in enumerate(branches)]
+    for name, module in (*norms, *acts, ("gate.norm", gate.norm), ("gate.act", gate.act)):
+        if isinstance(module, nn.Module) and (module._forward_hooks or module._forward_pre_hooks):
+            return f"{name} has forward hooks, which the kernels would not run"
     for m, branch in enumerate(branches):
         if branch.aa is not None:
             return f"branches[{m}].aa is set; the kernels have no anti-aliasing"
-        if branch.drop is not None and getattr(branch.drop, "training", True):
+        if branch.drop is None or type(branch.drop) is nn.Identity:
+            continue
+        if type(branch.drop) not in _DROPS:
+            return (
+                f"branches[{m}].drop is a {type(branch.drop).__name__}; the kernels know it for no identity"
+            )
+        if branch.drop.training:  # type: ignore[attr-defined]
             return f"branches[{m}].drop is active; the kernels are for inference (layer.eval())"
-    if torch.is_grad_enabled() and (
-        x.requires_grad or any(t.requires_grad for t in _tensors(branches, gate))
-    ):
+    needs_grad = x.requires_grad
+    for name, tensor in (("x", x), *(("a parameter", t) for t in _tensors(branches, gate))):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+            kind = type(tensor).__name__ if tensor.layout is torch.strided else tensor.layout
+            return f"{name} is a {kind}; the kernels take plain strided tensors"
+        needs_grad |= tensor.requires_grad
+    if needs_grad and torch.is_grad_enabled():
         return (
             "gradients are enabled; the kernels are forward only (torch.no_grad() or torch.inference_mode())"
         )
@@ -166,6 +192,7 @@ def _tensors(branches: Sequence[Branch], gate: Gate) -> Iterable[Tensor]:
     for part in (*(b.norm for b in branches), gate.norm):
         if isinstance(part, nn.Module):
             yield from part.parameters(recurse=False)
+            yield from part.buffers(recurse=False)
     if gate.reduce_bias is not None:
         yield gate.reduce_bias
     yield from gate.select_bias or ()
@@ -173,12 +200,23 @@ def _tensors(branches: Sequence[Branch], gate: Gate) -> Iterable[Tensor]:
 
 @lru_cache(maxsize=1024)
 def plan_store(
-    spec: SKSpec, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip
+    spec: SKSpec,
+    n: int,
+    h_in: int,
+    w_in: int,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+    chip: Chip,
+    is_converted: bool = False,
 ) -> Plan:
-    """The plan of schedule "store" for a batch of `n` outputs of `h` x `w` pixels on `chip`."""
+    """The plan of schedule "store" for a batch of `n` inputs of `h_in` x `w_in` pixels on `chip`.
+
+    `is_converted`: the input's channels are not adjacent, so that it is copied first.
+    """
     from . import analytic, tuning
     from .kernels.geometry import ConvShape
 
+    h, w = spec.output_size(h_in, w_in)
     launches: list[BranchLaunch] = []
     for _, group in groupby(enumerate(spec.branches), key=lambda item: item[1].groups):
         members: list[tuple[int, BranchSpec]] = list(group)
@@ -198,7 +236,7 @@ def plan_store(
     return Plan(
         backend="triton",
         schedule="store",
-        passes=len(launches) + 2 * m + 1,
+        passes=(len(launches) + 2 * is_converted) * _input_passes(spec, h_in, w_in) + 2 * m + 1,
         dtype=dtype,
         rejected=(("reference", f"the kernels can run; eager takes {_eager_passes(spec)} passes"),),
         branch_launches=tuple(launches),
@@ -215,8 +253,17 @@ def _reference_plan(dtype: torch.dtype, spec: SKSpec, reason: str) -> Plan:
     return Plan("reference", "eager", _eager_passes(spec), dtype, rejected=(("triton", reason),))
 
 
-def _eager_passes(spec: SKSpec) -> int:
-    """Passes of the reference in eager mode: each operator reads its inputs and writes its result."""
+def _input_passes(spec: SKSpec, h_in: int, w_in: int) -> float:
+    """The input's elements in units of the output's."""
+    h, w = spec.output_size(h_in, w_in)
+    return spec.in_channels * h_in * w_in / (spec.out_channels * h * w)
+
+
+def _eager_passes(spec: SKSpec) -> float:
+    """Passes of the reference in eager mode: each operator reads its inputs and writes its result.
+
+    An input of another size than the output counts as one pass per branch all the same.
+    """
     m = spec.num_branches
     split = 2 + 2 * spec.branch_norm + 2 * (spec.branch_act != "identity")
     fuse = 3 * (m - 1) + 1

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import functional
-from .blocks import ConvPath, GateLayers, weight_and_bias
+from .blocks import ConvPath, GateLayers, check_conv_settings, conv_settings, weight_and_bias
 from .checks import act_name
 from .packing import PackCache
 from .params import Branch, Gate
@@ -47,7 +47,8 @@ class SKUnit(nn.Module):
         return functional.sk_conv(x, self.branches(), self.gate(), self.spec, cache=self._cache)
 
     def train(self, mode: bool = True) -> SKUnit:
-        self._cache.clear()
+        if mode != self.training:
+            self._cache.clear()
         return super().train(mode)
 
 
@@ -120,10 +121,13 @@ class SKConv(SKUnit):
             )
             for b in self.spec.branches
         )
+        self._built = [conv_settings(conv) for conv in self.convs]
         self.fc = nn.Linear(features, gate_width, **placement)
         self.fcs = nn.ModuleList(nn.Linear(gate_width, features, **placement) for _ in range(M))
 
     def branches(self) -> tuple[Branch, ...]:
+        for i, (conv, built) in enumerate(zip(self.convs, self._built, strict=True)):
+            check_conv_settings(f"convs.{i}", conv, built)
         return tuple(Branch(*weight_and_bias(conv)) for conv in self.convs)
 
     def gate(self) -> Gate:

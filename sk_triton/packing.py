@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,18 @@ class Packed:
     select_weight: Tensor
     select_bias: Tensor | None
 
+    def tensors(self) -> list[Tensor]:
+        """All of them, without the absent ones."""
+        rest = (self.reduce_weight, self.gate_scale, self.gate_shift, self.select_weight, self.select_bias)
+        return [t for t in (*self.weights, *self.shifts, *rest) if t is not None]
+
+
+class _Entry(NamedTuple):
+    fingerprint: tuple
+    sources: tuple[Tensor, ...]
+    packed: Packed
+    stream: torch.cuda.Stream | None
+
 
 class PackCache:
     """What a layer's parameters were packed into, with the means to tell that they have changed since.
@@ -39,36 +51,64 @@ class PackCache:
     An entry is used only while every source tensor has the address, version counter, dtype, shape and strides it was
     packed from; the entry keeps the sources' memory alive, so that an address cannot be reused. In-place updates,
     ``load_state_dict``, ``.to()`` and assignments to ``.data`` are all seen. A write that PyTorch itself does not count
-    (``p.data.add_(1)``, a NumPy view) is not: call :meth:`clear`, or ``layer.train()`` and ``layer.eval()``, after it.
+    (``p.data.add_(1)``, a NumPy view, a replayed CUDA graph) is not: call :meth:`clear` after it, or switch the layer
+    to ``train()`` and back.
+
+    A CUDA graph keeps the packed weights it was captured with, and those stay alive as long as the cache.
 
     A deep copy or a pickle of a cache is empty.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[tuple, tuple[Tensor, ...], Packed]] = {}
+        self._entries: dict[Hashable, _Entry] = {}
+        self._captured: list[Packed] = []
 
     def clear(self) -> None:
         """Forget everything."""
         self._entries = {}
 
     def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], Packed]) -> Packed:
-        """The entry under `key` if `sources` are unchanged, else a new one from `build`."""
-        # Inference tensors have no version counter, and memory allocated during a graph capture is the graph's own.
-        if any(t.is_inference() for t in sources) or _is_capturing(sources[0]):
-            return build()
-        fingerprint = tuple([(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in sources])
-        entries = self._entries
-        entry = entries.get(key)
-        if entry is not None and entry[0] == fingerprint:
-            return entry[2]
+        """The entry under `key` if `sources` are unchanged, else a new one from `build`.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured and there is no entry to capture.
+        """
+        # Inference tensors have no version counter.
+        is_counted = not any(t.is_inference() for t in sources)
+        fingerprint: tuple = ()
+        if is_counted:
+            fingerprint = tuple([(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in sources])
+            entry = self._entries.get(key)
+            if entry is not None and entry.fingerprint == fingerprint:
+                if sources[0].is_cuda:
+                    self._use_on_current_stream(entry)
+                return entry.packed
+        if _is_capturing(sources[0]):
+            raise RuntimeError(
+                "a CUDA graph is being captured and the layer's weights are not packed: "
+                "call the layer once on such an input before the capture"
+            )
         packed = build()
-        if packed.gate_scale.is_cuda:
-            # Once per update: later calls may come from any stream.
-            torch.cuda.current_stream(packed.gate_scale.device).synchronize()
-        fresh = {k: e for k, e in entries.items() if e[0] == fingerprint}
-        fresh[key] = (fingerprint, tuple(t.detach() for t in sources), packed)
+        if not is_counted:
+            return packed
+        stream = None
+        if sources[0].is_cuda:
+            stream = torch.cuda.current_stream(sources[0].device)
+            stream.synchronize()  # once per update: later calls may come from any stream
+        fresh = {k: e for k, e in self._entries.items() if e.fingerprint == fingerprint}
+        fresh[key] = _Entry(fingerprint, tuple(t.detach() for t in sources), packed, stream)
         self._entries = fresh
         return packed
+
+    def _use_on_current_stream(self, entry: _Entry) -> None:
+        """Keep the entry's memory from being reused while this stream, or a graph captured on it, still reads it."""
+        stream = torch.cuda.current_stream(entry.packed.gate_scale.device)
+        if _is_capturing(entry.packed.gate_scale):
+            if not any(packed is entry.packed for packed in self._captured):
+                self._captured.append(entry.packed)
+        elif stream != entry.stream:
+            for tensor in entry.packed.tensors():
+                tensor.record_stream(stream)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackCache:
         return PackCache()
@@ -88,9 +128,9 @@ def pack(plan: Plan, branches: Sequence[Branch], gate: Gate, cache: PackCache | 
 
 def fold_norm(norm: Any, bias: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
     """`(scale, shift)` in fp32 with `norm(y + bias) = y * scale + shift`, for an eval-mode batch norm or None."""
-    shift = torch.zeros(width, device=like.device) if bias is None else bias.float()
+    shift = torch.zeros(width, dtype=torch.float32, device=like.device) if bias is None else bias.float()
     if norm is None:
-        return torch.ones(width, device=like.device), shift
+        return torch.ones(width, dtype=torch.float32, device=like.device), shift
     scale = (norm.running_var.float() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.float()

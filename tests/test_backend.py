@@ -48,6 +48,26 @@ def test_threads_do_not_see_each_other():
     assert seen == ["auto"]
 
 
+def test_overlapping_threads_leave_nothing_behind():
+    """A scope that outlives the one it was opened in; what Dynamo reads must be "auto" again after both."""
+    from sk_triton import backend
+
+    opened, closed = threading.Event(), threading.Event()
+
+    def other():
+        with use_backend("reference"):
+            opened.set()
+            closed.wait()
+
+    with use_backend("triton"):
+        thread = threading.Thread(target=other)
+        thread.start()
+        opened.wait()
+    closed.set()
+    thread.join()
+    assert backend._latest == "auto"
+
+
 def test_tasks_do_not_see_each_other():
     async def task(name, other_runs):
         with use_backend(name):

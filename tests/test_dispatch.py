@@ -78,6 +78,68 @@ def test_active_drop_is_refused(x):
             )
 
 
+class DoublingReLU(nn.ReLU):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+@pytest.mark.interpret
+def test_subclasses_are_not_taken_for_their_base(x):
+    with torch.no_grad():
+        assert reason(layer(act_layer=DoublingReLU), x).startswith("branch_act is DoublingReLU")
+        module = layer()
+        weight = module.paths[1].conv.weight
+        module.paths[1].conv.weight = nn.Parameter(weight.as_subclass(type("Quantized", (torch.Tensor,), {})))
+        assert reason(module, x).startswith(
+            "a parameter is a Quantized; the kernels take plain strided tensors"
+        )
+
+
+@pytest.mark.interpret
+def test_hooks_are_not_skipped(x):
+    module = layer()
+    handle = module.paths[1].bn.register_forward_hook(lambda *args: None)
+    with torch.no_grad():
+        assert reason(module, x) == "branches[1].norm has forward hooks, which the kernels would not run"
+        handle.remove()
+        assert reason(module, x) == ""
+
+
+@pytest.mark.interpret
+def test_transformations_are_refused_by_triton_and_served_by_auto(x):
+    module = layer().requires_grad_(False)
+    expected = module(x)
+
+    def traced(x):
+        return torch.jit.trace(module, x, check_trace=False)(x)
+
+    def dual(x):
+        with torch.autograd.forward_ad.dual_level():
+            return torch.autograd.forward_ad.unpack_dual(module(torch.autograd.forward_ad.make_dual(x, x)))[0]
+
+    for transformed, why in (
+        (lambda x: torch.vmap(module)(x[None])[0], "a torch.func transformation is active"),
+        (traced, "torch.jit is tracing"),
+        (dual, "forward-mode differentiation is active"),
+    ):
+        torch.testing.assert_close(transformed(x), expected)
+        with use_backend("triton"), pytest.raises(RuntimeError, match=why):
+            transformed(x)
+
+
+@pytest.mark.interpret
+def test_default_dtype_does_not_matter(x):
+    module = SKConv(16, M=2, G=4, r=4).eval()
+    with torch.no_grad():
+        expected = module(x)
+        torch.set_default_dtype(torch.float64)
+        try:
+            with use_backend("triton"):
+                torch.testing.assert_close(module(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.interpret
 def test_gradients_are_refused_and_inference_is_not(x):
     module = layer()
@@ -124,7 +186,9 @@ def test_auto_leaves_wide_groups_to_the_library(x, monkeypatch):
     class FakeCuda:
         def __init__(self, tensor):
             self.shape, self.dtype, self.device = tensor.shape, tensor.dtype, torch.device("cuda")
+            self.stride = tensor.stride
 
+    monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
     monkeypatch.setattr(dispatch, "can_run_triton", lambda *args: (True, ""))
     monkeypatch.setattr(dispatch, "chip_of", lambda device: SM_90)
     plan = choose(wide, "auto")
@@ -168,7 +232,7 @@ def test_explain_triton(x):
         text = str(explain(SKConv(16, M=3, G=4, r=4).eval(), x))
     assert "backend   triton" in text
     assert "schedule  store" in text
-    assert "passes    8 over one activation tensor (predicted)" in text
+    assert "passes    10 over one activation tensor (predicted)" in text  # two of them convert NCHW
     assert "branches  3x3 g4, 5x5 g4, 7x7 g4" in text
     assert "source  analytic (sm_90)" in text
     assert "not reference: the kernels can run; eager takes 25 passes" in text

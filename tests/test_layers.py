@@ -10,7 +10,7 @@ import timm.layers
 import torch
 from timm.layers.selective_kernel import SelectiveKernel as TimmSelectiveKernel
 from torch import nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, use_backend
 from sk_triton.packing import PackCache
@@ -154,7 +154,7 @@ def test_gate_width(settings, width):
 
 def test_any_norm_callable():
     layer = SelectiveKernel(16, norm_layer=lambda channels: nn.GroupNorm(2, channels, affine=False))
-    assert layer(torch.randn(2, 16, 5, 5)).shape == (2, 16, 5, 5)
+    layer(torch.randn(2, 16, 5, 5))
     assert list(layer.paths[0].state_dict()) == ["conv.weight"]
 
 
@@ -276,12 +276,13 @@ def test_deepcopy_and_pickle(make):
 
 
 @pytest.mark.parametrize("mode", [True, False])
-def test_train_and_eval_clear_the_cache(make, mode, monkeypatch):
-    layer, cleared = make(), []
+def test_a_change_of_mode_clears_the_cache(make, mode, monkeypatch):
+    layer, cleared = make().train(not mode), []
     monkeypatch.setattr(PackCache, "clear", lambda self: cleared.append(self))
     assert nn.Sequential(layer).train(mode)[0].training is mode
     assert cleared == [layer._cache]
     assert layer.train(mode) is layer
+    assert cleared == [layer._cache]
 
 
 def test_the_cache_is_no_part_of_the_state(make):
@@ -390,3 +391,23 @@ def test_replaces_timms_module_in_a_network():
                 model.set_submodule(name, ours.eval())
     assert not any(isinstance(m, TimmSelectiveKernel) for m in model.modules())
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_changed_convolution_settings_are_refused(make):
+    layer = make()
+    conv = next(m for m in layer.modules() if isinstance(m, nn.Conv2d))
+    conv.stride = (2, 2) if conv.stride == (1, 1) else (1, 1)
+    with pytest.raises(
+        ValueError, match=r"stride, padding, .* must stay as built, \(\(., .\), .*, got \(\(., .\), "
+    ):
+        layer(torch.randn(2, 16, 5, 5))
+
+
+def test_weights_that_hooks_would_compute_are_refused(make):
+    layer = make()
+    conv = next(m for m in layer.modules() if isinstance(m, nn.Conv2d))
+    prune.l1_unstructured(conv, "weight", 0.5)
+    with pytest.raises(RuntimeError, match="L1Unstructured recomputes a weight in a forward hook"):
+        layer(torch.randn(2, 16, 5, 5))
+    prune.remove(conv, "weight")
+    layer(torch.randn(2, 16, 5, 5))

@@ -170,6 +170,17 @@ def test_an_address_is_not_reused_while_it_is_a_key():
         assert address not in [t.data_ptr() for t in others]
 
 
+def test_a_capture_takes_what_is_packed_and_packs_nothing(monkeypatch):
+    cache, source, packed = PackCache(), torch.ones(2), type("Packed", (), {"gate_scale": torch.ones(1)})()
+    monkeypatch.setattr("sk_triton.packing._is_capturing", lambda tensor: True)
+    with pytest.raises(RuntimeError, match="call the layer once on such an input before the capture"):
+        cache.get("plan", [source], lambda: packed)
+    monkeypatch.setattr("sk_triton.packing._is_capturing", lambda tensor: False)
+    cache.get("plan", [source], lambda: packed)
+    monkeypatch.setattr("sk_triton.packing._is_capturing", lambda tensor: True)
+    assert cache.get("plan", [source], lambda: pytest.fail("packed during a capture")) is packed
+
+
 def test_inference_tensors_are_never_cached():
     with torch.inference_mode():
         source = torch.ones(2)
