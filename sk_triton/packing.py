@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .params import Branch, Gate
-from .plan import Plan
+from .plan import BranchLaunch, Plan
 
 
 @dataclass(frozen=True)
@@ -122,8 +123,19 @@ def pack(plan: Plan, branches: Sequence[Branch], gate: Gate, cache: PackCache | 
     if cache is None:
         return _pack(plan, branches, gate)
     epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
-    key = (plan.dtype, plan.branch_launches, epsilons)
+    layouts = tuple([_layout(launch) for launch in plan.branch_launches])
+    key = (plan.dtype, layouts, epsilons)
     return cache.get(key, _sources(branches, gate), lambda: _pack(plan, branches, gate))
+
+
+# The fields of a config that decide where a weight is packed; batch and image size only change the others.
+_PACKED_FIELDS = ("BLOCK_CI", "BLOCK_CO", "RUN_W", "BLOCKS_PER_PROGRAM")
+
+
+@lru_cache(maxsize=1024)
+def _layout(launch: BranchLaunch) -> Hashable:
+    fields = tuple(getattr(launch.config, field, None) for field in _PACKED_FIELDS)
+    return launch.start, launch.stop, launch.shape, type(launch.config), fields
 
 
 def fold_norm(norm: Any, bias: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor]:

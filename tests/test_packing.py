@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import sk_triton.packing
 from sk_triton import SelectiveKernel, SKConv, use_backend
 from sk_triton.kernels.config import DepthwiseConfig, StreamConfig, TapConfig
 from sk_triton.kernels.geometry import ConvShape, blocking
@@ -157,6 +158,18 @@ def test_unchanged_parameters_are_packed_once():
     cache.clear()
     cache.get("plan", sources, build)
     assert len(built) == 4
+
+
+@pytest.mark.interpret
+def test_another_batch_or_image_size_packs_nothing_new(monkeypatch):
+    layer, packed = paper_layer(), []
+    pack = sk_triton.packing._pack
+    monkeypatch.setattr("sk_triton.packing._pack", lambda *args: packed.append(args) or pack(*args))
+    for size in ((1, 8, 5, 4), (3, 8, 5, 4), (2, 8, 16, 15)):
+        ours, expected = outputs(layer, torch.randn(size))
+        torch.testing.assert_close(ours, expected)
+    configs = {args[0].branch_launches for args in packed}
+    assert len(packed) == len(configs) == 1
 
 
 def test_an_address_is_not_reused_while_it_is_a_key():
