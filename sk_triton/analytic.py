@@ -42,11 +42,11 @@ def branch_config(
 def gate_config(m: int, c: int, d: int, dtype: torch.dtype) -> GateConfig:
     """Config for `m` branches, `c` channels and a descriptor of `d` entries."""
     # Products of fp32 operands run without tensor cores and hold both in registers.
-    columns = 64 if dtype == torch.float32 else 128
+    widest, columns = (64, 64) if dtype == torch.float32 else (128, 128)
     return GateConfig(
         BLOCK_N=16,
         BLOCK_S=min(32, max(16, next_power_of_2(c))),
-        BLOCK_D=min(64, max(16, next_power_of_2(d))),
+        BLOCK_D=min(widest, max(16, next_power_of_2(d))),
         BLOCK_C=max(16, min(next_power_of_2(c), columns // next_power_of_2(m))),
         num_warps=8,
     )
