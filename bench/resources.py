@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -134,7 +135,9 @@ def write_configs(rows: list[Row]) -> None:
             key = tuning.key(launch.shape, case.n, *size, case.dtype, case.allow_tf32)
             by_chip[row.resources.target][key] = launch.config
     for chip, entries in by_chip.items():
-        content = json.dumps(tuning.shipped_content(chip, entries), indent=1)
+        content = json.dumps(
+            tuning.shipped_content(chip, entries, importlib.metadata.version("triton")), indent=1
+        )
         tuning.shipped_file(chip).write_text(content + "\n")
 
 

@@ -46,13 +46,17 @@ def shipped_file(chip_name: str) -> Path:
     return Path(__file__).parent / "configs" / f"{chip_name}.json"
 
 
-def shipped_content(chip_name: str, entries: dict[str, BranchConfig]) -> dict[str, Any]:
-    """What a shipped file holds: configs predicted to be good, each compiled for the chip without a fault."""
+def shipped_content(chip_name: str, entries: dict[str, BranchConfig], triton_version: str) -> dict[str, Any]:
+    """What a shipped file holds: configs predicted to be good, each compiled for the chip without a fault.
+
+    The Triton version says what they were compiled with; a prediction holds for others too.
+    """
     return {
         "schema": SCHEMA,
         "chip": chip_name,
         "evidence": "predicted",
         "kernels": kernels_hash(),
+        "triton": triton_version,
         "branch_conv_fwd": {name: dump_entry(config) for name, config in sorted(entries.items())},
     }
 

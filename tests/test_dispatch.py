@@ -308,6 +308,7 @@ def test_shipped_files_are_current(chip):
     assert content["kernels"] == tuning.kernels_hash()
     assert content["chip"] == chip
     assert content["evidence"] == "predicted"
+    assert content["triton"]
     loaded = tuning.shipped(chip)
     assert len(loaded) == len(content["branch_conv_fwd"]) > 0
     for name, config in loaded.items():
