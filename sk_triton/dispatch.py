@@ -89,6 +89,15 @@ def is_interpreted() -> bool:
 
 
 @lru_cache
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of the installed Triton."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return int(major), int(minor)
+
+
+@lru_cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -122,6 +131,8 @@ def _device_reason(x: Tensor) -> str:
     if chip_of(x.device) is None:
         name = torch.cuda.get_device_name(x.device)
         return f"{name} is not supported; supported are {', '.join(CHIPS)}"
+    if torch.version.hip and triton_version() < (3, 5):
+        return f"Triton {'.'.join(map(str, triton_version()))} does not compile the kernels for AMD; 3.5 and later do"
     return ""
 
 

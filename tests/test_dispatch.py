@@ -320,3 +320,20 @@ def test_stale_files_are_ignored(monkeypatch):
     monkeypatch.setattr(tuning, "kernels_hash", lambda: "another")
     assert tuning.shipped("sm_90") == {}
     tuning.shipped.cache_clear()
+
+
+def test_amd_needs_triton_3_5(monkeypatch):
+    class FakeRocm:
+        dtype, device = torch.float16, torch.device("cuda")
+
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
+    monkeypatch.setattr(dispatch, "chip_of", lambda device: CHIPS["gfx942"])
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 4))
+    assert dispatch._device_reason(FakeRocm()) == (
+        "Triton 3.4 does not compile the kernels for AMD; 3.5 and later do"
+    )
+    monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 5))
+    assert dispatch._device_reason(FakeRocm()) == ""
+    assert not dispatch.allows_tf32()
