@@ -113,13 +113,18 @@ def measure(case: Case, target: str) -> list[Row]:
 def measure_all(cases: list[Case], targets: list[str], workers: int) -> Iterator[list[Row]]:
     """`measure` for every pair, in order, in `workers` new processes, where kernels are compiled, not interpreted."""
     pairs = [(case, target) for target in targets for case in cases]
-    interpreted = os.environ.pop("TRITON_INTERPRET", None)
-    try:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            yield from pool.map(measure, *zip(*pairs, strict=True))
-    finally:
-        if interpreted is not None:
-            os.environ["TRITON_INTERPRET"] = interpreted
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _compile_here) as pool:
+        yield from pool.map(measure, *zip(*pairs, strict=True))
+
+
+def _compile_here() -> None:
+    # Before Triton is imported: it reads the switch when a kernel, or a function of its own library, is defined.
+    os.environ["TRITON_INTERPRET"] = "0"
+
+
+def compilable_chips() -> list[str]:
+    """The chips that the installed Triton compiles for: gfx942 from 3.5 on."""
+    return [name for name in CHIPS if not name.startswith("gfx") or dispatch.triton_version() >= (3, 5)]
 
 
 def write_configs(rows: list[Row]) -> None:
@@ -144,7 +149,7 @@ def write_configs(rows: list[Row]) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton resources`."""
     parser.add_argument(
-        "--chip", choices=tuple(CHIPS), nargs="+", default=list(CHIPS), help="chips (default: all)"
+        "--chip", choices=tuple(CHIPS), nargs="+", help="chips (default: all that Triton compiles for)"
     )
     parser.add_argument(
         "--unit",
@@ -179,12 +184,13 @@ def run(args: argparse.Namespace) -> int:
         for case in CASES
         if case.precision in args.precision and (not args.unit or case.name in args.unit)
     ]
+    chips = args.chip or compilable_chips()
     console = Console()
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
-        task = progress.add_task("compiling", total=len(cases) * len(args.chip))
-        for found in measure_all(cases, args.chip, args.workers):
+        task = progress.add_task("compiling", total=len(cases) * len(chips))
+        for found in measure_all(cases, chips, args.workers):
             rows.extend(found)
             progress.advance(task)
 
