@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from .chips import CHIPS, Chip, chip_of
+from .environment import version
 from .packing import PackCache
 from .params import Branch, Gate
 from .plan import BranchLaunch, Plan
@@ -90,10 +91,9 @@ def is_interpreted() -> bool:
 
 @lru_cache
 def triton_version() -> tuple[int, int]:
-    """Major and minor version of the installed Triton."""
-    import triton
-
-    major, minor = triton.__version__.split(".")[:2]
+    """Major and minor version of the installed Triton, under either name of its distribution; (0, 0) without one."""
+    text = version("triton") or version("pytorch-triton-rocm") or "0.0"
+    major, minor = text.split(".")[:2]
     return int(major), int(minor)
 
 
