@@ -13,7 +13,14 @@ from .tolerances import assert_errs_like_eager
 pytestmark = pytest.mark.interpret
 
 # (N, tiles, C, M, d)
-CASES = [(3, 2, 20, 2, 10), (17, 3, 40, 3, 40), (1, 1, 16, 1, 32), (2, 5, 7, 5, 3), (1, 70, 33, 2, 17)]
+CASES = [
+    (3, 2, 20, 2, 10),
+    (17, 3, 40, 3, 40),
+    (1, 1, 16, 1, 32),
+    (2, 5, 7, 5, 3),
+    (1, 70, 33, 2, 17),
+    (8, 2, 20, 2, 17),
+]
 
 
 def run(n, tiles, c, m, d, dtype, *, has_bias=True, partial=None):
