@@ -65,6 +65,8 @@ class Resources:
     stores: int
     matrix: int
     by_opcode: Counter[str] = field(compare=False, repr=False)
+    by_instruction: Counter[str] = field(compare=False, repr=False, default_factory=Counter)
+    """As `by_opcode`, with modifiers: "LDG.E.128" and "HMMA.16816.F32" say how much they move and multiply."""
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:
@@ -105,10 +107,12 @@ def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources
     lines = _sass_lines(sass)
     weights = _loop_weights(lines, trips)
     opcodes: Counter[str] = Counter()
+    instructions: Counter[str] = Counter()
     counts: Counter[str] = Counter()
     for (_, opcode, _), weight in zip(lines, weights or [1] * len(lines), strict=True):
         base = opcode.split(".")[0]
         opcodes[base] += weight
+        instructions[opcode] += weight
         counts["instructions"] += weight
         if base in ("LDG", "LDGSTS"):
             counts["loads"] += weight
@@ -135,6 +139,7 @@ def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources
         stores=counts["stores"],
         matrix=counts["matrix"],
         by_opcode=opcodes,
+        by_instruction=instructions,
     )
 
 
@@ -154,7 +159,7 @@ def _cuobjdump(cubin: bytes) -> tuple[str, int]:
 
 def _sass_lines(sass: str) -> list[tuple[int, str, str]]:
     """(address, opcode, text) of each instruction, without the padding behind the last exit."""
-    pattern = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)")
+    pattern = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)")
     lines = [(int(m[1], 16), m[2], line) for line in sass.splitlines() if (m := pattern.match(line))]
     while lines and lines[-1][1] == "NOP":
         lines.pop()
@@ -212,4 +217,5 @@ def _read_amdgcn(compiled: Any, target: str) -> Resources:
         stores=total("global_store"),
         matrix=total("v_mfma"),
         by_opcode=opcodes,
+        by_instruction=opcodes,
     )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .shapes import Stage
+from .shapes import Shape
 
 RANDOM = "random"
 PHOTO = "photo"
@@ -21,32 +21,37 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def make_input(
-    kind: str, batch: int, stage: Stage, dtype: torch.dtype, device: torch.device, seed: int
+    kind: str, batch: int, shape: Shape, dtype: torch.dtype, device: torch.device, seed: int
 ) -> Tensor:
     """`[batch, channels, height, width]` in `dtype` on `device`, NCHW; the same numbers for the same seed.
+
+    A shape without branches is a network's: it gets the photographs themselves, normalised and resized.
 
     Raises ValueError for an unknown `kind`.
     """
     if kind == RANDOM:
         generator = torch.Generator().manual_seed(seed)
-        x = torch.randn(batch, stage.channels, stage.height, stage.width, generator=generator)
+        x = torch.randn(batch, shape.channels, shape.height, shape.width, generator=generator)
+    elif kind == PHOTO and not shape.kernels:
+        crops = _crops(batch, torch.Generator().manual_seed(seed))
+        x = F.interpolate(crops, (shape.height, shape.width), mode="bilinear", antialias=True)
     elif kind == PHOTO:
-        x = _photo_activations(batch, stage, seed)
+        x = _photo_activations(batch, shape, seed)
     else:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     return x.to(device=device, dtype=dtype)
 
 
 @torch.no_grad()
-def _photo_activations(batch: int, stage: Stage, seed: int) -> Tensor:
-    """Stem output, averaged down to the stage's size, projected to its channels, ReLU, unit variance.
+def _photo_activations(batch: int, shape: Shape, seed: int) -> Tensor:
+    """Stem output, averaged to the shape's size, projected to its channels, ReLU, unit variance.
 
     Non-negative, spatially smooth and with a mean far from zero: what a unit meets in a network, and
     what random numbers are not.
     """
-    features = F.adaptive_avg_pool2d(_stem(batch, seed), (stage.height, stage.width))
-    generator = torch.Generator().manual_seed(seed + stage.index)
-    projection = torch.randn(stage.channels, features.shape[1], 1, 1, generator=generator)
+    features = F.adaptive_avg_pool2d(_stem(batch, seed), (shape.height, shape.width))
+    generator = torch.Generator().manual_seed(seed + shape.channels)
+    projection = torch.randn(shape.channels, features.shape[1], 1, 1, generator=generator)
     x = torch.relu(F.conv2d(features, projection / features.shape[1] ** 0.5))
     return x / x.std()
 

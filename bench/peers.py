@@ -1,9 +1,16 @@
-"""The peers written out in plain PyTorch: the seed document's class and the paper's unit."""
+"""The peers written out in plain PyTorch: the seed document's class, the paper's unit and SKNet-50."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
+
+from .shapes import PAPER, STAGES, Shape, unit_shape
+
+MakeUnit = Callable[[Shape], nn.Module]
 
 
 class SeedSKConv(nn.Module):
@@ -37,12 +44,13 @@ class SeedSKConv(nn.Module):
 
 
 class _ConvNorm(nn.Module):
-    """3x3 convolution without bias, batch norm, ReLU."""
+    """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, channels: int, dilation: int, groups: int) -> None:
+    def __init__(self, channels: int, kernel: int, dilation: int, groups: int, stride: int) -> None:
         super().__init__()
+        padding = dilation * (kernel - 1) // 2
         self.conv = nn.Conv2d(
-            channels, channels, 3, padding=dilation, dilation=dilation, groups=groups, bias=False
+            channels, channels, kernel, stride, padding, dilation=dilation, groups=groups, bias=False
         )
         self.bn = nn.BatchNorm2d(channels)
 
@@ -68,14 +76,25 @@ class _Gate(nn.Module):
 class PaperUnit(nn.Module):
     """The paper's unit in the fewest passes that plain PyTorch allows: no stacked copy of the branches.
 
-    Branch i is a 3x3 convolution of dilation 1 + i with batch norm and ReLU; gate width
-    `max(C / r, L)`. Parameter names are timm's `SelectiveKernel`'s. Input and output `[N, channels, H, W]`.
+    Branch m has kernel `kernels[m]` and dilation `dilations[m]`, batch norm and ReLU. Parameter names are timm's
+    `SelectiveKernel`'s. Input `[N, channels, H, W]`, output `[N, channels, H', W']`.
     """
 
-    def __init__(self, channels: int, M: int, G: int, r: int, L: int = 32) -> None:
+    def __init__(
+        self,
+        channels: int,
+        kernels: Sequence[int] = (3, 3),
+        dilations: Sequence[int] = (1, 2),
+        groups: int = 32,
+        gate_width: int = 32,
+        stride: int = 1,
+    ) -> None:
         super().__init__()
-        self.paths = nn.ModuleList(_ConvNorm(channels, 1 + i, G) for i in range(M))
-        self.attn = _Gate(channels, M, max(channels // r, L))
+        self.paths = nn.ModuleList(
+            _ConvNorm(channels, kernel, dilation, groups, stride)
+            for kernel, dilation in zip(kernels, dilations, strict=True)
+        )
+        self.attn = _Gate(channels, len(kernels), gate_width)
 
     def forward(self, x: Tensor) -> Tensor:
         branches = [path(x) for path in self.paths]
@@ -87,3 +106,53 @@ class PaperUnit(nn.Module):
         for i, branch in enumerate(branches[1:], start=1):
             out = torch.addcmul(out, branch, weights[:, i])
         return out
+
+
+class _Bottleneck(nn.Module):
+    """1x1 to `width` channels, the unit, 1x1 to twice as many, and the shortcut."""
+
+    def __init__(self, in_channels: int, width: int, stride: int, make_unit: MakeUnit) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = make_unit(replace(unit_shape(PAPER, width, 0), stride=stride))
+        self.conv3 = nn.Conv2d(width, 2 * width, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(2 * width)
+        self.downsample: nn.Module | None = None
+        if stride != 1 or in_channels != 2 * width:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, 2 * width, 1, stride, bias=False), nn.BatchNorm2d(2 * width)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = self.conv2(torch.relu(self.bn1(self.conv1(x))))
+        return torch.relu(self.bn3(self.conv3(x)) + shortcut)
+
+
+class SKNet50(nn.Module):
+    """SKNet-50 (paper, table 1) around the units that `make_unit(shape)` builds.
+
+    Input `[N, 3, H, W]`, output `[N, 1000]`.
+    """
+
+    DEPTHS = (3, 4, 6, 3)
+
+    def __init__(self, make_unit: MakeUnit) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(64)
+        self.maxpool = nn.MaxPool2d(3, 2, 1)
+        blocks, channels = [], 64
+        for stage, depth in enumerate(self.DEPTHS, start=1):
+            width, _ = STAGES[stage]
+            for index in range(depth):
+                stride = 2 if stage > 1 and index == 0 else 1
+                blocks.append(_Bottleneck(channels, width, stride, make_unit))
+                channels = 2 * width
+        self.blocks = nn.Sequential(*blocks)
+        self.fc = nn.Linear(channels, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.maxpool(torch.relu(self.bn1(self.conv1(x))))
+        return self.fc(self.blocks(x).mean((2, 3)))

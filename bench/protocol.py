@@ -1,8 +1,8 @@
-"""How a provider is judged and timed. Correctness comes first: what is wrong is never timed.
+"""How calls are timed: in turns, so that a slow minute of the machine falls on all of them, and by medians.
 
-Error rule: the largest absolute error against float64 is at most twice that of plain eager PyTorch in the
-same dtype on the same input. Timing: providers take turns, so that a slow minute of the machine falls on
-all of them; the result is the median with its 20 % and 80 % quantiles.
+On a GPU every turn is timed twice: after the L2 cache has been overwritten ("cold", the figure that is quoted), and
+right after that with the cache as the call left it ("warm"). Of the first the time until the call returns is kept too
+("host"): a call whose host time exceeds its device time is bound by the host.
 """
 
 from __future__ import annotations
@@ -10,53 +10,40 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+
+from sk_triton.environment import MissingPackageError
 
 from . import results
 
 Call = Callable[[], object]
 
-ERROR_FACTOR = 2.0
-CHUNK = 8
-"""Samples compared in float64 at a time, which bounds the memory that a check takes."""
+COLD = "cold"
+WARM = "warm"
+HOST = "host"
+SLEEP_CYCLES = 200_000
+"""About 0.1 ms of a GPU, as long as overwriting the cache takes: keeps it busy while the host queues a call."""
 
 
-def largest_error(y: Tensor, reference: Tensor) -> float:
-    """Largest absolute difference, in float64; infinite if shapes differ or a value is not finite."""
-    if y.shape != reference.shape:
-        return float("inf")
-    worst = 0.0
-    for got, expected in zip(y.split(CHUNK), reference.split(CHUNK), strict=True):
-        error = (got.double() - expected).abs().max().item()
-        worst = max(worst, error if error == error else float("inf"))
-    return worst
+@dataclass(frozen=True)
+class Contestant:
+    """A call to time, and what holds around each of its turns without being timed."""
 
-
-def allowed_error(eager_error: float, reference: Tensor, dtype: torch.dtype) -> float:
-    """Twice eager's own error; at least one rounding step of the largest output, should eager be exact."""
-    step = torch.finfo(dtype).eps * reference.abs().max().item()
-    return max(ERROR_FACTOR * eager_error, step)
-
-
-def check(kind: str, y: Tensor, reference: Tensor, eager_error: float, dtype: torch.dtype) -> results.Check:
-    """Judges one output `y` of the input named `kind` by the error rule."""
-    error = largest_error(y, reference)
-    allowed = allowed_error(eager_error, reference, dtype)
-    passed = error <= allowed
-    return results.Check(kind, error if error < float("inf") else None, eager_error, allowed, passed)
+    call: Call
+    scope: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 class Timer(Protocol):
-    """Times single calls. `now` is in seconds, `sample` in milliseconds."""
+    """Times single calls: `now` in seconds, `sample` in milliseconds by regime ("cold"; on a GPU "warm", "host")."""
 
     def now(self) -> float: ...
 
-    def sample(self, call: Call) -> float: ...
+    def sample(self, call: Call) -> dict[str, float]: ...
 
 
 class CpuTimer:
@@ -65,17 +52,17 @@ class CpuTimer:
     def now(self) -> float:
         return time.perf_counter()
 
-    def sample(self, call: Call) -> float:
+    def sample(self, call: Call) -> dict[str, float]:
         start = time.perf_counter()
         call()
-        return (time.perf_counter() - start) * 1e3
+        return {COLD: (time.perf_counter() - start) * 1e3}
 
 
 class CudaTimer:
-    """CUDA (or HIP) events around one call, with the L2 cache overwritten before it.
+    """CUDA (or HIP) events around one call, as in Triton's `do_bench`.
 
-    The overwrite also keeps the device busy while the host queues the call, so a call of many small
-    launches is charged for its gaps only as far as they outlast it.
+    Before the first event the device is kept busy, by overwriting the cache or by sleeping, so a call of many small
+    launches is charged for the host's gaps only as far as they outlast that: the same head start for everyone.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -89,14 +76,22 @@ class CudaTimer:
         torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def sample(self, call: Call) -> float:
+    def sample(self, call: Call) -> dict[str, float]:
+        cold, host = self._elapsed(call, self.scratch.zero_)
+        warm, _ = self._elapsed(call, partial(torch.cuda._sleep, SLEEP_CYCLES))
+        return {COLD: cold, WARM: warm, HOST: host}
+
+    def _elapsed(self, call: Call, occupy: Call) -> tuple[float, float]:
+        """Milliseconds of the device and of the host."""
         stream = torch.cuda.current_stream(self.device)
-        self.scratch.zero_()
+        occupy()
         self.start.record(stream)
+        start = time.perf_counter()
         call()
+        host = (time.perf_counter() - start) * 1e3
         self.end.record(stream)
         self.end.synchronize()
-        return self.start.elapsed_time(self.end)
+        return self.start.elapsed_time(self.end), host
 
 
 def timer_for(device: torch.device) -> Timer:
@@ -106,7 +101,7 @@ def timer_for(device: torch.device) -> Timer:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long one case is measured, all its providers together. Seconds, and rounds of one call each."""
+    """How long one case is measured, all its providers together. Seconds, and rounds of one turn each."""
 
     warmup_seconds: float = 0.3
     seconds: float = 2.0
@@ -114,37 +109,41 @@ class Budget:
     max_rounds: int = 100
 
 
+QUICK = Budget(warmup_seconds=0.2, seconds=1.0, min_rounds=5)
+
+
 @dataclass
 class Measurement:
-    """Samples in milliseconds and failures `(status, message)` by provider, filled while measuring.
+    """Samples in milliseconds by provider and regime, and failures `(status, message)`, filled while measuring.
 
     The caller owns it, so that what was measured survives an exception on the way.
     """
 
-    samples: dict[str, list[float]] = field(default_factory=dict)
+    samples: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     failures: dict[str, tuple[str, str]] = field(default_factory=dict)
 
-    def timing(self, key: str) -> results.Timing | None:
+    def timing(self, key: str, regime: str = COLD) -> results.Timing | None:
         """Median and quantiles of a provider; None if it has no sample."""
-        samples = self.samples.get(key)
+        samples = self.samples.get(key, {}).get(regime)
         return summarise(samples) if samples else None
 
 
 def measure(
-    calls: Mapping[str, Call],
+    contestants: Mapping[str, Contestant],
     timer: Timer,
     budget: Budget,
     into: Measurement,
     on_progress: Callable[[float], None] = lambda fraction: None,
+    on_round: Call = lambda: None,
 ) -> None:
-    """Warms each call up, then times them in rounds of one call each, rotating who goes first.
+    """Warms each call up, then times them in rounds of one turn each, rotating who goes first.
 
-    A call that raises is dropped from the rounds and recorded in `into.failures`; the others go on.
-    `on_progress` receives the finished share of the budget, 0 to 1.
+    A call that raises is dropped from the rounds and recorded in `into.failures`; the others go on. `on_progress`
+    receives the finished share of the budget, 0 to 1; `on_round` is called between rounds, untimed.
     """
-    live = dict(calls)
-    for key, call in calls.items():
-        _attempt(key, partial(_warm_up, call, timer, budget, len(calls)), into, live)
+    live = dict(contestants)
+    for key, contestant in contestants.items():
+        _attempt(key, contestant, partial(_warm_up, contestant.call, timer, budget, len(live)), into, live)
     start = timer.now()
     for round_index in range(budget.max_rounds):
         keys = list(live)
@@ -152,7 +151,8 @@ def measure(
             break
         first = round_index % len(keys)
         for key in keys[first:] + keys[:first]:
-            _attempt(key, partial(_take, key, live[key], timer, into), into, live)
+            _attempt(key, live[key], partial(_take, key, live[key].call, timer, into), into, live)
+        on_round()
         done, elapsed = round_index + 1, timer.now() - start
         on_progress(_progress(done, elapsed, budget))
         if done >= budget.min_rounds and elapsed >= budget.seconds:
@@ -169,13 +169,25 @@ def summarise(samples: list[float]) -> results.Timing:
 
 
 def failure(error: Exception) -> tuple[str, str]:
-    """Status and one-line message of what a provider raised: out of memory is told from other failures."""
-    lines = str(error).strip().splitlines()
-    message = f"{type(error).__name__}: {lines[0] if lines else ''}".rstrip(": ")
-    exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(
-        error
-    )
-    return (results.OUT_OF_MEMORY if exhausted else results.FAILED), message
+    """Status and one-line message of what a provider raised: out of memory is told from other failures.
+
+    A capture that runs out of memory raises another error when it ends: what it was raised from counts as well.
+    """
+    if isinstance(error, MissingPackageError):
+        return results.SKIPPED, str(error)
+    cause: BaseException | None = error
+    while cause is not None and not is_out_of_memory(cause):
+        cause = cause.__cause__ or cause.__context__
+    shown = cause or error
+    lines = str(shown).strip().splitlines()
+    message = f"{type(shown).__name__}: {lines[0] if lines else ''}".rstrip(": ")
+    return (results.OUT_OF_MEMORY if cause else results.FAILED), message
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU or the CPU had no memory left."""
+    # PyTorch's allocator for the CPU raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _progress(done: int, elapsed: float, budget: Budget) -> float:
@@ -191,12 +203,17 @@ def _warm_up(call: Call, timer: Timer, budget: Budget, sharers: int) -> None:
 
 
 def _take(key: str, call: Call, timer: Timer, into: Measurement) -> None:
-    into.samples.setdefault(key, []).append(timer.sample(call))
+    regimes = into.samples.setdefault(key, {})
+    for regime, milliseconds in timer.sample(call).items():
+        regimes.setdefault(regime, []).append(milliseconds)
 
 
-def _attempt(key: str, action: Call, into: Measurement, live: dict[str, Call]) -> None:
+def _attempt(
+    key: str, contestant: Contestant, action: Call, into: Measurement, live: dict[str, Contestant]
+) -> None:
     try:
-        action()
+        with contestant.scope():
+            action()
     except Exception as error:
         into.failures[key] = failure(error)
         into.samples.pop(key, None)

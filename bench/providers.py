@@ -1,161 +1,41 @@
-"""Who competes: a `Source` says whose module runs, a `Form` how it is run; a provider is one of each.
-
-Adding a peer is one small `Source` class, adding a way to run it one small `Form` class, and a line in
-`providers`.
-"""
+"""Who competes: a provider is one source in one form."""
 
 from __future__ import annotations
 
 import functools
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from sk_triton.backend import Backend, use_backend
-from sk_triton.environment import MissingPackageError, require
+from . import forms
+from .forms import Form
+from .inputs import KINDS, make_input
+from .shapes import INFERENCE, PAPER, SEED, SKNET50, TRAINING, Case, network_shape
+from .sources import Ours, PlainPaper, SeedClass, Source, Timm, forced_schedules, yardstick
 
-from .peers import PaperUnit, SeedSKConv
-from .shapes import BRANCHES, GROUPS, MIN_GATE_WIDTH, REDUCTION, Stage
-
-TIMM_SETTINGS: dict[str, Any] = {
-    "groups": GROUPS,
-    "split_input": False,
-    "rd_ratio": 1 / REDUCTION,
-    "rd_divisor": MIN_GATE_WIDTH,
-}
-"""The paper's unit by timm's names: at every stage of SKNet-50 its gate width is `max(C / r, L)`."""
-
-Forward = Callable[[Tensor], Tensor]
 State = dict[str, Tensor]
 
+WEIGHT_SEED = 2
+"""Added to a run's seed, so that weights are another stream of numbers than the input."""
+CALIBRATION_BATCH = 8
+CALIBRATION_SIZE = 64
+RESIDUAL_SCALE = 0.2
+"""Of a block's last norm: a random network whose blocks add as much as they pass on amplifies every rounding."""
 
-class Source(ABC):
-    """Whose module it is. `ours` marks what sk_triton runs by default on the device at hand."""
+GATE_SHIFT = 1.5
+GATE_SCALE = 0.25
+"""Of the gate's norm in training: its few values stay clear of their ReLU's threshold, half of them on either side. A
+value that a rounding takes across it changes all gradients by up to half their size, and no error rule can tell that
+from a mistake."""
 
-    key: str
-    label: str
-    ours: bool = False
-
-    def missing(self) -> str | None:
-        """Why this source cannot run here, with the line that mends it; None if it can."""
-        return None
-
-    @abstractmethod
-    def module(self, stage: Stage) -> nn.Module:
-        """The unit at one stage's size."""
-
-    def bind(self, forward: Forward) -> Forward:
-        """`forward` as this source's users call it."""
-        return forward
-
-
-class SeedClass(Source):
-    """The seed document's class."""
-
-    key = "seed"
-    label = "seed document's SKConv"
-
-    def module(self, stage: Stage) -> nn.Module:
-        return SeedSKConv(stage.channels, M=BRANCHES, G=GROUPS, r=REDUCTION, L=MIN_GATE_WIDTH)
-
-
-class PlainPaperUnit(Source):
-    """The paper's unit in plain PyTorch."""
-
-    key = "paper"
-    label = "paper's unit, plain PyTorch"
-
-    def module(self, stage: Stage) -> nn.Module:
-        return PaperUnit(stage.channels, M=BRANCHES, G=GROUPS, r=REDUCTION, L=MIN_GATE_WIDTH)
-
-
-class TimmSelectiveKernel(Source):
-    """timm's `SelectiveKernel` with skresnext50_32x4d's settings."""
-
-    key = "timm"
-    label = "timm's SelectiveKernel"
-
-    def missing(self) -> str | None:
-        return _missing("timm")
-
-    def module(self, stage: Stage) -> nn.Module:
-        from timm.layers import SelectiveKernel
-
-        return SelectiveKernel(stage.channels, **TIMM_SETTINGS)
-
-
-class Ours(Source):
-    """sk_triton's layer on one explicit backend."""
-
-    def __init__(self, unit: str, backend: Backend, device_type: str) -> None:
-        self.unit = unit
-        self.backend = backend
-        self.key = f"ours-{backend}"
-        self.ours = backend == "triton" or device_type == "cpu"
-        if backend == "triton":
-            self.label = "sk_triton (Triton)"
-        elif device_type == "cpu":
-            self.label = "sk_triton (CPU reference path)"
-        else:
-            self.label = "sk_triton (eager reference)"
-
-    def missing(self) -> str | None:
-        return _missing("triton") if self.backend == "triton" else None
-
-    def module(self, stage: Stage) -> nn.Module:
-        import sk_triton
-
-        if self.unit == SEED:
-            return sk_triton.SKConv(stage.channels, M=BRANCHES, G=GROUPS, r=REDUCTION, L=MIN_GATE_WIDTH)
-        return sk_triton.SelectiveKernel(stage.channels, **TIMM_SETTINGS)
-
-    def bind(self, forward: Forward) -> Forward:
-        def call(x: Tensor) -> Tensor:
-            with use_backend(self.backend):
-                return forward(x)
-
-        return call
-
-
-class Form(ABC):
-    """How a module is run: memory format and compilation."""
-
-    key: ClassVar[str]
-    label: ClassVar[str]
-    memory_format: ClassVar[torch.memory_format] = torch.contiguous_format
-
-    def prepare(self, module: nn.Module) -> Forward:
-        """`module`, ready to be called."""
-        return module
-
-
-class Eager(Form):
-    key = "nchw"
-    label = "NCHW"
-
-
-class EagerChannelsLast(Eager):
-    key = "channels_last"
-    label = "channels_last"
-    memory_format = torch.channels_last
-
-
-class Compiled(Form):
-    key = "compile-nchw"
-    label = "torch.compile, NCHW"
-
-    def prepare(self, module: nn.Module) -> Forward:
-        return torch.compile(module, dynamic=False)
-
-
-class CompiledChannelsLast(Compiled):
-    key = "compile-channels_last"
-    label = "torch.compile, channels_last"
-    memory_format = torch.channels_last
+PEERS: dict[str, tuple[Source, ...]] = {
+    SEED: (SeedClass(),),
+    PAPER: (Timm(), PlainPaper()),
+    SKNET50: (PlainPaper(),),
+}
 
 
 @dataclass(frozen=True)
@@ -169,79 +49,104 @@ class Provider:
     def key(self) -> str:
         return f"{self.source.key}/{self.form.key}"
 
-    def build(self, stage: Stage, state: State, dtype: torch.dtype, device: torch.device) -> Forward:
-        """The unit in evaluation mode with the weights `state`, as a function of the input."""
-        module = self.source.module(stage)
+    def module(self, case: Case, state: State, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        """The case's module with the weights `state`, in this provider's memory format, in evaluation mode."""
+        module = self.source.module(case)
         module.load_state_dict(state)
         module.to(device=device, dtype=dtype, memory_format=self.form.memory_format)  # type: ignore[call-overload]
-        return self.source.bind(self.form.prepare(module.eval()))
+        return module.eval()
 
-    def arrange(self, x: Tensor) -> Tensor:
-        """The input in this provider's memory format."""
-        return x.contiguous(memory_format=self.form.memory_format)
-
-
-SEED = "seed"
-PAPER = "paper"
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        """What holds around a measurement, entered outside of the timed call."""
+        with self.form.scope(), self.source.scope():
+            yield
 
 
-@dataclass(frozen=True)
-class Unit:
-    """A function that providers compete on. `yardstick` is the eager peer that defines the allowed error."""
+def competitors(
+    case: Case, device_type: str, quick: bool, revisions: Sequence[Source] = (), every_form: bool = False
+) -> list[Provider]:
+    """Everyone who competes in a case on a device type ("cpu" or "cuda").
 
-    key: str
-    title: str
-    yardstick: Source
-
-
-UNITS = {
-    SEED: Unit(SEED, "Seed document's unit: 3x3 and 5x5 with bias, no norm", SeedClass()),
-    PAPER: Unit(PAPER, "Paper's and timm's unit: 3x3 and dilated 3x3, batch norm, ReLU", PlainPaperUnit()),
-}
-
-
-def providers(unit: str, device_type: str, quick: bool) -> list[Provider]:
-    """Everyone who competes on `unit` ("seed" or "paper") on a device type ("cpu" or "cuda")."""
-    on_gpu = device_type == "cuda"
-    peers: list[Source] = [SeedClass()] if unit == SEED else [TimmSelectiveKernel()]
-    if unit == PAPER and not quick:
-        peers.append(PlainPaperUnit())
-    eager: list[Form] = [Eager(), EagerChannelsLast()]
-    compiled: list[Form] = []
-    if on_gpu:
-        compiled = [CompiledChannelsLast()] if quick else [Compiled(), CompiledChannelsLast()]
-    ours = Ours(unit, "triton" if on_gpu else "reference", device_type)
-    chosen = [Provider(source, form) for source in peers for form in eager + compiled]
-    if on_gpu and not quick:
-        chosen += [Provider(Ours(unit, "reference", device_type), form) for form in eager]
-    return chosen + [Provider(ours, form) for form in eager]
+    Args:
+        quick: one peer, fewer forms.
+        revisions: sk_triton at other revisions.
+        every_form: compiled peers on the CPU too, and "max-autotune" everywhere; minutes for each shape.
+    """
+    peers = PEERS.get(case.subject, (Timm(),))
+    if quick:
+        peers = peers[:1]
+    ours: list[Source] = [Ours(), *revisions]
+    if device_type == "cpu":
+        peer_forms = (*forms.EAGER, *forms.COMPILED, *forms.MAX_AUTOTUNED) if every_form else forms.EAGER
+        return _pairs(peers, peer_forms) + _pairs(ours, forms.EAGER)
+    chosen = _pairs(peers, _gpu_forms(case, quick, every_form)) + _pairs(ours, (*forms.EAGER, *forms.GRAPHS))
+    if case.direction == INFERENCE and not case.is_network:
+        chosen += _pairs(forced_schedules(), (forms.CHANNELS_LAST,))
+    return chosen
 
 
-def make_state(unit: Unit, stage: Stage, seed: int) -> State:
+def _pairs(sources: Sequence[Source], wanted: Sequence[Form]) -> list[Provider]:
+    return [Provider(source, form) for source in sources for form in wanted]
+
+
+def _gpu_forms(case: Case, quick: bool, every_form: bool) -> Sequence[Form]:
+    """A peer's forms. The fastest must be among them; compiling takes seconds for a unit, minutes for a network."""
+    if every_form:
+        return tuple(forms.EVERY.values())
+    if quick or case.axis is not None:
+        return (*forms.EAGER, *forms.COMPILED)
+    if case.is_network:
+        return (*forms.EAGER, *forms.COMPILED, *forms.GRAPHS, forms.COMPILED_GRAPHS[1])
+    return (*forms.EAGER, *forms.COMPILED, *forms.GRAPHS, *forms.COMPILED_GRAPHS)
+
+
+def make_state(case: Case, seed: int) -> State:
     """fp32 weights and batch-norm statistics that every provider of a case loads.
 
     None of them is at its initial value: a provider that drops a bias, swaps the branches or ignores a
-    running statistic gives a wrong result.
+    running statistic gives a wrong result. A network's statistics are those of random images.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed + WEIGHT_SEED)
     state: State = {}
-    for name, value in unit.yardstick.module(stage).state_dict().items():
+    module = yardstick(case.subject).module(case)
+    norms = {name for name, part in module.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    for name, value in module.state_dict().items():
         draw = functools.partial(torch.rand, value.shape, generator=generator)
+        owner, _, kind = name.rpartition(".")
         if not value.is_floating_point():
             state[name] = value
         elif value.dim() > 1:
             fan_in = value[0].numel()
             state[name] = torch.randn(value.shape, generator=generator) * (2 / fan_in) ** 0.5
-        elif name.endswith(("bn.weight", "running_var")):
+        elif owner in norms and kind in ("weight", "running_var"):
             state[name] = 0.5 + draw()
         else:
             state[name] = draw() - 0.5
+    if case.direction == TRAINING:
+        for owner in norms:
+            if owner.endswith("attn.bn"):
+                sign = torch.randint(2, state[f"{owner}.bias"].shape, generator=generator) * 2.0 - 1
+                state[f"{owner}.bias"] = GATE_SHIFT * sign
+                state[f"{owner}.weight"] = GATE_SCALE * state[f"{owner}.weight"]
+    if case.is_network:
+        for owner in norms:
+            if owner.endswith(("bn3", "conv3.bn")):
+                state[f"{owner}.weight"] *= RESIDUAL_SCALE
+        module.load_state_dict(state)
+        _calibrate(module, seed)
+        state = module.state_dict()
     return state
 
 
-def _missing(module: str) -> str | None:
-    try:
-        require(module)
-    except MissingPackageError as error:
-        return str(error)
-    return None
+@torch.no_grad()
+def _calibrate(network: nn.Module, seed: int) -> None:
+    """Batch-norm statistics from data, as training leaves them: drawn at random they make a deep network explode."""
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.reset_running_stats()
+            part.momentum = None  # the average of what it sees
+    network.train()
+    shape, cpu = network_shape(CALIBRATION_SIZE), torch.device("cpu")
+    images = [make_input(kind, CALIBRATION_BATCH, shape, torch.float32, cpu, seed) for kind in KINDS]
+    network(torch.cat(images))

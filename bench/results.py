@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import json
 import os
-import platform
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
+from .shapes import Case, Shape
+from .stamp import Stamp
 
-from sk_triton import environment
-from sk_triton.dispatch import allows_tf32
-
-SCHEMA = 1
+SCHEMA = 2
 
 OK = "ok"
 WRONG = "wrong"
@@ -24,47 +21,29 @@ FAILED = "failed"
 OUT_OF_MEMORY = "out of memory"
 SKIPPED = "skipped"
 NOT_MEASURED = "not measured"
+STATUSES = (OK, WRONG, FAILED, OUT_OF_MEMORY, SKIPPED, NOT_MEASURED)
 
-Case = tuple[str, str, int, int]
-"""What competing records share: unit, dtype, stage, batch."""
-
-
-@dataclass(frozen=True)
-class Stamp:
-    """Machine, software and settings of a run; `threads` are PyTorch's intra-op ones."""
-
-    device: str
-    device_type: str
-    driver: str | None
-    python: str
-    torch: str
-    torch_built_for: str
-    triton: str | None
-    timm: str | None
-    sk_triton: str | None
-    git_commit: str | None
-    git_dirty: bool | None
-    tf32_convolution: bool
-    float32_matmul_precision: str
-    cudnn_benchmark: bool
-    threads: int
-    load: float | None
-    """Runnable processes of the whole machine when the run began (1-minute average)."""
-    cpus: int | None
-    platform: str
-    date: str
-    """UTC, ISO 8601, to the second."""
+OURS = "ours"
+PEER = "peer"
+FLOOR = "floor"
+"""Roles. The floor is a copy of the input to the output: what memory allows, measured in the same rounds."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """Largest absolute error against float64 on one input; None if not finite or of another shape."""
+    """Absolute error of one tensor against float64 on one input; None if not finite or of another shape.
+
+    `tensor` is "v", or in training also "dx" and "parameters": of those the one closest to its limit. `norm` says which
+    error: the "largest", or the "root mean square".
+    """
 
     input: str
+    tensor: str
     error: float | None
     eager_error: float
     allowed: float
     passed: bool
+    norm: str = "largest"
 
 
 @dataclass(frozen=True)
@@ -78,68 +57,145 @@ class Timing:
 
 
 @dataclass(frozen=True)
-class Record:
-    """One provider in one case. `timing` is present exactly where `status` is "ok"."""
+class Memory:
+    """Bytes of tensors: the most that were alive during a call beyond its input and parameters, and, in training, what
+    was kept from the forward to the backward pass."""
 
-    unit: str
-    stage: int
-    channels: int
-    height: int
-    width: int
-    batch: int
-    dtype: str
+    peak_bytes: int
+    saved_bytes: int | None = None
+
+
+@dataclass(frozen=True)
+class Record:
+    """One provider in one case. `timing` is present exactly where `status` is "ok", except in the suite "host".
+
+    timing: on a GPU with a cold L2 cache; warm: with the previous call's data in it (GPU only).
+    host_us: microseconds until the call returns, the device's work not awaited; launches: kernels that it starts.
+    runs: what sk_triton's dispatcher took, as "triton/store"; with counts where a network's units differ.
+    """
+
+    case: Case
     source: str
     source_label: str
     form: str
     form_label: str
-    ours: bool
-    status: str
+    role: str
+    status: str = NOT_MEASURED
     message: str | None = None
     checks: tuple[Check, ...] = ()
     timing: Timing | None = None
+    warm: Timing | None = None
+    memory: Memory | None = None
+    host_us: float | None = None
+    launches: int | None = None
+    runs: str | None = None
+
+    @property
+    def key(self) -> str:
+        return f"{self.source}/{self.form}"
 
     @property
     def label(self) -> str:
-        """The provider as people read it."""
-        return f"{self.source_label}, {self.form_label}"
+        """The provider as people read it: sk_triton with what really ran."""
+        source = f"{self.source_label} [{self.runs}]" if self.runs else self.source_label
+        return f"{source}, {self.form_label}" if self.form_label else source
 
     @property
-    def case(self) -> Case:
-        return (self.unit, self.dtype, self.stage, self.batch)
+    def ours(self) -> bool:
+        return self.role == OURS
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Throughput: samples (images) of the batch per second, from the median."""
+        return self.case.batch / self.timing.median_ms * 1e3 if self.timing else None
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The machine's measured limits: bytes read and written by a copy, and FLOP of a matrix product by dtype, per
+    second."""
+
+    copy_bytes_per_s: float
+    matrix_flop_per_s: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ClockSample:
+    """One reading of a GPU during a run. `throttle` lists the driver's reasons for running below its clocks."""
+
+    seconds: float
+    sm_mhz: int
+    memory_mhz: int
+    temperature_c: int
+    power_w: float
+    throttle: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tests:
+    """How the project's tests fared at `git_commit`, by the command that ran them; `complete`, if it got to its end."""
+
+    command: str
+    passed: int
+    failed: int
+    skipped: int
+    git_commit: str | None
+    complete: bool = True
+
+    @property
+    def green(self) -> bool:
+        return self.complete and self.failed == 0 and self.passed > 0
 
 
 @dataclass(frozen=True)
 class Results:
-    """Everything that one run measured."""
+    """Everything that one suite measured.
+
+    objections: why no speed may be claimed; empty for a sound run. notes: what else a reader should know.
+    """
 
     suite: str
     seed: int
     stamp: Stamp
     records: tuple[Record, ...] = ()
+    ceilings: Ceilings | None = None
+    clocks: tuple[ClockSample, ...] = ()
+    tests: Tests | None = None
+    objections: tuple[str, ...] = ()
     interrupted: bool = False
+    notes: tuple[str, ...] = ()
     schema: int = field(default=SCHEMA)
 
     @property
     def sound(self) -> bool:
-        """False if any provider gave a wrong result: then no speed is claimed."""
-        return all(record.status != WRONG for record in self.records)
+        return not self.objections
 
     @property
     def exit_code(self) -> int:
-        """1 if a provider gave a wrong result or failed to run; skipped and out of memory are no failure."""
-        return int(any(record.status in (WRONG, FAILED) for record in self.records))
+        """1 if a provider failed to run or anything objects; skipped and out of memory are no failure."""
+        return int(not self.sound or any(record.status in (WRONG, FAILED) for record in self.records))
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Results:
-        """Inverse of `to_json`. Raises ValueError for another schema version."""
-        data = json.loads(text)
-        if data.get("schema") != SCHEMA:
-            raise ValueError(f"schema must be {SCHEMA}, got {data.get('schema')!r}")
-        records = tuple(_record(entry) for entry in data.pop("records"))
-        return cls(stamp=Stamp(**data.pop("stamp")), records=records, **data)
+        """Inverse of `to_json`. Raises ValueError for text that is no results file of this schema version."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a results file: {error}") from None
+        schema = data.get("schema") if isinstance(data, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"schema must be {SCHEMA}, got {schema!r}")
+        data["stamp"] = Stamp(**data["stamp"])
+        data["records"] = tuple(_record(entry) for entry in data["records"])
+        data["ceilings"] = Ceilings(**data["ceilings"]) if data["ceilings"] else None
+        data["clocks"] = tuple(_clock(entry) for entry in data["clocks"])
+        data["tests"] = Tests(**data["tests"]) if data["tests"] else None
+        data["objections"] = tuple(data["objections"])
+        data["notes"] = tuple(data.get("notes", ()))
+        return cls(**data)
 
 
 def save(results: Results, path: Path) -> None:
@@ -154,42 +210,19 @@ def load(path: Path) -> Results:
     return Results.from_json(path.read_text(encoding="utf-8"))
 
 
-def stamp(device: torch.device) -> Stamp:
-    """The stamp of a run on `device`, taken now."""
-    revision = environment.git_revision()
-    return Stamp(
-        device=environment.device_name(device),
-        device_type=device.type,
-        driver=environment.driver_version() if device.type == "cuda" else None,
-        python=platform.python_version(),
-        torch=torch.__version__,
-        torch_built_for=environment.torch_built_for(),
-        triton=environment.version("triton"),
-        timm=environment.version("timm"),
-        sk_triton=environment.version("sk-triton"),
-        git_commit=revision.commit,
-        git_dirty=revision.dirty,
-        tf32_convolution=allows_tf32(),
-        float32_matmul_precision=torch.get_float32_matmul_precision(),
-        cudnn_benchmark=torch.backends.cudnn.benchmark,
-        threads=torch.get_num_threads(),
-        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
-        cpus=os.cpu_count(),
-        platform=platform.platform(),
-        date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-    )
-
-
 def fastest_peer(records: list[Record]) -> Record | None:
     """The peer with the smallest median among the records of one case; None if no peer was timed."""
-    timed = [record for record in records if not record.ours and record.timing]
-    return min(timed, key=_median, default=None)
+    return _fastest(records, PEER)
 
 
 def fastest_ours(records: list[Record]) -> Record | None:
     """The form of sk_triton with the smallest median among the records of one case."""
-    timed = [record for record in records if record.ours and record.timing]
-    return min(timed, key=_median, default=None)
+    return _fastest(records, OURS)
+
+
+def floor(records: list[Record]) -> Record | None:
+    """The record of the memory floor among those of one case."""
+    return _fastest(records, FLOOR)
 
 
 def by_case(records: tuple[Record, ...] | list[Record]) -> dict[Case, list[Record]]:
@@ -200,12 +233,42 @@ def by_case(records: tuple[Record, ...] | list[Record]) -> dict[Case, list[Recor
     return groups
 
 
+def finished_cases(records: Iterable[Record], min_samples: int) -> list[Record]:
+    """The records of the cases that no interrupt cut short: every timing rests on at least `min_samples`."""
+    return [
+        record
+        for case in by_case(list(records)).values()
+        if all(_is_finished(other, min_samples) for other in case)
+        for record in case
+    ]
+
+
+def _is_finished(record: Record, min_samples: int) -> bool:
+    if record.timing is not None:
+        return record.timing.samples >= min_samples
+    return record.status != NOT_MEASURED
+
+
+def _fastest(records: list[Record], role: str) -> Record | None:
+    timed = [record for record in records if record.role == role and record.timing]
+    return min(timed, key=_median, default=None)
+
+
 def _median(record: Record) -> float:
     assert record.timing is not None
     return record.timing.median_ms
 
 
 def _record(entry: dict[str, Any]) -> Record:
-    timing = entry.pop("timing")
-    checks = tuple(Check(**check) for check in entry.pop("checks"))
-    return Record(**entry, checks=checks, timing=Timing(**timing) if timing else None)
+    case = dict(entry.pop("case"))
+    shape = dict(case.pop("shape"))
+    shape["kernels"], shape["dilations"] = tuple(shape["kernels"]), tuple(shape["dilations"])
+    entry["checks"] = tuple(Check(**check) for check in entry["checks"])
+    for name in ("timing", "warm"):
+        entry[name] = Timing(**entry[name]) if entry[name] else None
+    entry["memory"] = Memory(**entry["memory"]) if entry["memory"] else None
+    return Record(case=Case(shape=Shape(**shape), **case), **entry)
+
+
+def _clock(entry: dict[str, Any]) -> ClockSample:
+    return ClockSample(**{**entry, "throttle": tuple(entry["throttle"])})

@@ -1,96 +1,143 @@
-"""`sk-triton bench`: measures, prints tables, writes a JSON file and a plot."""
+"""`sk-triton bench`: measures, prints tables, writes results files and plots."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
-from functools import partial
+import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from sk_triton.environment import require
 
-from .shapes import STAGES, default_grid
+from .suites import HOST, LAYER, OPTIONS, SUITES, Choice
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.console import Console
+
+    from .sources import Ours
 
 DTYPE_NAMES = ("fp16", "bf16", "fp32")
 INTERRUPTED = 130
+BAD_USAGE = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton bench`."""
-    parser.add_argument("--quick", action="store_true", help="two stages, two batch sizes, one dtype")
+    summaries = {name: (suite.__doc__ or "").partition(".")[0] for name, suite in SUITES.items()}
+    summaries[HOST] = "What a call costs the host, and what starting up costs"
+    described = "; ".join(f"{name}: {summary[0].lower()}{summary[1:]}" for name, summary in summaries.items())
+    parser.add_argument(
+        "--suite",
+        choices=tuple(summaries),
+        nargs="+",
+        default=[LAYER],
+        help=f"what to measure (default: layer). {described}",
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and peers, less time on each")
     parser.add_argument("--batch", type=_positive, nargs="+", metavar="N", help="batch sizes")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", help="dtypes")
     parser.add_argument(
-        "--stages", type=int, choices=tuple(STAGES), nargs="+", help="stages of SKNet-50: 128@56² is 1"
+        "--stages", type=int, choices=(1, 2, 3, 4), nargs="+", help="stages of SKNet-50: 128@56² is 1"
     )
+    parser.add_argument(
+        "--every-form", action="store_true", help="max-autotune too, and compiled peers on a CPU; takes long"
+    )
+    parser.add_argument("--compare", metavar="REV", help="measure this git revision of sk_triton as well")
     parser.add_argument("--device", default="auto", help="auto (default), cpu, cuda or cuda:N")
     parser.add_argument(
         "--output", type=Path, default=Path("sk-triton-bench"), metavar="DIR", help="folder for the results"
+    )
+    parser.add_argument("--resume", action="store_true", help="keep the cases that DIR already holds")
+    parser.add_argument(
+        "--time-limit",
+        type=_positive,
+        metavar="SECONDS",
+        help="begin no case of a suite that would end after this",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and inputs (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0, 1 if a provider was wrong or failed, 130 if interrupted; raises MissingPackageError."""
+    """Returns 0, 1 if a provider was wrong or failed or a guard objects, 2 for bad usage, 130 if interrupted.
+
+    Raises:
+        MissingPackageError: rich, matplotlib or scikit-learn is not installed.
+    """
     require("rich", "matplotlib", "sklearn")
     from rich.console import Console
 
-    from . import plots, results, suite, table
-    from .progress import case_progress
-    from .protocol import Budget, timer_for
-    from .providers import UNITS, providers
+    from .revision import RevisionError, revision_source
 
     console = Console()
-    try:
-        device = _device(args.device)
-        args.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        console.print(f"sk-triton bench: {error}", markup=False, style="red")
-        return 2
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    grid = default_grid(device.type, args.quick)
-    grid = replace(
-        grid,
-        stages=tuple(args.stages or grid.stages),
-        batches=tuple(args.batch or grid.batches),
-        dtypes=tuple(args.dtype or grid.dtypes),
+    with contextlib.ExitStack() as stack:
+        try:
+            refuse_idle_options(args)
+            device = choose_device(args.device)
+            revisions = (stack.enter_context(revision_source(args.compare)),) if args.compare else ()
+            args.output.mkdir(parents=True, exist_ok=True)
+        except (ValueError, OSError, RevisionError) as error:
+            console.print(f"sk-triton bench: {error}", markup=False, style="red", soft_wrap=True)
+            return BAD_USAGE
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        codes = []
+        for suite in dict.fromkeys(args.suite):
+            codes.append(_run_suite(suite, args, device, revisions, console))
+            if codes[-1] == INTERRUPTED:
+                break
+    return max(codes)
+
+
+def _run_suite(
+    suite: str, args: argparse.Namespace, device: torch.device, revisions: Sequence[Ours], console: Console
+) -> int:
+    from . import export, plots, results, table
+    from .session import Request, measure_suite, reusable
+
+    choice = Choice(
+        on_gpu=device.type == "cuda",
+        quick=args.quick,
+        stages=tuple(args.stages) if args.stages else None,
+        batches=tuple(args.batch) if args.batch else None,
+        dtypes=tuple(args.dtype) if args.dtype else None,
     )
-    setting = suite.Setting(
-        device=device,
+    request = Request(
+        suite,
+        device,
+        choice,
         seed=args.seed,
-        providers={unit: providers(unit, device.type, args.quick) for unit in UNITS},
-        timer=timer_for(device),
-        budget=Budget(warmup_seconds=0.2, seconds=1.0, min_rounds=5) if args.quick else Budget(),
+        every_form=args.every_form,
+        revisions=revisions,
+        time_limit=args.time_limit,
     )
-    stamp = results.stamp(device)
-    console.print(
-        f"{device.type.upper()}: {stamp.device}, torch {stamp.torch}, triton {stamp.triton}",
-        markup=False,
-    )
-    records: list[results.Record] = []
-    interrupted = False
-    cases = list(suite.cases(grid))
-    try:
-        with case_progress(console, len(cases)) as report:
-            for index, case in enumerate(cases):
-                suite.run_case(case, setting, records, partial(report, index, case.title))
-    except KeyboardInterrupt:
-        interrupted = True
-    measured = results.Results("layer", args.seed, stamp, tuple(records), interrupted)
-    table.show(measured, console)
-    path = args.output / f"layer-{device.type}.json"
+    path = args.output / f"{suite}-{device.type}.json"
+    earlier = reusable(path, request) if args.resume else None
+    measured, left = measure_suite(request, console, earlier, lambda run: results.save(run, path))
     results.save(measured, path)
+    export.write_csv(measured, path.with_suffix(".csv"))
+    table.show(measured, console)
+    if left:
+        console.print(f"time limit: {left} cases left; go on with --resume", style="yellow")
     console.print(f"\nresults  {path}", markup=False, soft_wrap=True)
-    for path in plots.save_plots(measured, args.output):
-        console.print(f"plot     {path}", markup=False, soft_wrap=True)
-    return INTERRUPTED if interrupted else measured.exit_code
+    for picture in plots.save_plots(measured, args.output):
+        console.print(f"plot     {picture}", markup=False, soft_wrap=True)
+    return INTERRUPTED if measured.interrupted else measured.exit_code
 
 
-def _device(name: str) -> torch.device:
-    """Raises ValueError for a device that is not there."""
+def refuse_idle_options(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that has no effect on any of the chosen suites."""
+    for option in ("stages", "batch", "dtype"):
+        if getattr(args, option) and not any(option in OPTIONS[suite] for suite in args.suite):
+            users = ", ".join(suite for suite, used in OPTIONS.items() if option in used)
+            raise ValueError(f"--{option} acts on suites {users}, got --suite {' '.join(args.suite)}")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of an option `--device`. Raises ValueError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

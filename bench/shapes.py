@@ -1,4 +1,4 @@
-"""The shapes that are measured: the SK units of SKNet-50 at 224 x 224 input (paper, table 1)."""
+"""What is measured: shapes of units, and the cases that competing providers share."""
 
 from __future__ import annotations
 
@@ -9,42 +9,136 @@ BRANCHES = 2
 REDUCTION = 16
 MIN_GATE_WIDTH = 32
 
+SEED = "seed"
+PAPER = "paper"
+UNITS = {
+    SEED: "Seed document's unit: 3x3 and 5x5 with bias, no norm",
+    PAPER: "Paper's and timm's unit: 3x3 and dilated 3x3, batch norm, ReLU",
+}
+"""The units, each a function that providers compete on, and their titles."""
+
+SKNET50 = "sknet50"
+SKRESNEXT50 = "skresnext50_32x4d"
+NETWORKS = {SKNET50: "SKNet-50, the paper's", SKRESNEXT50: "timm's skresnext50_32x4d"}
+
+
+def subject_title(subject: str) -> str:
+    """The title of a unit or a network; the name itself of anything else that is measured."""
+    return {**UNITS, **NETWORKS}.get(subject, subject)
+
+
+INFERENCE = "inference"
+TRAINING = "training"
+DIRECTIONS = (INFERENCE, TRAINING)
+
 
 @dataclass(frozen=True)
-class Stage:
-    """Input of one stage's SK units: `channels` x `height` x `width`; stride 1, groups 32, two branches."""
+class Shape:
+    """A unit on inputs of `channels` x `height` x `width`, with as many output channels.
 
-    index: int
+    Branch m has kernel `kernels[m]` and dilation `dilations[m]`. A network has its input's sizes and no branches.
+    """
+
     channels: int
     height: int
     width: int
+    groups: int = GROUPS
+    kernels: tuple[int, ...] = (3, 3)
+    dilations: tuple[int, ...] = (1, 2)
+    stride: int = 1
 
     @property
     def name(self) -> str:
-        return f"{self.channels}@{self.height}²"
+        if not self.channels:
+            return "no input"
+        size = f"{self.height}²" if self.height == self.width else f"{self.height}x{self.width}"
+        return f"{self.channels}@{size}"
+
+    @property
+    def num_branches(self) -> int:
+        return len(self.kernels)
+
+    @property
+    def gate_width(self) -> int:
+        """`d = max(C / r, L)` (paper, Eq. 4)."""
+        return max(self.channels // REDUCTION, MIN_GATE_WIDTH)
 
 
-STAGES: dict[int, Stage] = {
-    1: Stage(1, 128, 56, 56),
-    2: Stage(2, 256, 28, 28),
-    3: Stage(3, 512, 14, 14),
-    4: Stage(4, 1024, 7, 7),
-}
+def unit_shape(
+    unit: str,
+    channels: int,
+    size: int,
+    *,
+    groups: int = GROUPS,
+    num_branches: int = BRANCHES,
+    kernel: int = 3,
+    dilation: int = 2,
+) -> Shape:
+    """A unit's usual branches: the seed's kernels 3, 5, …, or the paper's `kernel` with dilations 1, `dilation`, ….
+
+    More than two branches dilate on by the same step.
+    """
+    if unit == SEED:
+        kernels = tuple(3 + 2 * m for m in range(num_branches))
+        return Shape(channels, size, size, groups, kernels, (1,) * num_branches)
+    dilations = tuple(1 + m * (dilation - 1) for m in range(num_branches))
+    return Shape(channels, size, size, groups, (kernel,) * num_branches, dilations)
+
+
+STAGES: dict[int, tuple[int, int]] = {1: (128, 56), 2: (256, 28), 3: (512, 14), 4: (1024, 7)}
+"""Channels and size of the SK units of SKNet-50 at 224 x 224 input (paper, table 1)."""
+
+
+def stage_shape(unit: str, stage: int) -> Shape:
+    """The unit at one stage of SKNet-50."""
+    return unit_shape(unit, *STAGES[stage])
+
+
+def network_shape(size: int) -> Shape:
+    """A network's input."""
+    return Shape(3, size, size, groups=1, kernels=(), dilations=())
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What one run covers: stage numbers, batch sizes and dtype names."""
+class Case:
+    """What competing records share: the same function of the same input with the same weights.
 
-    stages: tuple[int, ...]
-    batches: tuple[int, ...]
-    dtypes: tuple[str, ...]
+    `subject` is a key of UNITS or NETWORKS. A suite that varies one thing says which `axis`, and its `value`.
+    """
 
+    suite: str
+    subject: str
+    shape: Shape
+    batch: int
+    dtype: str
+    direction: str = INFERENCE
+    axis: str | None = None
+    value: float | None = None
 
-def default_grid(device_type: str, quick: bool) -> Grid:
-    """The grid of `sk-triton bench` on a device type ("cpu" or "cuda"), with and without `--quick`."""
-    if device_type == "cpu":
-        return Grid((1, 3) if quick else tuple(STAGES), (1, 8), ("fp32",))
-    if quick:
-        return Grid((1, 3), (1, 32), ("fp16",))
-    return Grid(tuple(STAGES), (1, 8, 32, 128), ("fp16", "bf16", "fp32"))
+    @property
+    def title(self) -> str:
+        what = f"{self.axis} {self.value:g}" if self.axis else self.shape.name
+        return f"{self.suite}: {self.subject} {what} batch {self.batch} {self.dtype} {self.direction}"
+
+    @property
+    def is_network(self) -> bool:
+        return self.subject in NETWORKS
+
+    @property
+    def flops(self) -> float:
+        """Multiplies and adds of the branch convolutions, which is nearly all; training counts three times (dx, dW)."""
+        shape = self.shape
+        per_output = sum(2 * shape.channels / shape.groups * k * k for k in shape.kernels)
+        once = per_output * self.batch * shape.channels * shape.height * shape.width / shape.stride**2
+        return once * (3 if self.direction == TRAINING else 1)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """T: one pass over an activation tensor."""
+        shape, size = self.shape, 4 if self.dtype == "fp32" else 2
+        return self.batch * shape.channels * shape.height * shape.width * size
+
+    @property
+    def floor_passes(self) -> int:
+        """Passes that no implementation can avoid: x and v, and in training dv, x again and dx."""
+        return 5 if self.direction == TRAINING else 2

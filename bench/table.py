@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from . import results
-from .providers import UNITS
-from .shapes import STAGES
+from .export import (
+    NOTHING,
+    Comparison,
+    byte_size,
+    cases_in_order,
+    comparisons,
+    losses,
+    losses_count,
+    ratio,
+    speed_summary,
+    three_digits,
+)
+from .results import Record, Results
+from .shapes import Case, subject_title
+from .stamp import Stamp
 
-Groups = dict[results.Case, list[results.Record]]
+Groups = dict[Case, list[Record]]
 
 STATUS_STYLE = {
     results.WRONG: "bold red",
@@ -23,60 +39,121 @@ STATUS_STYLE = {
 BUSY_SHARE = 0.5
 """Load per CPU above which a CPU run is called noisy."""
 
+LEGEND = {"speed": "speed: fastest peer = 1x", "error": "error: share of what is allowed"}
 
-def show(run: results.Results, console: Console) -> None:
-    """Prints one table for each unit and dtype, then what went wrong, then sk_triton against the peers."""
-    groups = results.by_case(run.records)
-    for unit, dtype in dict.fromkeys((unit, dtype) for unit, dtype, _, _ in groups):
-        chosen = {case: records for case, records in groups.items() if case[:2] == (unit, dtype)}
-        console.print(_table(unit, dtype, chosen, run.stamp))
+
+@dataclass(frozen=True)
+class Column:
+    """A column and its cell for a record, given the other records of its case."""
+
+    title: str
+    cell: Callable[[Record, list[Record]], str]
+
+
+def show(run: Results, console: Console) -> None:
+    """Prints a table for each subject, dtype and direction, then what went wrong, then sk_triton against the peers."""
+    groups = cases_in_order(run)
+    for key in dict.fromkeys(map(_table_of, groups)):
+        console.print(_table(run, {case: rows for case, rows in groups.items() if _table_of(case) == key}))
     _show_problems(run, console)
-    _show_headline(run, groups, console)
+    _show_verdict(run, console)
 
 
-def three_digits(value: float) -> str:
-    """Three significant digits at any scale from microseconds to minutes."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+def _table_of(case: Case) -> tuple[str, str, str]:
+    return case.subject, case.dtype, case.direction
 
 
-def _table(unit: str, dtype: str, groups: Groups, stamp: results.Stamp) -> Table:
+def _table(run: Results, groups: Groups) -> Table:
+    first = next(iter(groups))
+    title = subject_title(first.subject)
+    stamp = run.stamp
+    columns = [column for column in _columns(run) if _is_filled(column, groups)]
     table = Table(
-        title=f"{UNITS[unit].title}\nforward, {dtype}, {stamp.device_type.upper()}: {escape(stamp.device)}",
+        title=f"{title}\n{first.direction}, {first.dtype}, {stamp.device_type.upper()}: {escape(stamp.device)}",
         title_justify="left",
-        caption="speed: fastest peer = 1; error: share of what is allowed",
+        caption="; ".join(LEGEND[column.title] for column in columns if column.title in LEGEND),
         caption_justify="left",
         box=box.SIMPLE,
     )
     table.add_column("provider", overflow="fold")
-    for header in ("ms", "20-80 %", "speed", "error"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for (_, _, stage, batch), records in groups.items():
-        fastest = results.fastest_peer(records)
-        table.add_row(f"{STAGES[stage].name}, batch {batch}", style="bold underline")
+    for column in columns:
+        table.add_column(column.title, justify="right", no_wrap=True)
+    for case, records in groups.items():
+        table.add_row(_case_name(case), style="bold underline")
         for record in records:
             table.add_row(
                 f"  {escape(record.label)}",
-                *_cells(record, fastest),
+                *(column.cell(record, records) for column in columns),
                 style="bold" if record.ours and record.timing else STATUS_STYLE.get(record.status),
                 end_section=record is records[-1],
             )
     return table
 
 
-def _cells(record: results.Record, fastest: results.Record | None) -> tuple[str, str, str, str]:
-    worst = max(
-        (check.error / check.allowed for check in record.checks if check.error is not None), default=None
-    )
-    error = f"{worst:.2f}" if worst is not None else "-"
-    if record.timing is None:
-        return record.status, "-", "-", error
+def _case_name(case: Case) -> str:
+    what = f"{case.axis} {case.value:g}: {case.shape.name}" if case.axis else case.shape.name
+    return f"{what}, batch {case.batch}"
+
+
+def _columns(run: Results) -> list[Column]:
+    """Every column; one without a single value in a table is left out of it. Speeds need a run without objections."""
+    speed = [Column("speed", _speed)] if run.sound else []
+    return [
+        Column("ms", _median),
+        Column("20-80 %", _quantiles),
+        Column("warm ms", lambda record, _: three_digits(record.warm.median_ms) if record.warm else NOTHING),
+        *speed,
+        Column("images/s", _images),
+        Column("peak", lambda record, _: byte_size(record.memory.peak_bytes) if record.memory else NOTHING),
+        Column("saved", _saved),
+        Column(
+            "host µs", lambda record, _: NOTHING if record.host_us is None else three_digits(record.host_us)
+        ),
+        Column("launches", lambda record, _: NOTHING if record.launches is None else str(record.launches)),
+        Column("error", _error),
+    ]
+
+
+def _is_filled(column: Column, groups: Groups) -> bool:
+    return any(column.cell(record, records) != NOTHING for records in groups.values() for record in records)
+
+
+def _median(record: Record, _: list[Record]) -> str:
+    if record.timing:
+        return three_digits(record.timing.median_ms)
+    return NOTHING if record.status == results.OK else record.status
+
+
+def _quantiles(record: Record, _: list[Record]) -> str:
     timing = record.timing
-    speed = f"{fastest.timing.median_ms / timing.median_ms:.2f}x" if fastest and fastest.timing else "-"
-    quantiles = f"{three_digits(timing.q20_ms)}-{three_digits(timing.q80_ms)}"
-    return three_digits(timing.median_ms), quantiles, speed, error
+    return f"{three_digits(timing.q20_ms)}-{three_digits(timing.q80_ms)}" if timing else NOTHING
 
 
-def _show_problems(run: results.Results, console: Console) -> None:
+def _speed(record: Record, records: list[Record]) -> str:
+    fastest = results.fastest_peer(records)
+    if fastest is None or fastest.timing is None or record.timing is None:
+        return NOTHING
+    return ratio(fastest.timing.median_ms / record.timing.median_ms)
+
+
+def _images(record: Record, _: list[Record]) -> str:
+    rate = record.samples_per_second
+    return three_digits(rate) if rate is not None and record.case.is_network else NOTHING
+
+
+def _saved(record: Record, _: list[Record]) -> str:
+    saved = record.memory.saved_bytes if record.memory else None
+    return NOTHING if saved is None else byte_size(saved)
+
+
+def _error(record: Record, _: list[Record]) -> str:
+    shares = [
+        check.error / check.allowed for check in record.checks if check.error is not None and check.allowed
+    ]
+    return f"{max(shares):.2f}" if shares else NOTHING
+
+
+def _show_problems(run: Results, console: Console) -> None:
     """Each different complaint once, with the number of cases it stands for."""
     complaints: dict[tuple[str, str, str], int] = {}
     for record in run.records:
@@ -89,35 +166,40 @@ def _show_problems(run: results.Results, console: Console) -> None:
         console.print(f"[{style}]{status}[/]: {escape(label)}{cases}: {escape(message)}", soft_wrap=True)
     if run.interrupted:
         console.print("[yellow]interrupted[/]: what was measured until then is kept")
+    for note in run.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_headline(run: results.Results, groups: Groups, console: Console) -> None:
+def _show_verdict(run: Results, console: Console) -> None:
     if not run.sound:
-        console.print("[bold red]No speed is claimed: a provider gave a wrong result.[/]")
-        return
-    for (unit, dtype, stage, batch), records in groups.items():
-        ours, peer = results.fastest_ours(records), results.fastest_peer(records)
-        if ours and peer and ours.timing and peer.timing:
-            what = f"{unit} {STAGES[stage].name} batch {batch} {dtype}"
-            console.print(
-                f"{what}: {_verdict(ours.timing, peer.timing)} ({escape(peer.label)})",
-                highlight=False,
-                soft_wrap=True,
-            )
+        console.print("[bold red]No speed is claimed:[/]")
+        for objection in run.objections:
+            console.print(f"  {objection}", markup=False, highlight=False, soft_wrap=True)
+    else:
+        _show_speeds(comparisons(run), console)
     if run.stamp.device_type == "cpu":
-        if run.stamp.load and run.stamp.cpus and run.stamp.load > BUSY_SHARE * run.stamp.cpus:
-            console.print(
-                f"The machine was busy when the run began (load {run.stamp.load:.1f} on "
-                f"{run.stamp.cpus} CPUs): expect noise.",
-                style="yellow",
-            )
+        _show_cpu_notes(run.stamp, console)
+
+
+def _show_speeds(compared: list[Comparison], console: Console) -> None:
+    for key in dict.fromkeys(_table_of(comparison.case) for comparison in compared):
+        summary = speed_summary([comparison for comparison in compared if _table_of(comparison.case) == key])
+        if summary:
+            console.print(f"[bold]{' '.join(key)}[/]: {summary}", highlight=False, soft_wrap=True)
+    if not any(comparison.peer for comparison in compared):
+        return
+    lost = losses(compared)
+    console.print(f"We lose in {losses_count(compared)}{':' if lost else '.'}", highlight=False)
+    for line in lost:
+        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_cpu_notes(stamp: Stamp, console: Console) -> None:
+    if stamp.load and stamp.cpus and stamp.load > BUSY_SHARE * stamp.cpus:
         console.print(
-            "CPU run: sk_triton runs its plain PyTorch reference here; its kernels need a GPU.",
+            f"The machine was busy when the run began (load {stamp.load:.1f} on {stamp.cpus} CPUs): expect noise.",
             style="yellow",
         )
-
-
-def _verdict(ours: results.Timing, peer: results.Timing) -> str:
-    if ours.q20_ms <= peer.q80_ms and peer.q20_ms <= ours.q80_ms:
-        return "no difference beyond the noise from the fastest peer"
-    return f"[bold]{peer.median_ms / ours.median_ms:.2f}x[/] the speed of the fastest peer"
+    console.print(
+        "CPU run: sk_triton runs its plain PyTorch reference here; its kernels need a GPU.", style="yellow"
+    )

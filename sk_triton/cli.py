@@ -22,6 +22,15 @@ class Command:
 COMMANDS = {
     "bench": Command("sk_triton.bench.run", "measure the SK layer against its peers on this machine"),
     "doctor": Command("sk_triton.doctor", "say what is installed, which backend runs and why"),
+    "explain": Command(
+        "sk_triton.bench.explain", "predict each schedule's time on a GPU that need not be present"
+    ),
+    "plot": Command(
+        "sk_triton.bench.plot", "draw results files, write them as CSV or Markdown, fill the README"
+    ),
+    "report": Command(
+        "sk_triton.bench.report", "test and measure everything on this machine, step by step, in one folder"
+    ),
     "resources": Command(
         "sk_triton.bench.resources", "compile the kernels for each chip, list what they use"
     ),

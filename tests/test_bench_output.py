@@ -1,53 +1,27 @@
-"""What a benchmark leaves behind: the results file, the table and the plot."""
+"""What a benchmark leaves behind: the results file, the terminal table, CSV and Markdown."""
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import io
 import json
+import re
 
 import pytest
 import torch
-from matplotlib.colors import to_rgb
-from matplotlib.image import imread
 from rich.console import Console
 
-from sk_triton.bench import inputs, plots, providers, results, suite, table
-from sk_triton.bench.shapes import STAGES
+from sk_triton.bench import export, results, stamp, table
+from sk_triton.bench.results import Check, Timing
+from sk_triton.bench.shapes import PAPER, SEED
 
-CPU = torch.device("cpu")
-
-
-def some_results(device_type="cpu", **changes) -> results.Results:
-    """Every status at least once, in two dtypes and both units."""
-    stamp = dataclasses.replace(results.stamp(CPU), device_type=device_type, device="Some Device", load=0.0)
-    records = []
-    for unit in providers.UNITS:
-        for dtype in ("fp16", "fp32"):
-            for batch in (1, 8):
-                case = suite.Case(providers.UNITS[unit], STAGES[2], batch, dtype)
-                for index, provider in enumerate(providers.providers(unit, device_type, quick=False)):
-                    ms = batch * (1.0 + index) * (0.25 if provider.source.ours else 1)
-                    checks = tuple(results.Check(kind, 1e-4, 1e-4, 2e-4, True) for kind in inputs.KINDS)
-                    timing = results.Timing(ms, ms * 0.95, ms * 1.05, 9)
-                    record = suite._blank(case, provider)
-                    records.append(
-                        dataclasses.replace(record, status=results.OK, checks=checks, timing=timing)
-                    )
-    return results.Results("layer", 0, stamp, tuple(records), **changes)
-
-
-def with_status(run, position, status, message="some reason"):
-    records = list(run.records)
-    records[position] = dataclasses.replace(
-        records[position], status=status, message=message, timing=None, checks=()
-    )
-    return dataclasses.replace(run, records=tuple(records))
+from .synthetic_results import a_stamp, changed, slowed, small, some_results, with_status
 
 
 def test_results_survive_their_file(tmp_path):
-    run = with_status(some_results(interrupted=True), 0, results.WRONG)
-    failed = dataclasses.replace(run.records[1], checks=(results.Check("photo", None, 0.1, 0.2, False),))
+    run = with_status(small(interrupted=True, objections=("one",), notes=("two",)), 0, results.WRONG)
+    failed = dataclasses.replace(run.records[1], checks=(Check("photo", "v", None, 0.1, 0.2, False),))
     run = dataclasses.replace(run, records=(failed, *run.records[1:]))
     path = tmp_path / "run.json"
     results.save(run, path)
@@ -59,109 +33,226 @@ def test_results_survive_their_file(tmp_path):
     )
 
 
-def test_another_schema_is_refused(tmp_path):
-    data = json.loads(some_results().to_json())
+def test_another_schema_is_refused():
+    data = json.loads(small().to_json())
     data["schema"] = 99
-    with pytest.raises(ValueError, match="schema must be 1, got 99"):
+    with pytest.raises(ValueError, match=f"schema must be {results.SCHEMA}, got 99"):
         results.Results.from_json(json.dumps(data))
 
 
 def test_the_stamp_says_where_and_with_what_it_was_measured():
-    stamp = results.stamp(CPU)
-    assert stamp.torch == torch.__version__
-    assert stamp.threads == torch.get_num_threads()
-    assert stamp.device
-    assert stamp.date.endswith("+00:00")
-    assert stamp.driver is None
+    taken = stamp.take_stamp(torch.device("cpu"))
+    assert taken.torch == torch.__version__
+    assert taken.threads == torch.get_num_threads()
+    assert taken.device
+    assert taken.date.endswith("+00:00")
+    assert taken.driver is None
 
 
-def test_fastest_peer_ignores_ours():
-    case = results.by_case(some_results().records)[("seed", "fp32", 2, 8)]
-    assert results.fastest_peer(case).label == "seed document's SKConv, NCHW"
-    assert results.fastest_ours(case).ours
+def test_a_case_compares_the_fastest_forms_and_the_floor():
+    run = small()
+    for comparison in export.comparisons(run):
+        records = [record for record in run.records if record.case == comparison.case and record.timing]
+        medians = {record.key: record.timing.median_ms for record in records}
+        assert comparison.ours.timing.median_ms == min(medians[r.key] for r in records if r.ours)
+        assert comparison.peer.timing.median_ms == min(
+            medians[r.key] for r in records if r.role == results.PEER
+        )
+        assert comparison.speedup == comparison.peer.timing.median_ms / comparison.ours.timing.median_ms
+        assert comparison.floor_share == medians["copy/"] / comparison.ours.timing.median_ms
 
 
-def printed(run) -> str:
+def test_a_forced_schedule_claims_nothing_where_users_get_another():
+    run = slowed(small(every=True), 0.01, lambda record: record.source == "ours-resident")
+    assert {comparison.ours.source for comparison in export.comparisons(run)} == {"ours"}
+    forced = tuple(record for record in run.records if record.source != "ours")
+    alone = dataclasses.replace(run, records=forced)
+    assert {comparison.ours.source for comparison in export.comparisons(alone)} == {"ours-resident"}
+
+
+def test_a_case_that_only_peers_can_run_is_lost():
+    run = small()
+    for position, record in enumerate(run.records):
+        if record.ours:
+            run = with_status(run, position, results.OUT_OF_MEMORY)
+    compared = export.comparisons(run)
+    assert all(comparison.is_loss for comparison in compared)
+    assert export.losses_count(compared) == "4 of 4 cases"
+    assert all("out of memory" in line for line in export.losses(compared))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(0.98765, "0.988"), (1.0, "1.00"), (22, "22.0"), (99.96, "100"), (12345.6, "12346")]
+)
+def test_numbers_have_three_digits(value, text):
+    assert export.three_digits(value) == text
+
+
+def test_bytes_and_ratios():
+    assert [export.byte_size(n) for n in (12, 2048, 3 * 2**20, 2**31)] == [
+        "12 B",
+        "2.00 KiB",
+        "3.00 MiB",
+        "2.00 GiB",
+    ]
+    assert [export.ratio(n) for n in (0.954, 1, 9.996, 14.24)] == ["0.95x", "1.00x", "10.0x", "14.2x"]
+
+
+def printed(run, width=140) -> str:
     stream = io.StringIO()
-    table.show(run, Console(file=stream, width=120))
+    table.show(run, Console(file=stream, width=width))
     return stream.getvalue()
 
 
 def test_the_table_compares_with_the_fastest_peer_and_says_cpu():
-    text = printed(some_results())
-    assert "CPU: Some Device" in text
-    assert "sk_triton (CPU reference path), channels_last" in text
-    assert "1.33x the speed of the fastest peer" in text
+    run = slowed(small("cpu", batches=(8,)), 0.5)
+    text = printed(run)
+    assert "CPU: AMD EPYC" in text
+    assert "sk_triton, channels_last" in text
+    speedups = {c.case.subject: c.speedup for c in export.comparisons(run)}
+    assert f"seed fp32 inference: {speedups[SEED]:.2f}x the speed of the fastest peer" in text
+    assert f"paper fp32 inference: {speedups[PAPER]:.2f}x the speed of the fastest peer" in text
     assert "plain PyTorch reference" in text
+    assert "We lose in 0 of 2 cases." in text
+
+
+def test_the_table_lists_every_case_that_is_lost():
+    run = slowed(small(), 30, lambda record: record.ours and record.case.batch == 8)
+    text = printed(run)
+    assert "We lose in 2 of 4 cases:" in text
+    lost = text.partition("We lose")[2]
+    for comparison in export.comparisons(run):
+        assert (comparison.case.title in lost) == (comparison.case.batch == 8)
 
 
 def test_a_busy_machine_is_mentioned():
-    run = some_results()
-    busy = dataclasses.replace(run, stamp=dataclasses.replace(run.stamp, load=3.0, cpus=4))
+    busy = small("cpu", stamp=a_stamp("cpu", load=3.0, cpus=4))
     assert "load 3.0 on 4 CPUs" in printed(busy)
-    assert "busy" not in printed(run)
+    assert "busy" not in printed(small("cpu"))
 
 
 def test_the_table_claims_nothing_within_the_noise():
-    run = some_results()
-    noisy = [
-        dataclasses.replace(r, timing=dataclasses.replace(r.timing, q20_ms=0.1, q80_ms=99.0))
-        for r in run.records
-    ]
-    text = printed(dataclasses.replace(run, records=tuple(noisy)))
+    text = printed(changed(small(), lambda record: True, q20_ms=0.01, q80_ms=100))
     assert "no difference beyond the noise" in text
-    assert "x the speed" not in text
+    assert "x the speed of the fastest peer" not in text
 
 
 @pytest.mark.parametrize(
     "status", [results.WRONG, results.FAILED, results.OUT_OF_MEMORY, results.SKIPPED, results.NOT_MEASURED]
 )
-def test_the_table_shows_every_status_and_a_wrong_result_ends_all_claims(status):
-    text = printed(with_status(some_results(), 0, status))
+def test_the_table_shows_every_status(status):
+    text = printed(with_status(small(), 0, status))
     assert status in text
     assert ("some reason" in text) == (status != results.NOT_MEASURED)
-    assert ("No speed is claimed" in text) == (status == results.WRONG)
-    assert ("x the speed" in text) == (status != results.WRONG)
 
 
-def test_every_source_and_form_has_its_own_colour_and_hatch():
-    everyone = [
-        p
-        for unit in providers.UNITS
-        for kind in ("cpu", "cuda")
-        for p in providers.providers(unit, kind, False)
-    ]
-    assert {p.source.key for p in everyone} == set(plots.SOURCE_COLOURS)
-    assert {p.form.key for p in everyone} == set(plots.FORM_HATCHES)
-    assert len(set(plots.SOURCE_COLOURS.values())) == len(plots.SOURCE_COLOURS)
+def test_a_complaint_is_listed_once():
+    run = small()
+    for position, record in enumerate(run.records):
+        if record.key == "timm/nchw":
+            run = with_status(run, position, results.FAILED, "no kernel image")
+    text = printed(run)
+    assert text.count("no kernel image") == 1
+    assert "timm, NCHW (2 cases): no kernel image" in text
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_the_plot_is_a_picture_with_every_peers_colour(device_type, tmp_path):
-    run = with_status(some_results(device_type), 1, results.OUT_OF_MEMORY)
-    paths = plots.save_plots(run, tmp_path)
-
-    assert [path.name for path in paths] == [f"layer-{device_type}-{dtype}.png" for dtype in ("fp16", "fp32")]
-    for path in paths:
-        picture = imread(path)
-        assert picture.shape[1] == 1600
-        if picture.shape[2] == 4:
-            assert picture[..., 3].min() == 1
-        pixels = picture[..., :3].reshape(-1, 3)
-        for source in {record.source for record in run.records}:
-            near = abs(pixels - to_rgb(plots.SOURCE_COLOURS[source])).max(1) < 0.02
-            assert near.mean() > 0.002, source
+def test_objections_end_all_claims():
+    text = printed(small(objections=("a first reason", "a second reason")))
+    assert "No speed is claimed" in text
+    assert "a first reason" in text
+    assert "a second reason" in text
+    assert "x the speed" not in text
+    assert "We lose" not in text
+    assert not re.search(r"\d\.\d\dx", text)
 
 
-def figure_words(run) -> str:
-    figure = plots.draw(run, "fp32")
-    return "\n".join(artist.get_text() for artist in figure.findobj(match=lambda a: hasattr(a, "get_text")))
+def test_notes_are_printed():
+    assert "note: something to know" in printed(small(notes=("something to know",)))
 
 
-def test_the_plot_says_cpu_dtype_batch_device_and_what_went_wrong():
-    words = figure_words(some_results())
-    for expected in ("CPU: Some Device", "fp32", "batch 8", "Measured on a CPU", "256@28²", "NCHW"):
-        assert expected in words
-    assert "no speed is claimed" not in words
-    assert "Measured on a CPU" not in figure_words(some_results("cuda"))
-    assert "no speed is claimed" in figure_words(with_status(some_results("cuda"), 0, results.WRONG))
+@pytest.mark.parametrize(
+    ("suite", "column"), [("train", "saved"), ("model", "images/s"), ("host", "launches"), ("sweep", "speed")]
+)
+def test_each_suite_has_its_columns(suite, column):
+    assert column in printed(some_results(suite, batches=(1,), stages=(1,)))
+    assert "images/s" not in printed(some_results("train", batches=(1,), stages=(1,)))
+
+
+def test_columns_without_values_are_left_out():
+    run = small()
+    bare = tuple(
+        dataclasses.replace(record, timing=None, warm=None, memory=None, checks=())
+        for record in run.records
+        if record.role != results.FLOOR
+    )
+    text = printed(dataclasses.replace(run, records=bare))
+    assert "host µs" in text
+    assert not any(word in text for word in ("warm ms", "speed", "error", "20-80 %", "We lose"))
+
+
+def test_the_table_orders_cases_however_they_were_measured():
+    run = small(batches=(128, 1, 8))
+    batches = re.findall(r"128@56², batch (\d+)", printed(run))
+    assert batches == ["1", "8", "128"] * 2
+
+
+def read_csv(run, path):
+    export.write_csv(run, path)
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_holds_every_record_with_its_units(tmp_path):
+    run = with_status(some_results("train", batches=(1,), stages=(1,)), 2, results.FAILED, "a, b\nc")
+    rows = read_csv(run, tmp_path / "run.csv")
+    assert len(rows) == len(run.records)
+    for row, record in zip(rows, run.records, strict=True):
+        case = record.case
+        assert (row["source"], row["form"], row["role"]) == (record.source, record.form, record.role)
+        assert tuple(map(int, row["kernels"].split())) == case.shape.kernels
+        assert tuple(map(int, row["dilations"].split())) == case.shape.dilations
+        assert (int(row["batch"]), row["dtype"], row["direction"]) == (case.batch, case.dtype, case.direction)
+        assert row["message"] == (record.message or "")
+        timing = (
+            Timing(*(float(row[f"{name}_ms"]) for name in ("median", "q20", "q80")), int(row["samples"]))
+            if row["samples"]
+            else None
+        )
+        assert timing == record.timing
+        assert row["peak_bytes"] == (str(record.memory.peak_bytes) if record.memory else "")
+        assert row["stamp_device"] == run.stamp.device
+        if record.checks:
+            assert float(row["check_random_v_largest_error"]) == record.checks[0].error
+
+
+def test_csv_has_a_column_for_every_field_of_a_record(tmp_path):
+    (row, *_) = read_csv(small(), tmp_path / "run.csv")
+    nested = {"case", "checks", "timing", "warm", "memory"}
+    fields = {field.name for field in dataclasses.fields(results.Record)} - nested
+    assert fields <= set(row)
+    assert {f"warm_{field.name}" for field in dataclasses.fields(Timing)} <= set(row)
+
+
+def cells(line):
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def test_markdown_has_a_row_for_each_case():
+    run = small()
+    head, rule, *rows = export.markdown_table(run).splitlines()
+    assert set(rule) == {"|", "-"}
+    assert len(cells(head)) == 5
+    compared = export.comparisons(run)
+    for row, comparison in zip(rows, compared, strict=True):
+        case, ours, peer, speedup, share = cells(row)
+        assert case == comparison.case.title
+        assert ours.startswith(export.three_digits(comparison.ours.timing.median_ms))
+        assert comparison.peer.label in peer
+        assert speedup.strip("*").startswith(export.ratio(comparison.speedup))
+        assert share == f"{comparison.floor_share:.0%}"
+
+
+def test_markdown_claims_nothing_against_an_objection():
+    text = export.markdown_table(small(objections=("a reason",)))
+    assert "No speed is claimed:** a reason" in text
+    assert not re.search(r"\d\.\d\dx", text)

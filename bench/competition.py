@@ -1,0 +1,314 @@
+"""One case: every provider built, checked, weighed and timed, each failure kept to the provider it belongs to."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from sk_triton.environment import MissingPackageError
+
+from . import inputs, memory, protocol, results
+from .entrant import Entrant, arrange
+from .forms import Call
+from .judge import Judge
+from .protocol import Contestant
+from .providers import Provider, State, make_state
+from .shapes import TRAINING, Case
+from .sources import yardstick
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+CHECKED_INPUTS = (inputs.PHOTO, inputs.RANDOM)
+"""The last one is timed: by the very calls that were checked."""
+GRADIENT_SEED = 1
+"""Added to a run's seed, so that the gradient is another stream of numbers than the input."""
+CHECKING_SHARE = 0.5
+"""Share of a case's progress that stands for building and checking; the rest is timing."""
+
+MIN_CHECK_BATCH = 2
+"""Batch norm needs two samples to train."""
+
+FLOOR_KEY = "copy/"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all the cases of a run share. `competitors` chooses the providers of a case."""
+
+    device: torch.device
+    seed: int
+    competitors: Callable[[Case], Sequence[Provider]]
+    timer: protocol.Timer
+    budget: protocol.Budget = field(default_factory=protocol.Budget)
+    on_round: Callable[[], object] = lambda: None
+
+
+def run_case(
+    case: Case,
+    setting: Setting,
+    records: list[results.Record],
+    on_progress: Callable[[float], None] = lambda fraction: None,
+) -> None:
+    """Checks and times every provider of a case and appends one record each, even if interrupted.
+
+    A failing provider is recorded and the others go on; KeyboardInterrupt is passed on after the
+    records are written.
+    """
+    competition = _Competition(case, setting, on_progress)
+    try:
+        competition.run()
+    except Exception as error:  # the oracle or the input failed: nobody can be judged
+        competition.fail_rest(error)
+    finally:
+        records.extend(competition.records())
+        has_compiled = any(provider.form.is_compiled for provider in competition.providers)
+        del competition
+        _release(setting.device, has_compiled)
+
+
+class _Competition:
+    """The course of one case."""
+
+    def __init__(self, case: Case, setting: Setting, on_progress: Callable[[float], None]) -> None:
+        self.case, self.setting, self.on_progress = case, setting, on_progress
+        self.dtype = DTYPES[case.dtype]
+        self.providers = list(setting.competitors(case))
+        self.outcome = {provider.key: _blank(case, provider) for provider in self.providers}
+        self.entrants: dict[str, Entrant] = {}
+        self.measured = protocol.Measurement()
+
+    def run(self) -> None:
+        missing = yardstick(self.case.subject).missing()
+        if missing:
+            raise MissingPackageError(missing)
+        state = _rounded(make_state(self.case, self.setting.seed), self.dtype)
+        self._build(state)
+        for index, kind in enumerate(CHECKED_INPUTS):
+            x, dv, judge = self._judge(kind, state)
+            contestants = self._check(judge, x, dv, index)
+            del judge
+        if x.shape[0] != self.case.batch:
+            x, dv = self._input(kind, self.case.batch)
+            contestants = self._bind(x, dv)
+        self._weigh(contestants, x)
+        if contestants and not self.case.is_network:
+            contestants[FLOOR_KEY] = Contestant(_floor(x, self.case.direction))
+        protocol.measure(
+            contestants,
+            self.setting.timer,
+            self.setting.budget,
+            self.measured,
+            lambda fraction: self.on_progress(CHECKING_SHARE + (1 - CHECKING_SHARE) * fraction),
+            self.setting.on_round,
+        )
+
+    def fail_rest(self, error: Exception) -> None:
+        """Records an error that befell all the providers that are still without a verdict."""
+        status, message = protocol.failure(error)
+        for key, record in self.outcome.items():
+            if record.status == results.NOT_MEASURED and not self.measured.samples.get(key):
+                self.outcome[key] = replace(record, status=status, message=message)
+
+    def records(self) -> list[results.Record]:
+        """What is known by now."""
+        finished = []
+        for key, record in self.outcome.items():
+            timing = self.measured.timing(key)
+            if key in self.measured.failures:
+                status, message = self.measured.failures[key]
+                record = replace(record, status=status, message=message)
+            elif timing:
+                warm = self.measured.timing(key, protocol.WARM)
+                host = self.measured.timing(key, protocol.HOST)
+                host_us = host.median_ms * 1e3 if host else None
+                record = replace(
+                    record, status=results.OK, message=None, timing=timing, warm=warm, host_us=host_us
+                )
+            finished.append(record)
+        floor = self.measured.timing(FLOOR_KEY)
+        if floor:
+            finished.append(
+                results.Record(
+                    self.case,
+                    source="copy",
+                    source_label=f"memory floor: {self.case.floor_passes} passes",
+                    form="",
+                    form_label="",
+                    role=results.FLOOR,
+                    status=results.OK,
+                    timing=floor,
+                    warm=self.measured.timing(FLOOR_KEY, protocol.WARM),
+                )
+            )
+        return finished
+
+    def _build(self, state: State) -> None:
+        """The providers that can run here become entrants; why the others cannot goes to `outcome`."""
+        for provider in self.providers:
+            missing = provider.source.missing()
+            if missing:
+                self._settle(provider.key, results.SKIPPED, missing)
+                continue
+            try:
+                with provider.scope():
+                    module = provider.module(self.case, state, self.dtype, self.setting.device)
+                    self.entrants[provider.key] = Entrant(self.case, provider, module)
+            except Exception as error:
+                self._settle(provider.key, *protocol.failure(error))
+
+    def _judge(self, kind: str, state: State) -> tuple[Tensor, Tensor | None, Judge]:
+        """An input, the output's gradient and who judges them: of half the batch, and half of that, where float64 does
+        not fit."""
+        batch = self.case.batch
+        while True:
+            x, dv = self._input(kind, batch)
+            try:
+                return x, dv, Judge(self.case, state, kind, x, dv, self.dtype)
+            except (RuntimeError, MemoryError) as error:
+                if not protocol.is_out_of_memory(error) or batch <= MIN_CHECK_BATCH:
+                    raise
+            batch //= 2
+            _release(self.setting.device, has_compiled=False)
+
+    def _check(self, judge: Judge, x: Tensor, dv: Tensor | None, index: int) -> dict[str, Contestant]:
+        """Judges everyone on one input; the calls of those who passed."""
+        arranged = _Arranged(x, dv)
+        contestants = {}
+        for done, provider in enumerate(self.providers):
+            if provider.key in self.entrants:
+                call = self._check_one(provider, judge, *arranged.of(provider))
+                if call is not None:
+                    contestants[provider.key] = Contestant(call, provider.scope)
+            share = (index + (done + 1) / len(self.providers)) / len(CHECKED_INPUTS)
+            self.on_progress(CHECKING_SHARE * share)
+        return contestants
+
+    def _check_one(self, provider: Provider, judge: Judge, x: Tensor, dv: Tensor | None) -> Call | None:
+        entrant = self.entrants[provider.key]
+        try:
+            with provider.scope():
+                record = replace(self.outcome[provider.key], runs=entrant.runs(x))
+                call, read = entrant.bind(x, dv)
+                checks = judge.check(read(call()))
+        except Exception as error:
+            self._settle(provider.key, *protocol.failure(error))
+            return None
+        self.outcome[provider.key] = replace(record, checks=(*record.checks, *checks))
+        for judged in checks:
+            if not judged.passed:
+                size = "not finite" if judged.error is None else f"{judged.error:.3g}"
+                message = f"error of {judged.tensor} on {judged.input} input is {size}, allowed {judged.allowed:.3g}"
+                self._settle(provider.key, results.WRONG, message)
+                return None
+        return call
+
+    def _bind(self, x: Tensor, dv: Tensor | None) -> dict[str, Contestant]:
+        """Calls on an input that is not judged: the whole batch, where a part of it was."""
+        arranged = _Arranged(x, dv)
+        contestants = {}
+        for provider in self.providers:
+            if provider.key not in self.entrants:
+                continue
+            try:
+                with provider.scope():
+                    call, _ = self.entrants[provider.key].bind(*arranged.of(provider))
+            except Exception as error:
+                self._settle(provider.key, *protocol.failure(error))
+                continue
+            contestants[provider.key] = Contestant(call, provider.scope)
+        return contestants
+
+    def _weigh(self, contestants: dict[str, Contestant], x: Tensor) -> None:
+        """Memory of a second call, once caches are filled; a captured or compiled call hides its tensors on a CPU."""
+        for key, contestant in list(contestants.items()):
+            entrant = self.entrants[key]
+            form = entrant.provider.form
+            if form.is_graph or (self.setting.device.type == "cpu" and form.is_compiled):
+                continue
+            keep = [x, *entrant.module.parameters(), *entrant.module.buffers()]
+            try:
+                with contestant.scope():
+                    contestant.call()
+                    entrant.forget_gradients()
+                    # Compiled code is traced anew under hooks.
+                    weighed = memory.measure_memory(
+                        contestant.call, self.setting.device, keep, sees_saved=not form.is_compiled
+                    )
+            except Exception as error:
+                self._settle(key, *protocol.failure(error))
+                del contestants[key]
+                continue
+            self.outcome[key] = replace(self.outcome[key], memory=weighed)
+
+    def _input(self, kind: str, batch: int) -> tuple[Tensor, Tensor | None]:
+        """x, and in training the gradient of the output, both NCHW."""
+        device, seed, shape = self.setting.device, self.setting.seed, self.case.shape
+        x = inputs.make_input(kind, batch, shape, self.dtype, device, seed)
+        if self.case.direction != TRAINING:
+            return x, None
+        generator = torch.Generator().manual_seed(seed + GRADIENT_SEED)
+        size = (batch, 1000) if self.case.is_network else x.shape
+        return x, torch.randn(size, generator=generator).to(device, self.dtype)
+
+    def _settle(self, key: str, status: str, message: str) -> None:
+        self.outcome[key] = replace(self.outcome[key], status=status, message=message)
+        self.entrants.pop(key, None)
+
+
+class _Arranged:
+    """An input and the output's gradient in every memory format that is asked for, each made once."""
+
+    def __init__(self, x: Tensor, dv: Tensor | None) -> None:
+        self.x, self.dv = x, dv
+        self._made: dict[torch.memory_format, tuple[Tensor, Tensor | None]] = {}
+
+    def of(self, provider: Provider) -> tuple[Tensor, Tensor | None]:
+        wanted = provider.form.memory_format
+        if wanted not in self._made:
+            self._made[wanted] = (
+                arrange(self.x, wanted),
+                None if self.dv is None else arrange(self.dv, wanted),
+            )
+        return self._made[wanted]
+
+
+def _floor(x: Tensor, direction: str) -> Callable[[], object]:
+    """A call that moves what no implementation can avoid: x to v, and in training v and x to dx."""
+    v = torch.empty_like(x)
+    if direction != TRAINING:
+        return lambda: v.copy_(x)
+    dx = torch.empty_like(x)
+    return lambda: (v.copy_(x), torch.add(v, x, out=dx))
+
+
+def _blank(case: Case, provider: Provider) -> results.Record:
+    return results.Record(
+        case,
+        source=provider.source.key,
+        source_label=provider.source.label,
+        form=provider.form.key,
+        form_label=provider.form.label,
+        role=provider.source.role,
+    )
+
+
+def _rounded(state: State, dtype: torch.dtype) -> State:
+    """Weights that `dtype` holds exactly, so that float64 and every provider start from the same ones."""
+    return {
+        name: value.to(dtype).float() if value.is_floating_point() else value for name, value in state.items()
+    }
+
+
+def _release(device: torch.device, has_compiled: bool) -> None:
+    gc.collect()
+    if has_compiled:
+        # Compiled code counts against a limit per function: without this, later cases would run eagerly.
+        torch.compiler.reset()
+    if device.type == "cuda":
+        # A device that has failed refuses this, but what was measured must still be saved.
+        with contextlib.suppress(RuntimeError):
+            torch.cuda.empty_cache()

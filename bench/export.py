@@ -1,0 +1,224 @@
+"""What a run says case by case, as numbers that the table, the plots and the README share, as CSV and as Markdown."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+from . import results
+from .results import Memory, Record, Results, Timing
+from .shapes import Case, Shape
+
+SK_TRITON = "ours"
+"""Source key of sk_triton as its users get it; "ours-<schedule>" force one schedule."""
+
+
+NOTHING = "-"
+"""A cell without a value."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """sk_triton against the fastest peer in one case.
+
+    ours: its fastest form, or, where none was timed, the first one; peer and floor were timed, or are None.
+    """
+
+    case: Case
+    ours: Record
+    peer: Record | None
+    floor: Record | None
+
+    @property
+    def speedup(self) -> float | None:
+        """The fastest peer's median over ours; None where one of them is missing."""
+        if self.peer is None or self.peer.timing is None or self.ours.timing is None:
+            return None
+        return self.peer.timing.median_ms / self.ours.timing.median_ms
+
+    @property
+    def is_beyond_noise(self) -> bool:
+        """Whether the bands from the 20 % to the 80 % quantile do not overlap."""
+        if self.peer is None or self.peer.timing is None or self.ours.timing is None:
+            return False
+        ours, peer = self.ours.timing, self.peer.timing
+        return ours.q20_ms > peer.q80_ms or peer.q20_ms > ours.q80_ms
+
+    @property
+    def is_loss(self) -> bool:
+        """Slower than the fastest peer, be it within the noise, or not able to run where a peer can."""
+        return self.peer is not None and (self.speedup is None or self.speedup < 1)
+
+    @property
+    def floor_share(self) -> float | None:
+        """The memory floor's time as a share of ours: 1 is what memory allows."""
+        if self.floor is None or self.floor.timing is None or self.ours.timing is None:
+            return None
+        return self.floor.timing.median_ms / self.ours.timing.median_ms
+
+
+def cases_in_order(run: Results) -> dict[Case, list[Record]]:
+    """Records by case, from narrow to wide stages and small to large batches, whatever order they were measured in."""
+    groups = results.by_case(run.records)
+
+    def place(case: Case) -> tuple[int, int, float, int]:
+        if case.axis is not None:
+            return (0, 0, case.value or 0.0, 0)
+        return (case.shape.channels, case.shape.height, 0.0, case.batch)
+
+    axes = list(dict.fromkeys((case.subject, case.dtype, case.direction, case.axis) for case in groups))
+    in_order = sorted(
+        groups,
+        key=lambda case: (axes.index((case.subject, case.dtype, case.direction, case.axis)), place(case)),
+    )
+    return {case: groups[case] for case in in_order}
+
+
+def comparisons(run: Results) -> list[Comparison]:
+    """One for each case in which sk_triton took part, in order."""
+    found = []
+    for case, records in cases_in_order(run).items():
+        ours = sk_triton_records(records)
+        if ours:
+            best = results.fastest_ours(ours) or ours[0]
+            found.append(Comparison(case, best, results.fastest_peer(records), results.floor(records)))
+    return found
+
+
+def sk_triton_records(records: list[Record]) -> list[Record]:
+    """The forms of sk_triton as its users get it; a forced schedule counts only where nothing else ran."""
+    ours = [record for record in records if record.ours]
+    return [record for record in ours if record.source == SK_TRITON] or ours
+
+
+def speed_summary(compared: list[Comparison]) -> str | None:
+    """sk_triton's speed over some cases in one sentence, a geometric mean; None without a case to compare in."""
+    ratios = [comparison.speedup for comparison in compared if comparison.speedup is not None]
+    if not ratios:
+        return None
+    behind = losses_count(compared)
+    if not any(comparison.is_beyond_noise for comparison in compared):
+        return f"no difference beyond the noise from the fastest peer, behind in {behind}"
+    mean = f"{ratio(geometric_mean(ratios))} the speed of the fastest peer"
+    spread = f" ({ratio(min(ratios))} to {ratio(max(ratios))})" if len(ratios) > 1 else ""
+    return f"{mean}{spread}, behind in {behind}"
+
+
+def losses(compared: list[Comparison]) -> list[str]:
+    """A line for each case that is lost to the fastest peer."""
+    return [f"{comparison.case.title}: {_loss(comparison)}" for comparison in compared if comparison.is_loss]
+
+
+def losses_count(compared: list[Comparison]) -> str:
+    """In how many of the cases with a peer sk_triton loses: "2 of 20 cases"."""
+    lost = sum(comparison.is_loss for comparison in compared)
+    cases = sum(comparison.peer is not None for comparison in compared)
+    return f"{lost} of {cases} case{'s' * (cases != 1)}"
+
+
+def _loss(comparison: Comparison) -> str:
+    assert comparison.peer is not None
+    if comparison.speedup is None:
+        return f"{comparison.ours.status}, where {comparison.peer.label} runs"
+    noise = "" if comparison.is_beyond_noise else ", within the noise"
+    return f"{ratio(comparison.speedup)} the speed of {comparison.peer.label}{noise}"
+
+
+def three_digits(value: float) -> str:
+    """Three significant digits at any scale from microseconds to minutes."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def ratio(value: float) -> str:
+    """A speed against another: 0.95x, 2.13x, 14.2x."""
+    return f"{value:.2f}x" if value < 9.995 else f"{value:.1f}x"
+
+
+def byte_size(count: float) -> str:
+    """Bytes in the largest binary unit that leaves at least one."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{three_digits(count / size)} {unit}"
+    return f"{count:.0f} B"
+
+
+def write_csv(run: Results, path: Path) -> None:
+    """One row for each record with everything in it and the run's stamp; column names end in their unit.
+
+    Kernels and dilations are lists with spaces between; of each check there are four columns.
+    """
+    rows = [_row(run, record) for record in run.records]
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _row(run: Results, record: Record) -> dict[str, Any]:
+    case = record.case
+    row = _fields(case, Case)
+    row |= {
+        "samples_per_s": record.samples_per_second,
+        "tensor_bytes": case.tensor_bytes,
+        "floor_passes": case.floor_passes,
+        "flop": case.flops,
+    }
+    row = _fields(case.shape, Shape) | row | _fields(record, Record)
+    row |= _fields(record.timing, Timing) | _fields(record.warm, Timing, "warm_")
+    row |= _fields(record.memory, Memory)
+    row |= _fields(run.stamp, type(run.stamp), "stamp_")
+    row |= {"seed": run.seed, "interrupted": run.interrupted}
+    row |= {"objections": "; ".join(run.objections), "notes": "; ".join(run.notes)}
+    for check in record.checks:
+        prefix = f"check_{check.input}_{check.tensor}_{check.norm}".replace(" ", "_")
+        for name in ("error", "eager_error", "allowed", "passed"):
+            row[f"{prefix}_{name}"] = getattr(check, name)
+    return row
+
+
+def _fields(value: Any, kind: type, prefix: str = "") -> dict[str, Any]:
+    """The plain fields of a dataclass by name; all None for None."""
+    row = {}
+    for field in dataclasses.fields(kind):
+        entry = getattr(value, field.name, None)
+        if dataclasses.is_dataclass(entry) or field.name in ("checks", "timing", "warm", "memory"):
+            continue
+        row[prefix + field.name] = " ".join(map(str, entry)) if isinstance(entry, tuple) else entry
+    return row
+
+
+def markdown_table(run: Results) -> str:
+    """One row for each case; without speed-ups, and saying why, where no speed may be claimed."""
+    lines = [
+        "| case | sk_triton, ms | fastest peer, ms | speed-up | share of the memory floor |",
+        "|---|---|---|---|---|",
+    ]
+    for comparison in comparisons(run):
+        peer = _time_and_name(comparison.peer, comparison.peer.label) if comparison.peer else NOTHING
+        ours = _time_and_name(comparison.ours, comparison.ours.form_label)
+        share = f"{comparison.floor_share:.0%}" if comparison.floor_share else NOTHING
+        cells = (comparison.case.title, ours, peer, _speedup_cell(run, comparison), share)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if not run.sound:
+        lines += ["", f"**No speed is claimed:** {'; '.join(run.objections)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _speedup_cell(run: Results, comparison: Comparison) -> str:
+    if not run.sound or comparison.speedup is None:
+        return NOTHING
+    speedup = ratio(comparison.speedup)
+    return f"**{speedup}**" if comparison.is_beyond_noise else f"{speedup} (noise)"
+
+
+def _time_and_name(record: Record, name: str) -> str:
+    if record.timing is None:
+        return NOTHING if record.status == results.OK else record.status
+    return (
+        f"{three_digits(record.timing.median_ms)} ({name})" if name else three_digits(record.timing.median_ms)
+    )

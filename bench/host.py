@@ -1,0 +1,223 @@
+"""The `host` suite: what a call costs the host, how many kernels it launches, and what starting up costs.
+
+On a GPU, the time until a call of batch 1 returns, the device's work not awaited. On a CPU there is nothing to
+launch: there, sk_triton's launches are replaced by nothing, so that its own Python alone is timed, beside PyTorch's
+cheapest `conv2d`; peers are left out, since their time is the computation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import forms, protocol, results
+from .competition import DTYPES, Setting
+from .entrant import Entrant
+from .inputs import RANDOM, make_input
+from .providers import Provider, make_state
+from .shapes import UNITS, Case, Shape, stage_shape
+from .sources import Ours
+from .suites import HOST
+
+CALLS = 20
+REPEATS = 25
+STAGE = 4
+PROCESSES = 3
+
+IMPORT_TORCH = "import torch"
+IMPORT_OURS = "import sk_triton, torch imported before"
+FIRST_CALL = "first call in a new process, empty compile cache"
+CONV2D = "conv2d"
+
+
+def measure(setting: Setting, revisions: Sequence[Ours] = ()) -> Iterator[results.Record]:
+    """The suite's records, one by one: `host_us` and `launches` of every provider, `host_us` of starting up.
+
+    `revisions` are measured on a CPU besides the installed package; on a GPU they are among `setting.competitors`.
+    """
+    if setting.device.type == "cuda":
+        yield from _gpu_records(setting)
+        yield from _start_up_records(on_gpu=True)
+    else:
+        for source in (Ours(), *revisions):
+            yield from _stubbed_records(setting, source)
+        yield _conv2d_record(torch.zeros(1, 8, 1, 1), lambda: None)
+        yield from _start_up_records(on_gpu=False)
+
+
+def _gpu_records(setting: Setting) -> Iterator[results.Record]:
+    for unit in UNITS:
+        case = Case(HOST, unit, stage_shape(unit, STAGE), 1, "fp16")
+        state = make_state(case, setting.seed)
+        x = make_input(RANDOM, 1, case.shape, DTYPES[case.dtype], setting.device, setting.seed)
+        for provider in setting.competitors(case):
+            record = _record(case, provider)
+            missing = provider.source.missing()
+            if missing:
+                yield replace(record, status=results.SKIPPED, message=missing)
+                continue
+            try:
+                with provider.scope():
+                    module = provider.module(case, state, DTYPES[case.dtype], setting.device)
+                    entrant = Entrant(case, provider, module)
+                    record = replace(record, runs=entrant.runs(x))
+                    call, _ = entrant.bind(x, None)
+                    host_us, launches = _host_us(call, torch.cuda.synchronize), _launches(call)
+            except Exception as error:
+                status, message = protocol.failure(error)
+                yield replace(record, status=status, message=message)
+            else:
+                yield _measured(record, host_us, launches)
+    x = torch.zeros(1, 8, 1, 1, device=setting.device, dtype=torch.float16)
+    yield _conv2d_record(x, torch.cuda.synchronize)
+
+
+def _stubbed_records(setting: Setting, source: Ours) -> Iterator[results.Record]:
+    stubbed = Ours(
+        "ours-stubbed" if source.key == "ours" else source.key,
+        f"{source.label}, launches stubbed out",
+        backend="triton",
+        role=source.role,
+        package=source.package,
+    )
+    provider = Provider(stubbed, forms.CHANNELS_LAST)
+    for unit in UNITS:
+        case = Case(HOST, unit, stage_shape(unit, STAGE), 1, "fp16")
+        dtype = DTYPES[case.dtype]
+        x = make_input(RANDOM, 1, case.shape, dtype, setting.device, setting.seed)
+        record = _record(case, provider)
+        try:
+            with stubbed_launches(source.package) as started, provider.scope():
+                module = provider.module(case, make_state(case, setting.seed), dtype, setting.device)
+                entrant = Entrant(case, provider, module)
+                record = replace(record, runs=entrant.runs(x))
+                call, _ = entrant.bind(x, None)
+                call()
+                started.clear()
+                call()
+                launches = len(started)
+                host_us = _host_us(call, lambda: started.clear())
+        except Exception as error:
+            status, message = protocol.failure(error)
+            yield replace(record, status=status, message=message)
+        else:
+            yield _measured(record, host_us, launches)
+
+
+@contextmanager
+def stubbed_launches(package: ModuleType) -> Iterator[list[object]]:
+    """Launches of `package` do nothing but enter a list, and its dispatcher takes the kernels on a CPU.
+
+    The list is handed out; it may be cleared.
+    """
+    launch = importlib.import_module(f"{package.__name__}.kernels.launch").Launch
+    started: list[object] = []
+    run, interpret = launch.__call__, os.environ.get("TRITON_INTERPRET")
+    launch.__call__ = lambda step: started.append(step)
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        yield started
+    finally:
+        launch.__call__ = run
+        if interpret is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = interpret
+
+
+def _host_us(call: Callable[[], object], between: Callable[[], object]) -> float:
+    """Median microseconds until `call` returns, over runs of CALLS calls with `between`, untimed, between them."""
+    for _ in range(3):
+        call()
+    samples = []
+    for _ in range(REPEATS):
+        between()
+        start = time.perf_counter()
+        for _ in range(CALLS):
+            call()
+        samples.append((time.perf_counter() - start) / CALLS * 1e6)
+    between()
+    return statistics.median(samples)
+
+
+def _launches(call: Callable[[], object]) -> int | None:
+    """Kernels, copies and fills on the device in one call; None where the profiler sees none."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ()) or None
+
+
+def _conv2d_record(x: Tensor, between: Callable[[], object]) -> results.Record:
+    """PyTorch's own cheapest convolution call, one pixel of 8 channels, as a yardstick."""
+    weight = x.new_zeros(8, 8, 1, 1)
+    with torch.no_grad():
+        host_us = _host_us(lambda: F.conv2d(x, weight), between)
+    shape = Shape(8, 1, 1, 1, (1,), (1,))
+    case = Case(HOST, CONV2D, shape, 1, "fp32" if x.dtype == torch.float32 else "fp16")
+    record = results.Record(case, CONV2D, "torch.nn.functional.conv2d, 1 pixel", "", "", results.PEER)
+    return _measured(record, host_us, None)
+
+
+def _start_up_records(on_gpu: bool) -> Iterator[results.Record]:
+    """Import times, and on a GPU the first call with nothing compiled; each in a process of its own."""
+    scripts = {IMPORT_TORCH: ("", "import torch"), IMPORT_OURS: ("import torch", "import sk_triton")}
+    if on_gpu:
+        layer = "layer = sk_triton.SelectiveKernel(128, groups=32, split_input=False).eval().half().cuda()"
+        x = "x = torch.zeros(1, 128, 56, 56).half().cuda(); torch.cuda.synchronize()"
+        scripts[FIRST_CALL] = (
+            f"import torch, sk_triton; torch.set_grad_enabled(False); {layer}; {x}",
+            "layer(x); torch.cuda.synchronize()",
+        )
+    for name, (before, timed) in scripts.items():
+        case = Case(HOST, name, Shape(0, 0, 0, 1, (), ()), 1, "fp16")
+        record = results.Record(case, "ours", "sk_triton", "", "", results.OURS)
+        try:
+            host_us = statistics.median(_in_new_process(before, timed) for _ in range(PROCESSES))
+        except subprocess.CalledProcessError as error:
+            lines = error.stderr.strip().splitlines()
+            yield replace(record, status=results.FAILED, message=lines[-1] if lines else str(error))
+        else:
+            yield _measured(record, host_us, None)
+
+
+def _in_new_process(before: str, timed: str) -> float:
+    """Microseconds that `timed` takes in a new process after `before`, with an empty compile cache."""
+    script = (
+        f"import time\n{before}\nstart = time.perf_counter()\n{timed}\nprint(time.perf_counter() - start)"
+    )
+    with tempfile.TemporaryDirectory() as cache:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "TRITON_CACHE_DIR": cache},
+            cwd=cache,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    return float(done.stdout.split()[-1]) * 1e6
+
+
+def _record(case: Case, provider: Provider) -> results.Record:
+    source, form = provider.source, provider.form
+    return results.Record(case, source.key, source.label, form.key, form.label, source.role)
+
+
+def _measured(record: results.Record, host_us: float, launches: int | None) -> results.Record:
+    return replace(record, status=results.OK, host_us=host_us, launches=launches)

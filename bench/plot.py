@@ -1,0 +1,130 @@
+"""`sk-triton plot`: pictures, CSV and Markdown of results files, and the README's generated parts."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from sk_triton.environment import require
+
+from . import export, results
+from .results import SCHEMA, Results
+
+BAD_USAGE = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sk-triton plot`."""
+    parser.add_argument(
+        "results", type=Path, nargs="*", metavar="RESULT.json", help="what `sk-triton bench` wrote"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="folder for the pictures (default: beside each results file)",
+    )
+    parser.add_argument("--csv", action="store_true", help="also write a CSV file of each results file")
+    parser.add_argument(
+        "--markdown", action="store_true", help="also write a Markdown table of each results file"
+    )
+    parser.add_argument(
+        "--all-forms",
+        action="store_true",
+        help="show every form and schedule, not each source's fastest form only",
+    )
+    parser.add_argument(
+        "--readme",
+        type=Path,
+        metavar="README.md",
+        help="fill its generated parts from bench/results/ beside it",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0, or 2 for a file that cannot be used; raises MissingPackageError."""
+    require("matplotlib")
+    try:
+        if args.readme is not None:
+            written = _fill_readme(args)
+        elif args.results:
+            written = _draw(args)
+        else:
+            raise ValueError("RESULT.json must name at least one results file (or give --readme README.md)")
+    except (OSError, ValueError) as error:
+        print(f"sk-triton plot: {error}", file=sys.stderr)
+        return BAD_USAGE
+    for path in written:
+        print(path)
+    return 0
+
+
+def read(path: Path) -> Results:
+    """The results in a file.
+
+    Raises:
+        ValueError: the file is missing or holds no results of this schema; the message names it.
+    """
+    try:
+        return results.load(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: {error.strerror}; a results file that `sk-triton bench` wrote is needed"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a results file of schema {SCHEMA}: {error!r}") from None
+
+
+def _draw(args: argparse.Namespace) -> list[Path]:
+    from . import plots
+
+    paths = list(dict.fromkeys(args.results))
+    runs = [read(path) for path in paths]
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path, stem, run in zip(paths, _stems(paths, args.output), runs, strict=True):
+        folder = args.output or path.parent
+        try:
+            written += plots.save_plots(run, folder, stem, args.all_forms)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        if args.csv:
+            export.write_csv(run, folder / f"{stem}.csv")
+            written.append(folder / f"{stem}.csv")
+        if args.markdown:
+            (folder / f"{stem}.md").write_text(export.markdown_table(run), encoding="utf-8")
+            written.append(folder / f"{stem}.md")
+    if len(runs) > 1:
+        written += plots.save_comparisons(runs, args.output or paths[0].parent)
+    return written
+
+
+def _stems(paths: list[Path], output: Path | None) -> list[str]:
+    """What the files made of each results file are called; its folder is named too where one folder takes all.
+
+    Raises:
+        ValueError: two results files would give the same names.
+    """
+    stems = [path.stem for path in paths]
+    if output is None or len(set(stems)) == len(stems):
+        return stems
+    longer = [f"{path.resolve().parent.name}-{path.stem}" for path in paths]
+    if len(set(longer)) < len(longer):
+        raise ValueError(
+            f"RESULT.json must differ in name or folder to share --output, got {', '.join(longer)}"
+        )
+    return longer
+
+
+def _fill_readme(args: argparse.Namespace) -> list[Path]:
+    from . import readme
+
+    if args.results or args.output is not None or args.csv or args.markdown or args.all_forms:
+        raise ValueError(
+            "--readme takes no results files and no other options: it reads bench/results/ beside it"
+        )
+    return readme.update(args.readme)

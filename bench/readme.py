@@ -1,0 +1,190 @@
+"""The README's generated parts, rendered from the committed results under `bench/results/`.
+
+A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``; NAME is a key of `SECTIONS`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import report_file
+from .export import comparisons, losses, losses_count, markdown_table, speed_summary
+from .plot import read
+from .results import Results
+from .shapes import PAPER, SKNET50
+
+FOLDER = "bench/results"
+PREFERRED_DTYPES = ("fp16", "bf16", "fp32")
+"""The README shows the first of these that was measured; the others are in the results files."""
+
+MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+OPENING = re.compile(r"<!-- generated: [\w-]+ -->")
+
+CPU_NOTE = """\
+**The plots are of a CPU**, where sk_triton runs its plain PyTorch reference, which differs from its peers only in that
+it never stacks the branches. **GPU times are not measured yet**: no committed result backs a GPU figure, so none is
+given."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A committed results file: its path from the repository's root, with forward slashes, and what is in it."""
+
+    path: str
+    run: Results
+
+    @property
+    def folder(self) -> str:
+        return self.path.rpartition("/")[0]
+
+    @property
+    def stem(self) -> str:
+        return self.path.rpartition("/")[2].removesuffix(".json")
+
+
+def load_evidence(root: Path) -> list[Evidence]:
+    """Every results file under `root`'s `bench/results/<device>/`, by path.
+
+    Raises:
+        ValueError: a file is no results file, or has an objection against it: it may back no claim.
+    """
+    found = []
+    for path in sorted((root / FOLDER).glob("*/*.json")):
+        if path.name == report_file.NAME:  # of `sk-triton report`: holds no suite's results
+            continue
+        run = read(path)
+        if not run.sound:
+            raise ValueError(
+                f"{path}: committed results must be sound, got the objection: {run.objections[0]}"
+            )
+        found.append(Evidence(path.relative_to(root).as_posix(), run))
+    return found
+
+
+def render(section: str, evidence: Sequence[Evidence]) -> str:
+    """The text of one part. GPU results are shown where there are any, else the CPU's, which are called that.
+
+    Raises:
+        ValueError: an unknown section, or nothing to render it from.
+    """
+    if section not in SECTIONS:
+        raise ValueError(f"a generated part must be one of {', '.join(SECTIONS)}, got {section!r}")
+    if not evidence:
+        raise ValueError(f"{FOLDER} must hold a results file, found none")
+    return SECTIONS[section](_shown(evidence)).strip() + "\n"
+
+
+def fill(text: str, evidence: Sequence[Evidence]) -> str:
+    """`text` with every generated part rendered anew.
+
+    Raises:
+        ValueError: as `render`; or a part that is not closed.
+    """
+    if len(OPENING.findall(text)) != len(MARKED.findall(text)) or any(
+        OPENING.search(m[2]) for m in MARKED.findall(text)
+    ):
+        raise ValueError("every <!-- generated: NAME --> must have an <!-- end --> before the next one")
+    return MARKED.sub(lambda match: match[1] + render(match[2], evidence) + match[4], text)
+
+
+def update(path: Path) -> list[Path]:
+    """Draws the linked pictures beside their results and fills the README; returns the files written.
+
+    Raises:
+        OSError: the README cannot be read or written.
+        ValueError: as `load_evidence` and `fill`.
+    """
+    from . import plots
+
+    text = path.read_text(encoding="utf-8")
+    root = path.resolve().parent
+    evidence = load_evidence(root)
+    filled = fill(text, evidence)
+    written = []
+    for item in _shown(evidence):
+        drawn = plots.pictures(item.run)
+        for name in picture_names(item):
+            written.append(plots.save_picture(drawn[name](), root / item.folder / f"{item.stem}-{name}.png"))
+    path.write_text(filled, encoding="utf-8")
+    return [*written, path]
+
+
+def picture_names(item: Evidence) -> list[str]:
+    """The pictures of a results file that the README links, the paper's unit first."""
+    from . import plots
+
+    dtypes = {record.case.dtype for record in item.run.records}
+    dtype = next((dtype for dtype in PREFERRED_DTYPES if dtype in dtypes), None)
+    names = [name for name in plots.pictures(item.run) if name.endswith(f"-{dtype}")]
+    return sorted(names, key=lambda name: (PAPER not in name and SKNET50 not in name, names.index(name)))
+
+
+def _shown(evidence: Sequence[Evidence]) -> list[Evidence]:
+    """The GPUs' results, or without one the CPU's; layers first."""
+    on_gpu = [item for item in evidence if item.run.stamp.device_type != "cpu"]
+    return sorted(on_gpu or evidence, key=lambda item: (item.run.suite != "layer", item.path))
+
+
+def _plots(shown: list[Evidence]) -> str:
+    """The first picture as it is, the others folded away."""
+    links = [
+        f"![{item.run.suite} on {item.run.stamp.device}: {name}]({item.folder}/{item.stem}-{name}.png)"
+        for item in shown
+        for name in picture_names(item)
+    ]
+    first, *others = links
+    parts = [first]
+    if shown[0].run.stamp.device_type == "cpu":
+        parts.append(CPU_NOTE)
+    if others:
+        parts.append(_folded("More plots", "\n\n".join(others)))
+    return "\n\n".join(parts)
+
+
+def _results(shown: list[Evidence]) -> str:
+    """What each file that compares says in a sentence, its table folded away."""
+    parts = []
+    for item in _compared(shown):
+        stamp = item.run.stamp
+        what = f"{item.run.suite} on {stamp.device}"
+        commit = f", commit {stamp.git_commit[:9]}" if stamp.git_commit else ""
+        parts.append(
+            f"**{what}:** {speed_summary(comparisons(item.run))}.\n"
+            f"Geometric mean and range of [{item.stem}.json]({item.path}), {stamp.date[:10]}{commit}."
+        )
+        parts.append(_folded(f"Every case of {what}", markdown_table(item.run).strip()))
+    return "\n\n".join(parts)
+
+
+def _losses(shown: list[Evidence]) -> str:
+    """Every case that is lost to the fastest peer."""
+    parts = []
+    for item in _compared(shown):
+        lost = losses(comparisons(item.run))
+        count = losses_count(comparisons(item.run))
+        parts.append(
+            f"On {item.run.stamp.device} we lose in {count} of {item.run.suite}{':' if lost else '.'}"
+        )
+        if lost:
+            parts.append("\n".join(f"- {line}" for line in lost))
+    return "\n\n".join(parts)
+
+
+def _compared(shown: list[Evidence]) -> list[Evidence]:
+    """Files whose times can be compared with a peer's: all but those of host costs."""
+    return [item for item in shown if any(comparison.peer for comparison in comparisons(item.run))]
+
+
+def _folded(summary: str, text: str) -> str:
+    return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
+
+
+SECTIONS: dict[str, Callable[[list[Evidence]], str]] = {
+    "plots": _plots,
+    "results": _results,
+    "losses": _losses,
+}
+"""What a generated part is called, and what renders it from the results to show."""

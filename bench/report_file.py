@@ -1,0 +1,99 @@
+"""`report.json`: which steps of a report ran, when and under which stamp, and what belongs to no suite."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .results import Ceilings, Tests
+from .stamp import Stamp
+
+SCHEMA = 1
+NAME = "report.json"
+
+DONE = "done"
+PARTIAL = "partial"
+FAILED = "failed"
+INTERRUPTED = "interrupted"
+STATUSES = (DONE, PARTIAL, FAILED, INTERRUPTED)
+
+
+@dataclass(frozen=True)
+class StepState:
+    """How a step's last run ended. `date` is UTC, ISO 8601; `message` says what a reader should know."""
+
+    status: str
+    date: str
+    seconds: float
+    stamp: Stamp
+    message: str | None = None
+
+
+@dataclass
+class Report:
+    """Everything but the suites' results, filled step by step.
+
+    environment: `sk-triton doctor`'s lines. evidence: what needs no GPU, as text by title.
+    """
+
+    seed: int = 0
+    steps: dict[str, StepState] = field(default_factory=dict)
+    environment: list[str] = field(default_factory=list)
+    tests: Tests | None = None
+    ceilings: Ceilings | None = None
+    evidence: dict[str, str] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    def is_done(self, step: str, stamp: Stamp) -> bool:
+        """Whether a step got to its end under a stamp like this one."""
+        state = self.steps.get(step)
+        return state is not None and state.status == DONE and state.stamp.measures_like(stamp)
+
+    @property
+    def stamp(self) -> Stamp | None:
+        """Of the step that ran last."""
+        states = sorted(self.steps.values(), key=lambda state: state.date)
+        return states[-1].stamp if states else None
+
+
+def load(folder: Path) -> Report | None:
+    """The report in a folder, or None where there is none.
+
+    Raises:
+        ValueError: the file is no report of this schema version.
+    """
+    path = folder / NAME
+    if not path.exists():
+        return None
+    try:
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        schema = data["schema"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no report: {error!r}") from None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema!r}, this version reads {SCHEMA}")
+    steps = {
+        name: StepState(**{**state, "stamp": Stamp(**state["stamp"])})
+        for name, state in data["steps"].items()
+    }
+    return Report(
+        seed=data["seed"],
+        steps=steps,
+        environment=data["environment"],
+        tests=Tests(**data["tests"]) if data["tests"] else None,
+        ceilings=Ceilings(**data["ceilings"]) if data["ceilings"] else None,
+        evidence=data["evidence"],
+    )
+
+
+def save(report: Report, folder: Path) -> None:
+    """Writes the report in one atomic step."""
+    path = folder / NAME
+    partial = path.with_suffix(".part")
+    text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False)
+    partial.write_text(text + "\n", encoding="utf-8")
+    os.replace(partial, path)

@@ -1,0 +1,225 @@
+"""Whose module runs: a peer's, ours, or ours at another revision. Adding a peer is one small class here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor, nn
+
+import sk_triton
+from sk_triton.environment import MissingPackageError, require
+
+from . import results
+from .peers import PaperUnit, SeedSKConv, SKNet50
+from .shapes import MIN_GATE_WIDTH, PAPER, REDUCTION, SEED, SKNET50, SKRESNEXT50, Case, Shape
+
+
+class Source(ABC):
+    """Whose module it is, in every case that it can run."""
+
+    key: str
+    label: str
+    role: str = results.PEER
+
+    def missing(self) -> str | None:
+        """Why this source cannot run here, with the line that mends it; None if it can."""
+        return None
+
+    @abstractmethod
+    def module(self, case: Case) -> nn.Module:
+        """The case's unit or network, with the parameter names of the subject's yardstick."""
+
+    def scope(self) -> AbstractContextManager[Any]:
+        """What holds around a measurement of this source, entered outside of the timed call."""
+        return nullcontext()
+
+    def runs(self, module: nn.Module, x: Tensor) -> str | None:
+        """What the dispatcher takes for `module` on `x` in this scope, as "triton/store"; None without a dispatcher."""
+        return None
+
+
+class SeedClass(Source):
+    """The seed document's class."""
+
+    key = "seed"
+    label = "seed document's SKConv"
+
+    def module(self, case: Case) -> nn.Module:
+        return SeedSKConv(case.shape.channels, **_seed_settings(case.shape))
+
+
+class PlainPaper(Source):
+    """The paper's unit and network in plain PyTorch."""
+
+    key = "paper"
+    label = "plain PyTorch"
+
+    def module(self, case: Case) -> nn.Module:
+        return SKNet50(_paper_unit) if case.is_network else _paper_unit(case.shape)
+
+
+class Timm(Source):
+    """timm's `SelectiveKernel` and skresnext50_32x4d."""
+
+    key = "timm"
+    label = "timm"
+
+    def missing(self) -> str | None:
+        return _missing("timm")
+
+    def module(self, case: Case) -> nn.Module:
+        import timm
+        from timm.layers import SelectiveKernel
+
+        if case.subject == SKRESNEXT50:
+            return timm.create_model(SKRESNEXT50)
+        return SelectiveKernel(case.shape.channels, **timm_settings(case.shape))
+
+
+class Ours(Source):
+    """sk_triton as its users get it, or a revision of it under another name.
+
+    Args:
+        package: the imported package; its backend is chosen by `backend`.
+    """
+
+    role = results.OURS
+
+    def __init__(
+        self,
+        key: str = "ours",
+        label: str = "sk_triton",
+        *,
+        backend: str = "auto",
+        role: str = results.OURS,
+        package: ModuleType = sk_triton,
+    ) -> None:
+        self.key, self.label, self.backend, self.role = key, label, backend, role
+        self.package = package
+
+    def missing(self) -> str | None:
+        return _missing("triton") if self.backend == "triton" else None
+
+    def module(self, case: Case) -> nn.Module:
+        if case.subject == SKNET50:
+            return SKNet50(self._selective_kernel)
+        if case.subject == SKRESNEXT50:
+            network = Timm().module(case)
+            swap_units(network, self._selective_kernel)
+            return network
+        if case.subject == SEED:
+            return self.package.SKConv(case.shape.channels, **_seed_settings(case.shape))
+        return self._selective_kernel(case.shape)
+
+    def scope(self) -> AbstractContextManager[Any]:
+        return self.package.use_backend(self.backend)
+
+    def runs(self, module: nn.Module, x: Tensor) -> str | None:
+        """Asks each unit about its own input while `module` runs on `x` once; with counts where they differ."""
+        taken: Counter[str] = Counter()
+
+        def ask(unit: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            plan = self.package.explain(unit, inputs[0]).plan
+            taken[f"{plan.backend}/{plan.schedule}"] += 1
+
+        kinds = (self.package.SKConv, self.package.SelectiveKernel)
+        hooks = [unit.register_forward_pre_hook(ask) for unit in module.modules() if isinstance(unit, kinds)]
+        try:
+            module(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if len(taken) == 1:
+            return next(iter(taken))
+        return ", ".join(f"{count} {plan}" for plan, count in taken.most_common())
+
+    def _selective_kernel(self, shape: Shape) -> nn.Module:
+        return self.package.SelectiveKernel(shape.channels, **timm_settings(shape))
+
+
+def forced_schedules() -> list[Ours]:
+    """sk_triton held to one schedule each: all that can be asked for, whatever "auto" would take."""
+    return [Ours("ours-store", "sk_triton, store", backend="triton")]
+
+
+def yardstick(subject: str) -> Source:
+    """The plain peer whose own error in a dtype decides which error is allowed."""
+    return {SEED: SeedClass(), PAPER: PlainPaper(), SKNET50: PlainPaper(), SKRESNEXT50: Timm()}[subject]
+
+
+def swap_units(network: nn.Module, make: Any) -> None:
+    """Replaces timm's `SelectiveKernel` modules in a network by `make(shape)`, in place.
+
+    Raises:
+        ValueError: the network has none, or one that `make` would build differently.
+    """
+    from timm.layers import SelectiveKernel
+
+    found = [(name, unit) for name, unit in network.named_modules() if isinstance(unit, SelectiveKernel)]
+    if not found:
+        raise ValueError(f"network must hold a timm SelectiveKernel, got {type(network).__name__}")
+    for name, unit in found:
+        convs = [path.conv for path in unit.paths]
+        shape = Shape(
+            unit.out_channels,
+            0,
+            0,
+            convs[0].groups,
+            tuple(conv.kernel_size[0] for conv in convs),
+            tuple(conv.dilation[0] for conv in convs),
+            stride=convs[0].stride[0],
+        )
+        replacement = make(shape)
+        if {k: v.shape for k, v in replacement.state_dict().items()} != {
+            k: v.shape for k, v in unit.state_dict().items()
+        }:
+            raise ValueError(f"network's unit {name} has other parameters than the paper's unit")
+        network.set_submodule(name, replacement)
+
+
+def timm_settings(shape: Shape) -> dict[str, Any]:
+    """The arguments of timm's `SelectiveKernel` for a shape.
+
+    Raises:
+        ValueError: kernels above 3 with a dilation, which timm has no argument for.
+    """
+    if set(shape.kernels) == {3}:
+        kernels, keep_3x3 = [2 * dilation + 1 for dilation in shape.dilations], True
+    elif set(shape.dilations) == {1}:
+        kernels, keep_3x3 = list(shape.kernels), False
+    else:
+        raise ValueError(
+            f"timm dilates 3x3 kernels only, got kernels {shape.kernels}, dilations {shape.dilations}"
+        )
+    return {
+        "kernel_size": kernels,
+        "keep_3x3": keep_3x3,
+        "groups": shape.groups,
+        "stride": shape.stride,
+        "split_input": False,
+        "rd_channels": shape.gate_width,
+    }
+
+
+def _paper_unit(shape: Shape) -> nn.Module:
+    return PaperUnit(
+        shape.channels, shape.kernels, shape.dilations, shape.groups, shape.gate_width, shape.stride
+    )
+
+
+def _seed_settings(shape: Shape) -> dict[str, Any]:
+    if shape.kernels != tuple(3 + 2 * m for m in range(shape.num_branches)) or set(shape.dilations) != {1}:
+        raise ValueError(f"the seed's class has kernels 3, 5, ... without dilation, got {shape}")
+    return {"M": shape.num_branches, "G": shape.groups, "r": REDUCTION, "L": MIN_GATE_WIDTH}
+
+
+def _missing(module: str) -> str | None:
+    try:
+        require(module)
+    except MissingPackageError as error:
+        return str(error)
+    return None

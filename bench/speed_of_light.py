@@ -1,0 +1,256 @@
+"""The least time a schedule can take on a GPU that need not be present, from its compiled kernels and public figures.
+
+A launch takes the largest of five times, each as if the rest of the GPU were infinitely fast, and the time to start it:
+
+- memory: each tensor's bytes once, except where an earlier launch left them in L2;
+- L2: what the programs ask of it, repeats inside a program left to L1;
+- tensor cores: the multiplies that the instructions execute, padding included, not the useful ones;
+- shared memory: what goes through the data path that it shares with L1, conflicts between banks left out, and what
+  HGMMA reads by itself;
+- issue slots: the instructions of all warps.
+
+The last three are those of the processor with the most programs. A schedule takes the sum over its launches. Latency
+that too few resident warps cannot hide is not modelled: times are bounds from below, and `Step.resident_warps` says how
+many warps there are to hide it.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sk_triton import dispatch
+from sk_triton.chips import CHIPS, Chip
+from sk_triton.kernels.config import BranchConfig, DepthwiseConfig
+from sk_triton.kernels.geometry import ConvShape, blocking, cdiv
+from sk_triton.kernels.launch import Launch
+from sk_triton.packing import Packed
+from sk_triton.plan import Plan
+from sk_triton.spec import SKSpec
+
+from . import passes
+from .gpus import Gpu
+from .work import PlannedStep, Work, launch_work, memory_bytes, operator_work
+
+if TYPE_CHECKING:
+    from .compile import Resources
+
+BOUNDS = MEMORY, L2, MATRIX, SHARED, ISSUE = "memory", "L2", "tensor cores", "shared memory", "issue slots"
+LAUNCHES = "launches"
+"""What a schedule is bound by if starting its kernels takes longest."""
+
+EAGER, COMPILED, FLOOR = "eager", "torch.compile", "floor"
+"""What schedules are compared with."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A unit on a batch of `n` channels_last inputs of `height` x `width` pixels."""
+
+    spec: SKSpec
+    n: int
+    height: int
+    width: int
+    dtype: torch.dtype
+    allow_tf32: bool = False
+
+    @property
+    def outputs(self) -> int:
+        """Elements of the result, and of each branch."""
+        height, width = self.spec.output_size(self.height, self.width)
+        return self.n * self.spec.out_channels * height * width
+
+    @property
+    def tensor_bytes(self) -> int:
+        """T: one pass over an activation tensor."""
+        return self.outputs * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Step:
+    """The predicted times of one step in seconds, by bound; None where the compiled code does not say.
+
+    resident_warps: most warps that a processor holds at once; waves: rounds in which the programs run.
+    """
+
+    work: Work
+    seconds: dict[str, float | None]
+    launch_seconds: float
+    resident_warps: int = 0
+    waves: float = 0.0
+
+    @property
+    def bound(self) -> str:
+        return max(BOUNDS, key=lambda name: self.seconds[name] or 0.0)
+
+    @property
+    def total(self) -> float:
+        return (self.seconds[self.bound] or 0.0) + self.launch_seconds
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A schedule's predicted time. `configs`: (config, where it is from) of its branch launches."""
+
+    schedule: str
+    steps: tuple[Step, ...]
+    configs: tuple[tuple[BranchConfig, str], ...] = ()
+    is_ours: bool = True
+
+    @property
+    def total(self) -> float:
+        """Seconds."""
+        return sum(step.total for step in self.steps)
+
+    @property
+    def bound(self) -> str:
+        """Where most of the time goes."""
+        spent: defaultdict[str, float] = defaultdict(float)
+        for step in self.steps:
+            spent[step.bound] += step.seconds[step.bound] or 0.0
+            spent[LAUNCHES] += step.launch_seconds
+        return max(spent, key=lambda name: spent[name])
+
+    @property
+    def memory_bytes(self) -> float:
+        return sum(step.work.memory_bytes for step in self.steps)
+
+    def seconds(self, bound: str) -> float | None:
+        """The sum over the steps of one bound's time; None if a kernel does not state it, or nothing does."""
+        stated = [step.seconds[bound] for step in self.steps if step.work.programs or bound in (MEMORY, L2)]
+        known = [time for time in stated if time is not None]
+        return sum(known) if known and len(known) == len(stated) else None
+
+
+def schedules_for(problem: Problem, chip: Chip) -> list[tuple[str, Plan, Sequence[PlannedStep]]]:
+    """(name, plan, steps on meta tensors) of each schedule that can compute the problem on a chip."""
+    from sk_triton.schedules import store
+
+    spec, n, height, width = problem.spec, problem.n, problem.height, problem.width
+    x = torch.empty((n, spec.in_channels, height, width), dtype=problem.dtype, device="meta")
+    x = x.to(memory_format=torch.channels_last)
+    plan = dispatch.plan_store(spec, n, height, width, problem.dtype, problem.allow_tf32, chip)
+    return [("store", plan, store.prepare(plan, x, packed(plan, x, spec), spec)[0])]
+
+
+def predict(problem: Problem, gpu: Gpu) -> list[Prediction]:
+    """Every schedule's prediction, then `EAGER`, `COMPILED` and `FLOOR`.
+
+    Those three take their passes at copy bandwidth and one launch per operator or fused group, which flatters them.
+
+    Raises:
+        ValueError: a program of a kernel does not fit on the GPU's processors.
+    """
+    found = []
+    for name, plan, steps in schedules_for(problem, CHIPS[gpu.chip]):
+        predicted = []
+        for step, moved in zip(steps, memory_bytes(steps, gpu.l2_bytes), strict=True):
+            if isinstance(step, Launch):
+                work = launch_work(step, compiled(step, gpu.chip), gpu, moved)
+            else:
+                work = operator_work(step, moved)
+            predicted.append(times(work, gpu))
+        configs = tuple((launch.config, launch.source) for launch in plan.branch_launches)
+        found.append(Prediction(name, tuple(predicted), configs))
+    for name, operators in (
+        (EAGER, passes.reference(problem.spec).steps),
+        (COMPILED, passes.compiled(problem.spec, "").steps),
+        (FLOOR, (passes.Step("copy", passes.SPLIT, 1, 1),)),
+    ):
+        sizes = [(operator.name, float(operator.passes * problem.tensor_bytes)) for operator in operators]
+        steps_of = tuple(times(Work(label, size, size), gpu) for label, size in sizes)
+        found.append(Prediction(name, steps_of, is_ours=False))
+    return found
+
+
+def predict_all(problems: Sequence[Problem], gpu: Gpu) -> list[list[Prediction]]:
+    """`predict` for each problem: here, or in a process of its own where this one interprets kernels."""
+    if not dispatch.is_interpreted():
+        return [predict(problem, gpu) for problem in problems]
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _compile_here) as pool:
+        return list(pool.map(functools.partial(predict, gpu=gpu), problems))
+
+
+def times(work: Work, gpu: Gpu) -> Step:
+    """The times of a step on a GPU."""
+    rounds = cdiv(work.programs, gpu.processors)
+    # How much longer the processor with the most programs works than if programs could be split evenly.
+    imbalance = rounds * gpu.processors / work.programs if work.programs else 1.0
+    clocks = gpu.processors * gpu.clock_hz / imbalance
+    ports = gpu.l2_port_bytes_per_clock * gpu.clock_hz * min(work.programs or gpu.processors, gpu.processors)
+    matrix = None
+    if work.flop is not None and work.warp_flop is not None:
+        matrix = sum(flop / gpu.matrix_flop_per_s[name] for name, flop in work.flop.items())
+        matrix += sum(
+            flop / (gpu.warp_matrix_share * gpu.matrix_flop_per_s[name])
+            for name, flop in work.warp_flop.items()
+        )
+        matrix *= imbalance
+    shared, issued = work.shared_bytes, work.warp_instructions
+    seconds = {
+        MEMORY: work.memory_bytes / gpu.memory_bytes_per_s,
+        L2: work.l2_bytes / min(gpu.l2_bytes_per_s, ports),
+        MATRIX: matrix,
+        SHARED: None if shared is None else shared / (gpu.shared_bytes_per_clock * clocks),
+        ISSUE: None if issued is None else issued / (gpu.issue_per_clock * clocks),
+    }
+    waves = work.programs / (work.resident * gpu.processors) if work.resident else 0.0
+    return Step(work, seconds, gpu.launch_seconds, min(work.resident, rounds) * work.warps, waves)
+
+
+_COMPILED: dict[Any, Resources] = {}
+
+
+def compiled(launch: Launch, chip: str) -> Resources:
+    """What a launch uses, compiled for a chip; launches for which the JIT would take the same code share it."""
+    from .compile import compile_launch
+
+    kinds: list[Any] = []
+    for i, value in enumerate(launch.arguments):
+        if isinstance(value, Tensor):
+            kinds.append(value.dtype)
+        else:
+            fixed = () if launch.kernel.params[i].do_not_specialize else (value == 1, value % 16 == 0)
+            kinds.append((value >= 2**31, *fixed))
+    options = (*sorted(launch.constexprs.items()), *sorted(launch.compile_options.items()))
+    function = launch.kernel.fn
+    key = (function.__module__, function.__name__, chip, options, launch.trips, tuple(kinds))
+    if key not in _COMPILED:
+        _COMPILED[key] = compile_launch(launch, chip)
+    return _COMPILED[key]
+
+
+def packed(plan: Plan, x: Tensor, spec: SKSpec) -> Packed:
+    """Parameters of the sizes that the kernels read, on the device of `x`, without values."""
+    m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
+    single = functools.partial(x.new_empty, dtype=torch.float32)
+    return Packed(
+        weights=tuple(x.new_empty(_packed_size(la.shape, la.config)) for la in plan.branch_launches),
+        shifts=tuple(single((la.stop - la.start, c)) for la in plan.branch_launches),
+        reduce_weight=x.new_empty((d, c)),
+        gate_scale=single(d),
+        gate_shift=single(d),
+        select_weight=x.new_empty((m, c, d)),
+        select_bias=single((m, c)) if spec.select_bias else None,
+    )
+
+
+def _packed_size(shape: ConvShape, config: BranchConfig) -> int:
+    if isinstance(config, DepthwiseConfig):
+        return shape.c_out * sum(k * k for k in shape.kernels)
+    layout = blocking(shape, config)
+    return layout.blocks * layout.offsets[-1]
+
+
+def _compile_here() -> None:
+    # Before Triton is imported: it reads the switch when a kernel is defined.
+    os.environ["TRITON_INTERPRET"] = "0"

@@ -1,0 +1,122 @@
+"""Predicted against measured times, where results of a GPU are committed."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from sk_triton.spec import BranchSpec, SKSpec
+
+from . import results
+from . import speed_of_light as sol
+from .gpus import Gpu, find_gpu
+from .grid import paper_unit, seed_unit
+from .results import Record, Results
+from .shapes import INFERENCE, PAPER, Case
+from .speed_of_light import Problem
+
+PRECISIONS = {
+    "fp16": (torch.float16, False),
+    "bf16": (torch.bfloat16, False),
+    "tf32": (torch.float32, True),
+    "fp32": (torch.float32, False),
+}
+RESULTS = Path(__file__).parent / "results"
+FILES = ("layer.json", "layer-cuda.json")
+"""Names under which suite "layer" of a GPU is committed, in a folder per GPU."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A schedule's predicted and measured time in one case, in seconds."""
+
+    case: str
+    schedule: str
+    predicted: float
+    measured: float
+
+
+def unit_spec(unit: str, channels: int, groups: int, kernels: Any, dilations: Any, stride: int = 1) -> SKSpec:
+    """The paper's or the seed's unit with branches of any kernel and dilation."""
+    spec = paper_unit(channels) if unit == PAPER else seed_unit(channels)
+    branches = tuple(BranchSpec(k, d, groups) for k, d in zip(kernels, dilations, strict=True))
+    return dataclasses.replace(spec, branches=branches, stride=stride)
+
+
+def committed(gpu: Gpu) -> Results | None:
+    """The results of suite "layer" that are committed for a GPU.
+
+    Raises:
+        ValueError: a results file cannot be read.
+    """
+    for path in sorted(path for name in FILES for path in RESULTS.glob(f"*/{name}")):
+        found = results.load(path)
+        if found.stamp.device_type == "cuda" and found.sound and _is(gpu, found.stamp.device):
+            return found
+    return None
+
+
+def compare(measured: Results, gpu: Gpu, unit: str, dtype: str) -> list[Compared]:
+    """Predicted against measured times of a unit in inference, for every case and schedule that was measured."""
+    cases = {
+        case: records
+        for case, records in results.by_case(measured.records).items()
+        if case.subject == unit and case.direction == INFERENCE and _precision(case, measured) == dtype
+    }
+    problems = []
+    for case in cases:
+        shape = case.shape
+        spec = unit_spec(unit, shape.channels, shape.groups, shape.kernels, shape.dilations, shape.stride)
+        problems.append(Problem(spec, case.batch, shape.height, shape.width, *PRECISIONS[dtype]))
+    found = []
+    for (case, records), predictions in zip(cases.items(), sol.predict_all(problems, gpu), strict=True):
+        for prediction in predictions:
+            if (seconds := _measured_seconds(prediction.schedule, records)) is not None:
+                found.append(Compared(case.title, prediction.schedule, prediction.total, seconds))
+    return found
+
+
+def rank_correlation(compared: list[Compared]) -> float | None:
+    """Spearman's rank correlation of predicted and measured times; None where one of them does not vary."""
+
+    def ranks(values: list[float]) -> Any:
+        # The mean rank of what is equal.
+        _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
+        return (np.cumsum(counts) - (counts - 1) / 2)[index]
+
+    predicted, measured = ([getattr(c, name) for c in compared] for name in ("predicted", "measured"))
+    if len(set(predicted)) < 2 or len(set(measured)) < 2:
+        return None
+    return float(np.corrcoef(ranks(predicted), ranks(measured))[0, 1])
+
+
+def _measured_seconds(schedule: str, records: list[Record]) -> float | None:
+    """The fastest measured form of a schedule, or of what it is compared with, on channels_last inputs."""
+
+    def matches(record: Record) -> bool:
+        if schedule == sol.FLOOR:
+            return record.role == results.FLOOR
+        if "channels_last" not in record.form:
+            return False
+        if schedule == sol.COMPILED:
+            return record.role == results.PEER and record.form.startswith(("compile", "max-autotune"))
+        return record.source == ("ours-reference" if schedule == sol.EAGER else f"ours-{schedule}")
+
+    timed = [record.timing.median_ms for record in records if record.timing and matches(record)]
+    return min(timed) / 1e3 if timed else None
+
+
+def _precision(case: Case, measured: Results) -> str:
+    return "tf32" if case.dtype == "fp32" and measured.stamp.tf32_convolution else case.dtype
+
+
+def _is(gpu: Gpu, device: str) -> bool:
+    try:
+        return find_gpu(device) is gpu
+    except ValueError:
+        return False

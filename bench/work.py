@@ -1,0 +1,277 @@
+"""What a kernel launch asks of a GPU, from its arguments and its compiled code: bytes, multiplies, instructions."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sk_triton.kernels.geometry import cdiv
+from sk_triton.kernels.launch import Launch
+
+from .gpus import Gpu
+
+if TYPE_CHECKING:
+    from .compile import Resources
+
+# Share of L2 that data since an earlier launch may fill and still be found: two partitions keep copies of each other's.
+L2_SHARE = 0.5
+SECTOR = 32
+"""Bytes that L2 hands out at a time."""
+
+PlannedStep = Launch | Callable[[], object]
+"""A kernel launch, or a `functools.partial` of another operator on its tensors."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one step asks in total. None: the code does not say.
+
+    Attributes:
+        memory_bytes, l2_bytes: as `memory_bytes` and `l2_bytes` below.
+        programs, warps: thread blocks, and warps of each; zero for an operator that is no kernel of ours.
+        resident: programs that a processor holds at once.
+        flop: executed by tensor cores, by precision; those of single warps apart in `warp_flop`.
+        shared_bytes: moved through the data path of shared memory and L1, by all warps.
+        warp_instructions: issued by all warps.
+        is_counted: False where loops in the code count once, because nothing says how often they run.
+    """
+
+    name: str
+    memory_bytes: float
+    l2_bytes: float
+    programs: int = 0
+    warps: int = 0
+    resident: int = 0
+    flop: dict[str, float] | None = None
+    warp_flop: dict[str, float] | None = None
+    shared_bytes: float | None = None
+    warp_instructions: float | None = None
+    is_counted: bool = True
+
+
+def operator_work(step: PlannedStep, memory: float) -> Work:
+    """Of an operator that is no kernel of ours: its bytes alone."""
+    return Work(step_name(step), memory, float(sum(footprint(step).values())))
+
+
+def launch_work(launch: Launch, used: Resources, gpu: Gpu, memory: float) -> Work:
+    """Of a launch, from what its compiled kernel uses; `memory` is its share of `memory_bytes`.
+
+    Raises:
+        ValueError: a program does not fit on the GPU's processors.
+    """
+    programs, warps = math.prod(launch.grid), used.threads // gpu.warp
+    all_warps = programs * warps
+    resident = resident_programs(used, gpu)
+    flop: defaultdict[str, float] = defaultdict(float)
+    warp_flop: defaultdict[str, float] = defaultdict(float)
+    shared = 0.0
+    for instruction, count in used.by_instruction.items():
+        if (found := matrix_flop(instruction)) is not None:
+            precision, per_warp, is_single = found
+            (warp_flop if is_single else flop)[precision] += count * all_warps * per_warp
+        if _opcode(instruction) in ("LDS", "STS", "LDSM", "STSM", "LDG", "STG", "LDGSTS"):
+            # A warp's access takes at least one clock, however narrow it is.
+            shared += count * max(gpu.warp * access_width(instruction), gpu.shared_bytes_per_clock)
+    # AMD's code is counted without its loops, and other instructions than these move its data.
+    is_cuda = gpu.warp == 32
+    is_counted = is_cuda and used.instructions is not None
+    has_flop = not used.matrix or bool(flop or warp_flop)
+    touched = float(sum(footprint(launch).values()))
+    asked = l2_bytes(launch, used) if is_counted else tile_bytes(launch) or 0.0
+    return Work(
+        name=step_name(launch),
+        memory_bytes=memory,
+        l2_bytes=max(touched, asked),
+        programs=programs,
+        warps=warps,
+        resident=resident,
+        flop=dict(flop) if has_flop else None,
+        warp_flop=dict(warp_flop) if has_flop else None,
+        shared_bytes=shared * all_warps if is_cuda else None,
+        warp_instructions=float(sum(used.by_instruction.values()) * all_warps) if is_cuda else None,
+        is_counted=is_counted,
+    )
+
+
+def matrix_flop(instruction: str) -> tuple[str, float, bool] | None:
+    """(precision, FLOP per warp, whether one warp multiplies alone) of a tensor-core instruction.
+
+    None for any other, and for Blackwell's UTCHMMA, whose shape is in a register.
+    """
+    precision = "bf16" if "BF16" in instruction else "tf32" if "TF32" in instruction else "fp16"
+    if found := re.match(r"HMMA\.(16)(8)(16|8|4)\b", instruction):
+        return precision, 2.0 * math.prod(map(int, found.groups())), True
+    if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)\b", instruction):
+        return precision, 2.0 * math.prod(map(int, found.groups())) / 4, False
+    if found := re.match(r"v_mfma_f32_(\d+)x(\d+)x(\d+)_?(bf16|f16|xf32|f32)", instruction):
+        names = {"bf16": "bf16", "f16": "fp16", "xf32": "tf32", "f32": "fp32"}
+        return names[found[4]], 2.0 * math.prod(map(int, found.groups()[:3])), False
+    return None
+
+
+def access_width(instruction: str) -> int:
+    """Bytes per thread of a load or store; LDSM and STSM move 4 bytes per thread and matrix."""
+    if _opcode(instruction) in ("LDSM", "STSM"):
+        return 4 * int(instruction[-1]) if instruction.endswith((".2", ".4")) else 4
+    modifiers = instruction.split(".")
+    widths = {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}
+    return next((width for name, width in widths.items() if name in modifiers), 4)
+
+
+def resident_programs(used: Resources, gpu: Gpu) -> int:
+    """Programs that a processor holds at once.
+
+    Raises:
+        ValueError: not even one.
+    """
+    warps = used.threads // gpu.warp
+    # Registers are handed out to a warp in units of 8 per thread; CUDA keeps 1 KiB of shared memory per program.
+    by_registers = gpu.registers // (cdiv(max(used.registers, 1), 8) * 8 * gpu.warp) // warps
+    taken = used.shared + (1024 if gpu.warp == 32 else 0)
+    by_shared = gpu.shared_bytes // taken if taken else gpu.blocks
+    resident = min(by_registers, by_shared, gpu.threads // used.threads, gpu.blocks)
+    if resident < 1:
+        raise ValueError(
+            f"a program of {used.threads} threads, {used.registers} registers and {used.shared} bytes of shared memory "
+            f"does not fit on a processor of {gpu.name}"
+        )
+    return resident
+
+
+def memory_bytes(steps: Sequence[PlannedStep], l2_size: int) -> list[float]:
+    """Bytes that each step moves from and to memory: its tensors once, less those that L2 still holds.
+
+    L2 is cold at first. A tensor that an earlier step touched is still there if all that was touched from that step on,
+    this one included, fits in `L2_SHARE` of it. What is written reaches memory once, at the first touch.
+    """
+    footprints = [footprint(step) for step in steps]
+    last: dict[int, int] = {}
+    moved = []
+    for i, current in enumerate(footprints):
+        since: dict[int, int] = {}
+        size = sum(b for storage, b in current.items() if storage not in last)
+        for j in range(i, -1, -1):
+            for storage, touched in footprints[j].items():
+                since[storage] = max(touched, since.get(storage, 0))
+            if sum(since.values()) > L2_SHARE * l2_size:
+                size += sum(b for storage, b in current.items() if last.get(storage) == j)
+        last |= dict.fromkeys(current, i)
+        moved.append(float(size))
+    return moved
+
+
+def l2_bytes(launch: Launch, used: Resources) -> float:
+    """Bytes that a launch's programs ask of L2.
+
+    At most the loads and stores in the code, each with its width, masked lanes included. A kernel that cuts images into
+    tiles reads a pixel again for other kernel taps; L1 is taken to catch that inside a program, so the distinct pixels
+    of every tile count, halos included. Copies that bypass L1 count in full.
+    """
+    requested, bypasses = 0, False
+    for instruction, count in used.by_instruction.items():
+        if _opcode(instruction) in ("LDG", "LDGSTS", "STG"):
+            requested += count * access_width(instruction)
+            bypasses |= "BYPASS" in instruction
+    requested *= used.threads * math.prod(launch.grid)
+    tiled = None if bypasses else tile_bytes(launch)
+    return float(requested) if tiled is None else min(float(requested), tiled)
+
+
+def tile_bytes(launch: Launch) -> float | None:
+    """Distinct bytes of each program of a branch convolution, summed over programs; None for other kernels."""
+    options = launch.constexprs
+    if "SPACINGS" not in options:
+        return None
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    x, w, programs = named["x_ptr"], named["w_ptr"], named["CHANNEL_PROGRAMS"]
+    channels = options.get("CHANNELS_CI", options.get("BLOCK_C")) * options.get("BLOCKS_PER_PROGRAM", 1)
+    pixel_bytes = cdiv(channels * x.element_size(), SECTOR) * SECTOR
+    branches = list(zip(options["SPACINGS"], options["KERNELS"], options["DILATIONS"], strict=True))
+    axes = [
+        [
+            _inputs_of_tiles(out, into, block, run, spacing, kernel, dilation, options["STRIDE"])
+            for spacing, kernel, dilation in branches
+        ]
+        for out, into, block, run in (
+            (named["H"], named["H_IN"], options["BLOCK_H"], options.get("RUN_H", 1)),
+            (named["W"], named["W_IN"], options["BLOCK_W"], options.get("RUN_W", 1)),
+        )
+    ]
+    # Pixels that branches have in common are read once, by inclusion and exclusion; of split inputs there are none.
+    pixels = 0
+    for count in range(1, 2 if options["SPLIT_CI"] else len(branches) + 1):
+        for members in combinations(range(len(branches)), count):
+            # A tile's rows and columns are independent: what all members read is counted by axis.
+            shared = math.prod(
+                int(torch.stack([_padded(axis, m) for m in members]).all(0).sum()) for axis in axes
+            )
+            pixels += shared if count % 2 else -shared
+    others = sum(footprint(launch).values()) - _bytes(x) - _bytes(w)
+    weights = _bytes(w) * math.prod(launch.grid) / programs
+    return float(named["N"] * pixels * pixel_bytes * programs + weights + others)
+
+
+def footprint(step: PlannedStep) -> dict[int, int]:
+    """Bytes of each storage that a step is handed; every tensor is taken to be touched as a whole."""
+    views: dict[int, dict[Any, int]] = {}
+    limits: dict[int, int] = {}
+    for tensor in _tensors(step):
+        storage = tensor.untyped_storage()
+        views.setdefault(storage._cdata, {})[tensor.storage_offset(), tensor.shape] = _bytes(tensor)
+        limits[storage._cdata] = storage.nbytes()
+    return {key: min(sum(found.values()), limits[key]) for key, found in views.items()}
+
+
+def step_name(step: PlannedStep) -> str:
+    """The kernel's name as the resources table has it, or the operator's."""
+    if isinstance(step, Launch):
+        return step.kernel.fn.__name__.removesuffix("_fwd_kernel")
+    return getattr(getattr(step, "func", step), "__name__", "operator")
+
+
+def _inputs_of_tiles(
+    size: int, size_in: int, block: int, run: int, spacing: int, kernel: int, dilation: int, stride: int
+) -> Tensor:
+    """Which inputs along an axis each tile's outputs read, runs laid out as in `kernels/tiling.py`. [tiles, size_in]"""
+    outputs = torch.arange(size)
+    tile = (outputs // (run * spacing) * spacing + outputs % spacing) // block
+    needed = torch.zeros(int(tile.max()) + 1, size_in, dtype=torch.bool)
+    for tap in range(kernel):
+        inputs = outputs * stride + (tap - kernel // 2) * dilation
+        inside = (inputs >= 0) & (inputs < size_in)
+        needed[tile[inside], inputs[inside]] = True
+    return needed
+
+
+def _padded(axis: list[Tensor], m: int) -> Tensor:
+    """Branch m's tiles along an axis, filled up to the most that a branch has."""
+    missing = max(len(tiles) for tiles in axis) - len(axis[m])
+    return torch.nn.functional.pad(axis[m], (0, 0, 0, missing))
+
+
+def _tensors(step: PlannedStep) -> Iterable[Tensor]:
+    if isinstance(step, Launch):
+        handed: Iterable[Any] = step.arguments
+    elif isinstance(step, functools.partial):
+        handed = (*step.args, *step.keywords.values())
+    else:
+        raise TypeError(f"a step must be a Launch or a functools.partial of an operator, got {step!r}")
+    return [value for value in handed if isinstance(value, Tensor)]
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _opcode(instruction: str) -> str:
+    return instruction.split(".")[0]

@@ -1,0 +1,401 @@
+"""The pictures of a run: colours, words, what stands beside what, and that nothing overlaps."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+
+import matplotlib
+import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
+from matplotlib.text import Text
+
+from sk_triton.bench import plots, results
+from sk_triton.bench.plots import bars, card, roofline, scaling, several, style
+from sk_triton.bench.shapes import PAPER, SEED
+
+from .synthetic_results import FORMS, SOURCES, a_stamp, form_label, some_results, with_status
+
+SUITES = ("layer", "train", "model", "sweep", "host", "scaling")
+OBJECTIONS = ("wrong result: sk_triton, NCHW in a case", "104% of the copy bandwidth", "3 tests failed")
+
+
+def without_timings(run):
+    """As the suite "host" leaves its records."""
+    records = [
+        dataclasses.replace(record, timing=None, warm=None, memory=None)
+        for record in run.records
+        if record.role != results.FLOOR
+    ]
+    return dataclasses.replace(run, records=tuple(records))
+
+
+def a_run(suite, device_type="cuda", **options):
+    if suite in ("layer", "train"):
+        options = {"stages": (1, 3), **options}
+    if device_type == "cpu":
+        options = {"dtypes": ("fp32",), "batches": (1, 8), **options}
+    if suite == "host":
+        return without_timings(some_results(suite, device_type, **{"batches": (1,), **options}))
+    return some_results(suite, device_type, **options)
+
+
+def figures(run, all_forms=False):
+    return {name: draw() for name, draw in plots.pictures(run, all_forms).items()}
+
+
+def drawn_texts(figure) -> list[Text]:
+    """Every text that shows."""
+    figure.canvas.draw()
+    unseen: set[int] = set()
+    for ax in figure.axes:
+        for axis in (ax.xaxis, ax.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            unseen |= {
+                id(label)
+                for tick in axis.get_major_ticks()
+                if not (ax.axison and low <= tick.get_loc() <= high)
+                for label in (tick.label1, tick.label2)
+            }
+    texts = figure.findobj(lambda artist: isinstance(artist, Text))
+    return [
+        text for text in texts if text.get_visible() and text.get_text().strip() and id(text) not in unseen
+    ]
+
+
+def words(figure) -> str:
+    return "\n".join(text.get_text() for text in drawn_texts(figure))
+
+
+def box_of(text):
+    """The text itself, without the badge around it."""
+    box = Text.get_window_extent(text)
+    return box.padded(-1.0)
+
+
+def assert_texts_are_apart(figure):
+    texts = [(text, box_of(text)) for text in drawn_texts(figure) if text.get_rotation() in (0, 90)]
+    page = figure.bbox
+    for text, box in texts:
+        inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
+        assert inside, f"{text.get_text()!r} leaves the card"
+    for (one, box), (other, other_box) in itertools.combinations(texts, 2):
+        assert not box.overlaps(other_box), f"{one.get_text()!r} and {other.get_text()!r} overlap"
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+@pytest.mark.parametrize("suite", SUITES)
+def test_no_label_overlaps_another_or_leaves_the_card(suite, device_type):
+    for figure in figures(a_run(suite, device_type)).values():
+        assert_texts_are_apart(figure)
+
+
+def test_a_crowd_of_providers_is_still_apart():
+    run = some_results(dtypes=("fp32",), stages=(1,), every=True)
+    run = with_status(run, 3, results.OUT_OF_MEMORY)
+    for figure in figures(dataclasses.replace(run, objections=OBJECTIONS), all_forms=True).values():
+        assert_texts_are_apart(figure)
+
+
+def test_host_costs_of_many_cases_are_still_apart():
+    for figure in figures(a_run("host", batches=(1, 8, 32, 128, 256))).values():
+        assert_texts_are_apart(figure)
+
+
+def test_long_names_are_wrapped():
+    stamp = a_stamp(device="A Very Long Name of a Graphics Processing Unit " * 3, driver="1.2.3 " * 12)
+    run = some_results(stages=(1,), batches=(1, 8), stamp=stamp, objections=("an objection " * 40,))
+    for figure in figures(run).values():
+        assert_texts_are_apart(figure)
+
+
+def test_the_overlap_check_sees_an_overlap():
+    figure = next(iter(figures(some_results(stages=(1,))).values()))
+    figure.text(0.1, 0.9, "a new label")
+    figure.text(0.12, 0.9, "another label")
+    with pytest.raises(AssertionError, match="overlap"):
+        assert_texts_are_apart(figure)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_pictures_are_opaque_and_show_every_source_in_its_colour(suite, tmp_path):
+    run = a_run(suite)
+    paths = plots.save_plots(run, tmp_path)
+    assert len(paths) == len(plots.pictures(run))
+    for path in paths:
+        assert path.name.startswith(f"{suite}-cuda-")
+        picture = imread(path)
+        assert picture.shape[1] == 1650
+        assert picture.shape[2] == 3 or picture[..., 3].min() == 1
+        pixels = picture[..., :3].reshape(-1, 3)
+        subject = next((unit for unit in (SEED, PAPER) if f"-{unit}-" in path.name), None)
+        records = [r for r in run.records if subject in (None, r.case.subject) and r.role != results.FLOOR]
+        for source in {record.source for record in records}:
+            near = abs(pixels - to_rgb(style.colour(source))).max(1) < 0.02
+            assert near.sum() > 300, (path.name, source)
+
+
+def test_drawing_leaves_no_global_state():
+    before = dict(matplotlib.rcParams)
+    figure = next(iter(figures(some_results(stages=(1,))).values()))
+    assert isinstance(figure.canvas, FigureCanvasAgg)
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_every_source_has_a_colour_and_families_differ():
+    assert all(style.colour(source) for source in SOURCES)
+    assert len(set(style.FAMILY_COLOURS.values())) == len(style.FAMILY_COLOURS)
+    ours = [
+        style.colour(source) for source in SOURCES if source.startswith("ours") and source != "ours-reference"
+    ]
+    assert len(set(ours)) == len(ours)
+    with pytest.raises(ValueError, match="got 'stranger'"):
+        style.colour("stranger")
+
+
+def test_every_form_has_its_own_hatch_and_marker():
+    assert len({style.hatch(form) for form in FORMS}) == len(FORMS)
+    looks = {tuple(style.marker_style("timm", form).values()) for form in FORMS}
+    assert len(looks) == len(FORMS)
+    with pytest.raises(ValueError, match="got 'jit-nchw'"):
+        style.hatch("jit-nchw")
+
+
+def test_a_picture_says_device_dtype_and_stamp():
+    for figure in figures(some_results(dtypes=("bf16",), stages=(1, 3), batches=(1, 8))).values():
+        text = words(figure)
+        if "counted, not measured" in text:
+            continue
+        expected = ("NVIDIA H100", "bf16", "higher is faster", "torch 2.15.0", "triton 3.9.0", "478cb1a0c")
+        assert all(word in text for word in (*expected, "driver 580.65.06", "TF32", "2026-11-22"))
+        assert "Measured on a CPU" not in text
+
+
+def test_a_cpu_picture_says_so():
+    run = some_results(device_type="cpu", dtypes=("fp32",), stages=(1,), batches=(1,))
+    for name, figure in figures(run).items():
+        assert ("Measured on a CPU" in words(figure)) == (name != plots.PASSES)
+
+
+def test_the_speed_picture_prints_times_and_the_speed_against_the_fastest_peer():
+    run = some_results(stages=(1,), batches=(8,))
+    records = [record for record in run.records if record.case.subject == PAPER]
+    peer, ours = results.fastest_peer(records), results.fastest_ours(records)
+    text = words(figures(run)[f"speed-{PAPER}-fp16"])
+    assert f"{peer.timing.median_ms / ours.timing.median_ms:.2f}x" in text
+    assert f"{ours.timing.median_ms * 1e3:#.3g}" in text
+    assert f"{peer.timing.median_ms * 1e3:#.3g}" in text
+    assert "stage 1: 128@56²" in text
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_objections_are_shown_and_end_all_comparisons(suite):
+    run = a_run(suite, stages=(1,), batches=(8,), objections=OBJECTIONS)
+    for name, figure in figures(run).items():
+        text = words(figure)
+        if name == plots.PASSES:
+            continue
+        flat = text.replace("\n", " ")
+        assert f"No speed is claimed: {OBJECTIONS[0]}; {OBJECTIONS[1]}; and 1 more." in flat
+        assert "fastest peer =" not in text
+        assert "the speed of" not in text
+        assert not [
+            t
+            for t in drawn_texts(figure)
+            if t.get_text().rstrip("x").replace(".", "").isdigit() and "x" in t.get_text()
+        ]
+        assert "share of the roof" not in text
+
+
+def test_the_red_badge_shows_in_the_picture(tmp_path):
+    sound = some_results(stages=(1,), batches=(8,))
+    reds = []
+    for run in (sound, dataclasses.replace(sound, objections=OBJECTIONS)):
+        picture = imread(plots.save_plots(run, tmp_path)[0])[..., :3].reshape(-1, 3)
+        reds.append((abs(picture - to_rgb(style.BADGES["alarm"][0])).max(1) < 0.02).sum())
+    assert reds[0] < 100
+    assert reds[1] > 10_000
+
+
+@pytest.mark.parametrize("status", [results.WRONG, results.FAILED, results.OUT_OF_MEMORY, results.SKIPPED])
+def test_a_provider_without_a_time_says_why(status):
+    run = some_results(stages=(1,), batches=(8,))
+    position = next(i for i, record in enumerate(run.records) if record.case.subject == PAPER)
+    text = words(figures(with_status(run, position, status), all_forms=True)[f"speed-{PAPER}-fp16"])
+    assert status in text.splitlines()
+
+
+def test_the_default_shows_the_fastest_form_of_each_source_and_all_forms_everything():
+    run = some_results(stages=(1,), batches=(8,), every=True)
+    name = f"speed-{PAPER}-fp16"
+    few, every = (words(figures(run, all_forms)[name]) for all_forms in (False, True))
+    assert all(form_label(form) in every for form in FORMS)
+    assert "sk_triton, resident" in every
+    assert "sk_triton, resident" not in few
+    assert sum(form_label(form) in few.splitlines() for form in FORMS) <= 3
+
+
+def test_cases_are_ordered_however_they_were_measured():
+    run = some_results(batches=(1, 8, 32), stages=(1, 2))
+    records = list(run.records)
+    random.Random(1).shuffle(records)
+    name = f"throughput-{PAPER}-fp16"
+    ordered, shuffled = (figures(r)[name] for r in (run, dataclasses.replace(run, records=tuple(records))))
+    for one, other in zip(ordered.axes, shuffled.axes, strict=True):
+        assert one.get_title(loc="left") == other.get_title(loc="left")
+        assert all(list(line.get_xdata()) == sorted(line.get_xdata()) for line in other.lines)
+
+
+def test_the_floor_is_drawn_above_every_line_of_the_throughput():
+    figure = figures(some_results(stages=(1,)))[f"throughput-{PAPER}-fp16"]
+    (ax,) = figure.axes
+    floors = [line for line in ax.lines if line.get_color() == style.FAMILY_COLOURS["copy"]]
+    assert len(floors) == 1
+    others = [line for line in ax.lines if line is not floors[0]]
+    assert max(floors[0].get_ydata()) > max(max(line.get_ydata()) for line in others)
+
+
+def test_memory_stands_in_activation_tensors():
+    run = some_results("train", stages=(1,), batches=(8,))
+    figure = figures(run)[f"memory-{PAPER}-fp16"]
+    records = [record for record in run.records if record.case.subject == PAPER and record.memory]
+    heights = {round(patch.get_height(), 3) for patch in figure.axes[0].patches}
+    ours = results.fastest_ours(records)
+    assert round(ours.memory.peak_bytes / ours.case.tensor_bytes, 3) in heights
+    assert round(ours.memory.saved_bytes / ours.case.tensor_bytes, 3) in heights
+    assert "saved from forward for backward" in words(figure)
+
+
+def test_a_copy_at_the_measured_bandwidth_reaches_the_roof():
+    run = some_results(stages=(1,), batches=(128,))
+    record = next(
+        record for record in run.records if record.role == results.FLOOR and record.case.subject == PAPER
+    )
+    ms = record.case.floor_passes * record.case.tensor_bytes / run.ceilings.copy_bytes_per_s * 1e3
+    exact = dataclasses.replace(record, timing=dataclasses.replace(record.timing, median_ms=ms))
+    assert roofline.rate(exact) / roofline.ceiling(record.case, run.ceilings) == pytest.approx(1)
+    slow = results.Ceilings(run.ceilings.copy_bytes_per_s, {"fp16": 1e9})
+    assert roofline.ceiling(record.case, slow) == 1e9
+
+
+def test_a_run_without_ceilings_has_no_roofline():
+    assert not [name for name in plots.pictures(some_results(ceilings=None)) if name.startswith("roofline")]
+    assert [name for name in plots.pictures(some_results()) if name.startswith("roofline")]
+
+
+def test_a_dense_convolution_is_named_in_the_sweep():
+    text = words(figures(some_results("sweep"))[f"time-{PAPER}-fp16"])
+    assert all(axis in text for axis in ("channels per group", "dilation", "kernel size", "branches"))
+    assert "256\ndense" in text
+
+
+def test_networks_show_images_per_second_in_both_directions():
+    run = some_results("model", batches=(32,))
+    trained = tuple(
+        dataclasses.replace(record, case=dataclasses.replace(record.case, direction="training"))
+        for record in run.records
+    )
+    drawn = figures(dataclasses.replace(run, records=run.records + trained))
+    assert set(drawn) == {"images-inference-fp16", "images-training-fp16"}
+    fastest = results.fastest_ours([r for r in run.records if r.case.subject == "sknet50"])
+    assert f"{fastest.samples_per_second:.0f}" in words(drawn["images-inference-fp16"])
+    assert "forward and backward" in words(drawn["images-training-fp16"])
+
+
+def test_host_costs_take_the_cheaper_memory_format():
+    run = a_run("host", stages=(1,))
+    records = [
+        r for r in run.records if r.case.subject == PAPER and r.source == "ours" and "graph" not in r.form
+    ]
+    text = words(figures(run)[f"calls-{PAPER}-fp16"])
+    least, most = (f"{pick(r.host_us for r in records):#.3g}" for pick in (min, max))
+    assert least in text
+    assert most not in text
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0, 2.0])
+def test_the_fitted_exponent_is_that_of_the_power(exponent):
+    values = [1.0, 2.0, 8.0, 64.0]
+    found, factor = scaling.fit_exponent(values, [3 * value**exponent for value in values])
+    assert found == pytest.approx(exponent, abs=1e-12)
+    assert factor == pytest.approx(3)
+
+
+@pytest.mark.parametrize(
+    ("values", "measures"), [([1, 1], [1, 2]), ([1, 2], [0, 1]), ([-1, 2], [1, 1]), ([1], [1])]
+)
+def test_a_fit_that_means_nothing_is_refused(values, measures):
+    with pytest.raises(ValueError, match="values"):
+        scaling.fit_exponent(values, measures)
+
+
+def test_exponents_stand_in_the_picture():
+    run = some_results("scaling")
+    linear = tuple(
+        dataclasses.replace(r, timing=dataclasses.replace(r.timing, median_ms=r.case.value**1.25))
+        for r in run.records
+    )
+    assert "exponent 1.25" in words(figures(dataclasses.replace(run, records=linear))[f"growth-{PAPER}-fp16"])
+
+
+def test_an_unknown_suite_is_refused():
+    with pytest.raises(ValueError, match=r"suite must be one of layer, train, .* got 'latency'"):
+        plots.pictures(some_results(suite="layer", stages=(1,)).__class__("latency", 0, a_stamp()))
+
+
+def test_runs_are_told_apart_by_what_differs():
+    first, second = a_stamp(), a_stamp(device="AMD Instinct MI300X")
+    third = a_stamp(git_commit="1234567890abcdef")
+    runs = {stamp: some_results(stages=(1,), batches=(1,), stamp=stamp) for stamp in (first, second, third)}
+    assert several.labels([runs[first], runs[second]]) == ["NVIDIA H100 80GB HBM3", "AMD Instinct MI300X"]
+    assert several.labels([runs[first], runs[third]]) == ["478cb1a0c", "123456789"]
+    assert several.labels([runs[first], runs[second], runs[third]])[2] == "NVIDIA H100 80GB HBM3, 123456789"
+    assert len(set(several.labels([runs[first], runs[first]]))) == 2
+
+
+def test_several_runs_are_compared_where_they_share_cases(tmp_path):
+    slow, fast = (
+        some_results(stages=(1, 3), batches=(1, 8)),
+        some_results(stages=(3,), batches=(8,), faster=2.0),
+    )
+    fast = dataclasses.replace(fast, stamp=a_stamp(device="Faster Device"))
+    best = several.shared_cases([slow, fast])
+    assert {(case.shape.name, case.batch) for case in best} == {("512@14²", 8)}
+    chosen = {case: records for case, records in best.items() if case.subject == PAPER}
+    figure = several.draw([slow, fast], chosen)
+    heights = [patch.get_height() for patch in figure.axes[0].patches]
+    assert heights[0] == pytest.approx(1)
+    assert heights[1] > 1.5
+    assert "Faster Device" in words(figure)
+    assert_texts_are_apart(figure)
+    assert len(plots.save_comparisons([slow, fast], tmp_path)) == 2
+    assert plots.save_comparisons([slow, some_results("train", stages=(1,))], tmp_path) == []
+
+
+def test_an_objection_against_one_of_several_runs_ends_the_comparison():
+    sound = some_results(stages=(1,), batches=(8,))
+    doubted = dataclasses.replace(sound, objections=OBJECTIONS, stamp=a_stamp(device="Other"))
+    best = {c: r for c, r in several.shared_cases([sound, doubted]).items() if c.subject == PAPER}
+    text = words(several.draw([sound, doubted], best))
+    assert "No speed is claimed" in text
+    assert "= 1x" not in text
+
+
+def test_text_is_measured_as_it_is_drawn():
+    figure = next(iter(figures(some_results(stages=(1,))).values()))
+    text = figure.text(0.5, 0.5, "A label of some length, 128@56²", fontsize=8)
+    inches = Text.get_window_extent(text, figure.canvas.get_renderer()).width / figure.dpi
+    assert card.text_width(text.get_text(), 8) == pytest.approx(inches, rel=0.05)
+
+
+def test_a_bar_without_room_keeps_its_number_only_if_it_matters():
+    run = some_results(stages=(1,), batches=(8,))
+    record = run.records[0]
+    group = [bars.Bar(record, 1.0, f"{n}{n}{n}", important=n == 7) for n in range(10)]
+    figure, ((ax,),) = card.draw_card(card.Words("t", "s", [["f"]]), [], card.Grid((1.0,)))
+    bars.draw_bars(ax, [group] * 12, 6.0)
+    shown = {text.get_text() for text in drawn_texts(figure)} & {bar.number for bar in group}
+    assert shown == {"777"}

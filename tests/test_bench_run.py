@@ -1,0 +1,169 @@
+"""`sk-triton bench` as a whole: what it writes, its options, and how it ends."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from sk_triton import cli
+from sk_triton.bench import plots, protocol, providers, results, session, shapes
+from sk_triton.bench.providers import Provider
+from sk_triton.bench.shapes import PAPER, SEED
+
+from .bench_fakes import SHORT, FakeSource, SwappedBranches
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Three rounds of small shapes, and no pictures."""
+    monkeypatch.setattr(protocol, "QUICK", SHORT)
+    monkeypatch.setattr(shapes, "STAGES", {1: (32, 7), 3: (32, 5)})
+    monkeypatch.setattr(plots, "save_plots", lambda run, folder: [])
+    monkeypatch.setattr(session, "measure_ceilings", lambda device, dtypes: results.Ceilings(1e15, {}))
+
+
+def bench(tmp_path, *options, suite="layer") -> tuple[int, results.Results]:
+    arguments = ["bench", "--quick", "--device", "cpu", "--stages", "3", "--batch", "1", "--suite", suite]
+    code = cli.main([*arguments, "--output", str(tmp_path / "out"), *options])
+    return code, results.load(tmp_path / "out" / f"{suite}-cpu.json")
+
+
+def test_the_whole_command_on_the_cpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(protocol, "QUICK", SHORT)
+    pictures = plots.pictures
+    monkeypatch.setattr(plots, "pictures", lambda *a: dict(list(pictures(*a).items())[:1]))
+    code, run = bench(tmp_path, "--stages", "4")
+    out = capsys.readouterr().out
+
+    assert code == 0
+    assert {record.status for record in run.records} == {results.OK}
+    assert {record.source for record in run.records} == {"seed", "timm", "ours", "copy"}
+    assert {(case.subject, case.shape.name) for case in results.by_case(run.records)} == {
+        (SEED, "1024@7²"),
+        (PAPER, "1024@7²"),
+    }
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"layer-cpu.json", "layer-cpu.csv", "layer-cpu-speed-paper-fp32.png"} == written
+    assert all(name in out for name in ("layer-cpu.json", "layer-cpu-speed-paper-fp32.png", "CPU"))
+    assert all((tmp_path / "out" / name).stat().st_size > 20_000 for name in written if name.endswith(".png"))
+
+
+@pytest.mark.usefixtures("tiny")
+def test_several_suites_in_one_command(tmp_path):
+    code, _ = bench(tmp_path, "--suite", "layer", "train", "layer", "--batch", "2")
+    assert code == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.json")} == {"layer-cpu.json", "train-cpu.json"}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_wrong_provider_makes_the_command_fail(tmp_path, monkeypatch):
+    chosen = [
+        Provider(source, providers.forms.NCHW) for source in (SwappedBranches("paper"), FakeSource("ours"))
+    ]
+    monkeypatch.setattr(session, "competitors", lambda *a: chosen)
+    code, run = bench(tmp_path)
+    assert code == 1
+    assert any("wrong result" in objection for objection in run.objections)
+
+
+@pytest.mark.usefixtures("tiny")
+def test_ctrl_c_saves_what_was_measured_and_resume_goes_on(tmp_path, monkeypatch, capsys):
+    run_case, finished = session.run_case, []
+
+    def interrupted(case, *arguments):
+        if len(finished) == 1:
+            raise KeyboardInterrupt
+        run_case(case, *arguments)
+        finished.append(case)
+
+    monkeypatch.setattr(session, "run_case", interrupted)
+    code, run = bench(tmp_path)
+    assert code == 130
+    assert run.interrupted
+    assert set(results.by_case(run.records)) == set(finished)
+    assert "interrupted" in capsys.readouterr().out
+
+    monkeypatch.setattr(session, "run_case", lambda case, *a: (finished.append(case), run_case(case, *a)))
+    code, run = bench(tmp_path, "--resume")
+    assert code == 0
+    assert len(finished) == len(set(finished)) == len(results.by_case(run.records)) == 2
+
+
+@pytest.mark.usefixtures("tiny")
+def test_an_interrupt_ends_the_suites_that_follow(tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "run_case", interrupted)
+    assert bench(tmp_path, "--suite", "layer", "train")[0] == 130
+    assert not (tmp_path / "out" / "train-cpu.json").exists()
+
+
+@pytest.mark.usefixtures("tiny")
+def test_without_resume_everything_is_measured_again(tmp_path, monkeypatch):
+    bench(tmp_path)
+    measured, run_case = [], session.run_case
+    monkeypatch.setattr(session, "run_case", lambda case, *a: (measured.append(case), run_case(case, *a)))
+    bench(tmp_path)
+    assert len(measured) == 2
+    bench(tmp_path, "--resume")
+    assert len(measured) == 2
+
+
+@pytest.mark.usefixtures("tiny")
+def test_another_revision_competes_as_a_peer(tmp_path):
+    code, run = bench(tmp_path, "--compare", "HEAD")
+    assert code == 0
+    other = {record.role for record in run.records if record.source.startswith("rev-")}
+    assert other == {results.PEER}
+
+
+@pytest.mark.parametrize("package", ["rich", "matplotlib", "sklearn"])
+def test_a_missing_package_is_one_line_with_its_remedy(package, tmp_path, capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
+    assert cli.main(["bench", "--quick", "--output", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "pip install" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--device", "tpu"], "'tpu'"),
+        (["--device", "meta"], "'meta'"),
+        (["--device", "cuda:99"], "'cuda:99'"),
+        (["--compare", "nosuch"], "'nosuch'"),
+        (["--suite", "sweep", "--stages", "1"], "--stages acts on suites layer, train"),
+        (["--suite", "host", "--batch", "1"], "got --suite host"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(options, words, tmp_path, capsys):
+    assert cli.main(["bench", "--quick", "--output", str(tmp_path / "out"), *options]) == 2
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 1
+    assert words in out
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--batch", "0"], ["--dtype", "fp8"], ["--stages", "5"], ["--suite", "all"], ["--time-limit", "0"]],
+)
+def test_bad_options_are_refused(options, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["bench", *options])
+    assert refusal.value.code == 2
+    assert options[0] in capsys.readouterr().err
+
+
+def test_help_says_what_each_suite_measures(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"{suite}:" in out for suite in ("layer", "train", "model", "sweep", "host", "scaling"))

@@ -1,0 +1,262 @@
+"""The suites: what they cover, and each of them measured at tiny size on the CPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+
+import pytest
+from rich.console import Console
+
+import sk_triton
+from sk_triton.bench import host, protocol, providers, results, session, shapes, suites
+from sk_triton.bench.peers import SKNet50
+from sk_triton.bench.shapes import PAPER, SEED, SKNET50, TRAINING, unit_shape
+from sk_triton.bench.sources import Ours
+from sk_triton.bench.suites import OPTIONS, SUITES, Choice
+from sk_triton.kernels.launch import Launch
+
+from .bench_fakes import CPU, SHORT
+
+EVERY_CHOICE = [Choice(on_gpu, quick) for on_gpu in (True, False) for quick in (True, False)]
+
+
+@pytest.mark.parametrize("suite", SUITES)
+@pytest.mark.parametrize("choice", EVERY_CHOICE, ids=str)
+def test_a_suites_cases_are_its_own_and_each_comes_once(suite, choice):
+    cases = list(SUITES[suite](choice))
+    assert cases
+    assert {case.suite for case in cases} == {suite}
+    assert len(set(cases)) == len(cases)
+    assert len({case.title for case in cases}) == len(cases)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_options_choose_what_a_suite_covers(suite):
+    def cover(**options):
+        cases = list(SUITES[suite](Choice(on_gpu=False, quick=True, **options)))
+        return {case.batch for case in cases}, {case.dtype for case in cases}, {case.shape for case in cases}
+
+    batches, dtypes, sizes = cover()
+    for option, chosen, default, found in (
+        ("batch", {"batches": (3,)}, batches, lambda: cover(batches=(3,))[0]),
+        ("dtype", {"dtypes": ("bf16",)}, dtypes, lambda: cover(dtypes=("bf16",))[1]),
+        ("stages", {"stages": (2,)}, sizes, lambda: cover(stages=(2,))[2]),
+    ):
+        assert (found() != default) == (option in OPTIONS[suite]), chosen
+
+
+def test_on_a_gpu_the_paper_at_the_paper_batch_comes_first():
+    for suite in ("layer", "train"):
+        cases = list(SUITES[suite](Choice(on_gpu=True)))
+        assert {(case.subject, case.batch) for case in cases[:4]} == {(PAPER, 128)}
+    first, second = list(SUITES["model"](Choice(on_gpu=True)))[:2]
+    assert {first.batch, second.batch} == {128}
+
+
+def test_a_sweep_varies_one_thing_up_to_a_dense_unit():
+    cases = list(suites.sweep(Choice(on_gpu=True)))
+    usual = unit_shape(PAPER, 256, 28)
+    for case in cases:
+        differing = [
+            field.name
+            for field in dataclasses.fields(usual)
+            if getattr(case.shape, field.name) != getattr(usual, field.name)
+        ]
+        assert (
+            set(differing)
+            <= {
+                "channels per group": {"groups"},
+                "dilation": {"dilations"},
+                "kernel size": {"kernels", "dilations"},
+                "branches": {"kernels", "dilations"},
+            }[case.axis]
+        )
+    assert min(case.shape.groups for case in cases) == 1
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """All suites on small shapes, three rounds each."""
+    monkeypatch.setattr(protocol, "QUICK", SHORT)
+    monkeypatch.setattr(shapes, "STAGES", {1: (32, 7), 3: (32, 5), 4: (64, 4)})
+    monkeypatch.setattr(host, "CALLS", 1)
+    monkeypatch.setattr(host, "REPEATS", 2)
+    monkeypatch.setattr(host, "PROCESSES", 1)
+    monkeypatch.setattr(session, "measure_ceilings", lambda device, dtypes: results.Ceilings(1e15, {}))
+
+
+def request(suite, revisions=(), **options):
+    return session.Request(suite, CPU, Choice(on_gpu=False, quick=True, **options), revisions=revisions)
+
+
+def measure(wanted, **arguments):
+    return session.measure_suite(wanted, Console(quiet=True), **arguments)
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("suite", ["layer", "train", "sweep", "scaling"])
+def test_a_suite_on_the_cpu(suite):
+    run, left = measure(request(suite, batches=(2,)))
+    assert {(record.status, record.message) for record in run.records} == {(results.OK, None)}
+    assert (left, run.interrupted, run.objections) == (0, False, ())
+    assert len(results.by_case(run.records)) == len(list(SUITES[suite](request(suite, batches=(2,)).choice)))
+
+
+def test_networks_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(protocol, "QUICK", SHORT)
+    monkeypatch.setattr(SKNet50, "DEPTHS", (1, 1, 1, 1))
+    monkeypatch.setattr(providers, "CALIBRATION_BATCH", 2)
+    every = suites.model(Choice(False, quick=True, batches=(4,)))
+    cases = [case for case in every if (case.subject, case.direction) == (SKNET50, TRAINING)]
+    monkeypatch.setitem(SUITES, "model", lambda choice: cases)
+    run, _ = measure(request("model"))
+    assert {(record.status, record.message) for record in run.records} == {(results.OK, None)}
+    assert {record.runs for record in run.records if record.ours} == {"reference/eager"}
+    # Images need no gradient, and nobody knows the least traffic of a network.
+    assert {check.tensor for record in run.records for check in record.checks} == {"v", "parameters"}
+    assert results.FLOOR not in {record.role for record in run.records}
+
+
+@pytest.mark.usefixtures("tiny")
+def test_host_costs_on_the_cpu_leave_the_launches_out(monkeypatch):
+    monkeypatch.setattr(host, "_in_new_process", lambda before, timed: 7.0)
+    revision = Ours("rev-1", "sk_triton at 1", role=results.PEER)
+    run, _ = measure(request("host", revisions=(revision,)))
+    assert {(record.status, record.message) for record in run.records} == {(results.OK, None)}
+    assert all(record.host_us > 0 for record in run.records)
+    stubbed = [record for record in run.records if record.source in ("ours-stubbed", "rev-1")]
+    assert [record.case.subject for record in stubbed] == [SEED, PAPER] * 2
+    assert {(record.runs.partition("/")[0], record.launches > 0) for record in stubbed} == {("triton", True)}
+    assert {host.IMPORT_TORCH, host.IMPORT_OURS, host.CONV2D} < {r.case.subject for r in run.records}
+
+
+def test_starting_up_is_timed_in_a_process_of_its_own():
+    assert 20_000 < host._in_new_process("import time", "time.sleep(0.02)") < 10_000_000
+
+
+def test_stubbed_launches_are_counted_and_put_back(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    ran = []
+    launch = Launch(
+        kernel={(1,): lambda **options: ran.append(1)}, grid=(1,), arguments=(), constexprs={}, options={}
+    )
+    with host.stubbed_launches(sk_triton) as started:
+        launch()
+        assert os.environ["TRITON_INTERPRET"] == "1"
+    assert (started, ran) == ([launch], [])
+    assert "TRITON_INTERPRET" not in os.environ
+    launch()
+    assert ran == [1]
+
+
+def test_a_failing_start_is_recorded(monkeypatch):
+    def fail(before, timed):
+        raise subprocess.CalledProcessError(1, "python", stderr="Traceback\nImportError: no torch\n")
+
+    monkeypatch.setattr(host, "_in_new_process", fail)
+    records = list(host._start_up_records(on_gpu=True))
+    assert {record.case.subject for record in records} == {
+        host.IMPORT_TORCH,
+        host.IMPORT_OURS,
+        host.FIRST_CALL,
+    }
+    assert {(record.status, record.message) for record in records} == {
+        (results.FAILED, "ImportError: no torch")
+    }
+
+
+@pytest.fixture
+def counted(monkeypatch, tiny):
+    """Cases that were really measured, and what happens in each."""
+    measured, run_case = [], session.run_case
+    happen = {}
+
+    def counting(case, *arguments):
+        happen.get(len(measured), lambda: None)()
+        run_case(case, *arguments)
+        measured.append(case)
+
+    monkeypatch.setattr(session, "run_case", counting)
+    return measured, happen
+
+
+def interrupt():
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_keeps_what_was_measured_and_the_next_run_goes_on(counted, tmp_path):
+    measured, happen = counted
+    wanted, path = request("layer", batches=(1,)), tmp_path / "layer.json"
+    happen[2] = interrupt
+    first, _ = measure(wanted, checkpoint=lambda run: results.save(run, path))
+    assert first.interrupted
+    assert {record.case for record in first.records} == set(measured)
+    results.save(first, path)
+
+    happen.clear()
+    second, _ = measure(wanted, earlier=session.reusable(path, wanted))
+    cases = list(suites.layer(wanted.choice))
+    assert measured == cases
+    assert not second.interrupted
+    assert {record.case for record in second.records} == set(cases)
+    assert second.records[: len(first.records)] == first.records
+
+
+def test_a_killed_run_leaves_its_finished_cases(counted, tmp_path):
+    _, happen = counted
+    path = tmp_path / "layer.json"
+
+    def kill():
+        raise SystemExit
+
+    happen[2] = kill
+    with pytest.raises(SystemExit):
+        measure(request("layer", batches=(1,)), checkpoint=lambda run: results.save(run, path))
+    left = results.load(path)
+    assert left.interrupted
+    assert len(results.by_case(left.records)) == 2
+
+
+def test_results_of_another_stamp_seed_or_suite_are_not_reused(tmp_path):
+    path, wanted = tmp_path / "layer.json", request("layer")
+    run = results.Results("layer", 0, session.take_stamp(CPU))
+    results.save(run, path)
+    assert session.reusable(path, wanted) == run
+    assert session.reusable(path, dataclasses.replace(wanted, seed=1)) is None
+    assert session.reusable(path, dataclasses.replace(wanted, suite="train")) is None
+    for change in ({"git_commit": "0" * 40}, {"source_hash": "0"}, {"threads": 99}):
+        results.save(dataclasses.replace(run, stamp=dataclasses.replace(run.stamp, **change)), path)
+        assert session.reusable(path, wanted) is None
+    results.save(dataclasses.replace(run, stamp=dataclasses.replace(run.stamp, load=99.0, date="2020")), path)
+    assert session.reusable(path, wanted) is not None
+    path.write_text("{}")
+    assert session.reusable(path, wanted) is None
+    assert session.reusable(tmp_path / "missing.json", wanted) is None
+
+
+def test_no_case_is_begun_that_would_pass_the_time_limit(counted, monkeypatch):
+    measured, happen = counted
+    now = [0.0]
+    monkeypatch.setattr(session.time, "monotonic", lambda: now[0])
+
+    def takes(seconds):
+        return lambda: now.__setitem__(0, now[0] + seconds)
+
+    happen.update({0: takes(10), 1: takes(40), 2: takes(10), 3: takes(10)})
+    limited = dataclasses.replace(request("layer", batches=(1,)), time_limit=99)
+    run, left = measure(limited)
+    # After 60 s a case as slow as the slowest would end at 100 s.
+    assert (len(measured), left) == (3, 1)
+    assert "1 cases left" in run.notes[0]
+
+
+def test_a_gpu_that_fails_ends_the_suite_and_the_results_say_so(counted, monkeypatch):
+    measured, _ = counted
+    monkeypatch.setattr(
+        session, "_device_trouble", lambda device: "an illegal memory access" if measured else None
+    )
+    run, left = measure(request("layer", batches=(1,)))
+    assert (len(measured), left) == (1, 3)
+    assert "an illegal memory access" in run.notes[0]
