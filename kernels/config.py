@@ -20,6 +20,25 @@ class StreamConfig:
 
 
 @dataclass(frozen=True)
+class ColumnConfig:
+    """`branch_conv_column_fwd_kernel`: BLOCK_N samples x BLOCK_H columns of RUN_H outputs x BLOCK_W pixels per tile.
+
+    ROWS input rows are held at a time; UNROLL: the loop over kernel columns is unrolled.
+    """
+
+    BLOCK_CI: int
+    BLOCK_CO: int
+    BLOCK_H: int
+    BLOCK_W: int
+    RUN_H: int
+    BLOCK_N: int = 1
+    ROWS: int = 8
+    UNROLL: bool = False
+    num_warps: int = 1
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
 class TapConfig:
     """`branch_conv_tap_fwd_kernel`: BLOCK_N samples x BLOCK_H rows x BLOCK_W row runs per tile."""
 
@@ -66,4 +85,4 @@ class SelectConfig:
     num_warps: int = 4
 
 
-BranchConfig = StreamConfig | TapConfig | DepthwiseConfig
+BranchConfig = StreamConfig | ColumnConfig | TapConfig | DepthwiseConfig

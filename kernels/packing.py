@@ -6,7 +6,7 @@ from functools import lru_cache
 import torch
 
 from .config import BranchConfig, DepthwiseConfig
-from .geometry import Blocking, ConvShape, blocking
+from .geometry import Blocking, ConvShape, blocking, row_run
 
 
 def pack_branch_weights(
@@ -41,7 +41,7 @@ def _gather_index(
         k,
         taps_w,
         layout.chunks,
-        config.RUN_W,
+        row_run(config),
         config.BLOCK_CO,
         layout.spans[m],
         config.BLOCK_CI,

@@ -70,3 +70,20 @@ def fold_pool(
         sums = tl.sum(tl.reshape(pool, [RUN_W * BLOCK_CO, BLOCK_N, PIXELS]), axis=2)
         sums = tl.sum(tl.reshape(sums, [RUN_W, BLOCK_CO, BLOCK_N]), axis=0)
         return tl.trans(sums)
+
+
+@triton.jit
+def in_image_order(
+    values, RUN_W: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, SPACING: tl.constexpr
+):
+    """Outputs of row runs whose pixels are SPACING apart, where adjacent runs have them. [RUN_W * BLOCK_CO, BLOCK_P]
+
+    SPACING is a power of two that divides the row runs of a tile. For SPACING 2 all pixels that change places are
+    registers of one thread of the tensor core's layout, so nothing moves.
+    """
+    if RUN_W > 1 and SPACING > 1:
+        # A pixel is (block of SPACING runs, position in the run, run in the block), most significant first.
+        values = tl.reshape(values, [RUN_W, BLOCK_CO, BLOCK_P // SPACING, SPACING])
+        values = tl.reshape(tl.permute(values, (1, 2, 0, 3)), [BLOCK_CO, BLOCK_P, RUN_W])
+        values = tl.reshape(tl.permute(values, (2, 0, 1)), [RUN_W * BLOCK_CO, BLOCK_P])
+    return values

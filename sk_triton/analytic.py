@@ -11,32 +11,72 @@ from itertools import product
 
 import torch
 
-from .chips import Chip
-from .kernels.config import BranchConfig, DepthwiseConfig, GateConfig, SelectConfig, StreamConfig, TapConfig
-from .kernels.geometry import ConvShape, blocking, cdiv, next_power_of_2, tiles
+from .chips import NARROW_PRODUCTS, Chip
+from .environment import triton_version
+from .kernels.config import (
+    BranchConfig,
+    ColumnConfig,
+    DepthwiseConfig,
+    GateConfig,
+    SelectConfig,
+    StreamConfig,
+    TapConfig,
+)
+from .kernels.geometry import (
+    ConvShape,
+    blocking,
+    can_run,
+    cdiv,
+    column_run,
+    column_runs,
+    next_power_of_2,
+    row_run,
+    tiles,
+)
 
-# Widest group, in channels, that the stream formulation keeps in registers without spilling.
-MAX_STREAM_CHANNELS = 32
+# Widest group, in channels, whose accumulators and rows the unrolled formulations keep in registers without spilling.
+MAX_UNROLLED_CHANNELS = 32
+# Registers of a thread that the accumulators of a column may take, by task: selecting keeps two branches' at a time.
+COLUMN_REGISTERS = {"store": 112, "pool": 112, "select": 64}
+# Most of them where the loop over kernel columns is unrolled, which keeps more rows and weights alive.
+UNROLLED_REGISTERS = {"store": 56, "pool": 56, "select": 0}
+
+_SPILLING = ("sm_80", "sm_86", "sm_89", "gfx942")
 
 
 @lru_cache(maxsize=4096)
 def branch_config(
-    shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip
+    shape: ConvShape,
+    n: int,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+    chip: Chip,
+    *,
+    task: str = "store",
 ) -> BranchConfig:
-    """Config for the branches of `shape` on a batch of `n` outputs of `h` x `w` pixels."""
+    """Config for the branches of `shape` on a batch of `n` outputs of `h` x `w` pixels, to "store", "pool" or "select".
+
+    One that stores where no kernel does the task: `kernels.geometry.can_run` tells.
+    """
     is_ieee = dtype == torch.float32 and not allow_tf32
     group = max(shape.c_in, shape.c_out) // shape.groups
     kernel = max(shape.kernels)
     if shape.is_depthwise and dtype == torch.float32:
-        return _smallest(_depthwise_candidates(kernel), shape, n, h, w, chip)
-    if dtype == torch.float32:
-        streams = group <= 8 and kernel <= 3
+        candidates = _depthwise_candidates(kernel)
+    elif dtype == torch.float32:
+        is_narrow = group <= 8 and kernel <= 3
+        candidates = _stream_candidates(shape, is_ieee, dtype, chip, task) if is_narrow else []
+    elif group <= 8 and kernel <= 5:
+        candidates = _stream_candidates(shape, is_ieee, dtype, chip, task)
+    elif group <= MAX_UNROLLED_CHANNELS and kernel <= 3:
+        candidates = _column_candidates(shape, h, chip, task)
     else:
-        streams = group <= MAX_STREAM_CHANNELS and kernel <= (5 if group <= 8 else 3)
-    candidates = (
-        _stream_candidates(shape, is_ieee, dtype, chip) if streams else _tap_candidates(shape, is_ieee, dtype)
-    )
-    return _smallest(candidates, shape, n, h, w, chip)
+        candidates = []
+    candidates = [config for config in candidates if can_run(task, shape, config)]
+    candidates = candidates or _tap_candidates(shape, is_ieee, dtype)
+    return min(candidates, key=lambda config: _cost(config, shape, n, h, w, chip, task))
 
 
 def gate_config(m: int, c: int, d: int, dtype: torch.dtype) -> GateConfig:
@@ -63,16 +103,17 @@ def _shares_row(shape: ConvShape) -> bool:
     return all(step == 1 for step in blocking(shape, TapConfig(16, 16, 1, 1)).steps)
 
 
-def _stream_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype, chip: Chip) -> list[BranchConfig]:
-    group = max(shape.c_in, shape.c_out) // shape.groups
-    run_w = 2 if group <= 8 and _shares_row(shape) else 1
-    block = 8 if run_w == 2 else max(16, next_power_of_2(group))
+def _stream_candidates(
+    shape: ConvShape, is_ieee: bool, dtype: torch.dtype, chip: Chip, task: str
+) -> list[BranchConfig]:
+    run_w = 2 if _shares_row(shape) else 1
+    block = 8 if run_w == 2 else 16
     # The longest column run whose rows, weights and accumulators fit in registers.
     if is_ieee:
         longest = 1
     elif dtype == torch.float32:
         longest = 2 if run_w == 2 else 1
-    elif block == 32 or max(shape.kernels) > 3:
+    elif max(shape.kernels) > 3:
         longest = 2
     elif run_w == 1 and shape.stride > 1:
         longest = 4
@@ -80,24 +121,65 @@ def _stream_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype, chip
         longest = 8
     if chip.name.startswith("gfx"):
         longest = min(longest, 4)
-    if chip.name == "sm_80" and dtype == torch.bfloat16 and block == 32:
-        longest = 1
+    if task == "select":
+        # The sums of two branches are alive together: half the pixels, or half the rows.
+        pixels = _pixel_counts(chip)
+        longest = min(longest, 7)
+    else:
+        pixels = (16,)
     return [
         StreamConfig(
             BLOCK_CI=block,
             BLOCK_CO=block,
             BLOCK_N=block_n,
-            BLOCK_H=16 // block_n // block_w,
+            BLOCK_H=count // block_n // block_w,
             BLOCK_W=block_w,
-            RUN_H=run_h,
+            RUN_H=run_h * 16 // count,
             RUN_W=run_w,
             # Two blocks of 8 16-bit channels share the 32-byte sectors that a load brings in.
-            BLOCKS_PER_PROGRAM=2 if block == 8 and dtype != torch.float32 else 1,
+            BLOCKS_PER_PROGRAM=2 if block == 8 and dtype != torch.float32 and task != "select" else 1,
         )
-        for run_h, block_n, block_w in product((8, 7, 4, 2, 1), (1, 2, 4), (2, 4, 8, 16))
-        # Wide blocks in narrow tiles need more registers than sm_86 and sm_89 give.
-        if run_h <= longest and block_n * block_w <= 16 and (block < 32 or block_w >= 8)
+        for run_h, count, block_n, block_w in product((8, 7, 4, 2, 1), pixels, (1, 2, 4), (2, 4, 8, 16))
+        if run_h <= longest and block_n * block_w <= count
     ]
+
+
+def _pixel_counts(chip: Chip) -> tuple[int, ...]:
+    """Columns that a product may have."""
+    is_narrow = triton_version() >= NARROW_PRODUCTS and not chip.name.startswith("gfx")
+    return (8, 16) if is_narrow else (16,)
+
+
+def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[BranchConfig]:
+    group = max(shape.c_in, shape.c_out) // shape.groups
+    block = max(16, next_power_of_2(group))
+    candidates = []
+    for run_h, pixels, block_n, block_w in product(
+        (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), _pixel_counts(chip), (1, 2), (8, 16)
+    ):
+        # Fewer than 256 elements of a row are less than a thread's 16-byte load each.
+        if block * pixels < 256:
+            continue
+        registers = run_h * block * pixels // 32
+        is_whole = run_h == h and shape.stride == 1 and pixels == block_n * block_w
+        # A long column pays where it is the whole image; elsewhere the usual lengths do.
+        if registers > COLUMN_REGISTERS[task] or block_n * block_w > pixels:
+            continue
+        if not is_whole and (run_h > 8 or run_h in (3, 5, 6)):
+            continue
+        candidates.append(
+            ColumnConfig(
+                BLOCK_CI=block,
+                BLOCK_CO=block,
+                BLOCK_N=block_n,
+                BLOCK_H=pixels // block_n // block_w,
+                BLOCK_W=block_w,
+                RUN_H=run_h,
+                # Older chips than Hopper spill with the unrolled weights of the widest groups.
+                UNROLL=registers <= UNROLLED_REGISTERS[task] and (block < 32 or chip.name not in _SPILLING),
+            )
+        )
+    return candidates
 
 
 def _tap_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> list[BranchConfig]:
@@ -147,22 +229,22 @@ def _depthwise_candidates(kernel: int) -> list[BranchConfig]:
     ]
 
 
-def _smallest(
-    candidates: list[BranchConfig], shape: ConvShape, n: int, h: int, w: int, chip: Chip
-) -> BranchConfig:
-    return min(candidates, key=lambda config: _cost(config, shape, n, h, w, chip))
-
-
-def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
+def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip, task: str) -> float:
     """Relative time of a launch: work over the whole chip, or the chain of waves of its programs, the larger."""
     layout = blocking(shape, config)
-    tiles_h, tiles_w = tiles(shape, config, h, w)
-    run_h = config.RUN_H if isinstance(config, StreamConfig | DepthwiseConfig) else 1
-    run_w = 1 if isinstance(config, DepthwiseConfig) else config.RUN_W
+    is_common = task == "select"
+    columns = column_runs(shape, config, is_common)
+    tiles_h, tiles_w = tiles(shape, config, h, w, is_common=is_common)
+    run_h, run_w = column_run(config), row_run(config)
     # Outputs per tile, rows of input loaded per row of output, and the masks that an overhanging run needs.
     area = config.BLOCK_N * config.BLOCK_H * run_h * config.BLOCK_W * run_w
-    overlap = max((run_h - 1) * step + k for step, k in zip(layout.steps, shape.kernels, strict=True)) / run_h
-    is_even = all(h % (run_h * spacing) == 0 for spacing in layout.spacings)
+    is_whole = isinstance(config, ColumnConfig) and run_h == h and config.BLOCK_H == 1 and shape.stride == 1
+    rows = max(
+        (run_h - 1) * step_r + (k - 1) * step_k + 1
+        for step_r, step_k, k in zip(columns.steps_r, columns.steps_k, shape.kernels, strict=True)
+    )
+    overlap = 1 if is_whole else rows / run_h
+    is_even = all(h % (run_h * spacing) == 0 for spacing in columns.spacings)
     # Columns and rows of halo that a tile reads beyond its own: traffic from L2.
     reach = max(d * (k - 1) for d, k in zip(shape.dilations, shape.kernels, strict=True))
     height, width = config.BLOCK_H * run_h * shape.stride, config.BLOCK_W * run_w * shape.stride
@@ -171,6 +253,9 @@ def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: 
     work = (
         area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * (1.0 if config.BLOCK_N == 1 else 1.3)
     )
+    if isinstance(config, ColumnConfig):
+        # Weights are loaded once per tile: about as much as an output costs for every 4 of them.
+        work += config.BLOCK_CI * 9 / 4
     blocks = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
     programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * cdiv(layout.blocks, blocks)
     # About 8 programs of this size keep one processor busy; fewer leave it idle.

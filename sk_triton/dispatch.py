@@ -6,18 +6,19 @@ import importlib.util
 import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .chips import CHIPS, Chip, chip_of
-from .environment import version
+from .backend import current_schedule
+from .chips import CHIPS, chip_of
+from .environment import triton_version
 from .packing import PackCache
 from .params import Branch, Gate
-from .plan import BranchLaunch, Plan
-from .spec import BranchSpec, SKSpec
+from .plan import Plan
+from .plans import eager_passes, fastest_plan, plan_schedule
+from .spec import SKSpec
 
 # Identities outside of training.
 _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -54,7 +55,11 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
         n, _, h_in, w_in = x.shape
         chip = chip_of(x.device)
         assert chip is not None
-        return plan_store(spec, n, h_in, w_in, x.dtype, allows_tf32(), chip, is_converted=x.stride(1) != 1)
+        size = (n, h_in, w_in, x.dtype, allows_tf32(), chip, x.stride(1) != 1)
+        schedule = current_schedule()
+        if schedule is not None:
+            return plan_schedule(schedule, spec, *size)
+        return fastest_plan(spec, *size)
     if backend == "triton":
         raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
     return _reference_plan(x.dtype, spec, reason)
@@ -64,13 +69,15 @@ def run(
     plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
 ) -> Tensor:
     """Run a plan whose backend is "triton"."""
-    from .schedules import store
+    from .schedules import recompute, store
 
-    if plan.backend != "triton" or plan.schedule != "store":
+    schedules = {"store": store.run, "recompute": recompute.run}
+    if plan.backend != "triton" or plan.schedule not in schedules:
         raise ValueError(
-            f"plan must have backend 'triton' and schedule 'store', got {plan.backend}/{plan.schedule}"
+            f"plan must have backend 'triton' and a schedule of {list(schedules)}, "
+            f"got {plan.backend}/{plan.schedule}"
         )
-    return store.run(plan, x, branches, gate, spec, cache)
+    return schedules[plan.schedule](plan, x, branches, gate, spec, cache)
 
 
 def allows_tf32() -> bool:
@@ -87,14 +94,6 @@ def allows_tf32() -> bool:
 def is_interpreted() -> bool:
     """Whether Triton kernels run through its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
-
-
-@lru_cache
-def triton_version() -> tuple[int, int]:
-    """Major and minor version of the installed Triton, under either name of its distribution; (0, 0) without one."""
-    text = version("triton") or version("pytorch-triton-rocm") or "0.0"
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
 
 
 @lru_cache
@@ -210,73 +209,5 @@ def _tensors(branches: Sequence[Branch], gate: Gate) -> Iterable[Tensor]:
 
 
 @lru_cache(maxsize=1024)
-def plan_store(
-    spec: SKSpec,
-    n: int,
-    h_in: int,
-    w_in: int,
-    dtype: torch.dtype,
-    allow_tf32: bool,
-    chip: Chip,
-    is_converted: bool = False,
-) -> Plan:
-    """The plan of schedule "store" for a batch of `n` inputs of `h_in` x `w_in` pixels on `chip`.
-
-    `is_converted`: the input's channels are not adjacent, so that it is copied first.
-    """
-    from . import analytic, tuning
-    from .kernels.geometry import ConvShape
-
-    h, w = spec.output_size(h_in, w_in)
-    launches: list[BranchLaunch] = []
-    for _, group in groupby(enumerate(spec.branches), key=lambda item: item[1].groups):
-        members: list[tuple[int, BranchSpec]] = list(group)
-        start, stop = members[0][0], members[-1][0] + 1
-        shape = ConvShape(
-            c_in=spec.branch_in_channels,
-            c_out=spec.out_channels,
-            groups=members[0][1].groups,
-            kernels=tuple(branch.kernel_size for _, branch in members),
-            dilations=tuple(branch.dilation for _, branch in members),
-            stride=spec.stride,
-            is_split=spec.split_input,
-        )
-        config, source = tuning.branch_config(shape, n, h, w, dtype, allow_tf32, chip)
-        launches.append(BranchLaunch(start, stop, shape, config, source))
-    m = spec.num_branches
-    return Plan(
-        backend="triton",
-        schedule="store",
-        passes=(len(launches) + 2 * is_converted) * _input_passes(spec, h_in, w_in) + 2 * m + 1,
-        dtype=dtype,
-        rejected=(("reference", f"the kernels can run; eager takes {_eager_passes(spec)} passes"),),
-        branch_launches=tuple(launches),
-        gate=analytic.gate_config(m, spec.out_channels, spec.gate_width, dtype),
-        select=analytic.select_config(h * w, spec.out_channels),
-        has_relu=spec.branch_act == "relu",
-        gate_has_relu=spec.gate_act == "relu",
-        allow_tf32=allow_tf32 and dtype == torch.float32,
-    )
-
-
-@lru_cache(maxsize=1024)
 def _reference_plan(dtype: torch.dtype, spec: SKSpec, reason: str) -> Plan:
-    return Plan("reference", "eager", _eager_passes(spec), dtype, rejected=(("triton", reason),))
-
-
-def _input_passes(spec: SKSpec, h_in: int, w_in: int) -> float:
-    """The input's elements in units of the output's."""
-    h, w = spec.output_size(h_in, w_in)
-    return spec.in_channels * h_in * w_in / (spec.out_channels * h * w)
-
-
-def _eager_passes(spec: SKSpec) -> float:
-    """Passes of the reference in eager mode: each operator reads its inputs and writes its result.
-
-    An input of another size than the output counts as one pass per branch all the same.
-    """
-    m = spec.num_branches
-    split = 2 + 2 * spec.branch_norm + 2 * (spec.branch_act != "identity")
-    fuse = 3 * (m - 1) + 1
-    select = 2 * m + 3 * (m - 1)
-    return m * split + fuse + select
+    return Plan("reference", "eager", eager_passes(spec), dtype, rejected=(("triton", reason),))

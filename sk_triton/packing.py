@@ -155,7 +155,13 @@ def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
     from .kernels.packing import pack_branch_weights
 
     weights, shifts = [], []
+    by_layout: dict[Hashable, int] = {}
     for launch in plan.branch_launches:
+        index = by_layout.setdefault(_layout(launch), len(weights))
+        if index < len(weights):
+            weights.append(weights[index])
+            shifts.append(shifts[index])
+            continue
         scaled, shift, has_shift = [], [], False
         for branch in branches[launch.start : launch.stop]:
             scale, added = fold_norm(branch.norm, branch.bias, branch.weight.shape[0], branch.weight)

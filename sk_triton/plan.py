@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,13 +14,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BranchLaunch:
-    """Branches `start` to `stop` in one launch, with the config and where it came from."""
+    """Branches `start` to `stop` in one launch, with the config and where it came from.
+
+    `task`: "store", "pool" or "select", what the launch does with the branches (:mod:`.kernels.branch_conv`).
+    """
 
     start: int
     stop: int
     shape: ConvShape
     config: BranchConfig
     source: str
+    task: str = "store"
 
 
 @dataclass(frozen=True)
@@ -28,11 +32,11 @@ class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store", or "reference" and "eager".
+        backend, schedule: "triton" and "store" or "recompute", or "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
-        branch_launches, gate, select: configs of the launches; empty and None for the reference.
+        branch_launches, gate, select: configs of the launches; empty and None where there are none.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
     """
 
@@ -47,3 +51,7 @@ class Plan:
     has_relu: bool = False
     gate_has_relu: bool = False
     allow_tf32: bool = False
+
+    def rejecting(self, name: str, reason: str) -> Plan:
+        """This plan, with one more alternative that was not taken."""
+        return replace(self, rejected=(*self.rejected, (name, reason)))
