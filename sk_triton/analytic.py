@@ -39,9 +39,9 @@ MAX_UNROLLED_CHANNELS = 32
 # Registers of a thread that the accumulators of a column may take, by task: selecting keeps two branches' at a time.
 COLUMN_REGISTERS = {"store": 112, "pool": 112, "select": 64}
 # Most of them where the loop over kernel columns is unrolled, which keeps more rows and weights alive.
-UNROLLED_REGISTERS = {"store": 56, "pool": 56, "select": 0}
-
-_SPILLING = ("sm_80", "sm_86", "sm_89", "gfx942")
+UNROLLED_REGISTERS = 56
+# Chips whose compiler spills with the unrolled weights of the widest groups.
+SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
 
 
 @lru_cache(maxsize=4096)
@@ -175,8 +175,8 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
                 BLOCK_H=pixels // block_n // block_w,
                 BLOCK_W=block_w,
                 RUN_H=run_h,
-                # Older chips than Hopper spill with the unrolled weights of the widest groups.
-                UNROLL=registers <= UNROLLED_REGISTERS[task] and (block < 32 or chip.name not in _SPILLING),
+                UNROLL=registers <= UNROLLED_REGISTERS
+                and (block < 32 or (task != "select" and chip.name not in SPILLING_CHIPS)),
             )
         )
     return candidates
