@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-Backend = Literal["auto", "triton", "reference"]
+Backend = Literal["auto", "triton", "reference", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 _scoped: ContextVar[Backend] = ContextVar("sk_triton_backend", default="auto")
@@ -30,9 +30,9 @@ def use_backend(name: Backend) -> contextlib._GeneratorContextManager[None]:
     """Choose the backend in a ``with`` block, or in a function when used as a decorator.
 
     Args:
-        name: "auto" takes Triton where it can run and else the reference; "triton" and "reference" take just
-            that: where Triton cannot run, the layer raises ``RuntimeError`` with the reason and never falls
-            back.
+        name: "auto" takes Triton on a GPU and PyTorch's operators, reordered for inference, on a CPU, where they
+            can run, and else the reference; "triton", "torch" and "reference" take just that: where it cannot
+            run, the layer raises ``RuntimeError`` with the reason and never falls back.
 
     Raises:
         ValueError: an unknown name.

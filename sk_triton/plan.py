@@ -10,6 +10,7 @@ import torch
 if TYPE_CHECKING:
     from .kernels.config import BranchConfig, GateConfig, SelectConfig
     from .kernels.geometry import ConvShape
+    from .spec import BranchSpec
 
 
 @dataclass(frozen=True)
@@ -28,12 +29,15 @@ class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store", or "reference" and "eager".
+        backend, schedule: "triton" and "store", "torch" and "folded" or "merged", or "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None for the reference.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
+        samples: how many samples pass through all steps of a schedule on the CPU together.
+        convert: whether the input is converted to channels_last for it, and the result back.
+        merged: the kernel that holds those of all branches, for schedule "merged".
     """
 
     backend: str
@@ -47,3 +51,6 @@ class Plan:
     has_relu: bool = False
     gate_has_relu: bool = False
     allow_tf32: bool = False
+    samples: int = 0
+    convert: bool = False
+    merged: BranchSpec | None = None
