@@ -97,8 +97,8 @@ class GateLayers(nn.Module):
 
 def unfoldable_reason(name: str, conv: nn.Module, norm: nn.Module) -> str:
     """Why :func:`fold_into` cannot fold a norm into the convolution before it; "" if it can."""
-    if reason := norm_reason(f"the norm of {name}", norm, "fuse() and the schedules"):
-        return reason
+    if reason := norm_reason(norm, "fuse() and the schedules"):
+        return f"the norm of {name} {reason}"
     if parametrize.is_parametrized(conv):
         return f"{name} is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
     if any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm)):

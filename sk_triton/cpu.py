@@ -16,20 +16,18 @@ from .plan import Plan
 from .reasons import state_reason, tracing_reason, unit_reason
 from .spec import BranchSpec, SKSpec
 
-# Bytes of one branch, for each thread. Up to the first figure a batch is computed whole, and its first branch becomes
-# the result in place. A larger one would leave the caches between two steps, and the memory its branches take would
-# go back to the system at every call, to be mapped and cleared anew at the next: it takes parts of the second figure.
-WHOLE_BYTES_PER_THREAD = 4 << 20
+# A batch whose branch takes no more than this is computed whole, and its first branch becomes the result in place. A
+# larger one would leave the caches between two steps, and the memory its branches take would go back to the system at
+# every call, to be mapped and cleared anew at the next: it is computed in parts.
+WHOLE_BYTES = 8 << 20
 PART_BYTES_PER_THREAD = 1 << 20
-# Weights over outputs from which an NCHW batch is converted to channels_last and back.
-CONVERT_RATIO = 2
 
 
 class _Costs(NamedTuple):
     """What merging trades, in multiply-adds of oneDNN's convolution.
 
-    Fitted to times of both schedules on an AMD EPYC (Zen 4), two threads, batch 8, float32, over 1 to 32 channels per
-    group, 14 to 56 pixels a side and three sets of branches: the right schedule wherever they differ by a tenth.
+    Fitted to times of both schedules on an AMD EPYC (Zen 4), two threads, batch 8, float32, over 4 to 32 channels per
+    group, 14 to 56 pixels a side and three sets of branches.
 
     Attributes:
         branch_output: an output of one branch, its products aside: stored, reordered, pooled, selected.
@@ -44,7 +42,7 @@ class _Costs(NamedTuple):
 
 _COSTS = {False: _Costs(250, 390, 145), True: _Costs(140, 270, 50)}  # by whether the input is channels_last
 # The small operators around a merged convolution; those of its gate cost twice as much.
-_MERGED_CALL_COST = 20_000_000
+_MERGED_CALL_COST = 15_000_000
 _SCHEDULES = "the CPU's schedules"
 
 
@@ -96,27 +94,16 @@ def _plan(
         dtype=dtype,
         rejected=(not_triton, ("merged", not_merged)),
         samples=_folded_samples(n, spec.out_channels * h * w * dtype.itemsize, threads),
-        convert=not is_channels_last and _is_bound_by_weights(spec, n, h, w),
     )
 
 
 def _folded_samples(n: int, sample_bytes: int, threads: int) -> int:
     """Samples to compute at a time, by the bytes of a sample's branch."""
-    if n * sample_bytes <= WHOLE_BYTES_PER_THREAD * threads:
+    part_bytes = PART_BYTES_PER_THREAD * threads
+    if n * sample_bytes <= max(WHOLE_BYTES, part_bytes):
         return n
-    parts = math.ceil(n / max(1, PART_BYTES_PER_THREAD * threads // sample_bytes))
+    parts = math.ceil(n / max(1, part_bytes // sample_bytes))
     return math.ceil(n / parts)
-
-
-def _is_bound_by_weights(spec: SKSpec, n: int, h: int, w: int) -> bool:
-    """Whether the convolutions have many more weights than outputs.
-
-    oneDNN reorders weights at every call, channels_last ones several times as fast as others: then an NCHW input is
-    worth two conversions.
-    """
-    weights = sum(math.prod(shape) for shape in spec.weight_shapes)
-    outputs = spec.num_branches * n * spec.out_channels * h * w
-    return weights > CONVERT_RATIO * outputs
 
 
 def _unmergeable_reason(spec: SKSpec) -> str:
@@ -129,6 +116,8 @@ def _unmergeable_reason(spec: SKSpec) -> str:
         return "split_input: the branches read different channels"
     if len({branch.groups for branch in spec.branches}) > 1:
         return "the branches differ in groups"
+    if spec.branches[0].groups == spec.branch_in_channels:
+        return "oneDNN's depthwise convolutions are too fast for merging to pay"
     side, least = merged_branch(spec).kernel_size, min(branch.kernel_size for branch in spec.branches)
     if side > 2 * least:  # rounding errors grow as the square root of the number of products: as the side
         return f"a sum over {side}x{side} taps may err more than twice as much as one over {least}x{least}"

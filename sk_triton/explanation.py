@@ -45,7 +45,7 @@ class Explanation:
             f"passes    {plan.passes:g} over one activation tensor (predicted)",
         ]
         if plan.samples:
-            lines.append(f"samples   {plan.samples} at a time{', in channels_last' if plan.convert else ''}")
+            lines.append(f"samples   {plan.samples} at a time")
         if plan.merged is not None:
             lines.append(f"merged    {plan.merged}")
         for launch in plan.branch_launches:

@@ -36,7 +36,6 @@ class Plan:
         branch_launches, gate, select: configs of the launches; empty and None for the reference.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
         samples: how many samples pass through all steps of a schedule on the CPU together.
-        convert: whether the input is converted to channels_last for it, and the result back.
         merged: the kernel that holds those of all branches, for schedule "merged".
     """
 
@@ -52,5 +51,4 @@ class Plan:
     gate_has_relu: bool = False
     allow_tf32: bool = False
     samples: int = 0
-    convert: bool = False
     merged: BranchSpec | None = None

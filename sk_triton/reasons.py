@@ -5,7 +5,7 @@ Each function returns the reason, or "". `who` is the subject of its sentence: "
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -18,6 +18,7 @@ from .spec import SKSpec
 FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # Identities outside of training.
 _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def tracing_reason(who: str) -> str:
@@ -42,56 +43,65 @@ def unit_reason(spec: SKSpec, who: str) -> str:
     return ""
 
 
-def norm_reason(name: str, norm: object, who: str) -> str:
-    """The norm `name` does not fold into the convolution before it."""
+def norm_reason(norm: object, who: str) -> str:
+    """The norm does not fold into the convolution before it; the reason lacks its subject, the norm's name."""
     if type(norm) not in FOLDABLE_NORMS:
-        return f"{name} is a {type(norm).__name__}; {who} fold BatchNorm2d and SyncBatchNorm"
+        return f"is a {type(norm).__name__}; {who} fold BatchNorm2d and SyncBatchNorm"
     assert isinstance(norm, nn.Module)
-    if norm.training or norm.running_mean is None or norm.running_var is None:
-        return f"{name} uses batch statistics; {who} are for inference (layer.eval())"
+    if norm.training or norm._buffers["running_mean"] is None or norm._buffers["running_var"] is None:
+        return f"uses batch statistics; {who} are for inference (layer.eval())"
     return ""
 
 
 def state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, who: str) -> str:
     """A part of the unit, or the call, is not one of plain inference."""
-    norms = [(f"branches[{m}].norm", branch.norm) for m, branch in enumerate(branches)]
-    for name, norm in (*norms, ("gate.norm", gate.norm)):
-        if norm is not None and (reason := norm_reason(name, norm, who)):
-            return reason
-    acts = [(f"branches[{m}].act", branch.act) for m, branch in enumerate(branches)]
-    for name, module in (*norms, *acts, ("gate.norm", gate.norm), ("gate.act", gate.act)):
-        if isinstance(module, nn.Module) and (module._forward_hooks or module._forward_pre_hooks):
-            return f"{name} has forward hooks, which {who} would not run"
+    # Asked at every call: nothing is formatted before there is a reason.
     for m, branch in enumerate(branches):
-        if branch.aa is not None:
-            return f"branches[{m}].aa is set; {who} have no anti-aliasing"
-        if branch.drop is None or type(branch.drop) is nn.Identity:
-            continue
-        if type(branch.drop) not in _DROPS:
-            return f"branches[{m}].drop is a {type(branch.drop).__name__}; {who} know it for no identity"
-        if branch.drop.training:  # type: ignore[attr-defined]
-            return f"branches[{m}].drop is active; {who} are for inference (layer.eval())"
-    needs_grad = x.requires_grad
-    for name, tensor in (("x", x), *(("a parameter", t) for t in _tensors(branches, gate))):
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        if reason := _part_reason(branch.norm, branch.act, who) or _branch_reason(branch, who):
+            return f"branches[{m}].{reason}"
+    if reason := _part_reason(gate.norm, gate.act, who):
+        return f"gate.{reason}"
+    tensors = [x, *_tensors(branches, gate)]
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+            name = "x" if tensor is x else "a parameter"
             kind = type(tensor).__name__ if tensor.layout is torch.strided else tensor.layout
             return f"{name} is a {kind}; {who} take plain strided tensors"
-        needs_grad |= tensor.requires_grad
-    if needs_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return f"gradients are enabled; {who} are forward only (torch.no_grad() or torch.inference_mode())"
     return ""
 
 
-def _tensors(branches: Sequence[Branch], gate: Gate) -> Iterable[Tensor]:
+def _part_reason(norm: object, act: object, who: str) -> str:
+    if norm is not None and (reason := norm_reason(norm, who)):
+        return f"norm {reason}"
+    for name, module in (("norm", norm), ("act", act)):
+        if isinstance(module, nn.Module) and (module._forward_hooks or module._forward_pre_hooks):
+            return f"{name} has forward hooks, which {who} would not run"
+    return ""
+
+
+def _branch_reason(branch: Branch, who: str) -> str:
+    if branch.aa is not None:
+        return f"aa is set; {who} have no anti-aliasing"
+    drop = branch.drop
+    if drop is None or type(drop) is nn.Identity:
+        return ""
+    if type(drop) not in _DROPS:
+        return f"drop is a {type(drop).__name__}; {who} know it for no identity"
+    if drop.training:  # type: ignore[attr-defined]
+        return f"drop is active; {who} are for inference (layer.eval())"
+    return ""
+
+
+def _tensors(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
+    tensors = [gate.reduce_weight, gate.reduce_bias, *gate.select_weight, *(gate.select_bias or ())]
+    norms = [gate.norm]
     for branch in branches:
-        yield branch.weight
-        if branch.bias is not None:
-            yield branch.bias
-    yield gate.reduce_weight
-    yield from gate.select_weight
-    for part in (*(b.norm for b in branches), gate.norm):
-        if isinstance(part, nn.Module):  # by the dictionaries: nn.Module's generators show at batch 1
-            yield from (t for t in (*part._parameters.values(), *part._buffers.values()) if t is not None)
-    if gate.reduce_bias is not None:
-        yield gate.reduce_bias
-    yield from gate.select_bias or ()
+        tensors += (branch.weight, branch.bias)
+        norms.append(branch.norm)
+    for norm in norms:
+        if isinstance(norm, nn.Module):  # by the dictionaries: nn.Module's generators show at batch 1
+            tensors += norm._parameters.values()
+            tensors += norm._buffers.values()
+    return [tensor for tensor in tensors if tensor is not None]

@@ -25,11 +25,8 @@ def run(
 ) -> Tensor:
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
     out_format = memory_format(x)
-    conv_format = torch.channels_last if plan.convert else out_format
-    unit = fold_unit(branches, gate, plan.dtype, conv_format, cache)
+    unit = fold_unit(branches, gate, plan.dtype, out_format, cache)
     n, step = x.shape[0], plan.samples
-    if plan.convert:
-        x = x.contiguous(memory_format=conv_format)
     if step >= n:
         us, a = _split_and_fuse(x, unit, spec)
         v = us[0].mul_(a[0])
