@@ -19,7 +19,7 @@ Placement = dict[str, Any]  # device and dtype
 
 
 class FoldedNorm(nn.Identity):
-    """Stands where a norm was before :meth:`.layers.SKUnit.fuse`, and holds the modules that were below it."""
+    """Stands where a norm was before :meth:`.unit.SKUnit.fuse`, and holds the modules that were below it."""
 
 
 class ConvPath(nn.Module):
@@ -82,7 +82,7 @@ class GateLayers(nn.Module):
     def __init__(self, channels: int, num_branches: int, width: int, placement: Placement) -> None:
         super().__init__()
         self.fc_reduce = nn.Conv2d(channels, width, 1, bias=False, **placement)
-        self.bn = nn.BatchNorm2d(width, **placement)
+        self.bn: nn.BatchNorm2d | FoldedNorm = nn.BatchNorm2d(width, **placement)
         self.act = nn.ReLU(inplace=True)
         self.fc_select = nn.Conv2d(width, channels * num_branches, 1, bias=False, **placement)
 
@@ -91,7 +91,7 @@ class GateLayers(nn.Module):
         reduce_weight, reduce_bias = weight_and_bias(self.fc_reduce)
         weight, bias = weight_and_bias(self.fc_select)
         select_bias = None if bias is None else (bias,)
-        norm = None if type(self.bn) is FoldedNorm else self.bn
+        norm = None if isinstance(self.bn, FoldedNorm) else self.bn
         return Gate(reduce_weight, reduce_bias, norm, self.act, (weight,), select_bias)
 
 
@@ -106,12 +106,14 @@ def unfoldable_reason(name: str, conv: nn.Module, norm: nn.Module) -> str:
     return ""
 
 
-def fold_into(conv: nn.Module, norm: nn.Module) -> FoldedNorm:
+def fold_into(conv: nn.Conv2d, norm: nn.Module) -> FoldedNorm:
     """Fold a norm into new parameters of the convolution before it; returns what takes the norm's place."""
-    weight, bias = conv.weight, conv.bias
-    folded = fold(weight.detach(), None if bias is None else bias.detach(), norm)  # type: ignore[union-attr,arg-type]
-    for name, tensor in zip(("weight", "bias"), folded, strict=True):
-        setattr(conv, name, nn.Parameter(tensor, requires_grad=weight.requires_grad))  # type: ignore[arg-type]
+    needs_grad = conv.weight.requires_grad
+    bias = None if conv.bias is None else conv.bias.detach()
+    weight, bias = fold(conv.weight.detach(), bias, norm)
+    assert bias is not None
+    conv.weight = nn.Parameter(weight, requires_grad=needs_grad)
+    conv.bias = nn.Parameter(bias, requires_grad=needs_grad)
     left = FoldedNorm()
     for name, module in norm.named_children():
         left.add_module(name, module)

@@ -15,7 +15,7 @@ from .plan import Plan
 from .spec import SKSpec
 
 if TYPE_CHECKING:
-    from .layers import SKUnit
+    from .unit import SKUnit
 
 
 def explain(layer: SKUnit, x: Tensor) -> Explanation:
