@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-Backend = Literal["auto", "triton", "reference"]
+Backend = Literal["auto", "triton", "reference", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 Schedule = Literal["store", "recompute"]
@@ -42,9 +42,9 @@ def use_backend(
     """Choose the backend in a ``with`` block, or in a function when used as a decorator.
 
     Args:
-        name: "auto" takes Triton where it can run and else the reference; "triton" and "reference" take just
-            that: where Triton cannot run, the layer raises ``RuntimeError`` with the reason and never falls
-            back.
+        name: "auto" takes Triton on a GPU and PyTorch's operators, reordered for inference, on a CPU, where they
+            can run, and else the reference; "triton", "torch" and "reference" take just that: where it cannot
+            run, the layer raises ``RuntimeError`` with the reason and never falls back.
         schedule: with "triton", the one schedule to run; None takes the one that is expected to be fastest.
 
     Raises:

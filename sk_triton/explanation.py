@@ -15,14 +15,14 @@ from .plan import Plan
 from .spec import SKSpec
 
 if TYPE_CHECKING:
-    from .layers import SKUnit
+    from .unit import SKUnit
 
 
 def explain(layer: SKUnit, x: Tensor) -> Explanation:
     """What ``layer(x)`` would run under the current backend, grad mode and autocast, and why not the others.
 
     Raises:
-        RuntimeError: ``use_backend("triton")`` is in force and the kernels cannot run.
+        RuntimeError: ``use_backend("triton")`` or ``use_backend("torch")`` is in force and it cannot run.
     """
     check_input(x, layer.spec)
     x = x.to(autocast_dtype(x) or x.dtype)
@@ -44,6 +44,10 @@ class Explanation:
             f"schedule  {plan.schedule}",
             f"passes    {plan.passes:g} over one activation tensor (predicted)",
         ]
+        if plan.samples:
+            lines.append(f"samples   {plan.samples} at a time")
+        if plan.merged is not None:
+            lines.append(f"merged    {plan.merged}")
         for launch in plan.branch_launches:
             branches = ", ".join(map(str, self.spec.branches[launch.start : launch.stop]))
             lines.append(f"branches  {branches}")

@@ -1,17 +1,19 @@
-"""Parameters in the form the kernels read, and the cache that never serves a stale copy of them."""
+"""Parameters in the form a schedule reads, and the cache that never serves a stale copy of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .params import Branch, Gate
 from .plan import BranchLaunch, Plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Packed:
 class _Entry(NamedTuple):
     fingerprint: tuple
     sources: tuple[Tensor, ...]
-    packed: Packed
+    packed: Any
     stream: torch.cuda.Stream | None
 
 
@@ -68,7 +70,7 @@ class PackCache:
         """Forget everything."""
         self._entries = {}
 
-    def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], Packed]) -> Packed:
+    def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
         """The entry under `key` if `sources` are unchanged, else a new one from `build`.
 
         Raises:
@@ -120,12 +122,18 @@ class PackCache:
 
 def pack(plan: Plan, branches: Sequence[Branch], gate: Gate, cache: PackCache | None) -> Packed:
     """Parameters packed for `plan`, from `cache` where they are unchanged."""
-    if cache is None:
-        return _pack(plan, branches, gate)
-    epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
     layouts = tuple([_layout(launch) for launch in plan.branch_launches])
-    key = (plan.dtype, layouts, epsilons)
-    return cache.get(key, _sources(branches, gate), lambda: _pack(plan, branches, gate))
+    return remember(cache, (plan.dtype, layouts), branches, gate, lambda: _pack(plan, branches, gate))
+
+
+def remember(
+    cache: PackCache | None, key: Hashable, branches: Sequence[Branch], gate: Gate, build: Callable[[], T]
+) -> T:
+    """What `build` makes of a unit's parameters, from `cache` where they are unchanged; without one, made anew."""
+    if cache is None:
+        return build()
+    epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
+    return cache.get((key, epsilons), _sources(branches, gate), build)
 
 
 # The fields of a config that decide where a weight is packed; batch and image size only change the others.
@@ -139,15 +147,20 @@ def _layout(launch: BranchLaunch) -> Hashable:
 
 
 def fold_norm(norm: Any, bias: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`(scale, shift)` in fp32 with `norm(y + bias) = y * scale + shift`, for an eval-mode batch norm or None."""
-    shift = torch.zeros(width, dtype=torch.float32, device=like.device) if bias is None else bias.float()
+    """`(scale, shift)` with `norm(y + bias) = y * scale + shift`, for an eval-mode batch norm or None.
+
+    In float64 where `like` is, else in float32, rounded once.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if norm is None:
-        return torch.ones(width, dtype=torch.float32, device=like.device), shift
-    scale = (norm.running_var.float() + norm.eps).rsqrt()
+        ones = torch.ones(width, dtype=dtype, device=like.device)
+        return ones, torch.zeros_like(ones) if bias is None else bias.to(dtype)
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.float()
-    shift = (shift - norm.running_mean.float()) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.float()
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
+    shift = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
+    return scale.to(dtype), shift.to(dtype)
 
 
 @torch.no_grad()
@@ -205,8 +218,9 @@ def _sources(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
 def _norm_sources(norm: Any) -> list[Tensor]:
     if not isinstance(norm, nn.Module):
         return []
-    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return [t for t in tensors if isinstance(t, Tensor)]
+    # By the dictionaries: nn.Module's attribute access shows at batch 1.
+    tensors = (*norm._parameters.values(), norm._buffers["running_mean"], norm._buffers["running_var"])
+    return [t for t in tensors if t is not None]
 
 
 def _is_capturing(tensor: Tensor) -> bool:

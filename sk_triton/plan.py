@@ -10,6 +10,7 @@ import torch
 if TYPE_CHECKING:
     from .kernels.config import BranchConfig, GateConfig, SelectConfig
     from .kernels.geometry import ConvShape
+    from .spec import BranchSpec
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,15 @@ class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store" or "recompute", or "reference" and "eager".
+        backend, schedule: "triton" and "store" or "recompute", "torch" and "folded" or "merged", or "reference" and
+            "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None where there are none.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
+        samples: how many samples pass through all steps of a schedule on the CPU together.
+        merged: the kernel that holds those of all branches, for schedule "merged".
     """
 
     backend: str
@@ -51,6 +55,8 @@ class Plan:
     has_relu: bool = False
     gate_has_relu: bool = False
     allow_tf32: bool = False
+    samples: int = 0
+    merged: BranchSpec | None = None
 
     def rejecting(self, name: str, reason: str) -> Plan:
         """This plan, with one more alternative that was not taken."""

@@ -173,7 +173,5 @@ def test_select_config_covers_any_size():
 def test_run_refuses_other_plans():
     layer, x = LAYERS["paper"](), torch.randn(1, 16, 7, 5)
     plan = dispatch.choose(x, layer.branches(), layer.gate(), layer.spec, backend="reference")
-    with pytest.raises(
-        ValueError, match=r"plan must have backend 'triton' and a schedule of .* got reference/eager"
-    ):
+    with pytest.raises(ValueError, match="plan must have backend 'triton' or 'torch', got 'reference'"):
         dispatch.run(plan, x, layer.branches(), layer.gate(), layer.spec, None)
