@@ -41,7 +41,7 @@ COLUMN_REGISTERS = {"store": 112, "pool": 112, "select": 64}
 # Most of them where the loop over kernel columns is unrolled, which keeps more rows and weights alive.
 UNROLLED_REGISTERS = 56
 # Chips whose compiler spills with the unrolled weights of the widest groups.
-SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
+SPILLING_CHIPS = ("sm_80", "gfx942")
 
 
 @lru_cache(maxsize=4096)
@@ -154,18 +154,19 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
     group = max(shape.c_in, shape.c_out) // shape.groups
     block = max(16, next_power_of_2(group))
     candidates = []
-    for run_h, pixels, block_n, block_w in product(
-        (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), _pixel_counts(chip), (1, 2), (8, 16)
+    warps = [(pixels, 1) for pixels in _pixel_counts(chip)]
+    if block == 32 and chip.name not in SPILLING_CHIPS:
+        warps.append((16, 2))
+    for run_h, (pixels, num_warps), block_n, block_w in product(
+        (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), warps, (1, 2), (8, 16)
     ):
         # Fewer than 256 elements of a row are less than a thread's 16-byte load each.
-        if block * pixels < 256:
+        if block * pixels < 256 or block_n * block_w > pixels:
             continue
-        registers = run_h * block * pixels // 32
+        registers = run_h * block * pixels // (32 * num_warps)
         is_whole = run_h == h and shape.stride == 1 and pixels == block_n * block_w
         # A long column pays where it is the whole image; elsewhere the usual lengths do.
-        if registers > COLUMN_REGISTERS[task] or block_n * block_w > pixels:
-            continue
-        if not is_whole and (run_h > 8 or run_h in (3, 5, 6)):
+        if registers > COLUMN_REGISTERS[task] or (not is_whole and (run_h > 8 or run_h in (3, 5, 6))):
             continue
         candidates.append(
             ColumnConfig(
@@ -177,6 +178,7 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
                 RUN_H=run_h,
                 UNROLL=registers <= UNROLLED_REGISTERS
                 and (block < 32 or (task != "select" and chip.name not in SPILLING_CHIPS)),
+                num_warps=num_warps,
             )
         )
     return candidates
@@ -249,13 +251,12 @@ def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: 
     reach = max(d * (k - 1) for d, k in zip(shape.dilations, shape.kernels, strict=True))
     height, width = config.BLOCK_H * run_h * shape.stride, config.BLOCK_W * run_w * shape.stride
     halo = (height + reach) * (width + reach) / (height * width)
-    # Pixels of several samples are pooled by masked sums, not on the tensor core.
-    work = (
-        area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * (1.0 if config.BLOCK_N == 1 else 1.3)
-    )
+    # Pixels of several samples are pooled by sums, masked in every row where runs may overhang, not on the tensor core.
+    pooling = 1.0 if config.BLOCK_N == 1 else 1.1 if isinstance(config, ColumnConfig) else 1.3
+    work = area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * pooling
     if isinstance(config, ColumnConfig):
-        # Weights are loaded once per tile: about as much as an output costs for every 4 of them.
-        work += config.BLOCK_CI * 9 / 4
+        # Every program loads all weights of its group, 9 x BLOCK_CI for each of its channels.
+        work += 6.3 * config.BLOCK_CI
     blocks = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
     programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * cdiv(layout.blocks, blocks)
     # About 8 programs of this size keep one processor busy; fewer leave it idle.
