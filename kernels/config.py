@@ -66,4 +66,23 @@ class SelectConfig:
     num_warps: int = 4
 
 
+@dataclass(frozen=True)
+class MergedConfig(StreamConfig):
+    """`merged_conv_fwd_kernel`: as `StreamConfig`, of one sample; a program walks TILES_PER_PROGRAM tiles."""
+
+    TILES_PER_PROGRAM: int = 1
+
+
+@dataclass(frozen=True)
+class BorderConfig:
+    """`border_sums_fwd_kernel`: BLOCK_C channels x BLOCK_W columns; strips of at most ROWS rows, BLOCK_H at a time."""
+
+    BLOCK_C: int
+    BLOCK_H: int
+    BLOCK_W: int
+    ROWS: int
+    STRIPS_PER_PROGRAM: int
+    num_warps: int = 1
+
+
 BranchConfig = StreamConfig | TapConfig | DepthwiseConfig

@@ -6,14 +6,25 @@ by ``sk-triton resources``; none of them is a measured time.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
 import torch
 
 from .chips import Chip
-from .kernels.config import BranchConfig, DepthwiseConfig, GateConfig, SelectConfig, StreamConfig, TapConfig
+from .kernels.config import (
+    BorderConfig,
+    BranchConfig,
+    DepthwiseConfig,
+    GateConfig,
+    MergedConfig,
+    SelectConfig,
+    StreamConfig,
+    TapConfig,
+)
 from .kernels.geometry import ConvShape, blocking, cdiv, next_power_of_2, tiles
+from .kernels.merging import strips
 
 # Widest group, in channels, that the stream formulation keeps in registers without spilling.
 MAX_STREAM_CHANNELS = 32
@@ -176,3 +187,34 @@ def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: 
     # About 8 programs of this size keep one processor busy; fewer leave it idle.
     waves = cdiv(programs, 8 * chip.processors)
     return max(programs * work / (8 * chip.processors), waves * work) * blocks
+
+
+def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:
+    """Config for the pooled sums of the merged `shape` over `n` inputs of `h` x `w` pixels."""
+    block_w = min(32, max(4, next_power_of_2(w)))
+    block_h = max(1, min(32 // block_w, next_power_of_2(h)))
+    # As many programs as keep each processor busy with four, but at least 8 rows each: a program's sums cost as much.
+    columns = n * cdiv(w, block_w) * cdiv(shape.c_in, 64)
+    programs = max(1, min(cdiv(4 * chip.processors, columns), cdiv(h, 8)))
+    rows = cdiv(h, programs)
+    count = len(strips(shape, h, rows))
+    return BorderConfig(64, block_h, block_w, rows, cdiv(count, programs))
+
+
+def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip) -> MergedConfig:
+    """Config for the merged `shape` on a batch of `n` outputs of `h` x `w` pixels."""
+    group = max(shape.c_in, shape.c_out) // shape.groups
+    run_w = 2 if group <= 8 and _shares_row(shape) else 1
+    block = 8 if run_w == 2 else 16
+    longest = 7
+    candidates = [
+        MergedConfig(block, block, 16 // block_w, block_w, run_h, run_w)
+        for run_h, block_w in product((7, 4, 2, 1), (2, 4, 8, 16))
+        if run_h <= longest
+    ]
+    config = min(candidates, key=lambda c: _cost(c, shape, n, h, w, chip))
+    # A sample's weights are built once for all tiles of a program; a small batch is split to fill the chip.
+    tiles_h, tiles_w = tiles(shape, config, h, w)
+    programs = n * blocking(shape, config).blocks
+    splits = max(1, min(tiles_h * tiles_w, 8 * chip.processors // programs))
+    return replace(config, TILES_PER_PROGRAM=cdiv(tiles_h * tiles_w, splits))

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,20 @@ from .chips import CHIPS, Chip, chip_of
 from .environment import version
 from .packing import PackCache
 from .params import Branch, Gate
-from .plan import BranchLaunch, Plan
+from .plan import BranchLaunch, MergedLaunch, Plan
 from .spec import BranchSpec, SKSpec
+
+if TYPE_CHECKING:
+    from .kernels.geometry import ConvShape
 
 # Identities outside of training.
 _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays.
 MAX_AUTO_CHANNELS = 64
+# What a program of the merged convolution holds in registers: kernel side and channels per group.
+MAX_MERGED_KERNEL = 7
+MAX_MERGED_CHANNELS = 16
 
 
 def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[bool, str]:
@@ -64,8 +71,10 @@ def run(
     plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
 ) -> Tensor:
     """Run a plan whose backend is "triton"."""
-    from .schedules import store
+    from .schedules import merged, store
 
+    if plan.backend == "triton" and plan.schedule == "merged":
+        return merged.run(plan, x, branches, gate, spec, cache)
     if plan.backend != "triton" or plan.schedule != "store":
         raise ValueError(
             f"plan must have backend 'triton' and schedule 'store', got {plan.backend}/{plan.schedule}"
@@ -256,6 +265,87 @@ def plan_store(
         has_relu=spec.branch_act == "relu",
         gate_has_relu=spec.gate_act == "relu",
         allow_tf32=allow_tf32 and dtype == torch.float32,
+    )
+
+
+@lru_cache(maxsize=1024)
+def merged_reason(spec: SKSpec, dtype: torch.dtype, allow_tf32: bool) -> str:
+    """Why schedule "merged" cannot run a unit that the kernels can; "" if it can."""
+    from .kernels.merging import merged_shape
+
+    if spec.branch_act != "identity":
+        return f"branch_act is {spec.branch_act}; only linear branches merge into one convolution"
+    if spec.split_input:
+        return "split_input is set; branches of different inputs do not merge"
+    groups = {branch.groups for branch in spec.branches}
+    if len(groups) > 1:
+        return f"the branches have {sorted(groups)} groups; only equal groups merge"
+    if dtype == torch.float32 and not allow_tf32:
+        return "fp32 is IEEE; without tensor cores the merged weights do not fit in registers"
+    shape = merged_shape(_branches_shape(spec))
+    kernel = shape.kernels[0]
+    if kernel > MAX_MERGED_KERNEL:
+        return f"the taps lie on a lattice of side {kernel}; merged weights fit in registers up to {MAX_MERGED_KERNEL}"
+    width = max(shape.c_in, shape.c_out) // shape.groups
+    if width > MAX_MERGED_CHANNELS:
+        return f"a group has {width} channels; a sample's merged weights fit in registers up to {MAX_MERGED_CHANNELS}"
+    return ""
+
+
+@lru_cache(maxsize=1024)
+def plan_merged(
+    spec: SKSpec,
+    n: int,
+    h_in: int,
+    w_in: int,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+    chip: Chip,
+    is_converted: bool = False,
+) -> Plan:
+    """The plan of schedule "merged"; arguments as :func:`plan_store`.
+
+    Raises:
+        ValueError: the schedule cannot run the unit; the message is that of :func:`merged_reason`.
+    """
+    from . import analytic
+    from .kernels.merging import merged_shape
+
+    reason = merged_reason(spec, dtype, allow_tf32)
+    if reason:
+        raise ValueError(f"schedule merged cannot run the unit: {reason}")
+    branches = _branches_shape(spec)
+    shape = merged_shape(branches)
+    h, w = spec.output_size(h_in, w_in)
+    return Plan(
+        backend="triton",
+        schedule="merged",
+        passes=(2 + 2 * is_converted) * _input_passes(spec, h_in, w_in) + 1,
+        dtype=dtype,
+        gate=analytic.gate_config(spec.num_branches, spec.out_channels, spec.gate_width, dtype),
+        merged=MergedLaunch(
+            branches,
+            shape,
+            analytic.border_config(shape, n, h_in, w_in, chip),
+            analytic.merged_config(shape, n, h, w, dtype, chip),
+        ),
+        gate_has_relu=spec.gate_act == "relu",
+        allow_tf32=allow_tf32 and dtype == torch.float32,
+    )
+
+
+def _branches_shape(spec: SKSpec) -> ConvShape:
+    """The shape of all branches in one launch; their groups are equal."""
+    from .kernels.geometry import ConvShape
+
+    return ConvShape(
+        c_in=spec.branch_in_channels,
+        c_out=spec.out_channels,
+        groups=spec.branches[0].groups,
+        kernels=tuple(branch.kernel_size for branch in spec.branches),
+        dilations=tuple(branch.dilation for branch in spec.branches),
+        stride=spec.stride,
+        is_split=spec.split_input,
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .kernels.config import BranchConfig, GateConfig, SelectConfig
+    from .kernels.config import BorderConfig, BranchConfig, GateConfig, MergedConfig, SelectConfig
     from .kernels.geometry import ConvShape
 
 
@@ -24,6 +24,16 @@ class BranchLaunch:
 
 
 @dataclass(frozen=True)
+class MergedLaunch:
+    """Schedule "merged": the branches' own shape, that on their common lattice, and configs for its two launches."""
+
+    branches: ConvShape
+    shape: ConvShape
+    border: BorderConfig
+    conv: MergedConfig
+
+
+@dataclass(frozen=True)
 class Plan:
     """The choice for one call.
 
@@ -33,6 +43,7 @@ class Plan:
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None for the reference.
+        merged: shapes and configs of schedule "merged", else None.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
     """
 
@@ -44,6 +55,7 @@ class Plan:
     branch_launches: tuple[BranchLaunch, ...] = ()
     gate: GateConfig | None = None
     select: SelectConfig | None = None
+    merged: MergedLaunch | None = None
     has_relu: bool = False
     gate_has_relu: bool = False
     allow_tf32: bool = False

@@ -17,7 +17,7 @@ from ..kernels.gate import gate_fwd
 from ..kernels.geometry import tiles
 from ..kernels.launch import Launch
 from ..kernels.select import select_fwd
-from ..layout import memory_format
+from ..layout import memory_format, with_adjacent_channels
 from ..packing import PackCache, Packed, pack
 from ..params import Branch, Gate
 from ..plan import Plan
@@ -45,7 +45,7 @@ def prepare(
     assert plan.gate is not None
     assert plan.select is not None
     out_format = memory_format(x)
-    x = _with_adjacent_channels(x)
+    x = with_adjacent_channels(x)
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
     c, m = spec.out_channels, spec.num_branches
@@ -94,12 +94,3 @@ def prepare(
     )
     steps.append(select_fwd(u, attention, v, config=plan.select))
     return steps, v
-
-
-def _with_adjacent_channels(x: Tensor) -> Tensor:
-    """x itself where its channels are adjacent, else a channels_last copy: the one conversion that NCHW input costs."""
-    if x.stride(1) == 1:
-        return x
-    x = x.contiguous(memory_format=torch.channels_last)
-    # The stride of a single channel is arbitrary.
-    return x.as_strided(x.shape, (x.stride(0), 1, x.stride(2), x.stride(3)))
