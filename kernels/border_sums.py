@@ -24,11 +24,11 @@ def border_sums_fwd_kernel(
     stride_xn, stride_xh, stride_xw, stride_partial_n, stride_partial_t,
     STRIDE: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, HAS_SHIFT: tl.constexpr, IS_LARGE: tl.constexpr,
+    BLOCK_W: tl.constexpr, HAS_SHIFT: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """Pooled sums of BLOCK_G groups of one sample over STRIPS_PER_PROGRAM strips of rows x BLOCK_W columns.
 
-    A strip is rows of one section, STRIDE apart; BLOCK_H of them are read at a time. A group's GROUP_CI inputs and
+    A strip is rows of one section, STRIDE apart. A group's GROUP_CI inputs and
     GROUP_CO outputs are padded to BLOCK_CI and BLOCK_CO.
     """
     BLOCK_C: tl.constexpr = BLOCK_G * BLOCK_CI
@@ -45,13 +45,11 @@ def border_sums_fwd_kernel(
     else:
         ci = (block * BLOCK_G + offs_c // BLOCK_CI) * GROUP_CI + offs_c % BLOCK_CI
         mask_c = (ci < C_IN) & (offs_c % BLOCK_CI < GROUP_CI)
-    offs_p = tl.arange(0, BLOCK_H * BLOCK_W)
-    x = tile % TILES_W * BLOCK_W + offs_p % BLOCK_W
-    row = offs_p // BLOCK_W
+    x = tile % TILES_W * BLOCK_W + tl.arange(0, BLOCK_W)
     # Columns that no tap meets are in section -1 and are not read.
     section = tl.load(columns_ptr + x, mask=x < W_IN, other=-1)
     mask_x = (section >= 0)[:, None] & mask_c[None, :]
-    offs_x = (row * STRIDE * stride_xh)[:, None] + (x * stride_xw)[:, None] + ci[None, :]
+    offs_x = (x * stride_xw)[:, None] + ci[None, :]
     j = tl.arange(0, BLOCK_CO)
     offs_w = (j * C_IN)[:, None] + ci[None, :]
     mask_w = (j < GROUP_CO)[:, None] & mask_c[None, :]
@@ -62,12 +60,10 @@ def border_sums_fwd_kernel(
         y0 = tl.load(strips_ptr + strip * 3)
         rows = tl.load(strips_ptr + strip * 3 + 1)
         section_h = tl.load(strips_ptr + strip * 3 + 2)
-        acc = tl.zeros([BLOCK_H * BLOCK_W, BLOCK_C], tl.float32)
-        for i in range(0, rows, BLOCK_H):
-            mask = mask_x & (row < rows - i)[:, None]
-            acc += tl.load(x_ptr + (y0 + i * STRIDE) * stride_xh + offs_x, mask=mask, other=0.0).to(
-                tl.float32
-            )
+        acc = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
+        for i in range(rows):
+            row_ptr = x_ptr + (y0 + i * STRIDE) * stride_xh
+            acc += tl.load(row_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
         for section_w in range(SECTIONS_W):
             sums = tl.sum(tl.where((section == section_w)[:, None], acc, 0.0), axis=0)
             pair = section_h * SECTIONS_W + section_w
@@ -111,7 +107,7 @@ def border_sums_fwd(
     tiles_w = cdiv(w_in, config.BLOCK_W)
     if tiles != programs_h * tiles_w:
         raise ValueError(f"partial must have {programs_h * tiles_w} tiles, got shape {tuple(partial.shape)}")
-    extent = (h_in - 1 + config.BLOCK_H * shape.stride) * x.stride(2) + w_in * x.stride(3) + shape.c_in
+    extent = h_in * x.stride(2) + w_in * x.stride(3) + shape.c_in
     arguments = (
         x, w, w if shift is None else shift, strips, columns, partial,
         w_in, shape.c_in, c_out, pixels, len(strips), config.STRIPS_PER_PROGRAM, programs_h, tiles_w, blocks,
@@ -124,7 +120,6 @@ def border_sums_fwd(
         "BLOCK_G": block_g,
         "BLOCK_CI": block_ci,
         "BLOCK_CO": next_power_of_2(group_co),
-        "BLOCK_H": config.BLOCK_H,
         "BLOCK_W": config.BLOCK_W,
         "HAS_SHIFT": shift is not None,
         "IS_LARGE": extent >= 2**31,

@@ -75,10 +75,9 @@ class MergedConfig(StreamConfig):
 
 @dataclass(frozen=True)
 class BorderConfig:
-    """`border_sums_fwd_kernel`: BLOCK_C channels x BLOCK_W columns; strips of at most ROWS rows, BLOCK_H at a time."""
+    """`border_sums_fwd_kernel`: BLOCK_C channels x BLOCK_W columns x STRIPS_PER_PROGRAM strips of at most ROWS rows."""
 
     BLOCK_C: int
-    BLOCK_H: int
     BLOCK_W: int
     ROWS: int
     STRIPS_PER_PROGRAM: int

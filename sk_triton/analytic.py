@@ -24,10 +24,13 @@ from .kernels.config import (
     TapConfig,
 )
 from .kernels.geometry import ConvShape, blocking, cdiv, next_power_of_2, tiles
-from .kernels.merging import strips
+from .kernels.merging import row_parts, strips
 
 # Widest group, in channels, that the stream formulation keeps in registers without spilling.
 MAX_STREAM_CHANNELS = 32
+# Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
+MAX_MERGED_CHANNELS = 16
+MAX_MERGED_REGISTERS = 120
 
 
 @lru_cache(maxsize=4096)
@@ -191,30 +194,47 @@ def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: 
 
 def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:
     """Config for the pooled sums of the merged `shape` over `n` inputs of `h` x `w` pixels."""
-    block_w = min(32, max(4, next_power_of_2(w)))
-    block_h = max(1, min(32 // block_w, next_power_of_2(h)))
-    # As many programs as keep each processor busy with four, but at least 8 rows each: a program's sums cost as much.
-    columns = n * cdiv(w, block_w) * cdiv(shape.c_in, 64)
-    programs = max(1, min(cdiv(4 * chip.processors, columns), cdiv(h, 8)))
-    rows = cdiv(h, programs)
-    count = len(strips(shape, h, rows))
-    return BorderConfig(64, block_h, block_w, rows, cdiv(count, programs))
+    columns = max(1, n) * cdiv(shape.c_in, 64) * cdiv(w, 64)
+    # Four programs keep one processor busy; a batch that gives fewer is cut into strips of rows, down to four rows.
+    programs_h = max(1, min(4 * chip.processors // columns, cdiv(h, 4)))
+    is_small = columns * programs_h < 2 * chip.processors
+    block_w = min(32 if is_small else 64, max(4, next_power_of_2(w)))
+    rows = cdiv(h, programs_h)
+    # A warp's sums of 32 columns spill.
+    return BorderConfig(
+        64, block_w, rows, cdiv(len(strips(shape, h, rows)), programs_h), 2 if block_w >= 32 else 1
+    )
 
 
 def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip) -> MergedConfig:
     """Config for the merged `shape` on a batch of `n` outputs of `h` x `w` pixels."""
-    group = max(shape.c_in, shape.c_out) // shape.groups
-    run_w = 2 if group <= 8 and _shares_row(shape) else 1
-    block = 8 if run_w == 2 else 16
-    longest = 7
+    block, run_w = _merged_block(shape)
+    registers = merged_registers(shape, dtype)
+    # What the weights leave: rows in flight, or pixels of a tile.
+    pixels = 8 if (dtype == torch.float32 and registers > 72) or shape.stride > 1 else 16
+    longest = 4 if registers > 100 and dtype != torch.float32 else 7
     candidates = [
-        MergedConfig(block, block, 16 // block_w, block_w, run_h, run_w)
+        MergedConfig(block, block, pixels // block_w, block_w, run_h, run_w)
         for run_h, block_w in product((7, 4, 2, 1), (2, 4, 8, 16))
-        if run_h <= longest
+        if run_h <= longest and block_w <= pixels
     ]
-    config = min(candidates, key=lambda c: _cost(c, shape, n, h, w, chip))
+    config = min(candidates, key=lambda candidate: _cost(candidate, shape, n, h, w, chip))
+    assert isinstance(config, MergedConfig)
     # A sample's weights are built once for all tiles of a program; a small batch is split to fill the chip.
     tiles_h, tiles_w = tiles(shape, config, h, w)
-    programs = n * blocking(shape, config).blocks
+    programs = max(1, n * blocking(shape, config).blocks)
     splits = max(1, min(tiles_h * tiles_w, 8 * chip.processors // programs))
     return replace(config, TILES_PER_PROGRAM=cdiv(tiles_h * tiles_w, splits))
+
+
+def merged_registers(shape: ConvShape, dtype: torch.dtype) -> int:
+    """Registers per thread of a warp that holds the weights of a channel block of the merged `shape`."""
+    block, run_w = _merged_block(shape)
+    config = MergedConfig(block, block, 1, 1, 1, run_w)
+    points = row_parts(shape, config, dtype)[-1]
+    return shape.kernels[0] * points * run_w * block * block * dtype.itemsize // 128
+
+
+def _merged_block(shape: ConvShape) -> tuple[int, int]:
+    """Channels of a block and outputs of a row run."""
+    return (8, 2) if max(shape.c_in, shape.c_out) // shape.groups <= 8 and _shares_row(shape) else (16, 1)

@@ -28,9 +28,6 @@ _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays.
 MAX_AUTO_CHANNELS = 64
-# What a program of the merged convolution holds in registers: kernel side and channels per group.
-MAX_MERGED_KERNEL = 7
-MAX_MERGED_CHANNELS = 16
 
 
 def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[bool, str]:
@@ -271,6 +268,7 @@ def plan_store(
 @lru_cache(maxsize=1024)
 def merged_reason(spec: SKSpec, dtype: torch.dtype, allow_tf32: bool) -> str:
     """Why schedule "merged" cannot run a unit that the kernels can; "" if it can."""
+    from . import analytic
     from .kernels.merging import merged_shape
 
     if spec.branch_act != "identity":
@@ -281,14 +279,20 @@ def merged_reason(spec: SKSpec, dtype: torch.dtype, allow_tf32: bool) -> str:
     if len(groups) > 1:
         return f"the branches have {sorted(groups)} groups; only equal groups merge"
     if dtype == torch.float32 and not allow_tf32:
-        return "fp32 is IEEE; without tensor cores the merged weights do not fit in registers"
+        return "fp32 is IEEE; products without tensor cores leave no registers for the merged weights"
     shape = merged_shape(_branches_shape(spec))
-    kernel = shape.kernels[0]
-    if kernel > MAX_MERGED_KERNEL:
-        return f"the taps lie on a lattice of side {kernel}; merged weights fit in registers up to {MAX_MERGED_KERNEL}"
     width = max(shape.c_in, shape.c_out) // shape.groups
-    if width > MAX_MERGED_CHANNELS:
-        return f"a group has {width} channels; a sample's merged weights fit in registers up to {MAX_MERGED_CHANNELS}"
+    if width > analytic.MAX_MERGED_CHANNELS:
+        return (
+            f"a group has {width} channels; above {analytic.MAX_MERGED_CHANNELS} weights of each sample's own cost "
+            "more than the passes that they save"
+        )
+    registers = analytic.merged_registers(shape, dtype)
+    if registers > analytic.MAX_MERGED_REGISTERS:
+        return (
+            f"merged weights on a {shape.kernels[0]} x {shape.kernels[0]} lattice take {registers} registers; "
+            f"at most {analytic.MAX_MERGED_REGISTERS} are left"
+        )
     return ""
 
 
