@@ -200,9 +200,13 @@ def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> Borde
     is_small = columns * programs_h < 2 * chip.processors
     block_w = min(32 if is_small else 64, max(4, next_power_of_2(w)))
     rows = cdiv(h, programs_h)
-    # A warp's sums of 32 columns spill.
+    # 4096 sums a program spill in one warp; of 32 columns, two warps of 64 channels do as well before sm_90.
     return BorderConfig(
-        64, block_w, rows, cdiv(len(strips(shape, h, rows)), programs_h), 2 if block_w >= 32 else 1
+        BLOCK_C=32 if block_w == 32 else 64,
+        BLOCK_W=block_w,
+        ROWS=rows,
+        STRIPS_PER_PROGRAM=cdiv(len(strips(shape, h, rows)), programs_h),
+        num_warps=2 if block_w == 64 else 1,
     )
 
 
@@ -210,9 +214,10 @@ def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, 
     """Config for the merged `shape` on a batch of `n` outputs of `h` x `w` pixels."""
     block, run_w = _merged_block(shape)
     registers = merged_registers(shape, dtype)
-    # What the weights leave: rows in flight, or pixels of a tile.
-    pixels = 8 if (dtype == torch.float32 and registers > 72) or shape.stride > 1 else 16
-    longest = 4 if registers > 100 and dtype != torch.float32 else 7
+    # What the weights leave: rows in flight, or pixels of a tile. Before sm_90 the compiler needs more for the same.
+    is_crowded = registers > 72 and (dtype == torch.float32 or chip.name in ("sm_80", "sm_86", "sm_89"))
+    pixels = 8 if is_crowded or shape.stride > 1 else 16
+    longest = 4 if is_crowded or registers > 100 else 7
     candidates = [
         MergedConfig(block, block, pixels // block_w, block_w, run_h, run_w)
         for run_h, block_w in product((7, 4, 2, 1), (2, 4, 8, 16))
