@@ -28,8 +28,8 @@ def border_sums_fwd_kernel(
 ):  # fmt: skip
     """Pooled sums of BLOCK_G groups of one sample over STRIPS_PER_PROGRAM strips of rows x BLOCK_W columns.
 
-    A strip is rows of one section, STRIDE apart. A group's GROUP_CI inputs and
-    GROUP_CO outputs are padded to BLOCK_CI and BLOCK_CO.
+    A strip is rows of one section, STRIDE apart. A group's GROUP_CI inputs and GROUP_CO outputs are padded to BLOCK_CI
+    and BLOCK_CO.
     """
     BLOCK_C: tl.constexpr = BLOCK_G * BLOCK_CI
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
