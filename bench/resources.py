@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
 import json
 import multiprocessing
@@ -16,13 +15,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from sk_triton import dispatch, plans, tuning
+from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS
 from sk_triton.environment import require
 from sk_triton.kernels.launch import Launch
-from sk_triton.packing import Packed
 from sk_triton.plan import BranchLaunch, Plan
 
 from .grid import CASES, UNITS, Case
+from .planned import planned_steps
 
 if TYPE_CHECKING:
     from .compile import Resources
@@ -62,32 +62,13 @@ class Row:
         return found
 
 
-def launches(case: Case, target: str, schedule: str = "store") -> tuple[Plan, list[Launch]]:
+def launches(case: Case, target: str, schedule: Schedule = "store") -> tuple[Plan, list[Launch]]:
     """The plan and the kernel launches of `case` under a schedule on chip `target`, on meta tensors.
 
     Raises:
         RuntimeError: the schedule cannot run the case.
     """
-    prepare = importlib.import_module(f"sk_triton.schedules.{schedule}").prepare
-    spec = case.spec
-    x = torch.empty((case.n, spec.in_channels, case.size, case.size), dtype=case.dtype, device="meta").to(
-        memory_format=torch.channels_last
-    )
-    plan = plans.plan_schedule(schedule, *_size(case, target))
-    m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
-    packed = Packed(
-        weights=tuple(x.new_empty(16) for _ in plan.branch_launches),
-        shifts=tuple(
-            x.new_empty((launch.stop - launch.start, c), dtype=torch.float32)
-            for launch in plan.branch_launches
-        ),
-        reduce_weight=x.new_empty((d, c)),
-        gate_scale=x.new_empty(d, dtype=torch.float32),
-        gate_shift=x.new_empty(d, dtype=torch.float32),
-        select_weight=x.new_empty((m, c, d)),
-        select_bias=x.new_empty((m, c), dtype=torch.float32) if spec.select_bias else None,
-    )
-    steps, _ = prepare(plan, x, packed, spec)
+    plan, steps, _ = planned_steps(schedule, *_size(case, target))
     return plan, [step for step in steps if isinstance(step, Launch)]
 
 
@@ -125,8 +106,8 @@ def measure(case: Case, target: str) -> list[Row]:
     return rows
 
 
-def _schedules(case: Case, target: str) -> list[str]:
-    return [name for name in plans.SCHEDULES if not plans.refusal(name, *_size(case, target))]
+def _schedules(case: Case, target: str) -> list[Schedule]:
+    return [name for name in SCHEDULES if not plans.refusal(name, *_size(case, target))]
 
 
 def _branches_first(found: list[Launch]) -> list[Launch]:

@@ -85,4 +85,22 @@ class SelectConfig:
     num_warps: int = 4
 
 
+@dataclass(frozen=True)
+class MergedConfig(StreamConfig):
+    """`merged_conv_fwd_kernel`: as `StreamConfig`, of one sample; a program walks TILES_PER_PROGRAM tiles."""
+
+    TILES_PER_PROGRAM: int = 1
+
+
+@dataclass(frozen=True)
+class BorderConfig:
+    """`border_sums_fwd_kernel`: BLOCK_C channels x BLOCK_W columns x STRIPS_PER_PROGRAM strips of at most ROWS rows."""
+
+    BLOCK_C: int
+    BLOCK_W: int
+    ROWS: int
+    STRIPS_PER_PROGRAM: int
+    num_warps: int = 1
+
+
 BranchConfig = StreamConfig | ColumnConfig | TapConfig | DepthwiseConfig

@@ -6,6 +6,7 @@ by ``sk-triton resources``; none of them is a measured time.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -14,10 +15,12 @@ import torch
 from .chips import NARROW_PRODUCTS, Chip
 from .environment import triton_version
 from .kernels.config import (
+    BorderConfig,
     BranchConfig,
     ColumnConfig,
     DepthwiseConfig,
     GateConfig,
+    MergedConfig,
     SelectConfig,
     StreamConfig,
     TapConfig,
@@ -33,6 +36,7 @@ from .kernels.geometry import (
     row_run,
     tiles,
 )
+from .kernels.merging import row_parts, strips
 
 # Widest group, in channels, whose accumulators and rows the unrolled formulations keep in registers without spilling.
 MAX_UNROLLED_CHANNELS = 32
@@ -42,6 +46,9 @@ COLUMN_REGISTERS = {"store": 112, "pool": 112, "select": 64}
 UNROLLED_REGISTERS = 56
 # Chips whose compiler spills with the unrolled weights of the widest groups.
 SPILLING_CHIPS = ("sm_80", "gfx942")
+# Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
+MAX_MERGED_CHANNELS = 16
+MAX_MERGED_REGISTERS = 120
 
 
 @lru_cache(maxsize=4096)
@@ -262,3 +269,56 @@ def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: 
     # About 8 programs of this size keep one processor busy; fewer leave it idle.
     waves = cdiv(programs, 8 * chip.processors)
     return max(programs * work / (8 * chip.processors), waves * work) * blocks
+
+
+def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:
+    """Config for the pooled sums of the merged `shape` over `n` inputs of `h` x `w` pixels."""
+    columns = max(1, n) * cdiv(shape.c_in, 64) * cdiv(w, 64)
+    # Four programs keep one processor busy; a batch that gives fewer is cut into strips of rows, down to four rows.
+    programs_h = max(1, min(4 * chip.processors // columns, cdiv(h, 4)))
+    is_small = columns * programs_h < 2 * chip.processors
+    block_w = min(32 if is_small else 64, max(4, next_power_of_2(w)))
+    rows = cdiv(h, programs_h)
+    # 4096 sums a program spill in one warp; of 32 columns, two warps of 64 channels do as well before sm_90.
+    return BorderConfig(
+        BLOCK_C=32 if block_w == 32 else 64,
+        BLOCK_W=block_w,
+        ROWS=rows,
+        STRIPS_PER_PROGRAM=cdiv(len(strips(shape, h, rows)), programs_h),
+        num_warps=2 if block_w == 64 else 1,
+    )
+
+
+def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip) -> MergedConfig:
+    """Config for the merged `shape` on a batch of `n` outputs of `h` x `w` pixels."""
+    block, run_w = _merged_block(shape)
+    registers = merged_registers(shape, dtype)
+    # What the weights leave: rows in flight, or pixels of a tile. Before sm_90 the compiler needs more for the same.
+    is_crowded = registers > 72 and (dtype == torch.float32 or chip.name in ("sm_80", "sm_86", "sm_89"))
+    pixels = 8 if (is_crowded or shape.stride > 1) and triton_version() >= NARROW_PRODUCTS else 16
+    longest = 4 if is_crowded or registers > 100 else 7
+    candidates = [
+        MergedConfig(block, block, pixels // block_w, block_w, run_h, run_w)
+        for run_h, block_w in product((7, 4, 2, 1), (2, 4, 8, 16))
+        if run_h <= longest and block_w <= pixels
+    ]
+    config = min(candidates, key=lambda candidate: _cost(candidate, shape, n, h, w, chip, "store"))
+    assert isinstance(config, MergedConfig)
+    # A sample's weights are built once for all tiles of a program; a small batch is split to fill the chip.
+    tiles_h, tiles_w = tiles(shape, config, h, w)
+    programs = max(1, n * blocking(shape, config).blocks)
+    splits = max(1, min(tiles_h * tiles_w, 8 * chip.processors // programs))
+    return replace(config, TILES_PER_PROGRAM=cdiv(tiles_h * tiles_w, splits))
+
+
+def merged_registers(shape: ConvShape, dtype: torch.dtype) -> int:
+    """Registers per thread of a warp that holds the weights of a channel block of the merged `shape`."""
+    block, run_w = _merged_block(shape)
+    config = MergedConfig(block, block, 1, 1, 1, run_w)
+    points = row_parts(shape, config, dtype)[-1]
+    return shape.kernels[0] * points * run_w * block * block * dtype.itemsize // 128
+
+
+def _merged_block(shape: ConvShape) -> tuple[int, int]:
+    """Channels of a block and outputs of a row run."""
+    return (8, 2) if max(shape.c_in, shape.c_out) // shape.groups <= 8 and _shares_row(shape) else (16, 1)

@@ -13,7 +13,7 @@ import torch
 Backend = Literal["auto", "triton", "reference", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-Schedule = Literal["store", "recompute"]
+Schedule = Literal["store", "recompute", "merged"]
 """Schedules of the Triton backend."""
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 

@@ -83,9 +83,9 @@ def run(
     """Run a plan whose backend is "triton" or "torch"."""
     schedules: dict[str, ModuleType]
     if plan.backend == "triton":
-        from .schedules import recompute, store  # they import Triton
+        from .schedules import merged, recompute, store  # they import Triton
 
-        schedules = {"store": store, "recompute": recompute}
+        schedules = {"store": store, "recompute": recompute, "merged": merged}
     elif plan.backend == "torch":
         schedules = {"folded": cpu_folded, "merged": cpu_merged}
     else:

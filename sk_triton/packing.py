@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .params import Branch, Gate
-from .plan import BranchLaunch, Plan
+from .plan import BranchLaunch, MergedLaunch, Plan
 
 T = TypeVar("T")
 
@@ -197,6 +197,89 @@ def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
         gate_shift=gate_shift,
         select_weight=select_weight.to(plan.dtype).reshape(len(branches), -1, width),
         select_bias=select_bias,
+    )
+
+
+@dataclass(frozen=True)
+class MergedPacked(Packed):
+    """A unit's parameters, packed for a plan of schedule "merged" on inputs of one size.
+
+    Attributes:
+        weights, shifts: one tensor of all branches on their common lattice, norms left out, and their shifts.
+        scale: ``[M, C]`` fp32, the norms' scales, or None without norms.
+        section_weights, pooled_shift: what a pixel of x, and a pixel of the output, add to the pooled sums.
+        strips, columns: int32 tables of the rows and columns of x, see `border_sums_fwd`.
+    """
+
+    scale: Tensor | None
+    section_weights: Tensor
+    pooled_shift: Tensor | None
+    strips: Tensor
+    columns: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        own = (self.scale, self.section_weights, self.pooled_shift, self.strips, self.columns)
+        return [*super().tensors(), *(t for t in own if t is not None)]
+
+
+def pack_merged(
+    plan: Plan, h: int, w: int, branches: Sequence[Branch], gate: Gate, cache: PackCache | None
+) -> MergedPacked:
+    """Parameters packed for `plan` on inputs of `h` x `w` pixels, from `cache` where they are unchanged."""
+    assert plan.merged_launch is not None
+    if cache is None:
+        return _pack_merged(plan, plan.merged_launch, h, w, branches, gate)
+    epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
+    launch = plan.merged_launch
+    layout = (
+        launch.branches,
+        launch.conv.BLOCK_CI,
+        launch.conv.BLOCK_CO,
+        launch.conv.RUN_W,
+        launch.border.ROWS,
+    )
+    packed = cache.get(
+        (plan.dtype, "merged", layout, h, w, epsilons),
+        _sources(branches, gate),
+        lambda: _pack_merged(plan, launch, h, w, branches, gate),
+    )
+    assert isinstance(packed, MergedPacked)
+    return packed
+
+
+@torch.no_grad()
+def _pack_merged(
+    plan: Plan, launch: MergedLaunch, h: int, w: int, branches: Sequence[Branch], gate: Gate
+) -> MergedPacked:
+    from .kernels.merging import column_sections, section_weights, strips, widen_kernel
+    from .kernels.packing import pack_branch_weights
+
+    kernel, pitch = launch.shape.kernels[0], launch.shape.dilations[0]
+    wide, scaled, scales, shifts = [], [], [], []
+    for branch, dilation in zip(branches, launch.branches.dilations, strict=True):
+        scale, shift = fold_norm(branch.norm, branch.bias, branch.weight.shape[0], branch.weight)
+        weight = widen_kernel(branch.weight.to(plan.dtype).float(), dilation, kernel, pitch)
+        wide.append(weight)
+        scaled.append(weight * scale[:, None, None, None])
+        scales.append(scale)
+        shifts.append(shift)
+    has_norm = any(branch.norm is not None for branch in branches)
+    has_shift = has_norm or any(branch.bias is not None for branch in branches)
+    rest = _pack(plan, branches, gate)
+    device = branches[0].weight.device
+    return MergedPacked(
+        weights=(pack_branch_weights(wide, launch.shape, launch.conv, plan.dtype),),
+        shifts=(torch.stack(shifts) if has_shift else None,),
+        reduce_weight=rest.reduce_weight,
+        gate_scale=rest.gate_scale,
+        gate_shift=rest.gate_shift,
+        select_weight=rest.select_weight,
+        select_bias=rest.select_bias,
+        scale=torch.stack(scales) if has_norm else None,
+        section_weights=section_weights(scaled, launch.shape, h, w),
+        pooled_shift=torch.stack(shifts).sum(0) if has_shift else None,
+        strips=torch.tensor(strips(launch.shape, h, launch.border.ROWS), dtype=torch.int32, device=device),
+        columns=torch.tensor(column_sections(launch.shape, w), dtype=torch.int32, device=device),
     )
 
 

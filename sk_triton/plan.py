@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .kernels.config import BranchConfig, GateConfig, SelectConfig
+    from .kernels.config import BorderConfig, BranchConfig, GateConfig, MergedConfig, SelectConfig
     from .kernels.geometry import ConvShape
     from .spec import BranchSpec
 
@@ -29,19 +29,30 @@ class BranchLaunch:
 
 
 @dataclass(frozen=True)
+class MergedLaunch:
+    """Schedule "merged": the branches' own shape, that on their common lattice, and configs for its two launches."""
+
+    branches: ConvShape
+    shape: ConvShape
+    border: BorderConfig
+    conv: MergedConfig
+
+
+@dataclass(frozen=True)
 class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store" or "recompute", "torch" and "folded" or "merged", or "reference" and
-            "eager".
+        backend, schedule: "triton" and "store", "recompute" or "merged"; "torch" and "folded" or "merged"; or
+            "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None where there are none.
+        merged_launch: shapes and configs of the Triton schedule "merged", else None.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
         samples: how many samples pass through all steps of a schedule on the CPU together.
-        merged: the kernel that holds those of all branches, for schedule "merged".
+        merged: the kernel that holds those of all branches, for the CPU's schedule "merged".
     """
 
     backend: str
@@ -52,6 +63,7 @@ class Plan:
     branch_launches: tuple[BranchLaunch, ...] = ()
     gate: GateConfig | None = None
     select: SelectConfig | None = None
+    merged_launch: MergedLaunch | None = None
     has_relu: bool = False
     gate_has_relu: bool = False
     allow_tf32: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
 from typing import Any
@@ -10,18 +11,18 @@ from typing import Any
 import torch
 
 from . import analytic, tuning
+from .backend import Schedule
 from .chips import Chip
 from .kernels.config import StreamConfig
 from .kernels.geometry import ConvShape, can_run
-from .plan import BranchLaunch, Plan
+from .kernels.merging import merged_shape
+from .plan import BranchLaunch, MergedLaunch, Plan
 from .spec import BranchSpec, SKSpec
-
-SCHEDULES = ("store", "recompute")
 
 
 @lru_cache(maxsize=1024)
 def plan_schedule(
-    schedule: str,
+    schedule: Schedule,
     spec: SKSpec,
     n: int,
     h_in: int,
@@ -44,7 +45,7 @@ def plan_schedule(
     return plan
 
 
-def refusal(schedule: str, spec: SKSpec, *size: Any) -> str:
+def refusal(schedule: Schedule, spec: SKSpec, *size: Any) -> str:
     """Why a schedule cannot run a unit, "" if it can; `size` as :func:`plan_schedule`."""
     plan = _PLANNERS[schedule](spec, *size)
     return plan if isinstance(plan, str) else ""
@@ -67,6 +68,12 @@ def fastest_plan(
     """
     size = (spec, n, h_in, w_in, dtype, allow_tf32, chip, is_converted)
     store = plan_store(*size)
+    merged = _plan_merged(*size)
+    if not isinstance(merged, str):
+        return merged.rejecting(
+            "store", f"{store.passes:g} passes over memory, against {merged.passes:g}"
+        ).rejecting("recompute", "as many passes as merged, and every branch convolved twice")
+    store = store.rejecting("merged", merged)
     recompute = _plan_recompute(*size)
     if isinstance(recompute, str):
         return store.rejecting("recompute", recompute)
@@ -84,7 +91,9 @@ def fastest_plan(
         return store.rejecting(
             "recompute", f"{recompute.passes:g} passes over memory, against {store.passes:g}"
         )
-    return recompute.rejecting("store", f"{store.passes:g} passes over memory, against {recompute.passes:g}")
+    return recompute.rejecting("merged", merged).rejecting(
+        "store", f"{store.passes:g} passes over memory, against {recompute.passes:g}"
+    )
 
 
 def plan_store(
@@ -137,7 +146,58 @@ def _plan_recompute(
     return _plan("recompute", passes, tuple(launches), spec, h_in, w_in, dtype, allow_tf32)
 
 
-_PLANNERS: dict[str, Callable[..., Plan | str]] = {"store": plan_store, "recompute": _plan_recompute}
+def _plan_merged(
+    spec: SKSpec,
+    n: int,
+    h_in: int,
+    w_in: int,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+    chip: Chip,
+    is_converted: bool = False,
+) -> Plan | str:
+    """The plan of schedule "merged", or why it cannot run."""
+    if spec.branch_act != "identity":
+        return f"branch_act is {spec.branch_act}; only linear branches merge into one convolution"
+    if spec.split_input:
+        return "split_input is set; branches of different inputs do not merge"
+    shapes = conv_shapes(spec)
+    if len(shapes) > 1:
+        groups = sorted({branch.groups for branch in spec.branches})
+        return f"the branches have {groups} groups; only equal groups merge"
+    if dtype == torch.float32 and not allow_tf32:
+        return "fp32 is IEEE; products without tensor cores leave no registers for the merged weights"
+    ((_, _, branches),) = shapes
+    shape = merged_shape(branches)
+    width = max(shape.c_in, shape.c_out) // shape.groups
+    if width > analytic.MAX_MERGED_CHANNELS:
+        return (
+            f"a group has {width} channels; above {analytic.MAX_MERGED_CHANNELS} weights of each sample's own cost "
+            "more than the passes that they save"
+        )
+    registers = analytic.merged_registers(shape, dtype)
+    if registers > analytic.MAX_MERGED_REGISTERS:
+        return (
+            f"merged weights on a {shape.kernels[0]} x {shape.kernels[0]} lattice take {registers} registers; "
+            f"at most {analytic.MAX_MERGED_REGISTERS} are left"
+        )
+    h, w = spec.output_size(h_in, w_in)
+    merged = MergedLaunch(
+        branches,
+        shape,
+        analytic.border_config(shape, n, h_in, w_in, chip),
+        analytic.merged_config(shape, n, h, w, dtype, chip),
+    )
+    passes = (2 + 2 * is_converted) * input_passes(spec, h_in, w_in) + 1
+    plan = _plan("merged", passes, (), spec, h_in, w_in, dtype, allow_tf32)
+    return replace(plan, merged_launch=merged)
+
+
+_PLANNERS: dict[Schedule, Callable[..., Plan | str]] = {
+    "store": plan_store,
+    "recompute": _plan_recompute,
+    "merged": _plan_merged,
+}
 
 
 def conv_shapes(spec: SKSpec) -> list[tuple[int, int, ConvShape]]:

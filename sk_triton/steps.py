@@ -1,4 +1,4 @@
-"""Steps that several schedules share: the conversion of the input, and the gate."""
+"""Steps that several schedules share."""
 
 from __future__ import annotations
 
@@ -18,15 +18,6 @@ Step = Launch | Callable[[], object]
 
 # The gate walks the partial sums of a channel one tile after another; past this many a reduction of its own is faster.
 MAX_GATE_TILES = 64
-
-
-def with_adjacent_channels(x: Tensor) -> Tensor:
-    """x itself where its channels are adjacent, else a channels_last copy: the one conversion that NCHW input costs."""
-    if x.stride(1) == 1:
-        return x
-    x = x.contiguous(memory_format=torch.channels_last)
-    # The stride of a single channel is arbitrary.
-    return x.as_strided(x.shape, (x.stride(0), 1, x.stride(2), x.stride(3)))
 
 
 def gate_steps(plan: Plan, partial: Tensor, packed: Packed, attention: Tensor, *, pixels: int) -> list[Step]:

@@ -105,6 +105,6 @@ def test_a_schedule_that_cannot_run_raises_with_the_reason():
             "recompute", paper_unit(128, groups=1), 8, 28, 28, torch.float16, False, CHIPS["sm_90"]
         )
     with pytest.raises(
-        ValueError, match="schedule must be one of 'store', 'recompute' with backend 'triton'"
+        ValueError, match="schedule must be one of 'store', 'recompute', 'merged' with backend 'triton'"
     ):
         use_backend("auto", schedule="store")

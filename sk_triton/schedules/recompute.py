@@ -13,12 +13,12 @@ from torch import Tensor
 
 from ..kernels.branch_conv import branch_pool_fwd, branch_select_fwd
 from ..kernels.geometry import tiles
-from ..layout import memory_format
+from ..layout import memory_format, with_adjacent_channels
 from ..packing import PackCache, Packed, pack
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec
-from ..steps import Step, gate_steps, with_adjacent_channels
+from ..steps import Step, gate_steps
 
 
 def run(
