@@ -9,7 +9,16 @@ is as high as the image, the rows beyond it, their masks and their products fall
 import triton
 import triton.language as tl
 
-from .tiling import SIZES, fold_pool, locate_tile, relu, widen
+from .tiling import (
+    SIZES,
+    as_operand,
+    fold_pool,
+    load_weight_operand,
+    locate_tile,
+    part_elements,
+    relu,
+    widen,
+)
 
 
 @triton.jit
@@ -31,10 +40,12 @@ def column_outputs(
     LAST_OWN: tl.constexpr = FIRST_OWN + (RUN_H - 1) * STEP_R
     START: tl.constexpr = FIRST_OWN if IS_WHOLE_H else 0
     STOP: tl.constexpr = LAST_OWN + 1 if IS_WHOLE_H else LAST_OWN + FIRST_OWN + 1
-    ci = tl.arange(0, BLOCK_CI)
+    IS_DIRECT: tl.constexpr = BLOCK_CI <= 32 and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    IS_SHORT: tl.constexpr = IS_DIRECT and BLOCK_CI == 16
+    _, ci = part_elements(BLOCK_CI, BLOCK_CI, IS_SHORT)
     co = tl.arange(0, BLOCK_CO)
     offs_x = (sample * stride_xn + y * STRIDE * stride_xh + x * STRIDE * stride_xw)[:, None] + ci[None, :]
-    offs_w = co[:, None] * BLOCK_CI + ci[None, :]
+    offs_w = co[:, None] * BLOCK_CI + tl.arange(0, BLOCK_CI)[None, :]
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + co, mask=co < CO_END, other=0.0)
         start = tl.broadcast_to(shift[:, None], [BLOCK_CO, BLOCK_P])
@@ -51,7 +62,11 @@ def column_outputs(
         mask_x = mask_p & (x_in >= 0) & (x_in < W_IN)
         weights = ()
         for ky in tl.static_range(KERNEL):
-            weights = weights + (tl.load(w_ptr + (ky * KERNEL + kx) * (BLOCK_CO * BLOCK_CI) + offs_w),)
+            tap_ptr = w_ptr + (ky * KERNEL + kx) * (BLOCK_CO * BLOCK_CI)
+            if IS_DIRECT:
+                weights = weights + (load_weight_operand(tap_ptr, BLOCK_CO, BLOCK_CI),)
+            else:
+                weights = weights + (tl.load(tap_ptr + offs_w),)
         for first in tl.static_range(START, STOP, ROWS):
             rows = ()
             for i in tl.static_range(first, min(first + ROWS, STOP)):
@@ -63,7 +78,8 @@ def column_outputs(
                 if HAS_CHANNEL_MASK:
                     mask = mask & (ci < CI_END)[None, :]
                 row = (i * PITCH - HALF * DILATION) * stride_xh + dx * stride_xw
-                rows = rows + (tl.load(x_ptr + row + offs_x, mask=mask, other=0.0),)
+                taps = tl.load(x_ptr + row + offs_x, mask=mask, other=0.0)
+                rows = rows + (as_operand(taps, IS_SHORT) if IS_DIRECT else taps,)
             added = ()
             for r in tl.static_range(RUN_H):
                 acc = outputs[r]

@@ -9,7 +9,18 @@ product with the pixel mask that pools it. Derivation and instruction counts: `k
 import triton
 import triton.language as tl
 
-from .tiling import SIZES, fold_pool, in_image_order, locate_tile, pooled_pixels, relu, run_origin, widen
+from .tiling import (
+    SIZES,
+    as_operand,
+    fold_pool,
+    in_image_order,
+    load_weight_operand,
+    locate_tile,
+    pooled_pixels,
+    relu,
+    run_origin,
+    widen,
+)
 
 
 @triton.jit
@@ -31,6 +42,10 @@ def stream_loads(
     BLOCK_K: tl.constexpr = SPAN * BLOCK_CI
     FIRST_OWN: tl.constexpr = HALF * STEP_K
     LAST_OWN: tl.constexpr = FIRST_OWN + (RUN_H - 1) * STEP_R
+    # Rows of 32 16-bit elements go from memory to the tensor core without passing through shared memory.
+    IS_DIRECT: tl.constexpr = (
+        BLOCK_K == 32 and BLOCK_M % 16 == 0 and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    )
     offs_k = tl.arange(0, BLOCK_K)
     offs_m = tl.arange(0, BLOCK_M)
     ci = offs_k % BLOCK_CI
@@ -52,14 +67,18 @@ def stream_loads(
                     mask &= (ci < CI_END)[None, :]
                 # The row term is uniform: one scalar offset per row, not one per element.
                 row = (i * PITCH - HALF * DILATION) * stride_xh + dx * stride_xw
-                rows = rows + (tl.load(x_ptr + row + offs_x, mask=mask, other=0.0),)
+                taps = tl.load(x_ptr + row + offs_x, mask=mask, other=0.0)
+                rows = rows + (as_operand(taps, False) if IS_DIRECT else taps,)
             else:
                 rows = rows + (rows[0],)
 
     weights = ()
     for tap in tl.static_range(KERNEL * TAPS_W):
-        offs_w = (tap * BLOCK_M + offs_m[:, None]) * BLOCK_K + offs_k[None, :]
-        weights = weights + (tl.load(w_ptr + offs_w),)
+        if IS_DIRECT:
+            weights = weights + (load_weight_operand(w_ptr + tap * (BLOCK_M * BLOCK_K), BLOCK_M, BLOCK_K),)
+        else:
+            offs_w = (tap * BLOCK_M + offs_m[:, None]) * BLOCK_K + offs_k[None, :]
+            weights = weights + (tl.load(w_ptr + offs_w),)
 
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + co, mask=co < CO_END, other=0.0)

@@ -13,38 +13,7 @@ from .config import MergedConfig
 from .geometry import ConvShape, blocking, cdiv, tiles
 from .launch import Launch
 from .merging import row_parts
-from .tiling import run_origin, widen
-
-
-@triton.jit
-def part_elements(BLOCK_CI: tl.constexpr, BLOCK_K: tl.constexpr, IS_SHORT: tl.constexpr):
-    """(lattice point, channel) of the elements of a part of a row, in the order of reading. [BLOCK_K] each"""
-    k = tl.arange(0, BLOCK_K)
-    if IS_SHORT:
-        # Bits 2 and 3 swapped: a thread reads 4 adjacent elements, not 8. Spelt so that Triton sees they are adjacent.
-        if BLOCK_CI == 8:
-            return k // 4 % 2, k // 8 * 4 + k % 4
-        else:
-            return k // 16, k // 8 * 4 + k // 4 % 2 * 8 + k % 4
-    else:
-        return k // BLOCK_CI, k % BLOCK_CI
-
-
-@triton.jit
-def as_operand(tile, IS_SHORT: tl.constexpr):
-    """`tile [rows, BLOCK_K]` with its columns in another order: that in which a warp's threads, each of which has read
-    adjacent elements, already hold what the tensor core wants of them. No shared memory is needed, and no barrier that
-    would hold back the loads of the next rows. A product whose operands are both in this order is the same product.
-    """
-    ROWS: tl.constexpr = tile.shape[0]
-    BLOCK_K: tl.constexpr = tile.shape[1]
-    if tile.dtype.primitive_bitwidth == 32:
-        tile = tl.permute(tl.reshape(tile, [ROWS, 4, 2, 2]), [0, 2, 3, 1])
-    elif IS_SHORT:
-        tile = tl.permute(tl.reshape(tile, [ROWS, 4, 2, 2]), [0, 2, 1, 3])
-    else:
-        tile = tl.permute(tl.reshape(tile, [ROWS, 4, 2, 2, 2]), [0, 2, 3, 1, 4])
-    return tl.reshape(tile, [ROWS, BLOCK_K])
+from .tiling import as_operand, part_elements, run_origin, widen
 
 
 @triton.jit

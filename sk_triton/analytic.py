@@ -40,8 +40,9 @@ from .kernels.merging import row_parts, strips
 
 # Widest group, in channels, whose accumulators and rows the unrolled formulations keep in registers without spilling.
 MAX_UNROLLED_CHANNELS = 32
-# Registers of a thread that the accumulators of a column may take, by task: selecting keeps two branches' at a time.
-COLUMN_REGISTERS = {"store": 112, "pool": 112, "select": 64}
+# Registers of a thread that the accumulators of a column may take. Half of them where two branches' are alive at a time,
+# to select, and for 32 channels per group, whose weights and rows take the rest.
+COLUMN_REGISTERS = 112
 # Most of them where the loop over kernel columns is unrolled, which keeps more rows and weights alive.
 UNROLLED_REGISTERS = 56
 # Chips whose compiler spills with the unrolled weights of the widest groups.
@@ -161,20 +162,21 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
     group = max(shape.c_in, shape.c_out) // shape.groups
     block = max(16, next_power_of_2(group))
     candidates = []
-    warps = [(pixels, 1) for pixels in _pixel_counts(chip)]
-    if block == 32 and chip.name not in SPILLING_CHIPS:
-        warps.append((16, 2))
-    for run_h, (pixels, num_warps), block_n, block_w in product(
-        (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), warps, (1, 2), (8, 16)
+    for run_h, pixels, block_n, block_w in product(
+        (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), _pixel_counts(chip), (1, 2), (8, 16)
     ):
         # Fewer than 256 elements of a row are less than a thread's 16-byte load each.
         if block * pixels < 256 or block_n * block_w > pixels:
             continue
-        registers = run_h * block * pixels // (32 * num_warps)
+        registers = run_h * block * pixels // 32
         is_whole = run_h == h and shape.stride == 1 and pixels == block_n * block_w
         # A long column pays where it is the whole image; elsewhere the usual lengths do.
-        if registers > COLUMN_REGISTERS[task] or (not is_whole and (run_h > 8 or run_h in (3, 5, 6))):
+        most = COLUMN_REGISTERS if block == 16 and task != "select" else COLUMN_REGISTERS // 2
+        if registers > most or (not is_whole and (run_h > 8 or run_h in (3, 5, 6))):
             continue
+        is_unrolled = registers <= UNROLLED_REGISTERS and (
+            block < 32 or (task != "select" and chip.name not in SPILLING_CHIPS)
+        )
         candidates.append(
             ColumnConfig(
                 BLOCK_CI=block,
@@ -183,9 +185,8 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
                 BLOCK_H=pixels // block_n // block_w,
                 BLOCK_W=block_w,
                 RUN_H=run_h,
-                UNROLL=registers <= UNROLLED_REGISTERS
-                and (block < 32 or (task != "select" and chip.name not in SPILLING_CHIPS)),
-                num_warps=num_warps,
+                ROWS=8 if is_unrolled and task != "select" else 4,
+                UNROLL=is_unrolled,
             )
         )
     return candidates

@@ -234,7 +234,7 @@ def test_explain_triton(x):
     assert "backend   triton" in text
     assert "schedule  store" in text
     assert "passes    10 over one activation tensor (predicted)" in text  # two of them convert NCHW
-    assert "branches  3x3 g4, 5x5 g4, 7x7 g4" in text
+    assert "store     3x3 g4, 5x5 g4, 7x7 g4" in text
     assert "source  analytic (sm_90)" in text
     assert "not reference: the kernels can run; eager takes 25 passes" in text
 
