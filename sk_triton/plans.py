@@ -13,7 +13,7 @@ import torch
 from . import analytic, tuning
 from .backend import Schedule
 from .chips import Chip
-from .kernels.config import StreamConfig
+from .kernels.config import ColumnConfig
 from .kernels.geometry import ConvShape, can_run
 from .kernels.merging import merged_shape
 from .plan import BranchLaunch, MergedLaunch, Plan
@@ -75,6 +75,7 @@ def fastest_plan(
         ).rejecting("recompute", "as many passes as merged, and every branch convolved twice")
     store = store.rejecting("merged", merged)
     recompute = _plan_recompute(*size)
+    groups = spec.branches[0].groups
     if isinstance(recompute, str):
         return store.rejecting("recompute", recompute)
     if dtype == torch.float32:
@@ -82,10 +83,13 @@ def fastest_plan(
         return store.rejecting(
             "recompute", "in fp32 the convolution is bound by arithmetic, and would run twice"
         )
-    if not isinstance(recompute.branch_launches[0].config, StreamConfig):
-        # Predicted on an H100 for groups of 16 and 32: 58 and 52 µs of shared memory, against 55 and 43 of "store".
+    if (
+        isinstance(recompute.branch_launches[0].config, ColumnConfig)
+        and spec.branch_in_channels > 16 * groups
+    ):
+        # Predicted for stage 4 on an H100: 50 µs, against 44 of "store" (`sk-triton explain --stage 4`).
         return store.rejecting(
-            "recompute", "groups above 8 channels are bound by loading weights, and would run twice"
+            "recompute", "groups above 16 channels are bound by loading weights, twice as many"
         )
     if recompute.passes >= store.passes:
         return store.rejecting(

@@ -91,7 +91,7 @@ def test_it_is_taken_where_it_saves_passes_and_the_plan_says_why_not_elsewhere()
     assert dict(chosen.rejected)["store"] == "6 passes over memory, against 3"
     for other, reason in (
         (plan(paper_unit(128), dtype=torch.float32), "bound by arithmetic"),
-        (plan(paper_unit(512), size=14), "bound by loading weights"),
+        (plan(paper_unit(1024), size=7), "bound by loading weights"),
         (plan(paper_unit(256, stride=2)), "9 passes over memory, against 9"),
         (plan(paper_unit(128, groups=1), size=28), "no kernel that selects"),
     ):
