@@ -56,7 +56,9 @@ class Row:
         precision = (
             "fp32" if self.kernel == "gate" and self.case.dtype == torch.float32 else self.case.precision
         )
-        uses_matrix = self.kernel not in ("select", "branch_conv_depthwise") and precision != "fp32"
+        uses_matrix = (
+            self.kernel not in ("select", "border_sums", "branch_conv_depthwise") and precision != "fp32"
+        )
         if uses_matrix and not self.resources.matrix:
             found.append("no tensor-core instruction")
         return found
@@ -85,7 +87,7 @@ def measure(case: Case, target: str) -> list[Row]:
     outputs = case.n * height * width * case.spec.out_channels
     planned = [
         (launch, plan.branch_launches[i] if i < len(plan.branch_launches) else None)
-        for plan, found in (launches(case, target, name) for name in _schedules(case, target))
+        for plan, found in (launches(case, target, name) for name in schedules(case, target))
         for i, launch in enumerate(_branches_first(found))
     ]
     for launch, branch_launch in planned:
@@ -106,7 +108,8 @@ def measure(case: Case, target: str) -> list[Row]:
     return rows
 
 
-def _schedules(case: Case, target: str) -> list[Schedule]:
+def schedules(case: Case, target: str) -> list[Schedule]:
+    """The schedules that can run a case."""
     return [name for name in SCHEDULES if not plans.refusal(name, *_size(case, target))]
 
 

@@ -16,8 +16,8 @@ def pack_branch_weights(
 
     Depthwise: `[M][k * k][C]`. Otherwise `[blocks][M][k][taps_w][chunks][RUN_W * BLOCK_CO][span * BLOCK_CI]`: the entry
     for output `(o, co)` and input `(j, ci)` is the weight of kernel column `j - o * step`, zero where that is outside
-    the kernel or co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups). Blocks that
-    go straight into registers (`is_operand`) are in the order of `operand_order`.
+    the kernel or co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups). Blocks
+    that go straight into registers (`is_operand`) are in the order of `operand_order`.
     """
     if isinstance(config, DepthwiseConfig):
         return torch.cat([w.reshape(shape.c_out, -1).t().reshape(-1) for w in weights]).to(dtype)

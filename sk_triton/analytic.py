@@ -40,8 +40,8 @@ from .kernels.merging import row_parts, strips
 
 # Widest group, in channels, whose accumulators and rows the unrolled formulations keep in registers without spilling.
 MAX_UNROLLED_CHANNELS = 32
-# Registers of a thread that the accumulators of a column may take. Half of them to select, where two branches' are alive
-# at a time, and for 32 channels per group, whose weights and rows take the rest.
+# Registers of a thread that the accumulators of a column may take. Half of them to select, where two branches' are
+# alive at a time, and for 32 channels per group, whose weights and rows take the rest.
 COLUMN_REGISTERS = 112
 # Most of them where the loop over kernel columns is unrolled, which keeps more rows and weights alive.
 UNROLLED_REGISTERS = 56
