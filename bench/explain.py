@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from sk_triton import dispatch
+from sk_triton import dispatch, plans
+from sk_triton.chips import CHIPS, Chip
 from sk_triton.environment import require
 
 from . import speed_of_light as sol
@@ -84,17 +85,19 @@ def problem_of(args: argparse.Namespace) -> Problem:
     return Problem(spec, shape[0], *shape[2:], *PRECISIONS[args.dtype])
 
 
-def choice(problem: Problem, predictions: list[Prediction]) -> tuple[str, str]:
-    """(what runs, why): "auto" keeps to the reference where it must, else the schedule predicted to be fastest."""
-    if reason := dispatch._slower_reason(problem.spec):
+def choice(problem: Problem, predictions: list[Prediction], chip: Chip) -> tuple[str, str]:
+    """(what "auto" runs, why): the dispatcher's own choice, beside the predictions."""
+    if reason := dispatch.slower_reason(problem.spec):
         return "reference", reason
-    ours = sorted((p for p in predictions if p.is_ours), key=lambda p: p.total)
-    others = ", ".join(f"{p.schedule} {_us(p.total)}" for p in predictions if p is not ours[0])
-    return ours[0].schedule, f"predicted {_us(ours[0].total)} µs, bound by {ours[0].bound}; {others}"
+    size = (problem.n, problem.height, problem.width, problem.dtype, problem.allow_tf32, chip)
+    chosen = plans.fastest_plan(problem.spec, *size).schedule
+    by_name = {prediction.schedule: prediction for prediction in predictions}
+    others = ", ".join(f"{name} {_us(p.total)}" for name, p in by_name.items() if name != chosen)
+    return chosen, f"predicted {_us(by_name[chosen].total)} µs, bound by {by_name[chosen].bound}; {others}"
 
 
 def predicted_markdown(gpu: str = "H100 SXM", batch: int = 128) -> str:
-    """The README's table of what is known without a GPU: SKNet-50's stages in fp16 under schedule "store".
+    """The README's table of what is known without a GPU: SKNet-50's stages in fp16, as "auto" runs them.
 
     Raises:
         ValueError: the GPU is unknown.
@@ -102,28 +105,27 @@ def predicted_markdown(gpu: str = "H100 SXM", batch: int = 128) -> str:
     product = find_gpu(gpu)
     problems = [Problem(paper_unit(c), batch, size, size, torch.float16) for c, size in STAGES.values()]
     lines = [
-        "| stage | passes | convolution, instructions per output | select | memory | shared memory | issue slots | "
-        "**unit** | bound by | eager, by its passes |",
+        "| stage | schedule | passes | convolution, instructions per output | memory | L2 | issue slots | **unit** | "
+        "bound by | eager, by its passes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for problem, predictions in zip(problems, sol.predict_all(problems, product), strict=True):
         by_name = {prediction.schedule: prediction for prediction in predictions}
-        store = by_name["store"]
-        per_output = {
-            step.work.name: step.work.warp_instructions * product.warp / problem.outputs
-            for step in store.steps
-            if step.work.warp_instructions is not None
-        }
-        convolution = sum(v for name, v in per_output.items() if name.startswith("branch_conv"))
-        times = [f"{_us(store.seconds(bound))} µs" for bound in (sol.MEMORY, sol.SHARED, sol.ISSUE)]
+        chosen = by_name[choice(problem, predictions, CHIPS[product.chip])[0]]
+        counts = [
+            step.work.warp_instructions * product.warp / problem.outputs / problem.spec.num_branches
+            for step in chosen.steps
+            if step.work.name.startswith("branch_conv") and step.work.warp_instructions is not None
+        ]
+        times = [f"{_us(chosen.seconds(bound))} µs" for bound in (sol.MEMORY, sol.L2, sol.ISSUE)]
         cells = [
             f"{problem.spec.in_channels} @ {problem.height}²",
-            f"{store.memory_bytes / problem.tensor_bytes:.2f} T",
-            f"{convolution / problem.spec.num_branches:.1f}",
-            f"{per_output['select']:.1f}",
+            chosen.schedule,
+            f"{chosen.memory_bytes / problem.tensor_bytes:.2f} T",
+            " + ".join(f"{count:.1f}" for count in counts),
             *times,
-            f"**{_us(store.total)} µs**",
-            store.bound,
+            f"**{_us(chosen.total)} µs**",
+            chosen.bound,
             f"{_us(by_name[sol.EAGER].total)} µs",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -134,7 +136,7 @@ def as_json(
     problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: list[Compared]
 ) -> dict[str, Any]:
     """Everything the command knows, times in microseconds."""
-    chosen, reason = choice(problem, predictions)
+    chosen, reason = choice(problem, predictions, CHIPS[gpu.chip])
     return {
         "gpu": gpu.name,
         "chip": gpu.chip,
@@ -212,7 +214,7 @@ def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: li
     for prediction in predictions:
         for config, source in prediction.configs:
             console.print(f"{prediction.schedule}: {config}, from {source}", markup=False, highlight=False)
-    chosen, reason = choice(problem, predictions)
+    chosen, reason = choice(problem, predictions, CHIPS[gpu.chip])
     console.print(f"choice: {chosen}: {reason}", markup=False, highlight=False)
     if not compared:
         console.print(f"not measured: no results of {gpu.name} are committed")

@@ -110,7 +110,7 @@ def _refuse_mixing(report: Report, stamp: Stamp, args: argparse.Namespace) -> No
         for name in before.differences(stamp)
     ]
     differing += [f"seed {report.seed}, now {args.seed}"] if report.seed != args.seed else []
-    if False:
+    if differing:
         raise ValueError(
             f"{args.output} was measured under another setting ({'; '.join(differing)}): take another --output, "
             "or --again to replace it"

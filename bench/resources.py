@@ -14,14 +14,15 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from sk_triton import dispatch, tuning
+from sk_triton import dispatch, plans, tuning
+from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS
 from sk_triton.environment import require
 from sk_triton.kernels.launch import Launch
-from sk_triton.packing import Packed
 from sk_triton.plan import BranchLaunch, Plan
 
 from .grid import CASES, UNITS, Case
+from .planned import planned_steps
 
 if TYPE_CHECKING:
     from .compile import Resources
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 class Row:
     """One kernel of one case on one chip.
 
-    `per_output`: thread-instructions per element that the launch's branches write, waste at the edges included; None
-    where the compiler unrolled loops so that they cannot be counted, and for the gate.
+    `per_output`: thread-instructions per element of the branches that the launch computes, waste at the edges included;
+    None where the compiler unrolled loops so that they cannot be counted, and for the gate.
     """
 
     case: Case
@@ -55,59 +56,66 @@ class Row:
         precision = (
             "fp32" if self.kernel == "gate" and self.case.dtype == torch.float32 else self.case.precision
         )
-        uses_matrix = self.kernel not in ("select", "branch_conv_depthwise") and precision != "fp32"
+        uses_matrix = (
+            self.kernel not in ("select", "border_sums", "branch_conv_depthwise") and precision != "fp32"
+        )
         if uses_matrix and not self.resources.matrix:
             found.append("no tensor-core instruction")
         return found
 
 
-def launches(case: Case, target: str) -> tuple[Plan, list[Launch]]:
-    """The plan and the kernel launches of `case` under schedule "store" on chip `target`, on meta tensors."""
-    from sk_triton.schedules import store
+def launches(case: Case, target: str, schedule: Schedule = "store") -> tuple[Plan, list[Launch]]:
+    """The plan and the kernel launches of `case` under a schedule on chip `target`, on meta tensors.
 
-    spec = case.spec
-    x = torch.empty((case.n, spec.in_channels, case.size, case.size), dtype=case.dtype, device="meta").to(
-        memory_format=torch.channels_last
-    )
-    plan = dispatch.plan_store(spec, case.n, case.size, case.size, case.dtype, case.allow_tf32, CHIPS[target])
-    m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
-    packed = Packed(
-        weights=tuple(x.new_empty(16) for _ in plan.branch_launches),
-        shifts=tuple(
-            x.new_empty((launch.stop - launch.start, c), dtype=torch.float32)
-            for launch in plan.branch_launches
-        ),
-        reduce_weight=x.new_empty((d, c)),
-        gate_scale=x.new_empty(d, dtype=torch.float32),
-        gate_shift=x.new_empty(d, dtype=torch.float32),
-        select_weight=x.new_empty((m, c, d)),
-        select_bias=x.new_empty((m, c), dtype=torch.float32) if spec.select_bias else None,
-    )
-    steps, _ = store.prepare(plan, x, packed, spec)
+    Raises:
+        RuntimeError: the schedule cannot run the case.
+    """
+    plan, steps, _ = planned_steps(schedule, *_size(case, target))
     return plan, [step for step in steps if isinstance(step, Launch)]
 
 
+def _size(case: Case, target: str) -> tuple:
+    return case.spec, case.n, case.size, case.size, case.dtype, case.allow_tf32, CHIPS[target]
+
+
 def measure(case: Case, target: str) -> list[Row]:
-    """Compile the case's kernels for `target` and read what they use."""
+    """Compile the case's kernels for `target`, those of every schedule that can run it, and read what they use."""
     from .compile import SHARED_LIMIT, compile_launch
 
     rows = []
     height, width = case.spec.output_size(case.size, case.size)
     outputs = case.n * height * width * case.spec.out_channels
-    plan, planned = launches(case, target)
-    for i, launch in enumerate(planned):
-        used = compile_launch(launch, target)
+    planned = [
+        (launch, plan.branch_launches[i] if i < len(plan.branch_launches) else None)
+        for plan, found in (launches(case, target, name) for name in schedules(case, target))
+        for i, launch in enumerate(_branches_first(found))
+    ]
+    for launch, branch_launch in planned:
         name = launch.kernel.fn.__name__.removesuffix("_fwd_kernel")
+        if name == "gate" and any(row.kernel == "gate" for row in rows):
+            continue  # every schedule's gate is the same
+        used = compile_launch(launch, target)
+        task = launch.constexprs.get("TASK", "store")
+        name += "" if task == "store" else f", {task}"
         per_output = None
         if used.instructions is not None and name != "gate":
             programs = torch.Size(launch.grid).numel()
-            written = outputs * len(launch.constexprs.get("KERNELS", (1,)))
-            per_output = used.instructions * used.threads * programs / written
+            computed = outputs * len(launch.constexprs.get("KERNELS", (1,)))
+            per_output = used.instructions * used.threads * programs / computed
         sizes = {k: v for k, v in launch.constexprs.items() if k.startswith(("BLOCK", "RUN"))}
         config = " ".join(f"{k}={v}" for k, v in sizes.items()) + f" num_warps={launch.options['num_warps']}"
-        branch_launch = plan.branch_launches[i] if i < len(plan.branch_launches) else None
         rows.append(Row(case, name, config, used, per_output, SHARED_LIMIT[target], branch_launch))
     return rows
+
+
+def schedules(case: Case, target: str) -> list[Schedule]:
+    """The schedules that can run a case."""
+    return [name for name in SCHEDULES if not plans.refusal(name, *_size(case, target))]
+
+
+def _branches_first(found: list[Launch]) -> list[Launch]:
+    """Launches with those of the plan's branches first, in their order."""
+    return sorted(found, key=lambda launch: "KERNELS" not in launch.constexprs)
 
 
 def measure_all(cases: list[Case], targets: list[str], workers: int) -> Iterator[list[Row]]:
@@ -137,7 +145,7 @@ def write_configs(rows: list[Row]) -> None:
         if row.branch_launch is not None and not row.faults:
             case, launch = row.case, row.branch_launch
             size = case.spec.output_size(case.size, case.size)
-            key = tuning.key(launch.shape, case.n, *size, case.dtype, case.allow_tf32)
+            key = tuning.key(launch.shape, case.n, *size, case.dtype, case.allow_tf32, task=launch.task)
             by_chip[row.resources.target][key] = launch.config
     for chip, entries in by_chip.items():
         content = json.dumps(

@@ -28,17 +28,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sk_triton import dispatch
+from sk_triton import dispatch, plans
+from sk_triton.backend import SCHEDULES
 from sk_triton.chips import CHIPS, Chip
-from sk_triton.kernels.config import BranchConfig, DepthwiseConfig
-from sk_triton.kernels.geometry import ConvShape, blocking, cdiv
+from sk_triton.kernels.config import BranchConfig
+from sk_triton.kernels.geometry import cdiv
 from sk_triton.kernels.launch import Launch
-from sk_triton.packing import Packed
 from sk_triton.plan import Plan
 from sk_triton.spec import SKSpec
 
 from . import passes
 from .gpus import Gpu
+from .planned import planned_steps
 from .work import PlannedStep, Work, launch_work, memory_bytes, operator_work
 
 if TYPE_CHECKING:
@@ -133,13 +134,8 @@ class Prediction:
 
 def schedules_for(problem: Problem, chip: Chip) -> list[tuple[str, Plan, Sequence[PlannedStep]]]:
     """(name, plan, steps on meta tensors) of each schedule that can compute the problem on a chip."""
-    from sk_triton.schedules import store
-
-    spec, n, height, width = problem.spec, problem.n, problem.height, problem.width
-    x = torch.empty((n, spec.in_channels, height, width), dtype=problem.dtype, device="meta")
-    x = x.to(memory_format=torch.channels_last)
-    plan = dispatch.plan_store(spec, n, height, width, problem.dtype, problem.allow_tf32, chip)
-    return [("store", plan, store.prepare(plan, x, packed(plan, x, spec), spec)[0])]
+    size = (problem.spec, problem.n, problem.height, problem.width, problem.dtype, problem.allow_tf32, chip)
+    return [(name, *planned_steps(name, *size)[:2]) for name in SCHEDULES if not plans.refusal(name, *size)]
 
 
 def predict(problem: Problem, gpu: Gpu) -> list[Prediction]:
@@ -227,28 +223,6 @@ def compiled(launch: Launch, chip: str) -> Resources:
     if key not in _COMPILED:
         _COMPILED[key] = compile_launch(launch, chip)
     return _COMPILED[key]
-
-
-def packed(plan: Plan, x: Tensor, spec: SKSpec) -> Packed:
-    """Parameters of the sizes that the kernels read, on the device of `x`, without values."""
-    m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
-    single = functools.partial(x.new_empty, dtype=torch.float32)
-    return Packed(
-        weights=tuple(x.new_empty(_packed_size(la.shape, la.config)) for la in plan.branch_launches),
-        shifts=tuple(single((la.stop - la.start, c)) for la in plan.branch_launches),
-        reduce_weight=x.new_empty((d, c)),
-        gate_scale=single(d),
-        gate_shift=single(d),
-        select_weight=x.new_empty((m, c, d)),
-        select_bias=single((m, c)) if spec.select_bias else None,
-    )
-
-
-def _packed_size(shape: ConvShape, config: BranchConfig) -> int:
-    if isinstance(config, DepthwiseConfig):
-        return shape.c_out * sum(k * k for k in shape.kernels)
-    layout = blocking(shape, config)
-    return layout.blocks * layout.offsets[-1]
 
 
 def _compile_here() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sk_triton import SKSpec
+from sk_triton.backend import SCHEDULES
 from sk_triton.environment import require
 
 from .grid import paper_unit
@@ -101,8 +103,10 @@ class Meter:
             raise IndexError(f"{addresses.size - found} accesses outside of every tensor")
 
 
-def count(spec: SKSpec, n: int, size: int, full: SKSpec | None = None) -> tuple[list[Traffic], int]:
-    """fp16 traffic of schedule "store" on `n` inputs of `size` x `size` pixels, and T, the bytes of one output.
+def count(
+    spec: SKSpec, n: int, size: int, full: SKSpec | None = None, schedule: str = "store"
+) -> tuple[list[Traffic], int]:
+    """fp16 traffic of a schedule on `n` inputs of `size` x `size` pixels, and T, the bytes of one output.
 
     The configs are those of a batch of 128 of the unit `full` (default: `spec`), so that a few of its channels, as many
     per group, can stand for all of them.
@@ -110,20 +114,21 @@ def count(spec: SKSpec, n: int, size: int, full: SKSpec | None = None) -> tuple[
     Raises:
         RuntimeError: the kernels were imported without ``TRITON_INTERPRET=1``.
     """
-    from sk_triton import dispatch
+    from sk_triton import dispatch, plans
     from sk_triton.chips import CHIPS
     from sk_triton.kernels.launch import Launch
     from sk_triton.packing import Packed
-    from sk_triton.schedules import store
 
     if not dispatch.is_interpreted():
         raise RuntimeError(
             "traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
         )
     dtype = torch.float16
-    plan = dispatch.plan_store(spec, 128, size, size, dtype, False, CHIPS["sm_90"])
+    plan = plans.plan_schedule(schedule, spec, 128, size, size, dtype, False, CHIPS["sm_90"])
     if full is not None:
-        configs = dispatch.plan_store(full, 128, size, size, dtype, False, CHIPS["sm_90"]).branch_launches
+        configs = plans.plan_schedule(
+            schedule, full, 128, size, size, dtype, False, CHIPS["sm_90"]
+        ).branch_launches
         launches = [
             replace(launch, config=other.config)
             for launch, other in zip(plan.branch_launches, configs, strict=True)
@@ -155,7 +160,7 @@ def count(spec: SKSpec, n: int, size: int, full: SKSpec | None = None) -> tuple[
         select_weight=random(m, c, d),
         select_bias=None,
     )
-    steps, v = store.prepare(plan, x, packed, spec)
+    steps, v = importlib.import_module(f"sk_triton.schedules.{schedule}").prepare(plan, x, packed, spec)
     rows: list[Traffic] = []
     for step in steps:
         if not isinstance(step, Launch):
@@ -163,10 +168,14 @@ def count(spec: SKSpec, n: int, size: int, full: SKSpec | None = None) -> tuple[
                 f"spec on {size} x {size} pixels needs a step outside the kernels, which is not counted"
             )
         named = zip(step.kernel.arg_names, step.arguments, strict=False)
+        task = step.constexprs.get("TASK", "store")
+        labels = {**_LABELS, "out_ptr": "v" if task == "select" else "u"}
+        # A pointer that the task does not follow repeats another tensor, which keeps its own name.
         tensors = {
-            _LABELS.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor)
+            labels.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor)
         }
-        with Meter(tensors).watch(step.kernel.fn.__name__.removesuffix("_fwd_kernel")) as found:
+        kernel = step.kernel.fn.__name__.removesuffix("_fwd_kernel")
+        with Meter(tensors).watch(kernel if task == "store" else f"{kernel}, {task}") as found:
             step()
         rows.extend(found)
     return rows, v.numel() * v.element_size()
@@ -194,6 +203,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage", type=int, choices=tuple(STAGES), default=1, help="stage of SKNet-50 (default 1)"
     )
+    parser.add_argument("--schedule", choices=SCHEDULES, default="recompute", help="default: recompute")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -212,9 +222,9 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     full, spec, n, size = STAGES[args.stage]
-    rows, unit = count(spec, n, size, full)
+    rows, unit = count(spec, n, size, full, args.schedule)
     table = Table(
-        title=f"Schedule store, stage {args.stage} of SKNet-50, in passes over one activation tensor (T)"
+        title=f"Schedule {args.schedule}, stage {args.stage} of SKNet-50, in passes over one activation tensor (T)"
     )
     for title in ("kernel", "tensor"):
         table.add_column(title)

@@ -190,21 +190,34 @@ def l2_bytes(launch: Launch, used: Resources) -> float:
 def tile_bytes(launch: Launch) -> float | None:
     """Distinct bytes of each program of a branch convolution, summed over programs; None for other kernels."""
     options = launch.constexprs
-    if "SPACINGS" not in options:
+    if "KERNELS" not in options:
         return None
     named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     x, w, programs = named["x_ptr"], named["w_ptr"], named["CHANNEL_PROGRAMS"]
     channels = options.get("CHANNELS_CI", options.get("BLOCK_C")) * options.get("BLOCKS_PER_PROGRAM", 1)
     pixel_bytes = cdiv(channels * x.element_size(), SECTOR) * SECTOR
-    branches = list(zip(options["SPACINGS"], options["KERNELS"], options["DILATIONS"], strict=True))
+    branches = list(zip(options["KERNELS"], options["DILATIONS"], strict=True))
+    common = options.get("SPACINGS", (1,) * len(branches))
     axes = [
         [
             _inputs_of_tiles(out, into, block, run, spacing, kernel, dilation, options["STRIDE"])
-            for spacing, kernel, dilation in branches
+            for spacing, (kernel, dilation) in zip(spacings, branches, strict=True)
         ]
-        for out, into, block, run in (
-            (named["H"], named["H_IN"], options["BLOCK_H"], options.get("RUN_H", 1)),
-            (named["W"], named["W_IN"], options["BLOCK_W"], options.get("RUN_W", 1)),
+        for out, into, block, run, spacings in (
+            (
+                named["H"],
+                named["H_IN"],
+                options["BLOCK_H"],
+                options.get("RUN_H", 1),
+                options.get("SPACINGS_H", common),
+            ),
+            (
+                named["W"],
+                named["W_IN"],
+                options["BLOCK_W"],
+                options.get("RUN_W", 1),
+                options.get("SPACINGS_W", common),
+            ),
         )
     ]
     # Pixels that branches have in common are read once, by inclusion and exclusion; of split inputs there are none.

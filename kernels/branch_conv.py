@@ -1,13 +1,16 @@
-"""Launcher of the branch convolutions: the config's type names the kernel."""
+"""Launchers of the branch convolutions: the config's type names the kernel."""
+
+from typing import Any
 
 import torch
 import triton
 
+from .branch_conv_column import branch_conv_column_fwd_kernel
 from .branch_conv_depthwise import branch_conv_depthwise_fwd_kernel
 from .branch_conv_stream import branch_conv_stream_fwd_kernel
 from .branch_conv_tap import branch_conv_tap_fwd_kernel
-from .config import BranchConfig, DepthwiseConfig, StreamConfig, TapConfig
-from .geometry import Blocking, ConvShape, blocking, cdiv, lattice, tiles
+from .config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig
+from .geometry import Blocking, ConvShape, blocking, can_run, cdiv, column_runs, lattice, tiles
 from .launch import Launch
 
 # Columns of the product that pools a tile, one per position in a run: the fewest that Triton takes.
@@ -32,38 +35,98 @@ def branch_conv_fwd(
     `shift [M, C_out]` fp32; `u [M, N, H, W, C_out]`, channels adjacent; `partial [N, tiles, C_out]` fp32, receives the
     sums over branches and each tile's pixels (`tiles` as `geometry.tiles`). Results are rounded to the dtype of `u`.
     """
+    return _launch("store", x, w, shift, None, u, partial, u.shape[2:4], shape, has_relu, allow_tf32, config)
+
+
+def branch_pool_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    shift: torch.Tensor | None,
+    partial: torch.Tensor,
+    *,
+    shape: ConvShape,
+    has_relu: bool,
+    allow_tf32: bool,
+    config: BranchConfig,
+) -> Launch:
+    """The pooled sums of `branch_conv_fwd` alone; the branches are not written.
+
+    Raises:
+        ValueError: a config whose kernel only stores.
+    """
+    h, w_out = shape.output_size(*x.shape[2:])
+    return _launch("pool", x, w, shift, None, None, partial, (h, w_out), shape, has_relu, allow_tf32, config)
+
+
+def branch_select_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    shift: torch.Tensor | None,
+    attention: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    shape: ConvShape,
+    has_relu: bool,
+    allow_tf32: bool,
+    config: BranchConfig,
+) -> Launch:
+    """The branches convolved and selected at once: `v = sum over m of attention[:, m] * act(conv_m(x) + shift[m])`.
+
+    `attention [N, M, C_out]` fp32, contiguous; `v [N, C_out, H, W]` of any strides; the rest as `branch_conv_fwd`.
+
+    Raises:
+        ValueError: a config whose kernel only stores, or whose tiles do not cover the same pixels in every branch.
+    """
+    return _launch(
+        "select", x, w, shift, attention, v, None, v.shape[2:], shape, has_relu, allow_tf32, config
+    )
+
+
+def _launch(
+    task: str,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    shift: torch.Tensor | None,
+    attention: torch.Tensor | None,
+    out: torch.Tensor | None,
+    partial: torch.Tensor | None,
+    size: tuple[int, int] | torch.Size,
+    shape: ConvShape,
+    has_relu: bool,
+    allow_tf32: bool,
+    config: BranchConfig,
+) -> Launch:
     n, _, h_in, w_in = x.shape
-    _, _, h, w_out, _ = u.shape
+    h, w_out = size
+    is_select = task == "select"
     layout = blocking(shape, config)
-    tiles_h, tiles_w = tiles(shape, config, h, w_out)
+    columns = column_runs(shape, config, is_select)
+    tiles_h, tiles_w = tiles(shape, config, h, w_out, is_common=is_select)
     programs = layout.blocks // (config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1)
+    if is_select:
+        assert out is not None
+        out_strides = (0, *out.stride())  # m, n, c, h, w
+    elif out is not None:
+        out_strides = (out.stride(0), out.stride(1), out.stride(4), out.stride(2), out.stride(3))
+    else:
+        out_strides = (0, 0, 1, 0, 0)
+    _, stride_on, stride_oc, stride_oh, stride_ow = out_strides
     extent_x = (config.BLOCK_N - 1) * x.stride(0) + (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3)
-    extent_u = (config.BLOCK_N - 1) * u.stride(1) + (h - 1) * u.stride(2) + (w_out - 1) * u.stride(3)
-    channels = [shape.c_out] if isinstance(config, DepthwiseConfig) else [shape.c_in, shape.c_out]
-    arguments = (
-        x, w, u if shift is None else shift, u, partial,
-        n, h_in, w_in, h, w_out, *channels, tiles_h, tiles_w, programs,
-        x.stride(0), x.stride(2), x.stride(3), u.stride(0), u.stride(1), u.stride(2), u.stride(3),
-        partial.stride(0), partial.stride(1),
-    )  # fmt: skip
-    constexprs = {
+    extent_out = (config.BLOCK_N - 1) * stride_on + (h - 1) * stride_oh + (w_out - 1) * stride_ow
+    extent = max(extent_x + shape.c_in, extent_out + shape.c_out * stride_oc)
+    constexprs: dict[str, Any] = {
         "KERNELS": shape.kernels,
         "DILATIONS": lattice(shape),
-        "SPACINGS": layout.spacings,
         "W_OFFSETS": layout.offsets,
         "STRIDE": shape.stride,
         "SPLIT_CI": shape.c_in if shape.is_split else 0,
         "HAS_SHIFT": shift is not None,
         "HAS_RELU": has_relu,
-        "IS_LARGE": max(extent_x, extent_u) + shape.c_out >= 2**31,
+        "IS_LARGE": extent >= 2**31,
     }
     constexprs |= {name: value for name, value in vars(config).items() if name.isupper()}
-    trips: tuple[int, ...] = ()
-    if isinstance(config, DepthwiseConfig):
-        kernel = branch_conv_depthwise_fwd_kernel
-    else:
+    if not isinstance(config, DepthwiseConfig):
         constexprs |= {
-            "SPANS": layout.spans,
             "CHANNELS_CI": layout.channels_ci,
             "CHANNELS_CO": layout.channels_co,
             "BLOCK_POOL": BLOCK_POOL,
@@ -72,16 +135,64 @@ def branch_conv_fwd(
             "POOL_BY_DOT": config.BLOCK_N == 1 and x.element_size() == 2,
             "HAS_CHANNEL_MASK": not _is_full(shape, layout, config),
             "PRECISION": "tf32" if allow_tf32 else "ieee",
-            "IS_EVEN_W": tuple(w_out % (config.RUN_W * spacing) == 0 for spacing in layout.spacings),
         }
+    sizes = (n, h_in, w_in, h, w_out)
+    unused = x  # stands for a pointer that the task does not follow
+    tensors = (x, w, unused if shift is None else shift)
+    outputs = (unused if out is None else out, unused if partial is None else partial)
+    partial_strides = (0, 0) if partial is None else (partial.stride(0), partial.stride(1))
+    trips: tuple[int, ...]
+    if isinstance(config, StreamConfig | ColumnConfig):
+        constexprs |= {
+            "TASK": task,
+            "PITCHES": columns.pitches,
+            "STEPS_R": columns.steps_r,
+            "STEPS_K": columns.steps_k,
+        }
+        even = tuple(h % (config.RUN_H * spacing) == 0 for spacing in columns.spacings)
         if isinstance(config, StreamConfig):
-            constexprs["IS_EVEN_H"] = tuple(h % (config.RUN_H * spacing) == 0 for spacing in layout.spacings)
-            kernel = branch_conv_stream_fwd_kernel
-            trips = (config.BLOCKS_PER_PROGRAM,)
+            if not can_run(task, shape, config):
+                raise ValueError(
+                    f"config: BLOCK_W must be a multiple of every branch's spacing, a power of two, to select; got "
+                    f"BLOCK_W {config.BLOCK_W} and spacings {layout.spacings}"
+                )
+            constexprs |= {
+                "SPACINGS_H": columns.spacings,
+                "SPACINGS_W": layout.spacings,
+                "SPANS": layout.spans,
+                "IS_EVEN_H": even,
+                "IS_EVEN_W": _even_rows(layout, config, w_out),
+            }
+            kernel, trips = branch_conv_stream_fwd_kernel, (config.BLOCKS_PER_PROGRAM,)
         else:
-            constexprs |= {"BLOCKS_PER_GROUP": layout.blocks_per_group, "K_CHUNKS": layout.chunks}
-            kernel = branch_conv_tap_fwd_kernel
+            is_whole = h == config.RUN_H and config.BLOCK_H == 1 and shape.stride == 1
+            constexprs |= {"IS_EVEN_H": even[0], "IS_WHOLE_H": is_whole}
+            kernel = branch_conv_column_fwd_kernel
+            trips = () if config.UNROLL else shape.kernels
+        arguments: tuple[Any, ...] = (
+            *tensors, unused if attention is None else attention, *outputs,
+            *sizes, shape.c_in, shape.c_out, tiles_h, tiles_w, programs,
+            x.stride(0), x.stride(2), x.stride(3), *out_strides, *partial_strides,
+        )  # fmt: skip
+    else:
+        if task != "store":
+            raise ValueError(f"config must be a StreamConfig or a ColumnConfig to {task}, got {config}")
+        constexprs["SPACINGS"] = layout.spacings
+        if isinstance(config, DepthwiseConfig):
+            kernel, trips, channels = branch_conv_depthwise_fwd_kernel, (), (shape.c_out,)
+        else:
+            constexprs |= {
+                "SPANS": layout.spans,
+                "IS_EVEN_W": _even_rows(layout, config, w_out),
+                "BLOCKS_PER_GROUP": layout.blocks_per_group,
+                "K_CHUNKS": layout.chunks,
+            }
+            kernel, channels = branch_conv_tap_fwd_kernel, (shape.c_in, shape.c_out)
             trips = tuple(k * t * layout.chunks for k, t in zip(shape.kernels, layout.taps_w, strict=True))
+        arguments = (
+            *tensors, *outputs, *sizes, *channels, tiles_h, tiles_w, programs,
+            x.stride(0), x.stride(2), x.stride(3), out_strides[0], stride_on, stride_oh, stride_ow, *partial_strides,
+        )  # fmt: skip
     return Launch(
         kernel,
         (cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * programs,),
@@ -92,7 +203,11 @@ def branch_conv_fwd(
     )
 
 
-def _is_full(shape: ConvShape, layout: Blocking, config: StreamConfig | TapConfig) -> bool:
+def _even_rows(layout: Blocking, config: StreamConfig | TapConfig, w: int) -> tuple[bool, ...]:
+    return tuple(w % (config.RUN_W * spacing) == 0 for spacing in layout.spacings)
+
+
+def _is_full(shape: ConvShape, layout: Blocking, config: StreamConfig | ColumnConfig | TapConfig) -> bool:
     """Whether every channel block is full, so that channels need no mask."""
     return (
         layout.channels_ci == layout.chunks * config.BLOCK_CI

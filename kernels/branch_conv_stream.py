@@ -9,102 +9,112 @@ product with the pixel mask that pools it. Derivation and instruction counts: `k
 import triton
 import triton.language as tl
 
-from .tiling import SIZES, fold_pool, locate_tile, pooled_pixels, relu, run_origin, widen
+from .tiling import (
+    SIZES,
+    as_operand,
+    fold_pool,
+    in_image_order,
+    load_weight_operand,
+    locate_tile,
+    pooled_pixels,
+    relu,
+    run_origin,
+    widen,
+)
 
 
 @triton.jit
-def stream_branch(
-    x_ptr, w_ptr, shift_ptr, u_ptr, pool,
-    sample, run_h, run_w, N_LEFT, H_IN, W_IN, H, W, CI_END, CO_END,
-    stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw,
+def stream_loads(
+    x_ptr, w_ptr, shift_ptr, sample, y, x, mask_p, H_IN, W_IN, CI_END, CO_END, stride_xn, stride_xh, stride_xw,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
-    SPACING: tl.constexpr, SPAN: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
+    PITCH: tl.constexpr, STEP_R: tl.constexpr, STEP_K: tl.constexpr, SPAN: tl.constexpr, IS_EVEN_H: tl.constexpr,
     RUN_H: tl.constexpr, RUN_W: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_POOL: tl.constexpr,
-    HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
-    POOL_BY_DOT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_P: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
 ):  # fmt: skip
-    """One branch of one tile: stores `u` and returns `pool` with the tile's sums added."""
+    """What one branch of one tile reads: its input rows, its weights by tap, and what its accumulators start from.
+
+    Row i is `i * PITCH` input pixels below the topmost. Output r of a run needs, for kernel row ky, row
+    `r * STEP_R + ky * STEP_K`.
+    """
     HALF: tl.constexpr = KERNEL // 2
-    STEP: tl.constexpr = SPACING * STRIDE // DILATION
     TAPS_W: tl.constexpr = 1 if RUN_W > 1 else KERNEL
     BLOCK_M: tl.constexpr = RUN_W * BLOCK_CO
     BLOCK_K: tl.constexpr = SPAN * BLOCK_CI
-
-    y = run_origin(run_h, RUN_H, SPACING)
-    x = run_origin(run_w, RUN_W, SPACING)
+    FIRST_OWN: tl.constexpr = HALF * STEP_K
+    LAST_OWN: tl.constexpr = FIRST_OWN + (RUN_H - 1) * STEP_R
+    # Rows of 32 16-bit elements go from memory to the tensor core without passing through shared memory.
+    IS_DIRECT: tl.constexpr = (
+        BLOCK_K == 32 and BLOCK_M % 16 == 0 and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    )
     offs_k = tl.arange(0, BLOCK_K)
     offs_m = tl.arange(0, BLOCK_M)
     ci = offs_k % BLOCK_CI
     co = offs_m % BLOCK_CO
-    mask_p = (y < H) & (x < W) & (sample < N_LEFT)
     x_in = x[:, None] * STRIDE + (offs_k // BLOCK_CI - HALF)[None, :] * DILATION  # [BLOCK_P, BLOCK_K]
     offs_x = (sample * stride_xn + y * STRIDE * stride_xh)[:, None] + x_in * stride_xw + ci[None, :]
 
     rows = ()
-    for i in tl.static_range((RUN_H - 1) * STEP + KERNEL):
+    for i in tl.static_range((RUN_H - 1) * STEP_R + (KERNEL - 1) * STEP_K + 1):
         for kx in tl.static_range(TAPS_W):
-            dx = kx * DILATION
-            mask = mask_p[:, None] & (x_in + dx >= 0) & (x_in + dx < W_IN)
-            if not (IS_EVEN_H and i >= HALF and i <= HALF + (RUN_H - 1) * STEP):
-                y_in = y * STRIDE + (i - HALF) * DILATION
-                mask &= ((y_in >= 0) & (y_in < H_IN))[:, None]
-            if HAS_CHANNEL_MASK:
-                mask &= (ci < CI_END)[None, :]
-            # The row term is uniform: one scalar offset per row, not one per element.
-            row = (i - HALF) * DILATION * stride_xh + dx * stride_xw
-            rows = rows + (tl.load(x_ptr + row + offs_x, mask=mask, other=0.0),)
+            # Outputs closer together than the dilation leave rows out.
+            if STEP_R > 1 or i % STEP_K < RUN_H:
+                dx = kx * DILATION
+                mask = mask_p[:, None] & (x_in + dx >= 0) & (x_in + dx < W_IN)
+                if not (IS_EVEN_H and i >= FIRST_OWN and i <= LAST_OWN):
+                    y_in = y * STRIDE + i * PITCH - HALF * DILATION
+                    mask &= ((y_in >= 0) & (y_in < H_IN))[:, None]
+                if HAS_CHANNEL_MASK:
+                    mask &= (ci < CI_END)[None, :]
+                # The row term is uniform: one scalar offset per row, not one per element.
+                row = (i * PITCH - HALF * DILATION) * stride_xh + dx * stride_xw
+                taps = tl.load(x_ptr + row + offs_x, mask=mask, other=0.0)
+                rows = rows + (as_operand(taps, False) if IS_DIRECT else taps,)
+            else:
+                rows = rows + (rows[0],)
 
     weights = ()
     for tap in tl.static_range(KERNEL * TAPS_W):
-        offs_w = (tap * BLOCK_M + offs_m[:, None]) * BLOCK_K + offs_k[None, :]
-        weights = weights + (tl.load(w_ptr + offs_w),)
+        if IS_DIRECT:
+            weights = weights + (load_weight_operand(w_ptr + tap * (BLOCK_M * BLOCK_K), BLOCK_M, BLOCK_K),)
+        else:
+            offs_w = (tap * BLOCK_M + offs_m[:, None]) * BLOCK_K + offs_k[None, :]
+            weights = weights + (tl.load(w_ptr + offs_w),)
 
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + co, mask=co < CO_END, other=0.0)
         start = tl.broadcast_to(shift[:, None], [BLOCK_M, BLOCK_P])
     else:
         start = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+    return rows, weights, start
 
-    x_out = x[None, :] + (offs_m // BLOCK_CO)[:, None] * SPACING  # [BLOCK_M, BLOCK_P]
-    offs_u = (sample * stride_un + y * stride_uh)[None, :] + x_out * stride_uw + co[:, None]
-    mask_out = mask_p[None, :] & (x_out < W)
-    if HAS_CHANNEL_MASK:
-        mask_out &= (co < CO_END)[:, None]
-    pooled = pooled_pixels(x, mask_p, W, RUN_W, SPACING, BLOCK_POOL)
-    for r in tl.static_range(RUN_H):
-        acc = start
-        for tap in tl.static_range(KERNEL * TAPS_W):
-            row = rows[(r * STEP + tap // TAPS_W) * TAPS_W + tap % TAPS_W]
-            acc = tl.dot(weights[tap], tl.trans(row), acc, input_precision=PRECISION)
-        if HAS_RELU:
-            acc = relu(acc)
-        u = acc.to(u_ptr.dtype.element_ty)
-        mask_r = mask_out
-        pooled_r = pooled
-        if not IS_EVEN_H:
-            in_image = y + r * SPACING < H
-            mask_r = mask_out & in_image[None, :]
-            pooled_r = pooled & in_image[:, None]
-        tl.store(u_ptr + r * SPACING * stride_uh + offs_u, u, mask=mask_r)
-        if POOL_BY_DOT:
-            # Outputs beyond the image see part of it; one that overflows must not meet the product as infinity.
-            if not (IS_EVEN_H and IS_EVEN_W):
-                u = tl.where(mask_r, u, 0.0)
-            pool = tl.dot(u, pooled_r.to(u.dtype), pool)
-        else:
-            pool += tl.where(mask_r, acc, 0.0)
-    return pool
+
+@triton.jit
+def stream_output(
+    rows, weights, start, r: tl.constexpr,
+    KERNEL: tl.constexpr, STEP_R: tl.constexpr, STEP_K: tl.constexpr, RUN_W: tl.constexpr,
+    HAS_RELU: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Output r of every run of one branch. [RUN_W * BLOCK_CO, BLOCK_P]"""
+    TAPS_W: tl.constexpr = 1 if RUN_W > 1 else KERNEL
+    acc = start
+    for tap in tl.static_range(KERNEL * TAPS_W):
+        row = rows[(r * STEP_R + tap // TAPS_W * STEP_K) * TAPS_W + tap % TAPS_W]
+        acc = tl.dot(weights[tap], tl.trans(row), acc, input_precision=PRECISION)
+    if HAS_RELU:
+        acc = relu(acc)
+    return acc
 
 
 @triton.jit(do_not_specialize=SIZES)
 def branch_conv_stream_fwd_kernel(
-    x_ptr, w_ptr, shift_ptr, u_ptr, partial_ptr,
+    x_ptr, w_ptr, shift_ptr, attention_ptr, out_ptr, partial_ptr,
     N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
-    stride_xn, stride_xh, stride_xw, stride_um, stride_un, stride_uh, stride_uw,
+    stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
     stride_partial_n, stride_partial_t,
-    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, SPACINGS: tl.constexpr, SPANS: tl.constexpr,
-    W_OFFSETS: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr, STRIDE: tl.constexpr,
+    TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, STRIDE: tl.constexpr,
+    SPACINGS_H: tl.constexpr, SPACINGS_W: tl.constexpr, PITCHES: tl.constexpr,
+    STEPS_R: tl.constexpr, STEPS_K: tl.constexpr, SPANS: tl.constexpr, W_OFFSETS: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, SPLIT_CI: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -113,14 +123,19 @@ def branch_conv_stream_fwd_kernel(
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every branch of one tile: `u[m]` and the tile's pooled sums over branches and pixels.
+    """Every branch of one tile: TASK "store" writes `u[m]` and the tile's pooled sums over branches and pixels, "pool"
+    the sums alone, "select" writes `v`, the sum of the branches weighted by the attention.
 
     A tile is BLOCK_N samples x BLOCK_H column runs (RUN_H outputs each) x BLOCK_W row runs (RUN_W outputs each).
     A channel block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO.
+    To select, all branches of a tile must cover the same pixels: SPACINGS_H are 1 there.
     """
+    M: tl.constexpr = len(KERNELS)
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
+    BLOCK_M: tl.constexpr = RUN_W * BLOCK_CO
+    dtype = x_ptr.dtype.element_ty
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
-    stride_un, stride_uh, stride_uw = widen(stride_un, stride_uh, stride_uw, IS_LARGE)
+    stride_on, stride_oh, stride_ow = widen(stride_on, stride_oh, stride_ow, IS_LARGE)
     channel_program, tile, tile_h, tile_w, block_n = locate_tile(
         tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W
     )
@@ -130,11 +145,11 @@ def branch_conv_stream_fwd_kernel(
     sample = offs_p // (BLOCK_H * BLOCK_W)
     run_h = tile_h * BLOCK_H + offs_p // BLOCK_W % BLOCK_H
     run_w = tile_w * BLOCK_W + offs_p % BLOCK_W
+    offs_m = tl.arange(0, BLOCK_M)
+    position = offs_m // BLOCK_CO
+    co = offs_m % BLOCK_CO
     x_ptr += n0 * stride_xn
-    u_ptr += n0 * stride_un
-    partial_ptr += n0 * stride_partial_n + tile.to(tl.int64) * stride_partial_t
-    offs_n = tl.arange(0, BLOCK_N)
-    offs_c = tl.arange(0, BLOCK_CO)
+    out_ptr += n0 * stride_on
 
     for b in range(BLOCKS_PER_PROGRAM):
         block = channel_program * BLOCKS_PER_PROGRAM + b
@@ -142,22 +157,103 @@ def branch_conv_stream_fwd_kernel(
         co0 = block * CHANNELS_CO
         ci_end = tl.minimum(CHANNELS_CI, C_IN - ci0)
         co_end = tl.minimum(CHANNELS_CO, C_OUT - co0)
-        pool = tl.zeros([RUN_W * BLOCK_CO, BLOCK_POOL if POOL_BY_DOT else BLOCK_P], tl.float32)
-        u_block_ptr = u_ptr + co0
-        for m in tl.static_range(len(KERNELS)):
-            pool = stream_branch(
+        out_block_ptr = out_ptr + co0 * stride_oc
+        pool = tl.zeros([BLOCK_M, BLOCK_POOL if POOL_BY_DOT else BLOCK_P], tl.float32)
+        selection = ()
+        for m in tl.static_range(M):
+            y = run_origin(run_h, RUN_H, SPACINGS_H[m])
+            x = run_origin(run_w, RUN_W, SPACINGS_W[m])
+            mask_p = (y < H) & (x < W) & (sample < n_left)
+            rows, weights, start = stream_loads(
                 x_ptr + m * SPLIT_CI + ci0,
-                w_ptr + block * W_OFFSETS[len(KERNELS)] + W_OFFSETS[m],
+                w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m],
                 shift_ptr + m * C_OUT + co0,
-                u_block_ptr,
-                pool,
-                sample, run_h, run_w, n_left, H_IN, W_IN, H, W, ci_end, co_end,
-                stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw,
-                KERNELS[m], DILATIONS[m], STRIDE, SPACINGS[m], SPANS[m], IS_EVEN_H[m], IS_EVEN_W[m],
-                RUN_H, RUN_W, BLOCK_CI, BLOCK_CO, BLOCK_P, BLOCK_POOL,
-                HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, POOL_BY_DOT, PRECISION,
+                sample, y, x, mask_p, H_IN, W_IN, ci_end, co_end, stride_xn, stride_xh, stride_xw,
+                KERNELS[m], DILATIONS[m], STRIDE, PITCHES[m], STEPS_R[m], STEPS_K[m], SPANS[m], IS_EVEN_H[m],
+                RUN_H, RUN_W, BLOCK_CI, BLOCK_CO, BLOCK_P, HAS_SHIFT, HAS_CHANNEL_MASK,
             )  # fmt: skip
-            u_block_ptr += stride_um
-        sums = fold_pool(pool, RUN_W, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
-        mask = (offs_n < n_left)[:, None] & (offs_c < co_end)[None, :]
-        tl.store(partial_ptr + offs_n[:, None] * stride_partial_n + co0 + offs_c[None, :], sums, mask=mask)
+            if TASK == "select":
+                offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
+                mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
+                if BLOCK_N == 1:
+                    offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
+                    mask_a = (co < co_end)[:, None]
+                a = tl.load(attention_ptr + offs_a, mask=mask_a, other=0.0)
+                added = ()
+                for r in tl.static_range(RUN_H):
+                    acc = stream_output(
+                        rows,
+                        weights,
+                        start,
+                        r,
+                        KERNELS[m],
+                        STEPS_R[m],
+                        STEPS_K[m],
+                        RUN_W,
+                        HAS_RELU,
+                        PRECISION,
+                    )
+                    acc = in_image_order(acc * a, RUN_W, BLOCK_CO, BLOCK_P, SPACINGS_W[m])
+                    if m > 0:
+                        acc += selection[r]
+                    added = added + (acc,)
+                selection = added
+            else:
+                x_out = x[None, :] + position[:, None] * SPACINGS_W[m]  # [BLOCK_M, BLOCK_P]
+                offs_out = (sample * stride_on + y * stride_oh)[None, :] + x_out * stride_ow + co[:, None]
+                mask_out = mask_p[None, :] & (x_out < W)
+                if HAS_CHANNEL_MASK:
+                    mask_out &= (co < co_end)[:, None]
+                pooled = pooled_pixels(x, mask_p, W, RUN_W, SPACINGS_W[m], BLOCK_POOL)
+                for r in tl.static_range(RUN_H):
+                    acc = stream_output(
+                        rows,
+                        weights,
+                        start,
+                        r,
+                        KERNELS[m],
+                        STEPS_R[m],
+                        STEPS_K[m],
+                        RUN_W,
+                        HAS_RELU,
+                        PRECISION,
+                    )
+                    u = acc.to(dtype)
+                    mask_r = mask_out
+                    pooled_r = pooled
+                    if not IS_EVEN_H[m]:
+                        in_image = y + r * SPACINGS_H[m] < H
+                        mask_r = mask_out & in_image[None, :]
+                        pooled_r = pooled & in_image[:, None]
+                    if TASK == "store":
+                        tl.store(out_block_ptr + r * SPACINGS_H[m] * stride_oh + offs_out, u, mask=mask_r)
+                    if POOL_BY_DOT:
+                        # Outputs beyond the image see part of it; one that overflows must not meet the product as
+                        # infinity.
+                        if not (IS_EVEN_H[m] and IS_EVEN_W[m]):
+                            u = tl.where(mask_r, u, 0.0)
+                        pool = tl.dot(u, pooled_r.to(dtype), pool)
+                    else:
+                        pool += tl.where(mask_r, acc, 0.0)
+                out_block_ptr += stride_om
+        if TASK == "select":
+            y = run_h * RUN_H
+            x_out = (run_w * RUN_W)[None, :] + position[:, None]
+            offs_out = (
+                (sample * stride_on + y * stride_oh)[None, :] + x_out * stride_ow + co[:, None] * stride_oc
+            )
+            mask_out = ((y < H) & (sample < n_left))[None, :] & (x_out < W)
+            if HAS_CHANNEL_MASK:
+                mask_out &= (co < co_end)[:, None]
+            for r in tl.static_range(RUN_H):
+                mask_r = mask_out
+                if not IS_EVEN_H[0]:
+                    mask_r = mask_out & (y + r < H)[None, :]
+                tl.store(out_block_ptr + r * stride_oh + offs_out, selection[r].to(dtype), mask=mask_r)
+        else:
+            sums = fold_pool(pool, RUN_W, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
+            offs_n = tl.arange(0, BLOCK_N)
+            offs_c = tl.arange(0, BLOCK_CO)
+            offs_partial = (n0 + offs_n)[:, None] * stride_partial_n + tile.to(tl.int64) * stride_partial_t
+            mask = (offs_n < n_left)[:, None] & (offs_c < co_end)[None, :]
+            tl.store(partial_ptr + offs_partial + co0 + offs_c[None, :], sums, mask=mask)

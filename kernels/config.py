@@ -20,6 +20,25 @@ class StreamConfig:
 
 
 @dataclass(frozen=True)
+class ColumnConfig:
+    """`branch_conv_column_fwd_kernel`: BLOCK_N samples x BLOCK_H columns of RUN_H outputs x BLOCK_W pixels per tile.
+
+    ROWS input rows are held at a time; UNROLL: the loop over kernel columns is unrolled.
+    """
+
+    BLOCK_CI: int
+    BLOCK_CO: int
+    BLOCK_H: int
+    BLOCK_W: int
+    RUN_H: int
+    BLOCK_N: int = 1
+    ROWS: int = 8
+    UNROLL: bool = False
+    num_warps: int = 1
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
 class TapConfig:
     """`branch_conv_tap_fwd_kernel`: BLOCK_N samples x BLOCK_H rows x BLOCK_W row runs per tile."""
 
@@ -66,4 +85,22 @@ class SelectConfig:
     num_warps: int = 4
 
 
-BranchConfig = StreamConfig | TapConfig | DepthwiseConfig
+@dataclass(frozen=True)
+class MergedConfig(StreamConfig):
+    """`merged_conv_fwd_kernel`: as `StreamConfig`, of one sample; a program walks TILES_PER_PROGRAM tiles."""
+
+    TILES_PER_PROGRAM: int = 1
+
+
+@dataclass(frozen=True)
+class BorderConfig:
+    """`border_sums_fwd_kernel`: BLOCK_C channels x BLOCK_W columns x STRIPS_PER_PROGRAM strips of at most ROWS rows."""
+
+    BLOCK_C: int
+    BLOCK_W: int
+    ROWS: int
+    STRIPS_PER_PROGRAM: int
+    num_warps: int = 1
+
+
+BranchConfig = StreamConfig | ColumnConfig | TapConfig | DepthwiseConfig

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd
 
-from .config import BranchConfig, DepthwiseConfig, StreamConfig
+from .config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig
 
 
 def cdiv(a: int, b: int) -> int:
@@ -85,26 +85,26 @@ def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
         )
     ci_per_group, co_per_group = shape.c_in // shape.groups, shape.c_out // shape.groups
     groups_per_block = min(shape.groups, config.BLOCK_CI // ci_per_group, config.BLOCK_CO // co_per_group)
-    if isinstance(config, StreamConfig) and groups_per_block == 0:
+    if not isinstance(config, TapConfig) and groups_per_block == 0:
         raise ValueError(
             f"config: a channel block of {config.BLOCK_CI} inputs and {config.BLOCK_CO} outputs cannot hold a group of "
-            f"{ci_per_group} and {co_per_group}; the stream formulation needs whole groups"
+            f"{ci_per_group} and {co_per_group}; only the tap formulation splits groups"
         )
     groups_per_block = max(1, groups_per_block)
     blocks_per_group = cdiv(co_per_group, config.BLOCK_CO)
     channels_ci = groups_per_block * ci_per_group
     chunks = cdiv(channels_ci, config.BLOCK_CI)
-    if config.RUN_W > 1:
+    run_w = row_run(config)
+    if run_w > 1:
         spans = tuple(
-            next_power_of_2((config.RUN_W - 1) * step + k)
-            for step, k in zip(steps, shape.kernels, strict=True)
+            next_power_of_2((run_w - 1) * step + k) for step, k in zip(steps, shape.kernels, strict=True)
         )
         taps_w = (1,) * len(spans)
     else:
         spans, taps_w = (1,) * len(steps), shape.kernels
     per_program = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
     sizes = [
-        k * t * chunks * config.RUN_W * config.BLOCK_CO * span * config.BLOCK_CI
+        k * t * chunks * run_w * config.BLOCK_CO * span * config.BLOCK_CI
         for k, t, span in zip(shape.kernels, taps_w, spans, strict=True)
     ]
     return Blocking(
@@ -132,15 +132,64 @@ def runs(size: int, run: int, spacing: int) -> int:
     return cdiv(size, run * spacing) * spacing
 
 
-def tiles(shape: ConvShape, config: BranchConfig, h: int, w: int) -> tuple[int, int]:
-    """Tiles along height and width of an `h` x `w` output: the most that any branch needs."""
+def column_run(config: BranchConfig) -> int:
+    """Outputs of a run along a column."""
+    return 1 if isinstance(config, TapConfig) else config.RUN_H
+
+
+def row_run(config: BranchConfig) -> int:
+    """Outputs of a run along a row."""
+    return config.RUN_W if isinstance(config, StreamConfig | TapConfig) else 1
+
+
+@dataclass(frozen=True)
+class ColumnRuns:
+    """Column runs of each branch: outputs `spacings` apart; input rows `pitches` apart, of which output r needs, for
+    kernel row ky, row `r * steps_r + ky * steps_k`."""
+
+    spacings: tuple[int, ...]
+    pitches: tuple[int, ...]
+    steps_r: tuple[int, ...]
+    steps_k: tuple[int, ...]
+
+
+@lru_cache(maxsize=1024)
+def column_runs(shape: ConvShape, config: BranchConfig, is_common: bool) -> ColumnRuns:
+    """Column runs of a launch. `is_common`: all branches of a tile cover the same pixels, as selecting them needs."""
     spacings = blocking(shape, config).spacings
-    run_h = 1 if not isinstance(config, StreamConfig | DepthwiseConfig) else config.RUN_H
-    run_w = 1 if isinstance(config, DepthwiseConfig) else config.RUN_W
-    return (
-        max(cdiv(runs(h, run_h, s), config.BLOCK_H) for s in spacings),
-        max(cdiv(runs(w, run_w, s), config.BLOCK_W) for s in spacings),
+    if is_common or isinstance(config, ColumnConfig):
+        spacings = (1,) * len(spacings)
+    pitches = tuple(gcd(s * shape.stride, d) for s, d in zip(spacings, lattice(shape), strict=True))
+    return ColumnRuns(
+        spacings,
+        pitches,
+        steps_r=tuple(s * shape.stride // p for s, p in zip(spacings, pitches, strict=True)),
+        steps_k=tuple(d // p for d, p in zip(lattice(shape), pitches, strict=True)),
     )
+
+
+def tiles(
+    shape: ConvShape, config: BranchConfig, h: int, w: int, *, is_common: bool = False
+) -> tuple[int, int]:
+    """Tiles along height and width of an `h` x `w` output: the most that any branch needs."""
+    run_h, run_w = column_run(config), row_run(config)
+    return (
+        max(cdiv(runs(h, run_h, s), config.BLOCK_H) for s in column_runs(shape, config, is_common).spacings),
+        max(cdiv(runs(w, run_w, s), config.BLOCK_W) for s in blocking(shape, config).spacings),
+    )
+
+
+def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
+    """Whether a kernel does `task` ("store", "pool" or "select") under `config`.
+
+    To select, a tile's row runs must be brought into the same order in every branch.
+    """
+    if task == "store":
+        return True
+    if not isinstance(config, StreamConfig | ColumnConfig):
+        return False
+    spacings = blocking(shape, config).spacings if task == "select" and row_run(config) > 1 else ()
+    return all(spacing & (spacing - 1) == 0 and config.BLOCK_W % spacing == 0 for spacing in spacings)
 
 
 def _starts(sizes: list[int]) -> tuple[int, ...]:

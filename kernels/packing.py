@@ -5,8 +5,8 @@ from functools import lru_cache
 
 import torch
 
-from .config import BranchConfig, DepthwiseConfig
-from .geometry import Blocking, ConvShape, blocking
+from .config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig
+from .geometry import Blocking, ConvShape, blocking, row_run
 
 
 def pack_branch_weights(
@@ -16,7 +16,8 @@ def pack_branch_weights(
 
     Depthwise: `[M][k * k][C]`. Otherwise `[blocks][M][k][taps_w][chunks][RUN_W * BLOCK_CO][span * BLOCK_CI]`: the entry
     for output `(o, co)` and input `(j, ci)` is the weight of kernel column `j - o * step`, zero where that is outside
-    the kernel or co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups).
+    the kernel or co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups). Blocks
+    that go straight into registers (`is_operand`) are in the order of `operand_order`.
     """
     if isinstance(config, DepthwiseConfig):
         return torch.cat([w.reshape(shape.c_out, -1).t().reshape(-1) for w in weights]).to(dtype)
@@ -25,8 +26,38 @@ def pack_branch_weights(
     for m, weight in enumerate(weights):
         index, mask = _gather_index(shape, config, layout, m, weight.device)
         taken = weight.reshape(-1)[index]
-        packed.append(torch.where(mask, taken, taken.new_zeros(())))
+        taken = torch.where(mask, taken, taken.new_zeros(()))
+        block_m, block_k = row_run(config) * config.BLOCK_CO, layout.spans[m] * config.BLOCK_CI
+        if is_operand(config, block_m, block_k, dtype):
+            taken = taken[:, operand_order(taken.shape[1], block_m, block_k, taken.device)]
+        packed.append(taken)
     return torch.cat(packed, dim=1).to(dtype).reshape(-1)
+
+
+def is_operand(config: BranchConfig, block_m: int, block_k: int, dtype: torch.dtype) -> bool:
+    """Whether a kernel reads its weight blocks straight into the tensor core's registers (`load_weight_operand`)."""
+    widths = {StreamConfig: (32,), ColumnConfig: (16, 32)}.get(type(config), ())
+    return block_k in widths and block_m % 16 == 0 and dtype.itemsize == 2
+
+
+@lru_cache(maxsize=256)
+def operand_order(size: int, block_m: int, block_k: int, device: torch.device) -> torch.Tensor:
+    """Where each entry of a row of weight blocks `[block_m, block_k]`, `size` in all, moves from. [size]
+
+    Eight entries in a row are the four registers that a thread holds of a 16 x 16 left operand: rows r and r + 8 of
+    columns 2 t and 2 t + 1, then of columns 2 t + 8 and 2 t + 9. A column of an operand stands for the element of x
+    that `as_operand` puts there.
+    """
+    k = torch.arange(block_k)
+    # An operand's column is (product, half, thread, parity); x is read as (thread, product, half, parity), and where a
+    # thread reads 4 elements, not 8, its first bit stands last (`part_elements`).
+    product, half, thread, parity = k // 16, k // 8 % 2, k // 2 % 4, k % 2
+    first = thread * 8 + product * 4 if block_k == 32 else thread % 2 * 8 + thread // 2 * 4
+    source = torch.arange(block_m)[:, None] * block_k + first + half * 2 + parity
+    # [block_m, block_k] as (tile, row half, row, product, half, thread, parity), from most significant.
+    source = source.reshape(block_m // 16, 2, 8, block_k // 16, 2, 4, 2).permute(3, 0, 2, 5, 4, 1, 6)
+    blocks = torch.arange(size // (block_m * block_k))[:, None] * (block_m * block_k)
+    return (blocks + source.reshape(1, -1)).reshape(-1).to(device)
 
 
 @lru_cache(maxsize=256)
@@ -41,7 +72,7 @@ def _gather_index(
         k,
         taps_w,
         layout.chunks,
-        config.RUN_W,
+        row_run(config),
         config.BLOCK_CO,
         layout.spans[m],
         config.BLOCK_CI,

@@ -70,3 +70,61 @@ def fold_pool(
         sums = tl.sum(tl.reshape(pool, [RUN_W * BLOCK_CO, BLOCK_N, PIXELS]), axis=2)
         sums = tl.sum(tl.reshape(sums, [RUN_W, BLOCK_CO, BLOCK_N]), axis=0)
         return tl.trans(sums)
+
+
+@triton.jit
+def in_image_order(
+    values, RUN_W: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, SPACING: tl.constexpr
+):
+    """Outputs of row runs whose pixels are SPACING apart, where adjacent runs have them. [RUN_W * BLOCK_CO, BLOCK_P]
+
+    SPACING is a power of two that divides the row runs of a tile. For SPACING 2 all pixels that change places are
+    registers of one thread of the tensor core's layout, so nothing moves.
+    """
+    if RUN_W > 1 and SPACING > 1:
+        # A pixel is (block of SPACING runs, position in the run, run in the block), most significant first.
+        values = tl.reshape(values, [RUN_W, BLOCK_CO, BLOCK_P // SPACING, SPACING])
+        values = tl.reshape(tl.permute(values, (1, 2, 0, 3)), [BLOCK_CO, BLOCK_P, RUN_W])
+        values = tl.reshape(tl.permute(values, (2, 0, 1)), [RUN_W * BLOCK_CO, BLOCK_P])
+    return values
+
+
+@triton.jit
+def part_elements(BLOCK_CI: tl.constexpr, BLOCK_K: tl.constexpr, IS_SHORT: tl.constexpr):
+    """(lattice point, channel) of the elements of a part of a row, in the order of reading. [BLOCK_K] each"""
+    k = tl.arange(0, BLOCK_K)
+    if IS_SHORT:
+        # Bits 2 and 3 swapped: a thread reads 4 adjacent elements, not 8. Spelt so that Triton sees they are adjacent.
+        if BLOCK_CI == 8:
+            return k // 4 % 2, k // 8 * 4 + k % 4
+        else:
+            return k // 16, k // 8 * 4 + k // 4 % 2 * 8 + k % 4
+    else:
+        return k // BLOCK_CI, k % BLOCK_CI
+
+
+@triton.jit
+def as_operand(tile, IS_SHORT: tl.constexpr):
+    """`tile [rows, BLOCK_K]` with its columns in another order: that in which a warp's threads, each of which has read
+    adjacent elements, already hold what the tensor core wants of them. No shared memory is needed, and no barrier that
+    would hold back the loads of the next rows. A product whose operands are both in this order is the same product.
+    """
+    ROWS: tl.constexpr = tile.shape[0]
+    BLOCK_K: tl.constexpr = tile.shape[1]
+    if tile.dtype.primitive_bitwidth == 32:
+        tile = tl.permute(tl.reshape(tile, [ROWS, 4, 2, 2]), [0, 2, 3, 1])
+    elif IS_SHORT:
+        tile = tl.permute(tl.reshape(tile, [ROWS, 4, 2, 2]), [0, 2, 1, 3])
+    else:
+        tile = tl.permute(tl.reshape(tile, [ROWS, 4, 2, 2, 2]), [0, 2, 3, 1, 4])
+    return tl.reshape(tile, [ROWS, BLOCK_K])
+
+
+@triton.jit
+def load_weight_operand(w_ptr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """A weight block `[BLOCK_M, BLOCK_K]`, its columns in the order of `as_operand`, from the memory order of
+    `packing.operand_order`: each thread reads the four registers of its left operand at once.
+    """
+    flat = tl.load(w_ptr + tl.arange(0, BLOCK_M * BLOCK_K))
+    flat = tl.reshape(flat, [BLOCK_K // 16, BLOCK_M // 16, 8, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(flat, (1, 5, 2, 0, 4, 3, 6)), [BLOCK_M, BLOCK_K])

@@ -6,37 +6,85 @@ by ``sk-triton resources``; none of them is a measured time.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
 import torch
 
-from .chips import Chip
-from .kernels.config import BranchConfig, DepthwiseConfig, GateConfig, SelectConfig, StreamConfig, TapConfig
-from .kernels.geometry import ConvShape, blocking, cdiv, next_power_of_2, tiles
+from .chips import NARROW_PRODUCTS, Chip
+from .environment import triton_version
+from .kernels.config import (
+    BorderConfig,
+    BranchConfig,
+    ColumnConfig,
+    DepthwiseConfig,
+    GateConfig,
+    MergedConfig,
+    SelectConfig,
+    StreamConfig,
+    TapConfig,
+)
+from .kernels.geometry import (
+    ConvShape,
+    blocking,
+    can_run,
+    cdiv,
+    column_run,
+    column_runs,
+    next_power_of_2,
+    row_run,
+    tiles,
+)
+from .kernels.merging import row_parts, strips
 
-# Widest group, in channels, that the stream formulation keeps in registers without spilling.
-MAX_STREAM_CHANNELS = 32
+# Widest group, in channels, whose accumulators and rows the unrolled formulations keep in registers without spilling.
+MAX_UNROLLED_CHANNELS = 32
+# Registers of a thread that the accumulators of a column may take. Half of them to select, where two branches' are
+# alive at a time, and for 32 channels per group, whose weights and rows take the rest.
+COLUMN_REGISTERS = 112
+# Most of them where the loop over kernel columns is unrolled, which keeps more rows and weights alive.
+UNROLLED_REGISTERS = 56
+# Chips whose compiler spills with the unrolled weights of the widest groups.
+SPILLING_CHIPS = ("sm_80", "gfx942")
+# Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
+MAX_MERGED_CHANNELS = 16
+MAX_MERGED_REGISTERS = 120
 
 
 @lru_cache(maxsize=4096)
 def branch_config(
-    shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip
+    shape: ConvShape,
+    n: int,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+    chip: Chip,
+    *,
+    task: str = "store",
 ) -> BranchConfig:
-    """Config for the branches of `shape` on a batch of `n` outputs of `h` x `w` pixels."""
+    """Config for the branches of `shape` on a batch of `n` outputs of `h` x `w` pixels, to "store", "pool" or "select".
+
+    One that stores where no kernel does the task: `kernels.geometry.can_run` tells.
+    """
     is_ieee = dtype == torch.float32 and not allow_tf32
     group = max(shape.c_in, shape.c_out) // shape.groups
     kernel = max(shape.kernels)
     if shape.is_depthwise and dtype == torch.float32:
-        return _smallest(_depthwise_candidates(kernel), shape, n, h, w, chip)
-    if dtype == torch.float32:
-        streams = group <= 8 and kernel <= 3
+        candidates = _depthwise_candidates(kernel)
+    elif dtype == torch.float32:
+        is_narrow = group <= 8 and kernel <= 3
+        candidates = _stream_candidates(shape, is_ieee, dtype, chip, task) if is_narrow else []
+    elif group <= 8 and kernel <= 5:
+        candidates = _stream_candidates(shape, is_ieee, dtype, chip, task)
+    elif group <= MAX_UNROLLED_CHANNELS and kernel <= 3:
+        candidates = _column_candidates(shape, h, chip, task)
     else:
-        streams = group <= MAX_STREAM_CHANNELS and kernel <= (5 if group <= 8 else 3)
-    candidates = (
-        _stream_candidates(shape, is_ieee, dtype, chip) if streams else _tap_candidates(shape, is_ieee, dtype)
-    )
-    return _smallest(candidates, shape, n, h, w, chip)
+        candidates = []
+    candidates = [config for config in candidates if can_run(task, shape, config)]
+    candidates = candidates or _tap_candidates(shape, is_ieee, dtype)
+    return min(candidates, key=lambda config: _cost(config, shape, n, h, w, chip, task))
 
 
 def gate_config(m: int, c: int, d: int, dtype: torch.dtype) -> GateConfig:
@@ -63,16 +111,17 @@ def _shares_row(shape: ConvShape) -> bool:
     return all(step == 1 for step in blocking(shape, TapConfig(16, 16, 1, 1)).steps)
 
 
-def _stream_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype, chip: Chip) -> list[BranchConfig]:
-    group = max(shape.c_in, shape.c_out) // shape.groups
-    run_w = 2 if group <= 8 and _shares_row(shape) else 1
-    block = 8 if run_w == 2 else max(16, next_power_of_2(group))
+def _stream_candidates(
+    shape: ConvShape, is_ieee: bool, dtype: torch.dtype, chip: Chip, task: str
+) -> list[BranchConfig]:
+    run_w = 2 if _shares_row(shape) else 1
+    block = 8 if run_w == 2 else 16
     # The longest column run whose rows, weights and accumulators fit in registers.
     if is_ieee:
         longest = 1
     elif dtype == torch.float32:
         longest = 2 if run_w == 2 else 1
-    elif block == 32 or max(shape.kernels) > 3:
+    elif max(shape.kernels) > 3:
         longest = 2
     elif run_w == 1 and shape.stride > 1:
         longest = 4
@@ -80,24 +129,67 @@ def _stream_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype, chip
         longest = 8
     if chip.name.startswith("gfx"):
         longest = min(longest, 4)
-    if chip.name == "sm_80" and dtype == torch.bfloat16 and block == 32:
-        longest = 1
+    if task == "select":
+        # The sums of two branches are alive together: half the pixels, or half the rows.
+        pixels = _pixel_counts(chip)
+        longest = min(longest, 7)
+    else:
+        pixels = (16,)
     return [
         StreamConfig(
             BLOCK_CI=block,
             BLOCK_CO=block,
             BLOCK_N=block_n,
-            BLOCK_H=16 // block_n // block_w,
+            BLOCK_H=count // block_n // block_w,
             BLOCK_W=block_w,
-            RUN_H=run_h,
+            RUN_H=run_h * 16 // count,
             RUN_W=run_w,
             # Two blocks of 8 16-bit channels share the 32-byte sectors that a load brings in.
-            BLOCKS_PER_PROGRAM=2 if block == 8 and dtype != torch.float32 else 1,
+            BLOCKS_PER_PROGRAM=2 if block == 8 and dtype != torch.float32 and task != "select" else 1,
         )
-        for run_h, block_n, block_w in product((8, 7, 4, 2, 1), (1, 2, 4), (2, 4, 8, 16))
-        # Wide blocks in narrow tiles need more registers than sm_86 and sm_89 give.
-        if run_h <= longest and block_n * block_w <= 16 and (block < 32 or block_w >= 8)
+        for run_h, count, block_n, block_w in product((8, 7, 4, 2, 1), pixels, (1, 2, 4), (2, 4, 8, 16))
+        if run_h <= longest and block_n * block_w <= count
     ]
+
+
+def _pixel_counts(chip: Chip) -> tuple[int, ...]:
+    """Columns that a product may have."""
+    is_narrow = triton_version() >= NARROW_PRODUCTS and not chip.name.startswith("gfx")
+    return (8, 16) if is_narrow else (16,)
+
+
+def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[BranchConfig]:
+    group = max(shape.c_in, shape.c_out) // shape.groups
+    block = max(16, next_power_of_2(group))
+    candidates = []
+    for run_h, pixels, block_n, block_w in product(
+        (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), _pixel_counts(chip), (1, 2), (8, 16)
+    ):
+        # Fewer than 256 elements of a row are less than a thread's 16-byte load each.
+        if block * pixels < 256 or block_n * block_w > pixels:
+            continue
+        registers = run_h * block * pixels // 32
+        is_whole = run_h == h and shape.stride == 1 and pixels == block_n * block_w
+        # A long column pays where it is the whole image; elsewhere the usual lengths do.
+        most = COLUMN_REGISTERS if block == 16 and task != "select" else COLUMN_REGISTERS // 2
+        if registers > most or (not is_whole and (run_h > 8 or run_h in (3, 5, 6))):
+            continue
+        is_unrolled = registers <= UNROLLED_REGISTERS and (
+            block < 32 or (task != "select" and chip.name not in SPILLING_CHIPS)
+        )
+        candidates.append(
+            ColumnConfig(
+                BLOCK_CI=block,
+                BLOCK_CO=block,
+                BLOCK_N=block_n,
+                BLOCK_H=pixels // block_n // block_w,
+                BLOCK_W=block_w,
+                RUN_H=run_h,
+                ROWS=8 if is_unrolled and task != "select" else 4,
+                UNROLL=is_unrolled,
+            )
+        )
+    return candidates
 
 
 def _tap_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> list[BranchConfig]:
@@ -147,32 +239,87 @@ def _depthwise_candidates(kernel: int) -> list[BranchConfig]:
     ]
 
 
-def _smallest(
-    candidates: list[BranchConfig], shape: ConvShape, n: int, h: int, w: int, chip: Chip
-) -> BranchConfig:
-    return min(candidates, key=lambda config: _cost(config, shape, n, h, w, chip))
-
-
-def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
+def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip, task: str) -> float:
     """Relative time of a launch: work over the whole chip, or the chain of waves of its programs, the larger."""
     layout = blocking(shape, config)
-    tiles_h, tiles_w = tiles(shape, config, h, w)
-    run_h = config.RUN_H if isinstance(config, StreamConfig | DepthwiseConfig) else 1
-    run_w = 1 if isinstance(config, DepthwiseConfig) else config.RUN_W
+    is_common = task == "select"
+    columns = column_runs(shape, config, is_common)
+    tiles_h, tiles_w = tiles(shape, config, h, w, is_common=is_common)
+    run_h, run_w = column_run(config), row_run(config)
     # Outputs per tile, rows of input loaded per row of output, and the masks that an overhanging run needs.
     area = config.BLOCK_N * config.BLOCK_H * run_h * config.BLOCK_W * run_w
-    overlap = max((run_h - 1) * step + k for step, k in zip(layout.steps, shape.kernels, strict=True)) / run_h
-    is_even = all(h % (run_h * spacing) == 0 for spacing in layout.spacings)
+    is_whole = isinstance(config, ColumnConfig) and run_h == h and config.BLOCK_H == 1 and shape.stride == 1
+    rows = max(
+        (run_h - 1) * step_r + (k - 1) * step_k + 1
+        for step_r, step_k, k in zip(columns.steps_r, columns.steps_k, shape.kernels, strict=True)
+    )
+    overlap = 1 if is_whole else rows / run_h
+    is_even = all(h % (run_h * spacing) == 0 for spacing in columns.spacings)
     # Columns and rows of halo that a tile reads beyond its own: traffic from L2.
     reach = max(d * (k - 1) for d, k in zip(shape.dilations, shape.kernels, strict=True))
     height, width = config.BLOCK_H * run_h * shape.stride, config.BLOCK_W * run_w * shape.stride
     halo = (height + reach) * (width + reach) / (height * width)
-    # Pixels of several samples are pooled by masked sums, not on the tensor core.
-    work = (
-        area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * (1.0 if config.BLOCK_N == 1 else 1.3)
-    )
+    # Pixels of several samples are pooled by sums, masked in every row where runs may overhang, not on the tensor core.
+    pooling = 1.0 if config.BLOCK_N == 1 else 1.1 if isinstance(config, ColumnConfig) else 1.3
+    work = area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * pooling
+    if isinstance(config, ColumnConfig):
+        # Every program loads all weights of its group, 9 x BLOCK_CI for each of its channels.
+        work += 6.3 * config.BLOCK_CI
     blocks = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
     programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * cdiv(layout.blocks, blocks)
     # About 8 programs of this size keep one processor busy; fewer leave it idle.
     waves = cdiv(programs, 8 * chip.processors)
     return max(programs * work / (8 * chip.processors), waves * work) * blocks
+
+
+def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:
+    """Config for the pooled sums of the merged `shape` over `n` inputs of `h` x `w` pixels."""
+    columns = max(1, n) * cdiv(shape.c_in, 64) * cdiv(w, 64)
+    # Four programs keep one processor busy; a batch that gives fewer is cut into strips of rows, down to four rows.
+    programs_h = max(1, min(4 * chip.processors // columns, cdiv(h, 4)))
+    is_small = columns * programs_h < 2 * chip.processors
+    block_w = min(32 if is_small else 64, max(4, next_power_of_2(w)))
+    rows = cdiv(h, programs_h)
+    # 4096 sums a program spill in one warp; of 32 columns, two warps of 64 channels do as well before sm_90.
+    return BorderConfig(
+        BLOCK_C=32 if block_w == 32 else 64,
+        BLOCK_W=block_w,
+        ROWS=rows,
+        STRIPS_PER_PROGRAM=cdiv(len(strips(shape, h, rows)), programs_h),
+        num_warps=2 if block_w == 64 else 1,
+    )
+
+
+def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip) -> MergedConfig:
+    """Config for the merged `shape` on a batch of `n` outputs of `h` x `w` pixels."""
+    block, run_w = _merged_block(shape)
+    registers = merged_registers(shape, dtype)
+    # What the weights leave: rows in flight, or pixels of a tile. Before sm_90 the compiler needs more for the same.
+    is_crowded = registers > 72 and (dtype == torch.float32 or chip.name in ("sm_80", "sm_86", "sm_89"))
+    pixels = 8 if (is_crowded or shape.stride > 1) and triton_version() >= NARROW_PRODUCTS else 16
+    longest = 4 if is_crowded or registers > 100 else 7
+    candidates = [
+        MergedConfig(block, block, pixels // block_w, block_w, run_h, run_w)
+        for run_h, block_w in product((7, 4, 2, 1), (2, 4, 8, 16))
+        if run_h <= longest and block_w <= pixels
+    ]
+    config = min(candidates, key=lambda candidate: _cost(candidate, shape, n, h, w, chip, "store"))
+    assert isinstance(config, MergedConfig)
+    # A sample's weights are built once for all tiles of a program; a small batch is split to fill the chip.
+    tiles_h, tiles_w = tiles(shape, config, h, w)
+    programs = max(1, n * blocking(shape, config).blocks)
+    splits = max(1, min(tiles_h * tiles_w, 8 * chip.processors // programs))
+    return replace(config, TILES_PER_PROGRAM=cdiv(tiles_h * tiles_w, splits))
+
+
+def merged_registers(shape: ConvShape, dtype: torch.dtype) -> int:
+    """Registers per thread of a warp that holds the weights of a channel block of the merged `shape`."""
+    block, run_w = _merged_block(shape)
+    config = MergedConfig(block, block, 1, 1, 1, run_w)
+    points = row_parts(shape, config, dtype)[-1]
+    return shape.kernels[0] * points * run_w * block * block * dtype.itemsize // 128
+
+
+def _merged_block(shape: ConvShape) -> tuple[int, int]:
+    """Channels of a block and outputs of a row run."""
+    return (8, 2) if max(shape.c_in, shape.c_out) // shape.groups <= 8 and _shares_row(shape) else (16, 1)

@@ -10,10 +10,15 @@ from typing import Literal, get_args
 
 import torch
 
-Backend = Literal["auto", "triton", "reference"]
+Backend = Literal["auto", "triton", "reference", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
+Schedule = Literal["store", "recompute", "merged"]
+"""Schedules of the Triton backend."""
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+
 _scoped: ContextVar[Backend] = ContextVar("sk_triton_backend", default="auto")
+_schedule: ContextVar[Schedule | None] = ContextVar("sk_triton_schedule", default=None)
 # The latest scope of the whole process, for Dynamo alone: that of torch 2.8 cannot trace ContextVar.get, and
 # it guards a global, so a changed backend recompiles.
 _latest: Backend = "auto"
@@ -26,26 +31,38 @@ def current_backend() -> Backend:
     return _latest if torch.compiler.is_compiling() else _scoped.get()
 
 
-def use_backend(name: Backend) -> contextlib._GeneratorContextManager[None]:
+def current_schedule() -> Schedule | None:
+    """The schedule that the innermost :func:`use_backend` asks for, None if it leaves the choice open."""
+    return _schedule.get()
+
+
+def use_backend(
+    name: Backend, *, schedule: Schedule | None = None
+) -> contextlib._GeneratorContextManager[None]:
     """Choose the backend in a ``with`` block, or in a function when used as a decorator.
 
     Args:
-        name: "auto" takes Triton where it can run and else the reference; "triton" and "reference" take just
-            that: where Triton cannot run, the layer raises ``RuntimeError`` with the reason and never falls
-            back.
+        name: "auto" takes Triton on a GPU and PyTorch's operators, reordered for inference, on a CPU, where they
+            can run, and else the reference; "triton", "torch" and "reference" take just that: where it cannot
+            run, the layer raises ``RuntimeError`` with the reason and never falls back.
+        schedule: with "triton", the one schedule to run; None takes the one that is expected to be fastest.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a schedule that the backend does not have.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
-    return _scope(name)
+    if schedule is not None and (name != "triton" or schedule not in SCHEDULES):
+        allowed = f"one of {', '.join(map(repr, SCHEDULES))} with backend 'triton'"
+        raise ValueError(f"schedule must be {allowed}, got {schedule!r} with {name!r}")
+    return _scope(name, schedule)
 
 
 @contextlib.contextmanager
-def _scope(name: Backend) -> Iterator[None]:
+def _scope(name: Backend, schedule: Schedule | None) -> Iterator[None]:
     global _latest
     token = _scoped.set(name)
+    schedule_token = _schedule.set(schedule)
     scope = [name]
     with _lock:
         _live.append(scope)
@@ -57,4 +74,5 @@ def _scope(name: Backend) -> Iterator[None]:
         with _lock:
             _live[:] = [other for other in _live if other is not scope]
             _latest = _live[-1][0] if _live else "auto"
+        _schedule.reset(schedule_token)
         _scoped.reset(token)

@@ -7,12 +7,19 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from .folding import fold
 from .params import Branch, Gate
+from .reasons import norm_reason
 from .spec import BranchSpec
 
 Factory = Callable[..., nn.Module]
 Placement = dict[str, Any]  # device and dtype
+
+
+class FoldedNorm(nn.Identity):
+    """Stands where a norm was before :meth:`.unit.SKUnit.fuse`, and holds the modules that were below it."""
 
 
 class ConvPath(nn.Module):
@@ -65,7 +72,8 @@ class ConvPath(nn.Module):
         weight, bias = weight_and_bias(modules["conv"])  # type: ignore[arg-type]
         bn: Any = modules["bn"]
         below = bn._modules
-        return Branch(weight, bias, bn, below.get("drop"), below.get("act"), self.aa)
+        norm = None if type(bn) is FoldedNorm else bn
+        return Branch(weight, bias, norm, below.get("drop"), below.get("act"), self.aa)
 
 
 class GateLayers(nn.Module):
@@ -74,7 +82,7 @@ class GateLayers(nn.Module):
     def __init__(self, channels: int, num_branches: int, width: int, placement: Placement) -> None:
         super().__init__()
         self.fc_reduce = nn.Conv2d(channels, width, 1, bias=False, **placement)
-        self.bn = nn.BatchNorm2d(width, **placement)
+        self.bn: nn.BatchNorm2d | FoldedNorm = nn.BatchNorm2d(width, **placement)
         self.act = nn.ReLU(inplace=True)
         self.fc_select = nn.Conv2d(width, channels * num_branches, 1, bias=False, **placement)
 
@@ -83,7 +91,33 @@ class GateLayers(nn.Module):
         reduce_weight, reduce_bias = weight_and_bias(self.fc_reduce)
         weight, bias = weight_and_bias(self.fc_select)
         select_bias = None if bias is None else (bias,)
-        return Gate(reduce_weight, reduce_bias, self.bn, self.act, (weight,), select_bias)
+        norm = None if isinstance(self.bn, FoldedNorm) else self.bn
+        return Gate(reduce_weight, reduce_bias, norm, self.act, (weight,), select_bias)
+
+
+def unfoldable_reason(name: str, conv: nn.Module, norm: nn.Module) -> str:
+    """Why :func:`fold_into` cannot fold a norm into the convolution before it; "" if it can."""
+    if reason := norm_reason(norm, "fuse() and the schedules"):
+        return f"the norm of {name} {reason}"
+    if parametrize.is_parametrized(conv):
+        return f"{name} is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
+    if any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm)):
+        return f"{name} or its norm has forward hooks, which would see something else"
+    return ""
+
+
+def fold_into(conv: nn.Conv2d, norm: nn.Module) -> FoldedNorm:
+    """Fold a norm into new parameters of the convolution before it; returns what takes the norm's place."""
+    needs_grad = conv.weight.requires_grad
+    bias = None if conv.bias is None else conv.bias.detach()
+    weight, bias = fold(conv.weight.detach(), bias, norm)
+    assert bias is not None
+    conv.weight = nn.Parameter(weight, requires_grad=needs_grad)
+    conv.bias = nn.Parameter(bias, requires_grad=needs_grad)
+    left = FoldedNorm()
+    for name, module in norm.named_children():
+        left.add_module(name, module)
+    return left.train(norm.training)
 
 
 def conv_settings(conv: Any) -> tuple[Any, ...]:

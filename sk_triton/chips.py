@@ -7,6 +7,9 @@ from functools import lru_cache
 
 import torch
 
+NARROW_PRODUCTS = (3, 5)
+"""The first Triton whose products may have 8 columns, on NVIDIA; 16 before."""
+
 
 @dataclass(frozen=True)
 class Chip:

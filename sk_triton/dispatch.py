@@ -4,57 +4,74 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from itertools import groupby
+from types import ModuleType
 
 import torch
-from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch import Tensor
 
-from .chips import CHIPS, Chip, chip_of
-from .environment import version
+from . import cpu
+from .backend import current_schedule
+from .chips import CHIPS, chip_of
+from .environment import triton_version
 from .packing import PackCache
 from .params import Branch, Gate
-from .plan import BranchLaunch, Plan
-from .spec import BranchSpec, SKSpec
+from .plan import Plan
+from .plans import eager_passes, fastest_plan, plan_schedule
+from .reasons import state_reason, tracing_reason, unit_reason
+from .schedules import cpu_folded, cpu_merged
+from .spec import SKSpec
 
-# Identities outside of training.
-_DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays.
 MAX_AUTO_CHANNELS = 64
+_KERNELS = "the kernels"
 
 
 def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[bool, str]:
     """Whether the Triton kernels can run the unit on `x`; if not, the reason (else "")."""
-    reason = _tracing_reason(x) or _device_reason(x) or _unit_reason(spec) or _state_reason(x, branches, gate)
+    reason = (
+        tracing_reason(_KERNELS)
+        or _device_reason(x)
+        or unit_reason(spec, _KERNELS)
+        or state_reason(x, branches, gate, _KERNELS)
+    )
     return not reason, reason
 
 
 def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, backend: str) -> Plan:
-    """The plan for a call under `backend`: "auto", "triton" or "reference".
+    """The plan for a call under `backend`: "auto", "triton", "torch" or "reference".
 
-    "auto" takes the kernels on a GPU where they can run and are expected to pay. On a CPU it takes the reference, even
-    with ``TRITON_INTERPRET=1``; "triton" then runs the kernels through Triton's interpreter.
+    "auto" takes the kernels on a GPU where they can run and are expected to pay. On a CPU it takes the CPU's schedules
+    where they can run, even with ``TRITON_INTERPRET=1``; "triton" then runs the kernels through Triton's interpreter.
 
     Raises:
-        RuntimeError: `backend` is "triton" and the kernels cannot run; the message holds the reason.
+        RuntimeError: `backend` is "triton" or "torch" and it cannot run; the message holds the reason.
     """
     if backend == "reference":
         return _reference_plan(x.dtype, spec, "the reference was requested")
-    if backend == "auto" and x.device.type == "cpu":
-        return _reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes the reference')
+    if backend == "torch" or (backend == "auto" and x.device.type == "cpu"):
+        reason = cpu.reason(x, branches, gate, spec)
+        if not reason:
+            return cpu.plan(x, spec)
+        if backend == "torch":
+            raise RuntimeError(f'use_backend("torch") cannot run here: {reason}')
+        return _reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes the reference', reason)
     if backend == "auto" and not torch.compiler.is_compiling() and is_interpreted():
         return _reference_plan(x.dtype, spec, 'TRITON_INTERPRET is set, where "auto" takes the reference')
     can_run, reason = can_run_triton(x, branches, gate, spec)
     if can_run and backend == "auto":
-        reason = _slower_reason(spec)
+        reason = slower_reason(spec)
     if not reason:
         n, _, h_in, w_in = x.shape
         chip = chip_of(x.device)
         assert chip is not None
-        return plan_store(spec, n, h_in, w_in, x.dtype, allows_tf32(), chip, is_converted=x.stride(1) != 1)
+        size = (n, h_in, w_in, x.dtype, allows_tf32(), chip, x.stride(1) != 1)
+        schedule = current_schedule()
+        if schedule is not None:
+            return plan_schedule(schedule, spec, *size)
+        return fastest_plan(spec, *size)
     if backend == "triton":
         raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
     return _reference_plan(x.dtype, spec, reason)
@@ -63,14 +80,17 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
 def run(
     plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
 ) -> Tensor:
-    """Run a plan whose backend is "triton"."""
-    from .schedules import store
+    """Run a plan whose backend is "triton" or "torch"."""
+    schedules: dict[str, ModuleType]
+    if plan.backend == "triton":
+        from .schedules import merged, recompute, store  # they import Triton
 
-    if plan.backend != "triton" or plan.schedule != "store":
-        raise ValueError(
-            f"plan must have backend 'triton' and schedule 'store', got {plan.backend}/{plan.schedule}"
-        )
-    return store.run(plan, x, branches, gate, spec, cache)
+        schedules = {"store": store, "recompute": recompute, "merged": merged}
+    elif plan.backend == "torch":
+        schedules = {"folded": cpu_folded, "merged": cpu_merged}
+    else:
+        raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")
+    return schedules[plan.schedule].run(plan, x, branches, gate, spec, cache)
 
 
 def allows_tf32() -> bool:
@@ -90,29 +110,8 @@ def is_interpreted() -> bool:
 
 
 @lru_cache
-def triton_version() -> tuple[int, int]:
-    """Major and minor version of the installed Triton, under either name of its distribution; (0, 0) without one."""
-    text = version("triton") or version("pytorch-triton-rocm") or "0.0"
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
-
-
-@lru_cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _tracing_reason(x: Tensor) -> str:
-    """Why a call under a transformation of PyTorch's cannot run the kernels; asked before sizes are looked at."""
-    if torch.compiler.is_compiling():
-        return "torch.compile is tracing; the kernels are not registered as operators yet"
-    if torch.jit.is_tracing():
-        return "torch.jit is tracing; the kernels are not registered as operators"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return "a torch.func transformation is active; the kernels have no rule for it"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation is active; the kernels have no tangents"
-    return ""
 
 
 def _device_reason(x: Tensor) -> str:
@@ -137,15 +136,7 @@ def _device_reason(x: Tensor) -> str:
 
 
 @lru_cache
-def _unit_reason(spec: SKSpec) -> str:
-    for part, act in (("branch_act", spec.branch_act), ("gate_act", spec.gate_act)):
-        if act not in ("relu", "identity"):
-            return f"{part} is {act}; the kernels compute relu and identity"
-    return ""
-
-
-@lru_cache
-def _slower_reason(spec: SKSpec) -> str:
+def slower_reason(spec: SKSpec) -> str:
     """Why "auto" leaves a unit that the kernels could run to the reference."""
     widest = max(max(spec.branch_in_channels, spec.out_channels) // branch.groups for branch in spec.branches)
     if widest > MAX_AUTO_CHANNELS:
@@ -156,127 +147,7 @@ def _slower_reason(spec: SKSpec) -> str:
     return ""
 
 
-def _state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate) -> str:
-    norms = [(f"branches[{m}].norm", branch.norm) for m, branch in enumerate(branches)]
-    for name, norm in (*norms, ("gate.norm", gate.norm)):
-        if norm is None:
-            continue
-        if not isinstance(norm, nn.Module) or type(norm) not in (nn.BatchNorm2d, nn.SyncBatchNorm):
-            return f"{name} is a {type(norm).__name__}; the kernels fold BatchNorm2d and SyncBatchNorm"
-        if norm.training or norm.running_mean is None or norm.running_var is None:
-            return f"{name} uses batch statistics; the kernels are for inference (layer.eval())"
-    acts = [(f"branches[{m}].act", branch.act) for m, branch in enumerate(branches)]
-    for name, module in (*norms, *acts, ("gate.norm", gate.norm), ("gate.act", gate.act)):
-        if isinstance(module, nn.Module) and (module._forward_hooks or module._forward_pre_hooks):
-            return f"{name} has forward hooks, which the kernels would not run"
-    for m, branch in enumerate(branches):
-        if branch.aa is not None:
-            return f"branches[{m}].aa is set; the kernels have no anti-aliasing"
-        if branch.drop is None or type(branch.drop) is nn.Identity:
-            continue
-        if type(branch.drop) not in _DROPS:
-            return (
-                f"branches[{m}].drop is a {type(branch.drop).__name__}; the kernels know it for no identity"
-            )
-        if branch.drop.training:  # type: ignore[attr-defined]
-            return f"branches[{m}].drop is active; the kernels are for inference (layer.eval())"
-    needs_grad = x.requires_grad
-    for name, tensor in (("x", x), *(("a parameter", t) for t in _tensors(branches, gate))):
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
-            kind = type(tensor).__name__ if tensor.layout is torch.strided else tensor.layout
-            return f"{name} is a {kind}; the kernels take plain strided tensors"
-        needs_grad |= tensor.requires_grad
-    if needs_grad and torch.is_grad_enabled():
-        return (
-            "gradients are enabled; the kernels are forward only (torch.no_grad() or torch.inference_mode())"
-        )
-    return ""
-
-
-def _tensors(branches: Sequence[Branch], gate: Gate) -> Iterable[Tensor]:
-    for branch in branches:
-        yield branch.weight
-        if branch.bias is not None:
-            yield branch.bias
-    yield gate.reduce_weight
-    yield from gate.select_weight
-    for part in (*(b.norm for b in branches), gate.norm):
-        if isinstance(part, nn.Module):
-            yield from part.parameters(recurse=False)
-            yield from part.buffers(recurse=False)
-    if gate.reduce_bias is not None:
-        yield gate.reduce_bias
-    yield from gate.select_bias or ()
-
-
 @lru_cache(maxsize=1024)
-def plan_store(
-    spec: SKSpec,
-    n: int,
-    h_in: int,
-    w_in: int,
-    dtype: torch.dtype,
-    allow_tf32: bool,
-    chip: Chip,
-    is_converted: bool = False,
-) -> Plan:
-    """The plan of schedule "store" for a batch of `n` inputs of `h_in` x `w_in` pixels on `chip`.
-
-    `is_converted`: the input's channels are not adjacent, so that it is copied first.
-    """
-    from . import analytic, tuning
-    from .kernels.geometry import ConvShape
-
-    h, w = spec.output_size(h_in, w_in)
-    launches: list[BranchLaunch] = []
-    for _, group in groupby(enumerate(spec.branches), key=lambda item: item[1].groups):
-        members: list[tuple[int, BranchSpec]] = list(group)
-        start, stop = members[0][0], members[-1][0] + 1
-        shape = ConvShape(
-            c_in=spec.branch_in_channels,
-            c_out=spec.out_channels,
-            groups=members[0][1].groups,
-            kernels=tuple(branch.kernel_size for _, branch in members),
-            dilations=tuple(branch.dilation for _, branch in members),
-            stride=spec.stride,
-            is_split=spec.split_input,
-        )
-        config, source = tuning.branch_config(shape, n, h, w, dtype, allow_tf32, chip)
-        launches.append(BranchLaunch(start, stop, shape, config, source))
-    m = spec.num_branches
-    return Plan(
-        backend="triton",
-        schedule="store",
-        passes=(len(launches) + 2 * is_converted) * _input_passes(spec, h_in, w_in) + 2 * m + 1,
-        dtype=dtype,
-        rejected=(("reference", f"the kernels can run; eager takes {_eager_passes(spec)} passes"),),
-        branch_launches=tuple(launches),
-        gate=analytic.gate_config(m, spec.out_channels, spec.gate_width, dtype),
-        select=analytic.select_config(h * w, spec.out_channels),
-        has_relu=spec.branch_act == "relu",
-        gate_has_relu=spec.gate_act == "relu",
-        allow_tf32=allow_tf32 and dtype == torch.float32,
-    )
-
-
-@lru_cache(maxsize=1024)
-def _reference_plan(dtype: torch.dtype, spec: SKSpec, reason: str) -> Plan:
-    return Plan("reference", "eager", _eager_passes(spec), dtype, rejected=(("triton", reason),))
-
-
-def _input_passes(spec: SKSpec, h_in: int, w_in: int) -> float:
-    """The input's elements in units of the output's."""
-    h, w = spec.output_size(h_in, w_in)
-    return spec.in_channels * h_in * w_in / (spec.out_channels * h * w)
-
-
-def _eager_passes(spec: SKSpec) -> float:
-    """Passes of the reference in eager mode: each operator reads its inputs and writes its result.
-
-    An input of another size than the output counts as one pass per branch all the same.
-    """
-    m = spec.num_branches
-    split = 2 + 2 * spec.branch_norm + 2 * (spec.branch_act != "identity")
-    fuse = 3 * (m - 1) + 1
-    select = 2 * m + 3 * (m - 1)
-    return m * split + fuse + select
+def _reference_plan(dtype: torch.dtype, spec: SKSpec, reason: str, torch_reason: str = "") -> Plan:
+    rejected = (("triton", reason), ("torch", torch_reason)) if torch_reason else (("triton", reason),)
+    return Plan("reference", "eager", eager_passes(spec), dtype, rejected=rejected)

@@ -13,6 +13,7 @@ import platform
 import re
 import subprocess
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -82,6 +83,14 @@ def version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+@lru_cache
+def triton_version() -> tuple[int, int]:
+    """Major and minor version of the installed Triton, under either name of its distribution; (0, 0) without one."""
+    text = version("triton") or version("pytorch-triton-rocm") or "0.0"
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
 
 
 def required_version(package: OptionalPackage) -> str | None:

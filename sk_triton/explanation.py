@@ -15,14 +15,14 @@ from .plan import Plan
 from .spec import SKSpec
 
 if TYPE_CHECKING:
-    from .layers import SKUnit
+    from .unit import SKUnit
 
 
 def explain(layer: SKUnit, x: Tensor) -> Explanation:
     """What ``layer(x)`` would run under the current backend, grad mode and autocast, and why not the others.
 
     Raises:
-        RuntimeError: ``use_backend("triton")`` is in force and the kernels cannot run.
+        RuntimeError: ``use_backend("triton")`` or ``use_backend("torch")`` is in force and it cannot run.
     """
     check_input(x, layer.spec)
     x = x.to(autocast_dtype(x) or x.dtype)
@@ -44,13 +44,21 @@ class Explanation:
             f"schedule  {plan.schedule}",
             f"passes    {plan.passes:g} over one activation tensor (predicted)",
         ]
+        if plan.samples:
+            lines.append(f"samples   {plan.samples} at a time")
+        if plan.merged is not None:
+            lines.append(f"merged    {plan.merged}")
+        if plan.merged_launch is not None:
+            lines.append(f"sums      {_show(plan.merged_launch.border)}")
+            lines.append(f"merged    {_show(plan.merged_launch.conv)}")
         for launch in plan.branch_launches:
             branches = ", ".join(map(str, self.spec.branches[launch.start : launch.stop]))
-            lines.append(f"branches  {branches}")
+            lines.append(f"{launch.task:<9} {branches}")
             lines.append(f"  config  {_show(launch.config)}")
             lines.append(f"  source  {launch.source}")
-        if plan.gate is not None and plan.select is not None:
+        if plan.gate is not None:
             lines.append(f"gate      {_show(plan.gate)}")
+        if plan.select is not None:
             lines.append(f"select    {_show(plan.select)}")
         lines.extend(f"not {name}: {reason}" for name, reason in plan.rejected)
         return "\n".join(lines)

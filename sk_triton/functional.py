@@ -35,7 +35,8 @@ def sk_conv(
     Raises:
         TypeError: x is no tensor, or dtypes are mixed or not floating.
         ValueError: wrong rank, channels, sizes, shapes or devices, or parts that ``spec`` does not describe.
-        RuntimeError: ``use_backend("triton")`` where Triton cannot run; the message holds the reason.
+        RuntimeError: ``use_backend("triton")`` or ``use_backend("torch")`` where it cannot run; the message holds
+            the reason.
     """
     check_input(x, spec)
     autocast = autocast_dtype(x)
@@ -47,7 +48,10 @@ def sk_conv(
         v = reference.sk_conv(x, branches, gate, spec)
         # A norm or an activation of the user's may leave the autocast dtype.
         return v if autocast is None else v.to(autocast)
-    return dispatch.run(plan, x, branches, gate, spec, cache)
+    if autocast is None:
+        return dispatch.run(plan, x, branches, gate, spec, cache)
+    with torch.autocast(x.device.type, enabled=False):  # sums stay in float32
+        return dispatch.run(plan, x, branches, gate, spec, cache)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

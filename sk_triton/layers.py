@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from . import functional
-from .blocks import ConvPath, GateLayers, check_conv_settings, conv_settings, weight_and_bias
+from .blocks import (
+    ConvPath,
+    FoldedNorm,
+    GateLayers,
+    check_conv_settings,
+    conv_settings,
+    fold_into,
+    unfoldable_reason,
+    weight_and_bias,
+)
 from .checks import act_name
-from .packing import PackCache
 from .params import Branch, Gate
 from .spec import (
     BranchSpec,
@@ -23,33 +31,7 @@ from .spec import (
     require_positive,
 )
 from .spec import gate_width as paper_gate_width
-
-
-class SKUnit(nn.Module):
-    """What both layers share: the forward through :func:`sk_triton.functional.sk_conv` and the cache."""
-
-    spec: SKSpec
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._cache = PackCache()
-
-    def branches(self) -> tuple[Branch, ...]:
-        """The M branches' parameters, as they are now."""
-        raise NotImplementedError
-
-    def gate(self) -> Gate:
-        """The gate's parameters, as they are now."""
-        raise NotImplementedError
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, in_channels, H, W]`` -> ``[N, out_channels, H', W']``; see :func:`.functional.sk_conv`."""
-        return functional.sk_conv(x, self.branches(), self.gate(), self.spec, cache=self._cache)
-
-    def train(self, mode: bool = True) -> SKUnit:
-        if mode != self.training:
-            self._cache.clear()
-        return super().train(mode)
+from .unit import SKUnit
 
 
 class SKConv(SKUnit):
@@ -277,6 +259,44 @@ class SelectiveKernel(SKUnit):
 
     def gate(self) -> Gate:
         return self.attn.gate()
+
+    def _fuse(self) -> None:
+        if isinstance(self.attn.bn, FoldedNorm):
+            return
+        paths = enumerate(cast("Iterable[ConvPath]", self.paths))
+        parts: list[tuple[str, Any, nn.Conv2d]] = [(f"paths.{i}.conv", path, path.conv) for i, path in paths]
+        parts.append(("attn.fc_reduce", self.attn, self.attn.fc_reduce))
+        for name, part, conv in parts:
+            if part.bn.training:
+                raise RuntimeError(f"fuse() is for inference, but the norm of {name} is in training mode")
+            if reason := unfoldable_reason(name, conv, part.bn):
+                raise ValueError(f"cannot fuse: {reason}")
+        for _, part, conv in parts:
+            part.bn = fold_into(conv, part.bn)
+        self.spec = dataclasses.replace(
+            self.spec, branch_norm=False, branch_bias=True, gate_norm=False, gate_bias=True
+        )
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        is_fused = not self.spec.gate_norm
+        is_from_fused = f"{prefix}attn.fc_reduce.bias" in state_dict
+        # Also without strict: the weights of one kind are wrong for the other.
+        if is_fused and f"{prefix}attn.bn.running_mean" in state_dict:
+            error_msgs.append("the layer is fused, the state_dict is not: load it first, then call fuse()")
+        elif is_from_fused and not is_fused:
+            error_msgs.append("the state_dict is of a fused layer: call layer.eval().fuse(), then load it")
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
 
     def extra_repr(self) -> str:
         spec = self.spec

@@ -1,17 +1,19 @@
-"""Parameters in the form the kernels read, and the cache that never serves a stale copy of them."""
+"""Parameters in the form a schedule reads, and the cache that never serves a stale copy of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .params import Branch, Gate
-from .plan import BranchLaunch, Plan
+from .plan import BranchLaunch, MergedLaunch, Plan
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Packed:
 class _Entry(NamedTuple):
     fingerprint: tuple
     sources: tuple[Tensor, ...]
-    packed: Packed
+    packed: Any
     stream: torch.cuda.Stream | None
 
 
@@ -68,7 +70,7 @@ class PackCache:
         """Forget everything."""
         self._entries = {}
 
-    def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], Packed]) -> Packed:
+    def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
         """The entry under `key` if `sources` are unchanged, else a new one from `build`.
 
         Raises:
@@ -120,12 +122,18 @@ class PackCache:
 
 def pack(plan: Plan, branches: Sequence[Branch], gate: Gate, cache: PackCache | None) -> Packed:
     """Parameters packed for `plan`, from `cache` where they are unchanged."""
-    if cache is None:
-        return _pack(plan, branches, gate)
-    epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
     layouts = tuple([_layout(launch) for launch in plan.branch_launches])
-    key = (plan.dtype, layouts, epsilons)
-    return cache.get(key, _sources(branches, gate), lambda: _pack(plan, branches, gate))
+    return remember(cache, (plan.dtype, layouts), branches, gate, lambda: _pack(plan, branches, gate))
+
+
+def remember(
+    cache: PackCache | None, key: Hashable, branches: Sequence[Branch], gate: Gate, build: Callable[[], T]
+) -> T:
+    """What `build` makes of a unit's parameters, from `cache` where they are unchanged; without one, made anew."""
+    if cache is None:
+        return build()
+    epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
+    return cache.get((key, epsilons), _sources(branches, gate), build)
 
 
 # The fields of a config that decide where a weight is packed; batch and image size only change the others.
@@ -139,15 +147,20 @@ def _layout(launch: BranchLaunch) -> Hashable:
 
 
 def fold_norm(norm: Any, bias: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`(scale, shift)` in fp32 with `norm(y + bias) = y * scale + shift`, for an eval-mode batch norm or None."""
-    shift = torch.zeros(width, dtype=torch.float32, device=like.device) if bias is None else bias.float()
+    """`(scale, shift)` with `norm(y + bias) = y * scale + shift`, for an eval-mode batch norm or None.
+
+    In float64 where `like` is, else in float32, rounded once.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if norm is None:
-        return torch.ones(width, dtype=torch.float32, device=like.device), shift
-    scale = (norm.running_var.float() + norm.eps).rsqrt()
+        ones = torch.ones(width, dtype=dtype, device=like.device)
+        return ones, torch.zeros_like(ones) if bias is None else bias.to(dtype)
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
-        scale = scale * norm.weight.float()
-    shift = (shift - norm.running_mean.float()) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.float()
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
+    shift = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
+    return scale.to(dtype), shift.to(dtype)
 
 
 @torch.no_grad()
@@ -155,7 +168,13 @@ def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
     from .kernels.packing import pack_branch_weights
 
     weights, shifts = [], []
+    by_layout: dict[Hashable, int] = {}
     for launch in plan.branch_launches:
+        index = by_layout.setdefault(_layout(launch), len(weights))
+        if index < len(weights):
+            weights.append(weights[index])
+            shifts.append(shifts[index])
+            continue
         scaled, shift, has_shift = [], [], False
         for branch in branches[launch.start : launch.stop]:
             scale, added = fold_norm(branch.norm, branch.bias, branch.weight.shape[0], branch.weight)
@@ -181,6 +200,89 @@ def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
     )
 
 
+@dataclass(frozen=True)
+class MergedPacked(Packed):
+    """A unit's parameters, packed for a plan of schedule "merged" on inputs of one size.
+
+    Attributes:
+        weights, shifts: one tensor of all branches on their common lattice, norms left out, and their shifts.
+        scale: ``[M, C]`` fp32, the norms' scales, or None without norms.
+        section_weights, pooled_shift: what a pixel of x, and a pixel of the output, add to the pooled sums.
+        strips, columns: int32 tables of the rows and columns of x, see `border_sums_fwd`.
+    """
+
+    scale: Tensor | None
+    section_weights: Tensor
+    pooled_shift: Tensor | None
+    strips: Tensor
+    columns: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        own = (self.scale, self.section_weights, self.pooled_shift, self.strips, self.columns)
+        return [*super().tensors(), *(t for t in own if t is not None)]
+
+
+def pack_merged(
+    plan: Plan, h: int, w: int, branches: Sequence[Branch], gate: Gate, cache: PackCache | None
+) -> MergedPacked:
+    """Parameters packed for `plan` on inputs of `h` x `w` pixels, from `cache` where they are unchanged."""
+    assert plan.merged_launch is not None
+    if cache is None:
+        return _pack_merged(plan, plan.merged_launch, h, w, branches, gate)
+    epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
+    launch = plan.merged_launch
+    layout = (
+        launch.branches,
+        launch.conv.BLOCK_CI,
+        launch.conv.BLOCK_CO,
+        launch.conv.RUN_W,
+        launch.border.ROWS,
+    )
+    packed = cache.get(
+        (plan.dtype, "merged", layout, h, w, epsilons),
+        _sources(branches, gate),
+        lambda: _pack_merged(plan, launch, h, w, branches, gate),
+    )
+    assert isinstance(packed, MergedPacked)
+    return packed
+
+
+@torch.no_grad()
+def _pack_merged(
+    plan: Plan, launch: MergedLaunch, h: int, w: int, branches: Sequence[Branch], gate: Gate
+) -> MergedPacked:
+    from .kernels.merging import column_sections, section_weights, strips, widen_kernel
+    from .kernels.packing import pack_branch_weights
+
+    kernel, pitch = launch.shape.kernels[0], launch.shape.dilations[0]
+    wide, scaled, scales, shifts = [], [], [], []
+    for branch, dilation in zip(branches, launch.branches.dilations, strict=True):
+        scale, shift = fold_norm(branch.norm, branch.bias, branch.weight.shape[0], branch.weight)
+        weight = widen_kernel(branch.weight.to(plan.dtype).float(), dilation, kernel, pitch)
+        wide.append(weight)
+        scaled.append(weight * scale[:, None, None, None])
+        scales.append(scale)
+        shifts.append(shift)
+    has_norm = any(branch.norm is not None for branch in branches)
+    has_shift = has_norm or any(branch.bias is not None for branch in branches)
+    rest = _pack(plan, branches, gate)
+    device = branches[0].weight.device
+    return MergedPacked(
+        weights=(pack_branch_weights(wide, launch.shape, launch.conv, plan.dtype),),
+        shifts=(torch.stack(shifts) if has_shift else None,),
+        reduce_weight=rest.reduce_weight,
+        gate_scale=rest.gate_scale,
+        gate_shift=rest.gate_shift,
+        select_weight=rest.select_weight,
+        select_bias=rest.select_bias,
+        scale=torch.stack(scales) if has_norm else None,
+        section_weights=section_weights(scaled, launch.shape, h, w),
+        pooled_shift=torch.stack(shifts).sum(0) if has_shift else None,
+        strips=torch.tensor(strips(launch.shape, h, launch.border.ROWS), dtype=torch.int32, device=device),
+        columns=torch.tensor(column_sections(launch.shape, w), dtype=torch.int32, device=device),
+    )
+
+
 def _sources(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
     sources = [gate.reduce_weight, *gate.select_weight]
     if gate.reduce_bias is not None:
@@ -199,8 +301,9 @@ def _sources(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
 def _norm_sources(norm: Any) -> list[Tensor]:
     if not isinstance(norm, nn.Module):
         return []
-    tensors = (norm.weight, norm.bias, norm.running_mean, norm.running_var)
-    return [t for t in tensors if isinstance(t, Tensor)]
+    # By the dictionaries: nn.Module's attribute access shows at batch 1.
+    tensors = (*norm._parameters.values(), norm._buffers["running_mean"], norm._buffers["running_var"])
+    return [t for t in tensors if t is not None]
 
 
 def _is_capturing(tensor: Tensor) -> bool:

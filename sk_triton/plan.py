@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 if TYPE_CHECKING:
-    from .kernels.config import BranchConfig, GateConfig, SelectConfig
+    from .kernels.config import BorderConfig, BranchConfig, GateConfig, MergedConfig, SelectConfig
     from .kernels.geometry import ConvShape
+    from .spec import BranchSpec
 
 
 @dataclass(frozen=True)
 class BranchLaunch:
-    """Branches `start` to `stop` in one launch, with the config and where it came from."""
+    """Branches `start` to `stop` in one launch, with the config and where it came from.
+
+    `task`: "store", "pool" or "select", what the launch does with the branches (:mod:`.kernels.branch_conv`).
+    """
 
     start: int
     stop: int
     shape: ConvShape
     config: BranchConfig
     source: str
+    task: str = "store"
+
+
+@dataclass(frozen=True)
+class MergedLaunch:
+    """Schedule "merged": the branches' own shape, that on their common lattice, and configs for its two launches."""
+
+    branches: ConvShape
+    shape: ConvShape
+    border: BorderConfig
+    conv: MergedConfig
 
 
 @dataclass(frozen=True)
@@ -28,12 +43,16 @@ class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store", or "reference" and "eager".
+        backend, schedule: "triton" and "store", "recompute" or "merged"; "torch" and "folded" or "merged"; or
+            "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
-        branch_launches, gate, select: configs of the launches; empty and None for the reference.
+        branch_launches, gate, select: configs of the launches; empty and None where there are none.
+        merged_launch: shapes and configs of the Triton schedule "merged", else None.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
+        samples: how many samples pass through all steps of a schedule on the CPU together.
+        merged: the kernel that holds those of all branches, for the CPU's schedule "merged".
     """
 
     backend: str
@@ -44,6 +63,13 @@ class Plan:
     branch_launches: tuple[BranchLaunch, ...] = ()
     gate: GateConfig | None = None
     select: SelectConfig | None = None
+    merged_launch: MergedLaunch | None = None
     has_relu: bool = False
     gate_has_relu: bool = False
     allow_tf32: bool = False
+    samples: int = 0
+    merged: BranchSpec | None = None
+
+    def rejecting(self, name: str, reason: str) -> Plan:
+        """This plan, with one more alternative that was not taken."""
+        return replace(self, rejected=(*self.rejected, (name, reason)))

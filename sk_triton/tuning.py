@@ -12,31 +12,41 @@ from typing import Any
 import torch
 
 from . import analytic, kernels
-from .chips import Chip
-from .kernels.config import BranchConfig, DepthwiseConfig, StreamConfig, TapConfig
+from .chips import NARROW_PRODUCTS, Chip
+from .environment import triton_version
+from .kernels.config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig
 from .kernels.geometry import ConvShape
 
 SCHEMA = 1
-_KINDS = {"stream": StreamConfig, "tap": TapConfig, "depthwise": DepthwiseConfig}
+_KINDS = {"stream": StreamConfig, "column": ColumnConfig, "tap": TapConfig, "depthwise": DepthwiseConfig}
 
 
 def branch_config(
-    shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip
+    shape: ConvShape,
+    n: int,
+    h: int,
+    w: int,
+    dtype: torch.dtype,
+    allow_tf32: bool,
+    chip: Chip,
+    *,
+    task: str,
 ) -> tuple[BranchConfig, str]:
-    """The config for a branch launch and where it came from, for `explain`."""
-    entry = shipped(chip.name).get(key(shape, n, h, w, dtype, allow_tf32))
+    """The config for a branch launch that does `task` ("store", "pool" or "select") and where it came from."""
+    entry = shipped(chip.name).get(key(shape, n, h, w, dtype, allow_tf32, task=task))
     if entry is not None:
         return entry, f"configs/{chip.name}.json (predicted)"
-    return analytic.branch_config(shape, n, h, w, dtype, allow_tf32, chip), f"analytic ({chip.name})"
+    config = analytic.branch_config(shape, n, h, w, dtype, allow_tf32, chip, task=task)
+    return config, f"analytic ({chip.name})"
 
 
-def key(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool) -> str:
+def key(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, allow_tf32: bool, *, task: str) -> str:
     """Text key of a forward branch launch; `n` counts by its power of two, rounded up."""
     branches = "+".join(f"k{k}d{d}" for k, d in zip(shape.kernels, shape.dilations, strict=True))
     precision = str(dtype).removeprefix("torch.") + ("-tf32" if allow_tf32 and dtype == torch.float32 else "")
     split = "-split" if shape.is_split else ""
     return (
-        f"forward/{precision}/c{shape.c_in}-{shape.c_out}/g{shape.groups}/{branches}/s{shape.stride}{split}"
+        f"{task}/{precision}/c{shape.c_in}-{shape.c_out}/g{shape.groups}/{branches}/s{shape.stride}{split}"
         f"/{h}x{w}/n{(n - 1).bit_length()}"
     )
 
@@ -78,9 +88,9 @@ def kernels_hash() -> str:
 
 @lru_cache
 def shipped(chip_name: str) -> dict[str, BranchConfig]:
-    """The shipped configs of a chip by key; none if they were made for other kernels."""
+    """The shipped configs of a chip by key; none if they are for other kernels, or Triton is too old for them."""
     file = shipped_file(chip_name)
-    if not file.is_file():
+    if not file.is_file() or triton_version() < NARROW_PRODUCTS:
         return {}
     content = json.loads(file.read_text())
     if content["schema"] != SCHEMA or content["kernels"] != kernels_hash():

@@ -82,7 +82,7 @@ def test_tasks_do_not_see_each_other():
 
 @pytest.mark.parametrize("name", ["cuda", "", None, "Triton"])
 def test_unknown_name(name):
-    allowed = "'auto', 'triton', 'reference'"
+    allowed = "'auto', 'triton', 'reference', 'torch'"
     with pytest.raises(ValueError, match=f"backend must be one of {allowed}, got {name!r}"):
         use_backend(name)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from sk_triton import dispatch
+from sk_triton import plans
 from sk_triton.bench import passes
 from sk_triton.bench.plots import waterfall
 from sk_triton.bench.shapes import PAPER, SEED, stage_shape
@@ -51,9 +51,9 @@ def test_passes_agree_with_the_dispatcher(unit, num_branches, same_groups):
         waterfall.unit_spec(unit, shape),
         branches=tuple(BranchSpec(3, 1 + m, g) for m, g in enumerate(groups)),
     )
-    plan = dispatch.plan_store(spec, 8, shape.height, shape.width, torch.float16, False, CHIPS["sm_90"])
+    plan = plans.plan_store(spec, 8, shape.height, shape.width, torch.float16, False, CHIPS["sm_90"])
     assert passes.store(spec).passes == plan.passes
-    assert passes.reference(spec).passes == dispatch._eager_passes(spec)
+    assert passes.reference(spec).passes == plans.eager_passes(spec)
 
 
 def test_merged_needs_linear_branches():

@@ -278,6 +278,14 @@ def test_another_seed_does_not_mix(tmp_path):
     assert make(tmp_path, "--step", "layer-fp32", "--seed", "1")[0] == 2
 
 
+def test_a_step_is_done_only_under_a_stamp_like_its_own():
+    stamp = a_stamp()
+    made = Report(steps={"sweep": StepState(DONE, "2026-11-22T17:00:00+00:00", 1.0, stamp)})
+    assert made.is_done("sweep", dataclasses.replace(stamp, load=9.0))
+    assert not made.is_done("sweep", dataclasses.replace(stamp, driver="1"))
+    assert not made.is_done("train", stamp)
+
+
 def test_a_step_has_its_machine():
     on_gpu, without = (report.choose_steps(None, on_gpu=on_gpu) for on_gpu in (True, False))
     assert {"layer-fp16", "layer-bf16"} == set(on_gpu) - set(without)

@@ -13,6 +13,7 @@ from sk_triton import (
     can_run_triton,
     dispatch,
     explain,
+    plans,
     tuning,
     use_backend,
 )
@@ -233,7 +234,7 @@ def test_explain_triton(x):
     assert "backend   triton" in text
     assert "schedule  store" in text
     assert "passes    10 over one activation tensor (predicted)" in text  # two of them convert NCHW
-    assert "branches  3x3 g4, 5x5 g4, 7x7 g4" in text
+    assert "store     3x3 g4, 5x5 g4, 7x7 g4" in text
     assert "source  analytic (sm_90)" in text
     assert "not reference: the kernels can run; eager takes 25 passes" in text
 
@@ -242,7 +243,7 @@ def test_branches_with_unequal_groups_take_a_launch_each():
     from sk_triton import BranchSpec, SKSpec
 
     spec = SKSpec(32, 32, (BranchSpec(3, 1, 1), BranchSpec(3, 1, 32), BranchSpec(3, 2, 32)), gate_width=8)
-    plan = dispatch.plan_store(spec, 8, 14, 14, torch.float16, True, SM_90)
+    plan = plans.plan_store(spec, 8, 14, 14, torch.float16, True, SM_90)
     assert [(la.start, la.stop, la.shape.groups) for la in plan.branch_launches] == [(0, 1, 1), (1, 3, 32)]
     assert plan.passes == 2 + 2 * 3 + 1
     assert not plan.allow_tf32
@@ -290,12 +291,14 @@ def test_shipped_entry_comes_before_the_analytic_choice(monkeypatch):
     chosen = analytic.branch_config(GROUPED, 128, 56, 56, torch.float16, False, SM_90)
     other = StreamConfig(8, 8, 4, 4, RUN_H=1, RUN_W=2)
     assert other != chosen
-    key = tuning.key(GROUPED, 128, 56, 56, torch.float16, False)
-    assert key == "forward/float16/c128-128/g32/k3d1+k3d2/s1/56x56/n7"
+    key = tuning.key(GROUPED, 128, 56, 56, torch.float16, False, task="store")
+    assert key == "store/float16/c128-128/g32/k3d1+k3d2/s1/56x56/n7"
     monkeypatch.setattr(tuning, "shipped", lambda chip: {key: other} if chip == "sm_90" else {})
-    found, source = tuning.branch_config(GROUPED, 100, 56, 56, torch.float16, False, SM_90)
+    found, source = tuning.branch_config(GROUPED, 100, 56, 56, torch.float16, False, SM_90, task="store")
     assert (found, source) == (other, "configs/sm_90.json (predicted)")
-    found, source = tuning.branch_config(GROUPED, 128, 56, 56, torch.float16, False, CHIPS["sm_80"])
+    found, source = tuning.branch_config(
+        GROUPED, 128, 56, 56, torch.float16, False, CHIPS["sm_80"], task="store"
+    )
     assert source == "analytic (sm_80)"
 
 

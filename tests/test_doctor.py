@@ -27,10 +27,11 @@ def test_the_report_names_every_package_the_devices_and_the_backend(capsys):
     assert "SelectiveKernel: " in text
 
 
-def test_without_a_gpu_auto_takes_the_reference_and_says_why():
+def test_without_a_gpu_auto_takes_a_schedule_of_the_cpu_and_says_which():
     states = [state for state in doctor.inspect_backends() if state.device == "cpu"]
     assert [state.layer for state in states] == ["SKConv", "SelectiveKernel"]
-    assert all(state.backend == "reference" and state.reason and state.works for state in states)
+    assert all(state.backend == "torch" and state.works for state in states)
+    assert all(state.reason.startswith("schedule ") for state in states)
 
 
 def test_a_layer_that_does_not_run_is_reported_and_the_exit_code_says_so(monkeypatch, capsys):

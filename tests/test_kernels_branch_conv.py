@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sk_triton.bench.traffic import Meter
-from sk_triton.kernels.config import DepthwiseConfig, StreamConfig, TapConfig
+from sk_triton.kernels.config import ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig
 from sk_triton.kernels.geometry import ConvShape, tiles
 
 from .interpreter import exact_bfloat16
@@ -37,6 +37,19 @@ CASES = {
     "stream, 3 channels per group": (ConvShape(15, 15, 5, (3, 3), (1, 2)), STREAM, 2, 7, 5),
     "stream, unequal block count": (ConvShape(24, 24, 6, (3, 3), (1, 2)), STREAM, 1, 7, 5),
     "stream, 5x5": (ConvShape(16, 16, 4, (3, 5), (1, 1)), STREAM, 1, 7, 5),
+    "column": (ConvShape(32, 32, 2, (3, 3), (1, 2)), ColumnConfig(16, 16, BLOCK_H=2, BLOCK_W=8, RUN_H=4), 2, 13, 17),
+    "column, whole height": (ConvShape(32, 32, 2, (3, 3), (1, 2)), ColumnConfig(16, 16, 1, 8, RUN_H=7), 2, 7, 5),
+    "column, unrolled, few rows at a time": (
+        ConvShape(64, 64, 2, (3, 5), (2, 1)), ColumnConfig(32, 32, 1, 16, RUN_H=9, ROWS=4, UNROLL=True), 1, 9, 18,
+    ),
+    "column, two samples per tile": (
+        ConvShape(24, 24, 2, (3, 3), (1, 3)), ColumnConfig(16, 16, 1, 8, RUN_H=4, BLOCK_N=2), 3, 6, 9,
+    ),
+    "column, stride 2": (ConvShape(20, 40, 2, (3, 1), (2, 1), stride=2), ColumnConfig(16, 32, 1, 16, RUN_H=3), 2, 9, 5),
+    "column, split input": (
+        ConvShape(32, 32, 2, (3, 3), (1, 2), is_split=True), ColumnConfig(16, 16, 2, 8, RUN_H=2), 1, 7, 5,
+    ),
+    "column, one pixel": (ConvShape(32, 32, 2, (3, 3), (1, 4)), ColumnConfig(16, 16, 1, 8, RUN_H=1), 2, 1, 1),
     "tap, 3 to 7 with runs": (ConvShape(16, 16, 4, (3, 5, 7), (1, 1, 1)), TapConfig(8, 8, 4, 4, RUN_W=4), 2, 13, 17),
     "tap, dense": (ConvShape(20, 24, 1, (3, 3), (1, 2)), TapConfig(16, 16, 8, 4), 2, 7, 5),
     "tap, wide groups": (ConvShape(40, 80, 2, (3, 3), (1, 2), stride=2), TapConfig(32, 16, 2, 8, BLOCK_N=2), 3, 7, 5),
@@ -125,6 +138,65 @@ def test_matches_float64(name, dtype):
     shape, config, *size = CASES[name]
     x, weights, shift = make(shape, *size, dtype)
     check(x, weights, shift, shape, config)
+
+
+SELECTING = [name for name in CASES if name.startswith(("stream", "column")) and "dilation 3" not in name]
+
+
+def recompute(x, weights, shift, attention, shape, config, *, has_relu, memory_format=torch.channels_last):
+    """Pooled sums `[N, C]` and `v [N, C, H, W]` from the launches that do not write the branches."""
+    from sk_triton.kernels.branch_conv import branch_pool_fwd, branch_select_fwd
+    from sk_triton.kernels.packing import pack_branch_weights
+
+    n, c = x.shape[0], shape.c_out
+    h, w = shape.output_size(*x.shape[2:])
+    packed = pack_branch_weights(weights, shape, config, x.dtype)
+    count = math.prod(tiles(shape, config, h, w))
+    partial = torch.full((n + 2, count + 2, c), math.nan)
+    v = torch.full((n + 2, c, h + 2, w + 2), math.nan, dtype=x.dtype).to(memory_format=memory_format)
+    inner_partial, inner_v = partial[1:-1, 1:-1], v[1:-1, :, 1:-1, 1:-1]
+    settings = {"shape": shape, "has_relu": has_relu, "allow_tf32": False, "config": config}
+    for launch in (
+        branch_pool_fwd(x, packed, shift, inner_partial, **settings),
+        branch_select_fwd(x, packed, shift, attention, inner_v, **settings),
+    ):
+        tensors = [t for t in launch.arguments if isinstance(t, torch.Tensor)]
+        with (
+            exact_bfloat16() if x.dtype == torch.bfloat16 else contextlib.nullcontext(),
+            Meter({str(i): t for i, t in enumerate(tensors)}).watch(),
+        ):
+            launch()
+    assert v.isfinite().sum() + partial.isfinite().sum() <= inner_v.numel() + inner_partial.numel()
+    return inner_partial.sum(1), inner_v
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SELECTING)
+def test_recomputing_matches_float64(name, dtype, memory_format):
+    shape, config, *size = CASES[name]
+    x, weights, shift = make(shape, *size, dtype)
+    m, n, c = len(shape.kernels), size[0], shape.c_out
+    attention = torch.randn(n, m, c).softmax(1)
+    pooled, v = recompute(
+        x, weights, shift, attention, shape, config, has_relu=True, memory_format=memory_format
+    )
+    a = attention.transpose(0, 1)[..., None, None]
+    u = exact(x, weights, shift, shape, has_relu=True)
+    eager_u = eager(x, weights, shift, shape, has_relu=True)
+    assert_errs_like_eager(pooled, eager_u.double().sum(0).sum((2, 3)).float(), u.sum(0).sum((2, 3)))
+    assert_errs_like_eager(v, (eager_u * a.to(dtype)).sum(0), (u * a.double()).sum(0))
+
+
+def test_a_config_that_cannot_select_is_refused():
+    from sk_triton.kernels.branch_conv import branch_pool_fwd, branch_select_fwd
+
+    shape, config, *size = CASES["stream, 1x1 and dilation 3"]
+    x, weights, shift = make(shape, *size, torch.float16)
+    settings = {"shape": shape, "has_relu": True, "allow_tf32": False}
+    with pytest.raises(ValueError, match="BLOCK_W must be a multiple of every branch's spacing"):
+        branch_select_fwd(x, weights[0], shift, x, torch.empty_like(x), config=config, **settings)
+    with pytest.raises(ValueError, match="config must be a StreamConfig or a ColumnConfig to pool"):
+        branch_pool_fwd(x, weights[0], shift, x, config=TapConfig(16, 16, 4, 4), **settings)
 
 
 @pytest.mark.parametrize("name", ["stream", "tap, dense", "depthwise"])

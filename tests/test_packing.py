@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sk_triton.packing
-from sk_triton import SelectiveKernel, SKConv, dispatch, use_backend
+from sk_triton import SelectiveKernel, SKConv, plans, use_backend
 from sk_triton.kernels.config import DepthwiseConfig, StreamConfig, TapConfig
 from sk_triton.kernels.geometry import ConvShape, blocking
 from sk_triton.kernels.packing import pack_branch_weights
@@ -164,18 +164,18 @@ def test_unchanged_parameters_are_packed_once():
 def test_another_batch_or_image_size_packs_nothing_new(monkeypatch):
     layer, packed = paper_layer(), []
 
-    def config(shape, n, h, w, *rest):
+    def config(shape, n, h, w, *rest, task):
         width = 2 if w < 6 else 8
         return StreamConfig(8, 8, BLOCK_H=16 // width, BLOCK_W=width, RUN_H=n, RUN_W=2), "a test"
 
     pack = sk_triton.packing._pack
     monkeypatch.setattr("sk_triton.packing._pack", lambda *args: packed.append(args) or pack(*args))
     monkeypatch.setattr("sk_triton.tuning.branch_config", config)
-    dispatch.plan_store.cache_clear()
+    plans.fastest_plan.cache_clear()
     for size in ((1, 8, 5, 4), (2, 8, 5, 4), (1, 8, 5, 7)):
         ours, expected = outputs(layer, torch.randn(size))
         torch.testing.assert_close(ours, expected)
-    dispatch.plan_store.cache_clear()
+    plans.fastest_plan.cache_clear()
     assert len(packed) == 1
 
 

@@ -14,11 +14,22 @@ def test_store_schedule_moves_six_passes(stage, small):
     full, spec, n, size = traffic.STAGES[stage]
     rows, unit = traffic.count(spec, n, size, full)
     touched = {(row.kernel, row.tensor): row.touched / unit for row in rows}
-    assert touched["branch_conv_stream", "x"] == 1
-    assert touched["branch_conv_stream", "u"] == touched["select", "u"] == 2
+    kernel = "branch_conv_stream" if stage < 3 else "branch_conv_column"
+    assert touched[kernel, "x"] == 1
+    assert touched[kernel, "u"] == touched["select", "u"] == 2
     assert touched["select", "v"] == 1
     assert traffic.passes(rows, unit) == 6
     # What else grows with the batch; it weighs more against fewer pixels.
+    assert traffic.passes(rows, unit, ("partial", "attention")) <= small
+
+
+@pytest.mark.parametrize(("stage", "small"), [(1, 0.03), (2, 0.05), (3, 0.2), (4, 0.4)])
+def test_recompute_schedule_moves_three_passes(stage, small):
+    full, spec, n, size = traffic.STAGES[stage]
+    rows, unit = traffic.count(spec, n, size, full, "recompute")
+    touched = {(row.kernel.split(", ")[-1], row.tensor): row.touched / unit for row in rows}
+    assert touched["pool", "x"] == touched["select", "x"] == touched["select", "v"] == 1
+    assert traffic.passes(rows, unit) == 3
     assert traffic.passes(rows, unit, ("partial", "attention")) <= small
 
 

@@ -5,26 +5,21 @@ Six passes over an activation tensor for M = 2: x once, each branch written and 
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ..kernels.branch_conv import branch_conv_fwd
-from ..kernels.gate import gate_fwd
 from ..kernels.geometry import tiles
-from ..kernels.launch import Launch
 from ..kernels.select import select_fwd
-from ..layout import memory_format
+from ..layout import memory_format, with_adjacent_channels
 from ..packing import PackCache, Packed, pack
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec
-
-# The gate walks the partial sums of a channel one tile after another; past this many a reduction of its own is faster.
-MAX_GATE_TILES = 64
+from ..steps import Step, gate_steps
 
 
 def run(
@@ -38,14 +33,11 @@ def run(
     return v
 
 
-def prepare(
-    plan: Plan, x: Tensor, packed: Packed, spec: SKSpec
-) -> tuple[list[Launch | Callable[[], object]], Tensor]:
+def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[Step], Tensor]:
     """The steps that compute the unit, mostly kernel launches, and the tensor that will hold its output."""
-    assert plan.gate is not None
     assert plan.select is not None
     out_format = memory_format(x)
-    x = _with_adjacent_channels(x)
+    x = with_adjacent_channels(x)
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
     c, m = spec.out_channels, spec.num_branches
@@ -55,7 +47,7 @@ def prepare(
     attention = x.new_empty((n, m, c), dtype=torch.float32)
     v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
 
-    steps: list[Launch | Callable[[], object]] = []
+    steps: list[Step] = []
     first_tile = 0
     for launch, count, weight, shift in zip(
         plan.branch_launches, counts, packed.weights, packed.shifts, strict=True
@@ -74,32 +66,6 @@ def prepare(
             )
         )
         first_tile += count
-    if first_tile > MAX_GATE_TILES:
-        total = partial.new_empty((n, 1, c))
-        steps.append(functools.partial(torch.sum, partial, 1, keepdim=True, out=total))
-        partial = total
-    steps.append(
-        gate_fwd(
-            partial,
-            packed.reduce_weight,
-            packed.gate_scale,
-            packed.gate_shift,
-            packed.select_weight,
-            packed.select_bias,
-            attention,
-            pixels=h * w,
-            has_relu=plan.gate_has_relu,
-            config=plan.gate,
-        )
-    )
+    steps += gate_steps(plan, partial, packed, attention, pixels=h * w)
     steps.append(select_fwd(u, attention, v, config=plan.select))
     return steps, v
-
-
-def _with_adjacent_channels(x: Tensor) -> Tensor:
-    """x itself where its channels are adjacent, else a channels_last copy: the one conversion that NCHW input costs."""
-    if x.stride(1) == 1:
-        return x
-    x = x.contiguous(memory_format=torch.channels_last)
-    # The stride of a single channel is arbitrary.
-    return x.as_strided(x.shape, (x.stride(0), 1, x.stride(2), x.stride(3)))

@@ -1,0 +1,133 @@
+"""What the gate of linear branches pools, without convolving: sums of x over the windows that the taps slide over.
+
+The sum over pixels of `conv_m(x)[co]` is `sum over ci, taps of W_m[co, ci, tap] * S[ci, tap]`, where S[ci, tap] sums x
+over the pixels that the tap meets. Rows that meet the same kernel rows form a section, columns likewise; x is summed
+once per pair of sections, and the weight of a pair is that of all taps that meet it (`merging.sections`).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import BorderConfig
+from .geometry import ConvShape, cdiv, next_power_of_2
+from .launch import Launch
+from .tiling import widen
+
+
+@triton.jit(
+    do_not_specialize=("W_IN", "PIXELS", "STRIPS", "STRIPS_PER_PROGRAM", "PROGRAMS_H", "TILES_W", "BLOCKS")
+)
+def border_sums_fwd_kernel(
+    x_ptr, w_ptr, shift_ptr, strips_ptr, columns_ptr, partial_ptr,
+    W_IN, C_IN, C_OUT, PIXELS, STRIPS, STRIPS_PER_PROGRAM, PROGRAMS_H, TILES_W, BLOCKS, SECTIONS_W,
+    stride_xn, stride_xh, stride_xw, stride_partial_n, stride_partial_t,
+    STRIDE: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
+    BLOCK_G: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    BLOCK_W: tl.constexpr, HAS_SHIFT: tl.constexpr, IS_LARGE: tl.constexpr,
+):  # fmt: skip
+    """Pooled sums of BLOCK_G groups of one sample over STRIPS_PER_PROGRAM strips of rows x BLOCK_W columns.
+
+    A strip is rows of one section, STRIDE apart. A group's GROUP_CI inputs and GROUP_CO outputs are padded to BLOCK_CI
+    and BLOCK_CO.
+    """
+    BLOCK_C: tl.constexpr = BLOCK_G * BLOCK_CI
+    stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
+    pid = tl.program_id(0)
+    block = pid % BLOCKS
+    tile = pid // BLOCKS % (TILES_W * PROGRAMS_H)
+    n = (pid // BLOCKS // (TILES_W * PROGRAMS_H)).to(tl.int64)
+    first = tile // TILES_W * STRIPS_PER_PROGRAM
+    offs_c = tl.arange(0, BLOCK_C)
+    if GROUP_CI == BLOCK_CI:
+        ci = block * BLOCK_C + offs_c
+        mask_c = ci < C_IN
+    else:
+        ci = (block * BLOCK_G + offs_c // BLOCK_CI) * GROUP_CI + offs_c % BLOCK_CI
+        mask_c = (ci < C_IN) & (offs_c % BLOCK_CI < GROUP_CI)
+    x = tile % TILES_W * BLOCK_W + tl.arange(0, BLOCK_W)
+    # Columns that no tap meets are in section -1 and are not read.
+    section = tl.load(columns_ptr + x, mask=x < W_IN, other=-1)
+    mask_x = (section >= 0)[:, None] & mask_c[None, :]
+    offs_x = (x * stride_xw)[:, None] + ci[None, :]
+    j = tl.arange(0, BLOCK_CO)
+    offs_w = (j * C_IN)[:, None] + ci[None, :]
+    mask_w = (j < GROUP_CO)[:, None] & mask_c[None, :]
+    x_ptr += n * stride_xn
+
+    pooled = tl.zeros([BLOCK_CO, BLOCK_C], tl.float32)
+    for strip in range(first, tl.minimum(first + STRIPS_PER_PROGRAM, STRIPS)):
+        y0 = tl.load(strips_ptr + strip * 3)
+        rows = tl.load(strips_ptr + strip * 3 + 1)
+        section_h = tl.load(strips_ptr + strip * 3 + 2)
+        acc = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
+        for i in range(rows):
+            row_ptr = x_ptr + (y0 + i * STRIDE) * stride_xh
+            acc += tl.load(row_ptr + offs_x, mask=mask_x, other=0.0).to(tl.float32)
+        for section_w in range(SECTIONS_W):
+            sums = tl.sum(tl.where((section == section_w)[:, None], acc, 0.0), axis=0)
+            pair = section_h * SECTIONS_W + section_w
+            pooled += sums[None, :] * tl.load(
+                w_ptr + pair * (GROUP_CO * C_IN) + offs_w, mask=mask_w, other=0.0
+            )
+
+    sums = tl.sum(tl.reshape(pooled, [BLOCK_CO, BLOCK_G, BLOCK_CI]), axis=2)
+    co = (block * BLOCK_G + tl.arange(0, BLOCK_G))[None, :] * GROUP_CO + j[:, None]  # [BLOCK_CO, BLOCK_G]
+    mask_co = (j < GROUP_CO)[:, None] & (co < C_OUT)
+    if HAS_SHIFT:
+        sums += tl.load(shift_ptr + co, mask=mask_co, other=0.0) * tl.where(tile == 0, PIXELS, 0)
+    tl.store(partial_ptr + n * stride_partial_n + tile * stride_partial_t + co, sums, mask=mask_co)
+
+
+def border_sums_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    shift: torch.Tensor | None,
+    strips: torch.Tensor,
+    columns: torch.Tensor,
+    partial: torch.Tensor,
+    *,
+    shape: ConvShape,
+    pixels: int,
+    config: BorderConfig,
+) -> Launch:
+    """Write `partial [N, tiles, C_out]` fp32, whose sum over tiles is that of all branches over the `pixels` outputs.
+
+    `x [N, C_in, H_in, W_in]`, channels adjacent in memory (stride 1), other strides free. `w [sections_h, sections_w,
+    C_out / groups, C_in]` fp32 from `merging.section_weights`; `shift [C_out]` fp32, the sum of the branches'; `strips
+    [strips, 3]` int32 (first row, rows, section) and `columns [W_in]` int32 (section, or -1) from `merging`.
+    """
+    n, _, h_in, w_in = x.shape
+    _, tiles, c_out = partial.shape
+    group_ci, group_co = shape.c_in // shape.groups, shape.c_out // shape.groups
+    block_ci = next_power_of_2(group_ci)
+    block_g = max(1, min(next_power_of_2(shape.groups), config.BLOCK_C // block_ci))
+    blocks = cdiv(shape.groups, block_g)
+    programs_h = cdiv(len(strips), config.STRIPS_PER_PROGRAM)
+    tiles_w = cdiv(w_in, config.BLOCK_W)
+    if tiles != programs_h * tiles_w:
+        raise ValueError(f"partial must have {programs_h * tiles_w} tiles, got shape {tuple(partial.shape)}")
+    extent = h_in * x.stride(2) + w_in * x.stride(3) + shape.c_in
+    arguments = (
+        x, w, w if shift is None else shift, strips, columns, partial,
+        w_in, shape.c_in, c_out, pixels, len(strips), config.STRIPS_PER_PROGRAM, programs_h, tiles_w, blocks,
+        w.shape[1], x.stride(0), x.stride(2), x.stride(3), partial.stride(0), partial.stride(1),
+    )  # fmt: skip
+    constexprs = {
+        "STRIDE": shape.stride,
+        "GROUP_CI": group_ci,
+        "GROUP_CO": group_co,
+        "BLOCK_G": block_g,
+        "BLOCK_CI": block_ci,
+        "BLOCK_CO": next_power_of_2(group_co),
+        "BLOCK_W": config.BLOCK_W,
+        "HAS_SHIFT": shift is not None,
+        "IS_LARGE": extent >= 2**31,
+    }
+    return Launch(
+        border_sums_fwd_kernel,
+        (n * programs_h * tiles_w * blocks,),
+        arguments,
+        constexprs,
+        {"num_warps": config.num_warps, "num_stages": 1},
+    )

@@ -1,0 +1,228 @@
+"""Branch convolutions for groups of 9 to 32 channels: one kernel column at a time, over columns of outputs.
+
+The formulation of `branch_conv_stream` without runs along a row: a group fills the tensor core by itself, and what
+counts is how often an input row is loaded. For each kernel column the rows of a tile are loaded once and feed all
+accumulators that need them, a few rows at a time, so that a whole column's accumulators fit in registers. Where a tile
+is as high as the image, the rows beyond it, their masks and their products fall away.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiling import (
+    SIZES,
+    as_operand,
+    fold_pool,
+    load_weight_operand,
+    locate_tile,
+    part_elements,
+    relu,
+    widen,
+)
+
+
+@triton.jit
+def column_outputs(
+    x_ptr, w_ptr, shift_ptr, sample, y, x, mask_p, H_IN, W_IN, CI_END, CO_END, stride_xn, stride_xh, stride_xw,
+    KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
+    PITCH: tl.constexpr, STEP_R: tl.constexpr, STEP_K: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr,
+    RUN_H: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    BLOCK_P: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One branch of one tile before its activation: RUN_H tensors `[BLOCK_CO, BLOCK_P]`.
+
+    Row i is `i * PITCH` input pixels below the topmost. Output r needs, for kernel row ky, row
+    `r * STEP_R + ky * STEP_K`.
+    """
+    HALF: tl.constexpr = KERNEL // 2
+    FIRST_OWN: tl.constexpr = HALF * STEP_K
+    LAST_OWN: tl.constexpr = FIRST_OWN + (RUN_H - 1) * STEP_R
+    START: tl.constexpr = FIRST_OWN if IS_WHOLE_H else 0
+    STOP: tl.constexpr = LAST_OWN + 1 if IS_WHOLE_H else LAST_OWN + FIRST_OWN + 1
+    IS_DIRECT: tl.constexpr = BLOCK_CI <= 32 and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    IS_SHORT: tl.constexpr = IS_DIRECT and BLOCK_CI == 16
+    _, ci = part_elements(BLOCK_CI, BLOCK_CI, IS_SHORT)
+    co = tl.arange(0, BLOCK_CO)
+    offs_x = (sample * stride_xn + y * STRIDE * stride_xh + x * STRIDE * stride_xw)[:, None] + ci[None, :]
+    offs_w = co[:, None] * BLOCK_CI + tl.arange(0, BLOCK_CI)[None, :]
+    if HAS_SHIFT:
+        shift = tl.load(shift_ptr + co, mask=co < CO_END, other=0.0)
+        start = tl.broadcast_to(shift[:, None], [BLOCK_CO, BLOCK_P])
+    else:
+        start = tl.zeros([BLOCK_CO, BLOCK_P], tl.float32)
+    outputs = ()
+    for _ in tl.static_range(RUN_H):
+        outputs = outputs + (start,)
+
+    for kx in tl.range(KERNEL, loop_unroll_factor=KERNEL if UNROLL else 1):
+        dx = (kx - HALF) * DILATION
+        x_in = x * STRIDE + dx
+        # Outputs beyond the image see no input at all, so that they stay finite.
+        mask_x = mask_p & (x_in >= 0) & (x_in < W_IN)
+        weights = ()
+        for ky in tl.static_range(KERNEL):
+            tap_ptr = w_ptr + (ky * KERNEL + kx) * (BLOCK_CO * BLOCK_CI)
+            if IS_DIRECT:
+                weights = weights + (load_weight_operand(tap_ptr, BLOCK_CO, BLOCK_CI),)
+            else:
+                weights = weights + (tl.load(tap_ptr + offs_w),)
+        for first in tl.static_range(START, STOP, ROWS):
+            rows = ()
+            for i in tl.static_range(first, min(first + ROWS, STOP)):
+                mask = mask_x
+                if not (IS_EVEN_H and i >= FIRST_OWN and i <= LAST_OWN):
+                    y_in = y * STRIDE + i * PITCH - HALF * DILATION
+                    mask = mask_x & (y_in >= 0) & (y_in < H_IN)
+                mask = mask[:, None]
+                if HAS_CHANNEL_MASK:
+                    mask = mask & (ci < CI_END)[None, :]
+                row = (i * PITCH - HALF * DILATION) * stride_xh + dx * stride_xw
+                taps = tl.load(x_ptr + row + offs_x, mask=mask, other=0.0)
+                rows = rows + (as_operand(taps, IS_SHORT) if IS_DIRECT else taps,)
+            added = ()
+            for r in tl.static_range(RUN_H):
+                acc = outputs[r]
+                for ky in tl.static_range(KERNEL):
+                    if r * STEP_R + ky * STEP_K >= first and r * STEP_R + ky * STEP_K < min(
+                        first + ROWS, STOP
+                    ):
+                        row = rows[r * STEP_R + ky * STEP_K - first]
+                        acc = tl.dot(weights[ky], tl.trans(row), acc, input_precision=PRECISION)
+                added = added + (acc,)
+            outputs = added
+    return outputs
+
+
+@triton.jit
+def pool_rows(
+    pool, values, mask_p, RUN_H: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_POOL: tl.constexpr
+):  # fmt: skip
+    """`pool` with the outputs of every row added, by products with the pixel mask; rows of 8 pixels go in pairs."""
+    dtype = values[0].dtype
+    if BLOCK_P >= 16:
+        ones = tl.broadcast_to(mask_p[:, None], [BLOCK_P, BLOCK_POOL]).to(dtype)
+        for r in tl.static_range(RUN_H):
+            pool = tl.dot(values[r], ones, pool)
+    else:
+        both = tl.reshape(tl.broadcast_to(mask_p[None, :], [2, BLOCK_P]), [2 * BLOCK_P])
+        ones = tl.broadcast_to(both[:, None], [2 * BLOCK_P, BLOCK_POOL]).to(dtype)
+        for r in tl.static_range(0, RUN_H, 2):
+            pair = tl.join(values[r], values[r + 1] if r + 1 < RUN_H else tl.zeros_like(values[r]))
+            pair = tl.reshape(tl.permute(pair, (0, 2, 1)), [BLOCK_CO, 2 * BLOCK_P])
+            pool = tl.dot(pair, ones, pool)
+    return pool
+
+
+@triton.jit(do_not_specialize=SIZES)
+def branch_conv_column_fwd_kernel(
+    x_ptr, w_ptr, shift_ptr, attention_ptr, out_ptr, partial_ptr,
+    N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
+    stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
+    stride_partial_n, stride_partial_t,
+    TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, STRIDE: tl.constexpr,
+    PITCHES: tl.constexpr, STEPS_R: tl.constexpr, STEPS_K: tl.constexpr, W_OFFSETS: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr,
+    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, SPLIT_CI: tl.constexpr,
+    BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    RUN_H: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_POOL: tl.constexpr, POOL_BY_DOT: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Every branch of one tile; TASK as in `branch_conv_stream_fwd_kernel`.
+
+    A tile is BLOCK_N samples x BLOCK_H columns of RUN_H outputs x BLOCK_W pixels. A channel block is CHANNELS_CI inputs
+    and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO.
+    """
+    M: tl.constexpr = len(KERNELS)
+    BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
+    dtype = x_ptr.dtype.element_ty
+    stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
+    stride_on, stride_oh, stride_ow = widen(stride_on, stride_oh, stride_ow, IS_LARGE)
+    block, tile, tile_h, tile_w, block_n = locate_tile(tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W)
+    n0 = block_n.to(tl.int64) * BLOCK_N
+    n_left = tl.minimum(N - n0, BLOCK_N).to(tl.int32)
+    offs_p = tl.arange(0, BLOCK_P)
+    sample = offs_p // (BLOCK_H * BLOCK_W)
+    y = (tile_h * BLOCK_H + offs_p // BLOCK_W % BLOCK_H) * RUN_H
+    x = tile_w * BLOCK_W + offs_p % BLOCK_W
+    mask_p = (y < H) & (x < W) & (sample < n_left)
+    co = tl.arange(0, BLOCK_CO)
+    ci0 = block * CHANNELS_CI
+    co0 = block * CHANNELS_CO
+    ci_end = tl.minimum(CHANNELS_CI, C_IN - ci0)
+    co_end = tl.minimum(CHANNELS_CO, C_OUT - co0)
+    x_ptr += n0 * stride_xn + ci0
+    out_ptr += n0 * stride_on + co0 * stride_oc
+    offs_out = (sample * stride_on + y * stride_oh + x * stride_ow)[None, :] + co[:, None] * stride_oc
+    mask_out = mask_p[None, :]  # [BLOCK_CO, BLOCK_P]
+    if HAS_CHANNEL_MASK:
+        mask_out &= (co < co_end)[:, None]
+    pool = tl.zeros([BLOCK_CO, BLOCK_POOL if POOL_BY_DOT else BLOCK_P], tl.float32)
+    selection = ()
+    for m in tl.static_range(M):
+        outputs = column_outputs(
+            x_ptr + m * SPLIT_CI,
+            w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m],
+            shift_ptr + m * C_OUT + co0,
+            sample, y, x, mask_p, H_IN, W_IN, ci_end, co_end, stride_xn, stride_xh, stride_xw,
+            KERNELS[m], DILATIONS[m], STRIDE, PITCHES[m], STEPS_R[m], STEPS_K[m], IS_EVEN_H, IS_WHOLE_H,
+            RUN_H, ROWS, UNROLL, BLOCK_CI, BLOCK_CO, BLOCK_P, HAS_SHIFT, HAS_CHANNEL_MASK, PRECISION,
+        )  # fmt: skip
+        if TASK == "select":
+            offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
+            mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
+            if BLOCK_N == 1:
+                offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
+                mask_a = (co < co_end)[:, None]
+            a = tl.load(attention_ptr + offs_a, mask=mask_a, other=0.0)
+        values = ()
+        for r in tl.static_range(RUN_H):
+            acc = outputs[r]
+            if HAS_RELU:
+                acc = relu(acc)
+            mask_r = mask_out
+            if not IS_EVEN_H:
+                mask_r = mask_out & (y + r < H)[None, :]
+            if TASK == "select":
+                acc *= a
+                if m > 0:
+                    acc += selection[r].to(tl.float32)
+                # In 16 bits between branches, as eager adds them: half the registers.
+                values = values + (acc.to(dtype),)
+            else:
+                u = acc.to(dtype)
+                if TASK == "store":
+                    tl.store(out_ptr + r * stride_oh + offs_out, u, mask=mask_r)
+                if POOL_BY_DOT:
+                    # An output below the image sees part of it; one that overflows must not meet the product as
+                    # infinity.
+                    if not IS_EVEN_H:
+                        u = tl.where(mask_r, u, 0.0)
+                    values = values + (u,)
+                elif IS_EVEN_H:
+                    pool += acc
+                else:
+                    pool += tl.where(mask_r, acc, 0.0)
+        if TASK == "select":
+            selection = values
+        elif POOL_BY_DOT:
+            pool = pool_rows(pool, values, mask_p, RUN_H, BLOCK_CO, BLOCK_P, BLOCK_POOL)
+        if TASK == "store":
+            out_ptr += stride_om
+    if TASK == "select":
+        for r in tl.static_range(RUN_H):
+            mask_r = mask_out
+            if not IS_EVEN_H:
+                mask_r = mask_out & (y + r < H)[None, :]
+            tl.store(out_ptr + r * stride_oh + offs_out, selection[r], mask=mask_r)
+    else:
+        if not POOL_BY_DOT:
+            pool = tl.where(mask_p[None, :], pool, 0.0)
+        sums = fold_pool(pool, 1, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
+        offs_n = tl.arange(0, BLOCK_N)
+        offs_partial = (n0 + offs_n)[:, None] * stride_partial_n + tile.to(tl.int64) * stride_partial_t
+        mask = (offs_n < n_left)[:, None] & (co < co_end)[None, :]
+        tl.store(partial_ptr + offs_partial + co0 + co[None, :], sums, mask=mask)

@@ -1,0 +1,150 @@
+"""The CPU's schedules: who gets them, which of the two, and how many samples at a time."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .layout import memory_format
+from .params import Branch, Gate
+from .plan import Plan
+from .reasons import state_reason, tracing_reason, unit_reason
+from .spec import BranchSpec, SKSpec
+
+# A batch whose branch takes no more than this is computed whole, and its first branch becomes the result in place. A
+# larger one would leave the caches between two steps, and the memory its branches take would go back to the system at
+# every call, to be mapped and cleared anew at the next: it is computed in parts.
+WHOLE_BYTES = 8 << 20
+PART_BYTES_PER_THREAD = 1 << 20
+
+
+class _Costs(NamedTuple):
+    """What merging trades, in multiply-adds of oneDNN's convolution.
+
+    Fitted to times of both schedules on an AMD EPYC (Zen 4), two threads, batch 8, float32, over 4 to 32 channels per
+    group, 14 to 56 pixels a side and three sets of branches.
+
+    Attributes:
+        branch_output: an output of one branch, its products aside: stored, reordered, pooled, selected.
+        merged_output: an output of the merged convolution, and its share of the input's sums and of a copy.
+        weight: a weight of a sample's own kernel: built, reordered, read.
+    """
+
+    branch_output: int
+    merged_output: int
+    weight: int
+
+
+_COSTS = {False: _Costs(250, 390, 145), True: _Costs(140, 270, 50)}  # by whether the input is channels_last
+# The small operators around a merged convolution; those of its gate cost twice as much.
+_MERGED_CALL_COST = 15_000_000
+_SCHEDULES = "the CPU's schedules"
+
+
+def reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> str:
+    """Why the CPU's schedules cannot run the unit on `x`; "" if they can."""
+    return (
+        tracing_reason(_SCHEDULES)
+        or ("" if x.device.type == "cpu" else f'x is on "{x.device.type}"; {_SCHEDULES} run on a CPU')
+        or unit_reason(spec, _SCHEDULES)
+        or state_reason(x, branches, gate, _SCHEDULES)
+    )
+
+
+def plan(x: Tensor, spec: SKSpec) -> Plan:
+    """The plan for an input that :func:`reason` accepts."""
+    n, _, h_in, w_in = x.shape
+    is_channels_last = memory_format(x) == torch.channels_last
+    return _plan(spec, n, h_in, w_in, x.dtype, is_channels_last, torch.get_num_threads())
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    spec: SKSpec, n: int, h_in: int, w_in: int, dtype: torch.dtype, is_channels_last: bool, threads: int
+) -> Plan:
+    h, w = spec.output_size(h_in, w_in)
+    not_triton = ("triton", 'x is on "cpu", where "auto" takes PyTorch\'s operators')
+    m = spec.num_branches
+    not_merged = _unmergeable_reason(spec)
+    if not not_merged:
+        pays, balance = _merge_balance(spec, n, h, w, is_channels_last)
+        if pays:
+            # Samples lie side by side along the channels in NCHW only.
+            merged_samples = 1 if is_channels_last else n
+            return Plan(
+                "torch",
+                "merged",
+                passes=2 * spec.in_channels * h_in * w_in / (spec.out_channels * h * w)
+                + (1 if merged_samples == n else 3),
+                dtype=dtype,
+                rejected=(not_triton, ("folded", balance)),
+                samples=merged_samples,
+                merged=merged_branch(spec),
+            )
+        not_merged = balance
+    return Plan(
+        "torch",
+        "folded",
+        passes=m * (3 + 2 * (spec.branch_act == "relu")) + 2 + 3 * (m - 1),
+        dtype=dtype,
+        rejected=(not_triton, ("merged", not_merged)),
+        samples=_folded_samples(n, spec.out_channels * h * w * dtype.itemsize, threads),
+    )
+
+
+def _folded_samples(n: int, sample_bytes: int, threads: int) -> int:
+    """Samples to compute at a time, by the bytes of a sample's branch."""
+    part_bytes = PART_BYTES_PER_THREAD * threads
+    if n * sample_bytes <= max(WHOLE_BYTES, part_bytes):
+        return n
+    parts = math.ceil(n / max(1, part_bytes // sample_bytes))
+    return math.ceil(n / parts)
+
+
+def _unmergeable_reason(spec: SKSpec) -> str:
+    """Why the branches cannot become one convolution; "" if they can."""
+    if spec.branch_act != "identity":
+        return f"branch_act is {spec.branch_act}; only linear branches merge"
+    if spec.num_branches == 1:
+        return "there is one branch"
+    if spec.split_input:
+        return "split_input: the branches read different channels"
+    if len({branch.groups for branch in spec.branches}) > 1:
+        return "the branches differ in groups"
+    if spec.branches[0].groups == spec.branch_in_channels:
+        return "oneDNN's depthwise convolutions are too fast for merging to pay"
+    side, least = merged_branch(spec).kernel_size, min(branch.kernel_size for branch in spec.branches)
+    if side > 2 * least:  # rounding errors grow as the square root of the number of products: as the side
+        return f"a sum over {side}x{side} taps may err more than twice as much as one over {least}x{least}"
+    return ""
+
+
+def merged_branch(spec: SKSpec) -> BranchSpec:
+    """The smallest kernel and dilation whose taps include those of all branches."""
+    wide = [branch for branch in spec.branches if branch.kernel_size > 1]
+    dilation = math.gcd(*(branch.dilation for branch in wide)) or 1
+    reach = max(branch.padding for branch in spec.branches)
+    return BranchSpec(2 * reach // dilation + 1, dilation, spec.branches[0].groups)
+
+
+def _merge_balance(spec: SKSpec, n: int, h: int, w: int, is_channels_last: bool) -> tuple[bool, str]:
+    """Whether merging is expected to pay for outputs ``[n, C, h, w]``, and the comparison in words.
+
+    Merging computes one set of outputs in place of M, and the merged kernel's products in place of all the branches';
+    in return it builds weights for each sample, which large images make up for.
+    """
+    costs = _COSTS[is_channels_last]
+    fan_in = spec.branch_in_channels // spec.branches[0].groups
+    taps = merged_branch(spec).kernel_size ** 2
+    branch_taps = sum(branch.kernel_size**2 for branch in spec.branches)
+    folded = spec.num_branches * costs.branch_output + fan_in * branch_taps
+    calls = 2 + (n if is_channels_last else 1)
+    merged = costs.merged_output + fan_in * taps * (1 + costs.weight / (h * w))
+    merged += calls * _MERGED_CALL_COST / max(1, n * spec.out_channels * h * w)
+    words = f"{folded:.0f} in branches, {merged:.0f} merged"
+    return merged < folded, f"predicted cost per output, in multiply-adds: {words}"

@@ -1,0 +1,107 @@
+"""Why a call cannot take a path made for inference; what all such paths, on any device, have in common.
+
+Each function returns the reason, or "". `who` is the subject of its sentence: "the kernels".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from .params import Branch, Gate
+from .spec import SKSpec
+
+FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+# Identities outside of training.
+_DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_PLAIN = (Tensor, nn.Parameter)
+
+
+def tracing_reason(who: str) -> str:
+    """A transformation of PyTorch's is active; asked before sizes are looked at."""
+    if torch.compiler.is_compiling():
+        return f"torch.compile is tracing; {who} are not registered as operators yet"
+    if torch.jit.is_tracing():
+        return f"torch.jit is tracing; {who} are not registered as operators"
+    if torch._C._functorch.maybe_current_level() is not None:
+        return f"a torch.func transformation is active; {who} have no rule for it"
+    if forward_ad._current_level >= 0:
+        return f"forward-mode differentiation is active; {who} have no tangents"
+    return ""
+
+
+@lru_cache
+def unit_reason(spec: SKSpec, who: str) -> str:
+    """The unit has an activation that is not computed."""
+    for part, act in (("branch_act", spec.branch_act), ("gate_act", spec.gate_act)):
+        if act not in ("relu", "identity"):
+            return f"{part} is {act}; {who} compute relu and identity"
+    return ""
+
+
+def norm_reason(norm: object, who: str) -> str:
+    """The norm does not fold into the convolution before it; the reason lacks its subject, the norm's name."""
+    if type(norm) not in FOLDABLE_NORMS:
+        return f"is a {type(norm).__name__}; {who} fold BatchNorm2d and SyncBatchNorm"
+    assert isinstance(norm, nn.Module)
+    if norm.training or norm._buffers["running_mean"] is None or norm._buffers["running_var"] is None:
+        return f"uses batch statistics; {who} are for inference (layer.eval())"
+    return ""
+
+
+def state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, who: str) -> str:
+    """A part of the unit, or the call, is not one of plain inference."""
+    # Asked at every call: nothing is formatted before there is a reason.
+    for m, branch in enumerate(branches):
+        if reason := _part_reason(branch.norm, branch.act, who) or _branch_reason(branch, who):
+            return f"branches[{m}].{reason}"
+    if reason := _part_reason(gate.norm, gate.act, who):
+        return f"gate.{reason}"
+    tensors = [x, *_tensors(branches, gate)]
+    for tensor in tensors:
+        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+            name = "x" if tensor is x else "a parameter"
+            kind = type(tensor).__name__ if tensor.layout is torch.strided else tensor.layout
+            return f"{name} is a {kind}; {who} take plain strided tensors"
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return f"gradients are enabled; {who} are forward only (torch.no_grad() or torch.inference_mode())"
+    return ""
+
+
+def _part_reason(norm: object, act: object, who: str) -> str:
+    if norm is not None and (reason := norm_reason(norm, who)):
+        return f"norm {reason}"
+    for name, module in (("norm", norm), ("act", act)):
+        if isinstance(module, nn.Module) and (module._forward_hooks or module._forward_pre_hooks):
+            return f"{name} has forward hooks, which {who} would not run"
+    return ""
+
+
+def _branch_reason(branch: Branch, who: str) -> str:
+    if branch.aa is not None:
+        return f"aa is set; {who} have no anti-aliasing"
+    drop = branch.drop
+    if drop is None or type(drop) is nn.Identity:
+        return ""
+    if type(drop) not in _DROPS:
+        return f"drop is a {type(drop).__name__}; {who} know it for no identity"
+    if drop.training:  # type: ignore[attr-defined]
+        return f"drop is active; {who} are for inference (layer.eval())"
+    return ""
+
+
+def _tensors(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
+    tensors = [gate.reduce_weight, gate.reduce_bias, *gate.select_weight, *(gate.select_bias or ())]
+    norms = [gate.norm]
+    for branch in branches:
+        tensors += (branch.weight, branch.bias)
+        norms.append(branch.norm)
+    for norm in norms:
+        if isinstance(norm, nn.Module):  # by the dictionaries: nn.Module's generators show at batch 1
+            tensors += norm._parameters.values()
+            tensors += norm._buffers.values()
+    return [tensor for tensor in tensors if tensor is not None]

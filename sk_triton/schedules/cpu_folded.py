@@ -1,0 +1,61 @@
+"""Schedule "folded", for the CPU: norms folded into PyTorch's convolutions, everything after them in place.
+
+A few samples pass through all steps before the next ones do, so that their branches stay in the caches and take the
+same memory again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..folding import FoldedUnit, attend, fold_unit, sum_dtype
+from ..layout import memory_format
+from ..packing import PackCache
+from ..params import Branch, Gate
+from ..plan import Plan
+from ..spec import SKSpec
+
+
+def run(
+    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
+) -> Tensor:
+    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
+    out_format = memory_format(x)
+    unit = fold_unit(branches, gate, plan.dtype, out_format, cache)
+    n, step = x.shape[0], plan.samples
+    if step >= n:
+        us, a = _split_and_fuse(x, unit, spec)
+        v = us[0].mul_(a[0])
+        return _accumulate(v, us, a).contiguous(memory_format=out_format)
+    size = (n, spec.out_channels, *spec.output_size(*x.shape[2:]))
+    v = torch.empty(size, dtype=plan.dtype, device=x.device, memory_format=out_format)
+    for start in range(0, n, step):
+        us, a = _split_and_fuse(x[start : start + step], unit, spec)
+        _accumulate(torch.mul(us[0], a[0], out=v[start : start + step]), us, a)
+    return v
+
+
+def _split_and_fuse(x: Tensor, unit: FoldedUnit, spec: SKSpec) -> tuple[list[Tensor], list[Tensor]]:
+    """The branches ``[N, C, H', W']`` and the attention to each, ``[N, C, 1, 1]``."""
+    xs = x.split(spec.branch_in_channels, dim=1) if spec.split_input else [x] * spec.num_branches
+    us = []
+    for x_m, weight, bias, branch in zip(xs, unit.weights, unit.biases, spec.branches, strict=True):
+        u = F.conv2d(x_m, weight, bias, spec.stride, branch.padding, branch.dilation, branch.groups)
+        us.append(u.relu_() if spec.branch_act == "relu" else u)
+    # The mean of a sum is the sum of the means: no sum of the branches is written.
+    dtype = sum_dtype(x.dtype)
+    s = us[0].mean((2, 3), dtype=dtype)
+    for u in us[1:]:
+        s += u.mean((2, 3), dtype=dtype)
+    a = attend(s, unit.gate, spec.gate_act == "relu").to(x.dtype)
+    return us, list(a[..., None, None].unbind(1))
+
+
+def _accumulate(v: Tensor, us: list[Tensor], a: list[Tensor]) -> Tensor:
+    for u, a_m in zip(us[1:], a[1:], strict=True):
+        v.addcmul_(u, a_m)
+    return v

@@ -1,0 +1,74 @@
+"""Schedule "merged", for linear branches: pool by sums of x, then convolve once, with weights of each sample's own.
+
+Three passes over an activation tensor: x twice, the result once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.border_sums import border_sums_fwd
+from ..kernels.geometry import cdiv
+from ..kernels.merged_conv import merged_conv_fwd
+from ..layout import memory_format, with_adjacent_channels
+from ..packing import MergedPacked, PackCache, pack_merged
+from ..params import Branch, Gate
+from ..plan import Plan
+from ..spec import SKSpec
+from ..steps import Step, gate_steps
+
+
+def run(
+    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
+) -> Tensor:
+    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
+    with torch.cuda.device_of(x):
+        packed = pack_merged(plan, x.shape[2], x.shape[3], branches, gate, cache)
+        steps, v = prepare(plan, x, packed, spec)
+        for step in steps:
+            step()
+    return v
+
+
+def prepare(plan: Plan, x: Tensor, packed: MergedPacked, spec: SKSpec) -> tuple[list[Step], Tensor]:
+    """The steps that compute the unit, and the tensor that will hold its output."""
+    assert plan.merged_launch is not None
+    out_format = memory_format(x)
+    x = with_adjacent_channels(x)
+    n, _, h_in, w_in = x.shape
+    h, w = spec.output_size(h_in, w_in)
+    c, m = spec.out_channels, spec.num_branches
+    border = plan.merged_launch.border
+    tiles = cdiv(len(packed.strips), border.STRIPS_PER_PROGRAM) * cdiv(w_in, border.BLOCK_W)
+    partial = x.new_empty((n, tiles, c), dtype=torch.float32)
+    attention = x.new_empty((n, m, c), dtype=torch.float32)
+    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
+    steps: list[Step] = [
+        border_sums_fwd(
+            x,
+            packed.section_weights,
+            packed.pooled_shift,
+            packed.strips,
+            packed.columns,
+            partial,
+            shape=plan.merged_launch.shape,
+            pixels=h * w,
+            config=border,
+        ),
+        *gate_steps(plan, partial, packed, attention, pixels=h * w),
+        merged_conv_fwd(
+            x,
+            packed.weights[0],
+            packed.scale,
+            packed.shifts[0],
+            attention,
+            v,
+            shape=plan.merged_launch.shape,
+            allow_tf32=plan.allow_tf32,
+            config=plan.merged_launch.conv,
+        ),
+    ]
+    return steps, v

@@ -1,0 +1,72 @@
+"""Schedule "recompute": one launch pools the branches, one computes the gate, one convolves again and selects.
+
+Three passes over an activation tensor, whatever the number of branches: x twice, the result once. No branch is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..kernels.branch_conv import branch_pool_fwd, branch_select_fwd
+from ..kernels.geometry import tiles
+from ..layout import memory_format, with_adjacent_channels
+from ..packing import PackCache, Packed, pack
+from ..params import Branch, Gate
+from ..plan import Plan
+from ..spec import SKSpec
+from ..steps import Step, gate_steps
+
+
+def run(
+    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
+) -> Tensor:
+    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
+    with torch.cuda.device_of(x):
+        steps, v = prepare(plan, x, pack(plan, branches, gate, cache), spec)
+        for step in steps:
+            step()
+    return v
+
+
+def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[Step], Tensor]:
+    """The steps that compute the unit and the tensor that will hold its output."""
+    pool, select = plan.branch_launches
+    out_format = memory_format(x)
+    x = with_adjacent_channels(x)
+    n, _, h_in, w_in = x.shape
+    h, w = spec.output_size(h_in, w_in)
+    c = spec.out_channels
+    partial = x.new_empty((n, math.prod(tiles(pool.shape, pool.config, h, w)), c), dtype=torch.float32)
+    attention = x.new_empty((n, spec.num_branches, c), dtype=torch.float32)
+    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
+    pool_weights, select_weights = packed.weights
+    pool_shift, select_shift = packed.shifts
+    steps: list[Step] = [
+        branch_pool_fwd(
+            x,
+            pool_weights,
+            pool_shift,
+            partial,
+            shape=pool.shape,
+            has_relu=plan.has_relu,
+            allow_tf32=plan.allow_tf32,
+            config=pool.config,
+        ),
+        *gate_steps(plan, partial, packed, attention, pixels=h * w),
+        branch_select_fwd(
+            x,
+            select_weights,
+            select_shift,
+            attention,
+            v,
+            shape=select.shape,
+            has_relu=plan.has_relu,
+            allow_tf32=plan.allow_tf32,
+            config=select.config,
+        ),
+    ]
+    return steps, v

@@ -1,0 +1,66 @@
+"""The base of the layers: their forward, their cache of packed weights, and `fuse`."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+from . import functional
+from .packing import PackCache
+from .params import Branch, Gate
+from .spec import SKSpec
+
+Unit = TypeVar("Unit", bound="SKUnit")
+
+
+class SKUnit(nn.Module):
+    """What both layers share: the forward through :func:`sk_triton.functional.sk_conv` and the cache."""
+
+    spec: SKSpec
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cache = PackCache()
+
+    def branches(self) -> tuple[Branch, ...]:
+        """The M branches' parameters, as they are now."""
+        raise NotImplementedError
+
+    def gate(self) -> Gate:
+        """The gate's parameters, as they are now."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[N, in_channels, H, W]`` -> ``[N, out_channels, H', W']``; see :func:`.functional.sk_conv`."""
+        return functional.sk_conv(x, self.branches(), self.gate(), self.spec, cache=self._cache)
+
+    def fuse(self: Unit) -> Unit:
+        """Fold the norms into the convolutions before them, gate included, for good; returns the layer itself.
+
+        The results stay the same up to rounding. The layer then is one of another kind, without norms and with
+        biases: ``spec`` says so, the ``state_dict`` has ``bias`` in place of the norms' entries and loads into
+        other fused layers, and training goes on without norms. Parameters are new tensors: an optimizer made
+        before does not know them. A layer without norms stays as it is, so fusing twice is fusing once.
+
+        Inference does not need it: in eval mode and without gradients the norms are folded anyway, on the side.
+        It saves the memory of that second copy, and exports a model without norms.
+
+        Raises:
+            RuntimeError: the layer, or one of its norms, is in training mode.
+            ValueError: a norm other than BatchNorm2d or SyncBatchNorm, a parametrized convolution, or hooks.
+                Nothing has been changed then.
+        """
+        if self.training:
+            raise RuntimeError("fuse() is for inference: call layer.eval() first")
+        self._fuse()
+        self._cache.clear()
+        return self
+
+    def _fuse(self) -> None:
+        """Fold every norm; the default has none."""
+
+    def train(self, mode: bool = True) -> SKUnit:
+        if mode != self.training:
+            self._cache.clear()
+        return super().train(mode)

@@ -1,0 +1,64 @@
+"""Prints, a JSON object a line, what the merged kernels of the seed units use on the chips given: a script of its own,
+because kernels are compiled in a process that never interprets."""
+
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+
+import torch
+
+from sk_triton.bench.compile import compile_launch
+from sk_triton.bench.grid import seed_unit
+from sk_triton.bench.planned import planned_steps
+from sk_triton.chips import CHIPS
+
+# name: (unit, batch, size, dtype)
+CASES = {
+    "seed, M = 2": (seed_unit(128), 128, 56, torch.float16),
+    "seed, M = 3": (seed_unit(128, num_branches=3), 128, 56, torch.float16),
+    "seed, stage 2": (seed_unit(256), 128, 28, torch.bfloat16),
+    "seed, stage 3": (seed_unit(512), 128, 14, torch.float16),
+    "seed, batch 1": (seed_unit(128), 1, 56, torch.float16),
+    "seed, TF32": (seed_unit(128), 128, 56, torch.float32),
+}
+
+
+def launches(name: str, chip: str):
+    spec, n, size, dtype = CASES[name]
+    _, steps, v = planned_steps("merged", spec, n, size, size, dtype, dtype == torch.float32, CHIPS[chip])
+    return [step for step in steps if step.kernel.fn.__name__ != "gate_fwd_kernel"], v.numel()
+
+
+def measure(job: tuple[str, str]) -> list[dict]:
+    name, chip = job
+    steps, outputs = launches(name, chip)
+    rows = []
+    for step in steps:
+        used = compile_launch(step, chip)
+        per_output = used.instructions and used.instructions * used.threads * step.grid[0] / outputs
+        rows.append(
+            {
+                "unit": name,
+                "chip": chip,
+                "dtype": str(CASES[name][3]).removeprefix("torch."),
+                "kernel": step.kernel.fn.__name__.removesuffix("_fwd_kernel"),
+                "registers": used.registers,
+                "spills": used.spills,
+                "shared": used.shared,
+                "matrix": used.matrix,
+                "stores": used.stores,
+                "barriers": used.by_opcode["BAR"],
+                "per_output": per_output,
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    # ROCm has no TF32.
+    jobs = [job for job in product(CASES, sys.argv[1:]) if job[0] != "seed, TF32" or job[1].startswith("sm_")]
+    with ProcessPoolExecutor(2) as pool:
+        for rows in pool.map(measure, jobs):
+            for row in rows:
+                print(json.dumps(row), flush=True)

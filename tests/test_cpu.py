@@ -1,0 +1,355 @@
+"""The CPU's schedules: their results, who gets them, how many samples at a time, and what they hold in memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from sk_triton import (
+    BranchSpec,
+    SelectiveKernel,
+    SKConv,
+    SKSpec,
+    cpu,
+    dispatch,
+    explain,
+    layout,
+    reference,
+    use_backend,
+)
+from sk_triton.schedules import cpu_folded, cpu_merged
+from sk_triton.schedules.cpu_merged import window_sums
+
+from .tolerances import assert_errs_like_eager, assert_same
+from .units import random_unit, sizes, specs
+
+ACTS = ("relu", "identity")
+formats = st.sampled_from([torch.contiguous_format, torch.channels_last])
+seeds = st.integers(0, 2**16)
+
+
+def unit(spec, dtype):
+    branches, gate = random_unit(spec, torch.float64)
+    return tuple(cast_to(part, dtype) for part in (*branches, gate))
+
+
+def cast_to(part, dtype):
+    """A branch or a gate in another dtype, without gradients."""
+
+    def cast(value):
+        if isinstance(value, torch.Tensor):
+            return value.detach().to(dtype)
+        if isinstance(value, nn.Module):
+            return copy.deepcopy(value).to(dtype).eval()
+        return tuple(map(cast, value)) if type(value) is tuple else value
+
+    return type(part)(*map(cast, part))
+
+
+def plan_of(spec, x, schedule, samples):
+    """A plan of a schedule, whether or not it would pay."""
+    plan = dataclasses.replace(cpu.plan(x, spec), schedule=schedule, samples=samples, merged=None)
+    return dataclasses.replace(plan, merged=cpu.merged_branch(spec)) if schedule == "merged" else plan
+
+
+def run(spec, x, branches, gate, schedule, samples):
+    with torch.no_grad():
+        v = dispatch.run(plan_of(spec, x, schedule, samples), x, branches, gate, spec, None)
+    assert v.is_contiguous(memory_format=layout.memory_format(x))
+    return v
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@given(specs(acts=ACTS), sizes, seeds, formats, st.integers(1, 3))
+def test_folded_is_the_reference(dtype, spec, size, seed, memory_format, samples):
+    torch.manual_seed(seed)
+    *branches, gate = unit(spec, dtype)
+    x = torch.randn(size[0], spec.in_channels, *size[1:], dtype=dtype).contiguous(memory_format=memory_format)
+    v = run(spec, x, branches, gate, "folded", samples)
+    assert_same(v, reference.sk_conv(x, branches, gate, spec))
+
+
+def mergeable(spec):
+    """The spec with linear branches of the same groups and input."""
+    groups = spec.branches[0].groups
+    branches = tuple(dataclasses.replace(branch, groups=groups) for branch in spec.branches)
+    return dataclasses.replace(spec, branches=branches, split_input=False, branch_act="identity")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@given(specs(acts=ACTS).map(mergeable), sizes, seeds, formats, st.integers(1, 3))
+def test_merged_is_the_reference(dtype, spec, size, seed, memory_format, samples):
+    torch.manual_seed(seed)
+    *branches, gate = unit(spec, dtype)
+    x = torch.randn(size[0], spec.in_channels, *size[1:], dtype=dtype).contiguous(memory_format=memory_format)
+    samples = 1 if memory_format == torch.channels_last else samples
+    v = run(spec, x, branches, gate, "merged", samples)
+    assert_same(v, reference.sk_conv(x, branches, gate, spec))
+
+
+SEED = SKSpec(
+    16, 16, (BranchSpec(3, groups=4), BranchSpec(5, groups=4)), gate_width=4, branch_norm=False,
+    branch_bias=True, branch_act="identity",
+)  # fmt: skip
+PAPER = SKSpec(16, 16, (BranchSpec(3, 1, 4), BranchSpec(3, 2, 4)), gate_width=4)
+DEPTHWISE = SKSpec(16, 16, (BranchSpec(3, 1, 16), BranchSpec(5, 3, 16)), stride=2, gate_width=4)
+LINEAR_DEPTHWISE = dataclasses.replace(
+    DEPTHWISE, branches=(BranchSpec(3, 2, 16), BranchSpec(5, 1, 16)), branch_act="identity"
+)
+DENSE = SKSpec(16, 32, (BranchSpec(3), BranchSpec(5)), gate_width=4, branch_act="identity")
+SPLIT = SKSpec(
+    32, 16, (BranchSpec(3), BranchSpec(3, 2), BranchSpec(1), BranchSpec(7)), split_input=True, gate_width=4
+)
+
+
+@pytest.mark.parametrize(
+    ("spec", "schedule"),
+    [(spec, "folded") for spec in (SEED, PAPER, DEPTHWISE, DENSE, SPLIT)]
+    + [(spec, "merged") for spec in (SEED, DENSE, LINEAR_DEPTHWISE)],
+)
+@pytest.mark.parametrize("size", [(1, 7, 7), (2, 2, 9), (3, 13, 17)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_the_schedules_err_like_eager(spec, schedule, size, dtype):
+    n, h, w = size
+    c = spec.in_channels
+    *branches, gate = unit(spec, dtype)
+    *exact_branches, exact_gate = (cast_to(part, torch.float64) for part in (*branches, gate))
+    for x in (
+        torch.randn(n, c, h, w),
+        torch.randn(n, h, w, c).permute(0, 3, 1, 2),
+        torch.randn(2 * n, c + 3, h + 2, w + 1)[::2, 2:-1, 1:-1, 1:],
+    ):
+        x = x.to(dtype)
+        eager = reference.sk_conv(x, branches, gate, spec)
+        exact = reference.sk_conv(x.double(), exact_branches, exact_gate, spec)
+        for samples in (1, n):
+            if samples == 1 or schedule == "folded" or layout.memory_format(x) != torch.channels_last:
+                assert_errs_like_eager(run(spec, x, branches, gate, schedule, samples), eager, exact)
+
+
+def test_window_sums_are_a_convolution_with_ones():
+    for kernel, stride, size in [(5, 1, (9, 8)), (3, 2, (7, 4)), (7, 3, (2, 5)), (5, 2, (1, 1))]:
+        for dilation in (1, 2):
+            x = torch.randn(2, 3, *size, dtype=torch.float64)
+            branch = BranchSpec(kernel, dilation)
+            columns = F.unfold(x, kernel, dilation, branch.padding, stride)
+            expected = columns.sum(-1).view(2, 3, kernel, kernel)
+            for memory_format in (torch.contiguous_format, torch.channels_last):
+                sums = window_sums(x.contiguous(memory_format=memory_format), branch, stride)
+                torch.testing.assert_close(sums, expected)
+
+
+def test_the_merged_kernel_holds_every_branch():
+    def kernel(*branches):
+        return str(cpu.merged_branch(SKSpec(4, 4, branches, gate_width=1)))
+
+    assert kernel(BranchSpec(3), BranchSpec(3, 2)) == "5x5"
+    assert kernel(BranchSpec(3, 2), BranchSpec(3, 4), BranchSpec(1, 3)) == "5x5 d2"
+    assert kernel(BranchSpec(1, 5), BranchSpec(1)) == "1x1"
+    assert kernel(BranchSpec(3, 2, 2), BranchSpec(7, 3, 2)) == "19x19 g2"
+
+
+@pytest.mark.parametrize("schedule", ["folded", "merged"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_in_its_sample(schedule, value, memory_format):
+    spec = SEED
+    *branches, gate = unit(spec, torch.float32)
+    x = torch.randn(4, 16, 9, 8)
+    samples = 1 if memory_format == torch.channels_last else 2
+    with torch.no_grad():
+        clean = dispatch.run(plan_of(spec, x, schedule, samples), x, branches, gate, spec, None)
+        x[1, 3, 4, 4] = value
+        x = x.contiguous(memory_format=memory_format)
+        v = dispatch.run(plan_of(spec, x, schedule, samples), x, branches, gate, spec, None)
+        eager = reference.sk_conv(x, branches, gate, spec)
+    others = [0, 2, 3]
+    torch.testing.assert_close(v[others], clean[others])
+    assert torch.equal(v[others].isfinite(), eager[others].isfinite())
+    assert not v[1][~eager[1].isfinite()].isfinite().any()
+
+
+def test_a_pixel_between_the_strides_is_not_read():
+    """It would be 0 x NaN."""
+    spec = dataclasses.replace(SEED, branches=(BranchSpec(1, groups=4), BranchSpec(1, groups=4)), stride=2)
+    *branches, gate = unit(spec, torch.float32)
+    x = torch.randn(1, 16, 5, 5)
+    x[:, :, 1, :] = float("nan")
+    with torch.no_grad():
+        for schedule in ("folded", "merged"):
+            v = dispatch.run(plan_of(spec, x, schedule, 1), x, branches, gate, spec, None)
+            assert_same(v, reference.sk_conv(x, branches, gate, spec))
+
+
+def paper_layer(channels=16, **kwargs):
+    return SelectiveKernel(channels, groups=4, split_input=False, **kwargs).eval()
+
+
+def ran(monkeypatch):
+    """The schedules that ran, in order."""
+    names = []
+    for module in (cpu_folded, cpu_merged):
+        run, name = module.run, module.__name__.rpartition("_")[2]
+        monkeypatch.setattr(module, "run", lambda *args, run=run, name=name: names.append(name) or run(*args))
+    return names
+
+
+def test_auto_takes_the_schedules_for_inference_only(monkeypatch):
+    names, x = ran(monkeypatch), torch.randn(2, 16, 5, 4)
+    layer = paper_layer()
+    layer(x)
+    layer.train()
+    with torch.no_grad():
+        layer(x)
+        layer.eval()
+        with use_backend("reference"):
+            layer(x)
+    assert names == []
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            layer(x)
+    with torch.no_grad():
+        SKConv(32, M=2, G=8, r=2)(torch.randn(4, 32, 96, 96))
+    assert names == ["folded", "folded", "merged"]
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (
+            lambda: paper_layer().train(),
+            r"branches\[0\].norm uses batch statistics; the CPU's schedules are for",
+        ),
+        (lambda: paper_layer(act_layer=nn.SiLU), "branch_act is SiLU; the CPU's schedules compute relu"),
+        (lambda: paper_layer(norm_layer=nn.GroupNorm, channels=32), r"branches\[0\].norm is a GroupNorm"),
+        (lambda: paper_layer(aa_layer=nn.AvgPool2d, stride=2), r"branches\[0\].aa is set"),
+    ],
+)
+def test_an_explicit_request_raises_with_the_reason_and_auto_tells_it(make, why):
+    layer = make()
+    x = torch.randn(2, layer.in_channels, 6, 4)
+    with torch.no_grad():
+        plan = explain(layer, x).plan
+        assert plan.backend == "reference"
+        assert [name for name, _ in plan.rejected] == ["triton", "torch"]
+        with (
+            use_backend("torch"),
+            pytest.raises(RuntimeError, match=f'use_backend\\("torch"\\) cannot run here: .*{why}'),
+        ):
+            layer(x)
+    with use_backend("torch"), pytest.raises(RuntimeError, match="gradients are enabled"):
+        paper_layer()(torch.randn(2, 16, 6, 4))
+    with torch.no_grad(), use_backend("torch"), pytest.raises(RuntimeError, match='x is on "meta"'):
+        paper_layer().to("meta")(torch.randn(2, 16, 6, 4, device="meta"))
+
+
+def test_compiled_and_transformed_layers_take_the_reference(monkeypatch):
+    names, x = ran(monkeypatch), torch.randn(2, 16, 5, 4)
+    layer = paper_layer()
+    torch.compiler.reset()
+    with torch.no_grad():
+        expected = layer(x)
+        names.clear()
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(torch.vmap(layer)(x[None])[0], expected)
+    assert names == []
+
+
+def test_large_images_merge_and_small_ones_do_not():
+    layer = SKConv(128, M=2, G=32, r=16).eval()
+    with torch.no_grad():
+        large, small = explain(layer, torch.randn(8, 128, 56, 56)), explain(layer, torch.randn(8, 128, 7, 7))
+    assert "schedule  merged" in str(large)
+    assert "merged    5x5 g32" in str(large)
+    assert "not folded: predicted cost per output, in multiply-adds: " in str(large)
+    assert "schedule  folded" in str(small)
+    assert "not merged: predicted cost per output, in multiply-adds: " in str(small)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"branch_act": "relu"}, "branch_act is relu; only linear branches merge"),
+        ({"branches": (BranchSpec(3, groups=4),)}, "there is one branch"),
+        (
+            {"branches": (BranchSpec(3, groups=16), BranchSpec(5, groups=16))},
+            "oneDNN's depthwise convolutions are too fast for merging to pay",
+        ),
+        (
+            {"branches": (BranchSpec(3, groups=4), BranchSpec(7, groups=4))},
+            "a sum over 7x7 taps may err more than twice as much as one over 3x3",
+        ),
+        ({"branches": (BranchSpec(3, groups=4), BranchSpec(5, groups=2))}, "the branches differ in groups"),
+        ({"in_channels": 64, "split_input": True}, "split_input: the branches read different channels"),
+    ],
+)
+def test_why_branches_do_not_merge(change, why):
+    spec = dataclasses.replace(SEED, **change)
+    plan = cpu.plan(torch.randn(1, spec.in_channels, 96, 96), spec)
+    assert dict(plan.rejected)["merged"] == why
+
+
+def test_large_batches_are_computed_in_parts_and_small_ones_whole():
+    x = torch.empty(8, 16, 5, 4)
+    assert cpu.plan(x, PAPER).samples == 8
+    threads = torch.get_num_threads()
+    plan = cpu._plan(PAPER, 8, 256, 256, torch.float32, False, threads)
+    assert plan.samples < 8
+    assert cpu._plan(PAPER, 8, 256, 256, torch.float32, False, 64 * threads).samples == 8
+    assert cpu._plan(PAPER, 8, 4096, 4096, torch.float32, False, threads).samples == 1
+
+
+def test_autocast():
+    linear = SKConv(32, M=2, G=8, r=2).eval()
+    calls = [(paper_layer(), torch.randn(2, 16, 9, 8)), (linear, torch.randn(4, 32, 96, 96))]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for module, x in calls:
+            v = module(x)
+            with use_backend("reference"):
+                eager = module(x)
+            with torch.autocast("cpu", enabled=False), use_backend("reference"):
+                exact = copy.deepcopy(module).double()(x.double())
+            assert_errs_like_eager(v, eager, exact)
+
+
+class PeakMemory(TorchDispatchMode):
+    """Bytes of the storages that operators returned and that live at the same time, at most."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = WeakIdKeyDictionary(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {
+            t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)
+        }
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.live[tensor.untyped_storage()] = tensor.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(self.live.values()))
+        return result
+
+
+@pytest.mark.parametrize("make", [lambda: SKConv(64, 2, 16, 16), lambda: SelectiveKernel(64, groups=16)])
+@pytest.mark.parametrize("size", [64, 7])
+def test_peak_memory_is_at_most_three_passes(make, size, memory_format):
+    """The result, two branches of a part of the batch, and small tensors."""
+    layer = make().eval()
+    x = torch.randn(16, 64, size, size).contiguous(memory_format=memory_format)
+    with torch.no_grad():
+        layer(x)  # packs the weights
+        with PeakMemory() as memory:
+            v = layer(x)
+        small = 200_000
+        assert v.nbytes <= memory.peak <= 2.2 * v.nbytes + small

@@ -1,0 +1,310 @@
+"""Whole units through schedule "merged", interpreted, against float64; its kernels, compiled; its traffic."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from sk_triton import dispatch, plans, reference
+from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.traffic import Meter
+from sk_triton.chips import CHIPS
+from sk_triton.packing import PackCache, pack_merged
+from sk_triton.spec import BranchSpec
+
+from .tolerances import assert_errs_like_eager, assert_same
+from .units import random_unit, sizes, specs
+
+SM_90 = CHIPS["sm_90"]
+SEED = seed_unit(16, groups=4)
+UNITS = {
+    "seed": SEED,
+    "seed, one branch": seed_unit(16, num_branches=1, groups=4),
+    "seed, three branches": seed_unit(16, num_branches=3, groups=4),
+    "1, 3, 5 and 7": dataclasses.replace(SEED, branches=tuple(BranchSpec(k, 1, 4) for k in (1, 3, 5, 7))),
+    "norms": dataclasses.replace(SEED, branch_norm=True, branch_bias=False),
+    "norms after biases, dilations": dataclasses.replace(
+        SEED, branch_norm=True, branches=(BranchSpec(3, 1, 4), BranchSpec(3, 2, 4))
+    ),
+    "no biases": dataclasses.replace(SEED, branch_bias=False),
+    "stride 2": dataclasses.replace(SEED, stride=2),
+    "depthwise": seed_unit(16, groups=16),
+    "dense": seed_unit(8, groups=1),
+    "out of in": dataclasses.replace(SEED, in_channels=24, out_channels=8),
+}
+
+
+def run(spec, branches, gate, x, cache=None):
+    from sk_triton.schedules import merged
+
+    is_converted = x.stride(1) != 1
+    plan = plans.plan_schedule(
+        "merged", spec, *(x.shape[i] for i in (0, 2, 3)), x.dtype, True, SM_90, is_converted
+    )
+    with torch.no_grad():
+        return merged.run(plan, x, branches, gate, spec, cache)
+
+
+def compare(spec, x):
+    branches, gate = random_unit(spec, x.dtype)
+    v = run(spec, branches, gate, x)
+    with torch.no_grad():
+        eager = reference.sk_conv(x, branches, gate, spec)
+        exact = reference.sk_conv(x.double(), *as_double(branches, gate), spec)
+    assert v.stride() == eager.stride()
+    assert_errs_like_eager(v, eager, exact)
+
+
+def as_double(*parts):
+    def convert(value):
+        if isinstance(value, torch.Tensor):
+            return value.detach().double()
+        if isinstance(value, torch.nn.Module):
+            return copy.deepcopy(value).double()
+        return tuple(map(convert, value)) if isinstance(value, tuple) else value
+
+    return [
+        part._replace(**{k: convert(v) for k, v in part._asdict().items()})
+        if hasattr(part, "_asdict")
+        else tuple(as_double(*part))
+        for part in parts
+    ]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", UNITS)
+def test_units(name, dtype):
+    if plans.refusal("merged", UNITS[name], 2, 6, 5, dtype, True, SM_90):
+        pytest.skip("fp32 weights on this lattice do not fit in registers")
+    compare(
+        UNITS[name],
+        torch.randn(2, UNITS[name].in_channels, 6, 5).to(dtype).to(memory_format=torch.channels_last),
+    )
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["seed", "stride 2"])
+def test_nchw(name):
+    compare(UNITS[name], torch.randn(2, 16, 6, 5).half())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 9, 11), (3, 1, 4)], ids=str)
+def test_sizes(size):
+    n, h, w = size
+    compare(SEED, torch.randn(n, 16, h, w))
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, :, 1:, ::2],
+        lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:, ::2],
+        lambda x: x.transpose(2, 3),
+        lambda x: x[:1].expand(2, -1, -1, -1),
+        lambda x: x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x),
+    ],
+    ids=["crop", "crop, channels_last", "transposed", "broadcast", "misaligned"],
+)
+def test_views(view):
+    compare(SEED, view(torch.randn(2, 16, 6, 5).half()))
+
+
+@pytest.mark.interpret
+@settings(max_examples=10)
+@given(specs(acts=("identity", "relu")), sizes, st.booleans())
+def test_any_unit(spec, size, has_norm):
+    spec = dataclasses.replace(
+        spec,
+        branch_act="identity",
+        branch_norm=has_norm,
+        in_channels=spec.branch_in_channels,
+        split_input=False,
+        branches=tuple(dataclasses.replace(b, groups=spec.branches[0].groups) for b in spec.branches),
+    )
+    assume(not plans.refusal("merged", spec, 2, 6, 5, torch.float32, True, SM_90))
+    n, h, w = size
+    branches, gate = random_unit(spec, torch.float32)
+    x = torch.randn(n, spec.in_channels, h, w)
+    with torch.no_grad():
+        assert_same(run(spec, branches, gate, x), reference.sk_conv(x, branches, gate, spec))
+
+
+@pytest.mark.interpret
+def test_empty_batch():
+    branches, gate = random_unit(SEED, torch.float32)
+    assert run(SEED, branches, gate, torch.empty(0, 16, 7, 5)).shape == (0, 16, 7, 5)
+
+
+@pytest.mark.interpret
+def test_scratch_memory_is_written_before_it_is_read(monkeypatch):
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    for name in ("stride 2", "norms", "depthwise"):
+        compare(UNITS[name], torch.randn(2, UNITS[name].in_channels, 7, 5).half())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_values_stay_in_their_sample(value):
+    branches, gate = random_unit(SEED, torch.float32)
+    x = torch.randn(3, 16, 6, 5)
+    clean = run(SEED, branches, gate, x)
+    x[1, 2, 3, 4] = value
+    v = run(SEED, branches, gate, x)
+    assert torch.equal(v[[0, 2]], clean[[0, 2]])
+    with torch.no_grad():
+        eager = reference.sk_conv(x, branches, gate, SEED)
+    assert v[1][eager[1].isnan()].isnan().all()
+
+
+@pytest.mark.interpret
+def test_runs_through_dispatch():
+    branches, gate = random_unit(SEED, torch.float32)
+    x = torch.randn(2, 16, 6, 5)
+    plan = plans.plan_schedule("merged", SEED, 2, 6, 5, torch.float32, True, SM_90)
+    with torch.no_grad():
+        assert torch.equal(dispatch.run(plan, x, branches, gate, SEED, None), run(SEED, branches, gate, x))
+
+
+def test_packed_weights_follow_parameters_and_size():
+    branches, gate = random_unit(SEED, torch.float32)
+    cache = PackCache()
+    plan = plans.plan_schedule("merged", SEED, 2, 6, 5, torch.float32, True, SM_90)
+    first = pack_merged(plan, 6, 5, branches, gate, cache)
+    assert pack_merged(plan, 6, 5, branches, gate, cache) is first
+    assert pack_merged(plan, 5, 6, branches, gate, cache) is not first
+    assert pack_merged(plan, 6, 5, branches, gate, cache) is first
+    with torch.no_grad():
+        branches[1].weight.add_(1)
+    second = pack_merged(plan, 6, 5, branches, gate, cache)
+    assert not torch.equal(second.weights[0], first.weights[0])
+    assert not torch.equal(second.section_weights, first.section_weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"branch_act": "relu"}, "branch_act is relu; only linear branches merge into one convolution"),
+        ({"split_input": True}, "split_input is set; branches of different inputs do not merge"),
+        (
+            {"branches": (BranchSpec(3, 1, 4), BranchSpec(3, 1, 2))},
+            r"the branches have \[2, 4\] groups; only equal groups merge",
+        ),
+        (
+            {"branches": (BranchSpec(3, 1, 4), BranchSpec(3, 5, 4))},
+            "on a 11 x 11 lattice take 264 registers; at most 120",
+        ),
+        ({"branches": (BranchSpec(3),), "in_channels": 32}, "a group has 32 channels; above 16"),
+    ],
+)  # fmt: skip
+def test_reasons(change, reason):
+    spec = dataclasses.replace(SEED, **change)
+    with pytest.raises(RuntimeError, match=f"schedule 'merged' cannot run here: .*{reason}"):
+        plans.plan_schedule("merged", spec, 2, 6, 5, torch.float16, False, SM_90)
+
+
+def test_ieee_is_refused():
+    assert plans.refusal("merged", SEED, 2, 6, 5, torch.float32, False, SM_90).startswith("fp32 is IEEE; ")
+    assert plans.refusal("merged", SEED, 2, 6, 5, torch.float32, True, SM_90) == ""
+
+
+def test_plan_counts_three_passes():
+    assert plans.plan_schedule("merged", seed_unit(128), 128, 56, 56, torch.float16, False, SM_90).passes == 3
+    assert (
+        plans.plan_schedule("merged", seed_unit(128), 128, 56, 56, torch.float16, False, SM_90, True).passes
+        == 5
+    )
+    assert plans.refusal("merged", paper_unit(128), 2, 6, 5, torch.float16, False, SM_90)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("full", "spec", "size"),
+    [(seed_unit(128), SEED, 56), (seed_unit(256), seed_unit(16, groups=2), 28)],
+    ids=["stage 1", "stage 2"],
+)
+def test_moves_three_passes(full, spec, size):
+    """x twice and v once, counted; what else there is stays small."""
+    from sk_triton.schedules import merged
+
+    branches, gate = random_unit(spec, torch.float16)
+    x = torch.randn(1, spec.in_channels, size, size).half().to(memory_format=torch.channels_last)
+    plan = plans.plan_schedule("merged", spec, 128, size, size, x.dtype, False, SM_90)
+    configs = plans.plan_schedule("merged", full, 128, size, size, x.dtype, False, SM_90).merged_launch
+    plan = dataclasses.replace(
+        plan, merged_launch=dataclasses.replace(plan.merged_launch, conv=configs.conv, border=configs.border)
+    )
+    steps, v = merged.prepare(plan, x, pack_merged(plan, size, size, branches, gate, None), spec)
+    touched = {"x": 0, "v": 0, "partial": 0, "attention": 0}
+    for step in steps:
+        named = zip(step.kernel.arg_names, step.arguments, strict=False)
+        tensors = {name.removesuffix("_ptr"): t for name, t in named if isinstance(t, torch.Tensor)}
+        with Meter(tensors).watch() as rows:
+            step()
+        for row in rows:
+            if row.tensor in touched:
+                touched[row.tensor] += row.touched
+    unit = v.numel() * v.element_size()
+    assert touched["x"] == 2 * unit
+    assert touched["v"] == unit
+    assert touched["partial"] + touched["attention"] <= 0.1 * unit
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """What the kernels of the seed units use on each chip."""
+    chips = ("sm_80", "sm_90", "sm_100", *(("gfx942",) if dispatch.triton_version() >= (3, 5) else ()))
+    script = Path(__file__).with_name("merged_resources.py")
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, script, *chips], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["chip"] for row in rows} == set(chips)
+    return rows
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(dispatch.triton_version() < (3, 5), reason="Triton 3.4 spills: kernels/README.md")
+def test_no_kernel_spills(compiled):
+    assert not [(row["chip"], row["unit"], row["kernel"], row["spills"]) for row in compiled if row["spills"]]
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(dispatch.triton_version() < (3, 5), reason="counted with Triton 3.9: kernels/README.md")
+def test_convolution_reads_rows_without_shared_memory(compiled):
+    """A row's loads wait for no other row: no barrier stands between them, only before each store."""
+    for row in compiled:
+        if row["kernel"] == "merged_conv" and row["chip"] != "gfx942":
+            assert row["barriers"] <= row["stores"] + 4, row
+            assert row["matrix"] > 0
+
+
+@pytest.mark.compile
+@pytest.mark.skipif(dispatch.triton_version() < (3, 5), reason="counted with Triton 3.9: kernels/README.md")
+def test_instructions_per_output(compiled):
+    (row,) = [
+        row
+        for row in compiled
+        if (row["chip"], row["unit"], row["kernel"], row["dtype"])
+        == ("sm_90", "seed, M = 2", "merged_conv", "float16")
+    ]
+    assert row["per_output"] <= 12

@@ -1,0 +1,110 @@
+"""Whole units through schedule "recompute", interpreted, and when it is taken."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from sk_triton import SelectiveKernel, SKConv, functional, plans, use_backend
+from sk_triton.bench.grid import paper_unit
+from sk_triton.chips import CHIPS
+
+from .test_store import compare
+from .tolerances import assert_same
+from .units import random_unit, sizes, specs
+
+LAYERS = {
+    "seed": lambda: SKConv(16, M=2, G=4, r=4, L=8),
+    "seed, one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
+    "paper": lambda: SelectiveKernel(16, groups=4, split_input=False),
+    "paper, stride 2": lambda: SelectiveKernel(16, groups=4, split_input=False, stride=2),
+    "split, groups": lambda: SelectiveKernel(16, groups=4),
+    "dilation 2": lambda: SelectiveKernel(16, groups=4, dilation=2, split_input=False),
+    "16 channels per group": lambda: SelectiveKernel(32, groups=2, split_input=False),
+    "depthwise": lambda: SelectiveKernel(16, groups=16, split_input=False),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, memory_format):
+    layer = LAYERS[name]().half()
+    x = torch.randn(2, layer.spec.in_channels, 7, 5).half().contiguous(memory_format=memory_format)
+    compare(layer, x, "recompute")
+
+
+@pytest.mark.interpret
+def test_fp32():
+    compare(LAYERS["paper"](), torch.randn(1, 16, 5, 9), "recompute")
+
+
+@pytest.mark.interpret
+@settings(max_examples=15)
+@given(specs(acts=("relu", "identity")), sizes)
+def test_any_unit_runs_or_says_why_not(spec, size):
+    n, h, w = size
+    branches, gate = random_unit(spec, torch.float32)
+    x = torch.randn(n, spec.in_channels, h, w)
+    with torch.no_grad(), use_backend("reference"):
+        eager = functional.sk_conv(x, branches, gate, spec)
+    refusal = plans.refusal("recompute", spec, n, h, w, torch.float32, False, CHIPS["sm_90"])
+    with torch.no_grad(), use_backend("triton", schedule="recompute"):
+        if refusal:
+            with pytest.raises(RuntimeError, match=r"differ in groups|no kernel that selects"):
+                functional.sk_conv(x, branches, gate, spec)
+        else:
+            assert_same(functional.sk_conv(x, branches, gate, spec), eager)
+
+
+@pytest.mark.interpret
+def test_every_output_element_is_written(monkeypatch):
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    for name in ("paper, stride 2", "16 channels per group"):
+        compare(
+            LAYERS[name]().half(), torch.randn(2, LAYERS[name]().spec.in_channels, 7, 5).half(), "recompute"
+        )
+
+
+@pytest.mark.interpret
+def test_a_bad_value_stays_in_its_sample():
+    layer, x = LAYERS["paper"]().eval().half(), torch.randn(3, 16, 7, 5).half()
+    x[1, 2, 3, 4] = math.nan
+    with torch.no_grad(), use_backend("triton", schedule="recompute"):
+        bad = layer(x).isnan().flatten(1).any(1)
+    assert bad.tolist() == [False, True, False]
+
+
+def plan(spec, *, n=128, size=56, dtype=torch.float16):
+    return plans.fastest_plan(spec, n, size, size, dtype, False, CHIPS["sm_90"])
+
+
+def test_it_is_taken_where_it_saves_passes_and_the_plan_says_why_not_elsewhere():
+    chosen = plan(paper_unit(128))
+    assert (chosen.schedule, chosen.passes) == ("recompute", 3)
+    assert dict(chosen.rejected)["store"] == "6 passes over memory, against 3"
+    for other, reason in (
+        (plan(paper_unit(128), dtype=torch.float32), "bound by arithmetic"),
+        (plan(paper_unit(1024), size=7), "bound by loading weights"),
+        (plan(paper_unit(256, stride=2)), "9 passes over memory, against 9"),
+        (plan(paper_unit(128, groups=1), size=28), "no kernel that selects"),
+    ):
+        assert other.schedule == "store"
+        assert reason in dict(other.rejected)["recompute"]
+
+
+def test_a_schedule_that_cannot_run_raises_with_the_reason():
+    with pytest.raises(RuntimeError, match="schedule 'recompute' cannot run here: TapConfig stores"):
+        plans.plan_schedule(
+            "recompute", paper_unit(128, groups=1), 8, 28, 28, torch.float16, False, CHIPS["sm_90"]
+        )
+    with pytest.raises(
+        ValueError, match="schedule must be one of 'store', 'recompute', 'merged' with backend 'triton'"
+    ):
+        use_backend("auto", schedule="store")
