@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -32,7 +33,7 @@ def measure_ceilings(device: torch.device, dtypes: Sequence[str]) -> results.Cei
         a, b = (torch.randn(size, size, device=device).to(DTYPES[name]) for _ in range(2))
         out = torch.empty_like(a)
         with _products_like_convolutions():
-            seconds = _least_seconds(timer, lambda a=a, b=b, out=out: torch.mm(a, b, out=out))
+            seconds = _least_seconds(timer, partial(torch.mm, a, b, out=out))
         rates[name] = 2 * size**3 / seconds
     return results.Ceilings(2 * source.numel() / copy_seconds, rates)
 

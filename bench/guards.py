@@ -11,7 +11,9 @@ FATAL_THROTTLING = (clocks.THERMAL, clocks.HARDWARE, clocks.POWER_BRAKE)
 TOLERANCE = 1.1
 """The copy and the product are PyTorch's, which may leave a tenth of the machine unused."""
 LIBRARY_FLOP_SHARE = 4.0
-"""Libraries may convolve by Winograd's F(4x4, 3x3), in a quarter of the multiplies."""
+"""Libraries may convolve by Winograd's F(4x4, 3x3), in a quarter of the multiplies; merged branches save some too."""
+WITHOUT_SAVING = ("triton/store", "triton/recompute")
+"""What executes every multiply that is counted."""
 
 
 def judged(run: results.Results) -> results.Results:
@@ -79,6 +81,6 @@ def _matrix_share(run: results.Results, record: results.Record) -> float:
     if not rate or record.timing is None:
         return 0.0
     flops = record.case.flops
-    if not (record.runs or "").startswith("triton"):
+    if record.runs not in WITHOUT_SAVING:
         flops /= LIBRARY_FLOP_SHARE
     return flops / (record.timing.median_ms / 1e3) / rate

@@ -30,6 +30,10 @@ SLEEP_CYCLES = 200_000
 """About 0.1 ms of a GPU, as long as overwriting the cache takes: keeps it busy while the host queues a call."""
 
 
+class NotApplicableError(Exception):
+    """A provider has no place in a case; the message says why."""
+
+
 @dataclass(frozen=True)
 class Contestant:
     """A call to time, and what holds around each of its turns without being timed."""
@@ -173,7 +177,7 @@ def failure(error: Exception) -> tuple[str, str]:
 
     A capture that runs out of memory raises another error when it ends: what it was raised from counts as well.
     """
-    if isinstance(error, MissingPackageError):
+    if isinstance(error, MissingPackageError | NotApplicableError):
         return results.SKIPPED, str(error)
     cause: BaseException | None = error
     while cause is not None and not is_out_of_memory(cause):

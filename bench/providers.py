@@ -81,7 +81,7 @@ def competitors(
         peer_forms = (*forms.EAGER, *forms.COMPILED, *forms.MAX_AUTOTUNED) if every_form else forms.EAGER
         return _pairs(peers, peer_forms) + _pairs(ours, forms.EAGER)
     chosen = _pairs(peers, _gpu_forms(case, quick, every_form)) + _pairs(ours, (*forms.EAGER, *forms.GRAPHS))
-    if case.direction == INFERENCE and not case.is_network:
+    if case.direction == INFERENCE and not case.is_network and not quick:
         chosen += _pairs(forced_schedules(), (forms.CHANNELS_LAST,))
     return chosen
 

@@ -51,7 +51,7 @@ class Report:
     def is_done(self, step: str, stamp: Stamp) -> bool:
         """Whether a step got to its end under a stamp like this one."""
         state = self.steps.get(step)
-        return state is not None and state.status == DONE
+        return state is not None and state.status == DONE and state.stamp.measures_like(stamp)
 
     @property
     def stamp(self) -> Stamp | None:

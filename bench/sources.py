@@ -6,15 +6,17 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
 import sk_triton
+from sk_triton.backend import SCHEDULES
 from sk_triton.environment import MissingPackageError, require
 
 from . import results
 from .peers import PaperUnit, SeedSKConv, SKNet50
+from .protocol import NotApplicableError
 from .shapes import MIN_GATE_WIDTH, PAPER, REDUCTION, SEED, SKNET50, SKRESNEXT50, Case, Shape
 
 
@@ -81,10 +83,11 @@ class Timm(Source):
 
 
 class Ours(Source):
-    """sk_triton as its users get it, or a revision of it under another name.
+    """sk_triton as its users get it, held to one schedule, or a revision of it under another name.
 
     Args:
-        package: the imported package; its backend is chosen by `backend`.
+        backend, schedule: arguments of `use_backend`; without a schedule the dispatcher chooses it.
+        package: the imported package.
     """
 
     role = results.OURS
@@ -95,11 +98,12 @@ class Ours(Source):
         label: str = "sk_triton",
         *,
         backend: str = "auto",
+        schedule: str | None = None,
         role: str = results.OURS,
         package: ModuleType = sk_triton,
     ) -> None:
         self.key, self.label, self.backend, self.role = key, label, backend, role
-        self.package = package
+        self.package, self.schedule = package, schedule
 
     def missing(self) -> str | None:
         return _missing("triton") if self.backend == "triton" else None
@@ -116,14 +120,26 @@ class Ours(Source):
         return self._selective_kernel(case.shape)
 
     def scope(self) -> AbstractContextManager[Any]:
-        return self.package.use_backend(self.backend)
+        # Older revisions know no schedules.
+        return self.package.use_backend(
+            self.backend, **({"schedule": self.schedule} if self.schedule else {})
+        )
 
     def runs(self, module: nn.Module, x: Tensor) -> str | None:
-        """Asks each unit about its own input while `module` runs on `x` once; with counts where they differ."""
+        """Asks each unit about its own input while `module` runs on `x` once; with counts where they differ.
+
+        Raises:
+            NotApplicableError: this is held to a schedule that cannot run a unit.
+        """
         taken: Counter[str] = Counter()
 
         def ask(unit: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            plan = self.package.explain(unit, inputs[0]).plan
+            try:
+                plan = self.package.explain(unit, inputs[0]).plan
+            except RuntimeError as error:
+                if self.schedule is None:
+                    raise
+                raise NotApplicableError(str(error)) from None
             taken[f"{plan.backend}/{plan.schedule}"] += 1
 
         kinds = (self.package.SKConv, self.package.SelectiveKernel)
@@ -142,8 +158,8 @@ class Ours(Source):
 
 
 def forced_schedules() -> list[Ours]:
-    """sk_triton held to one schedule each: all that can be asked for, whatever "auto" would take."""
-    return [Ours("ours-store", "sk_triton, store", backend="triton")]
+    """sk_triton held to one of its kernels' schedules each, whatever "auto" would take."""
+    return [Ours(f"ours-{name}", f"sk_triton, {name}", backend="triton", schedule=name) for name in SCHEDULES]
 
 
 def yardstick(subject: str) -> Source:
@@ -163,7 +179,7 @@ def swap_units(network: nn.Module, make: Any) -> None:
     if not found:
         raise ValueError(f"network must hold a timm SelectiveKernel, got {type(network).__name__}")
     for name, unit in found:
-        convs = [path.conv for path in unit.paths]
+        convs = [cast(nn.Conv2d, path.conv) for path in unit.paths]
         shape = Shape(
             unit.out_channels,
             0,

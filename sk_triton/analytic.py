@@ -47,6 +47,8 @@ COLUMN_REGISTERS = 112
 UNROLLED_REGISTERS = 56
 # Chips whose compiler spills with the unrolled weights of the widest groups.
 SPILLING_CHIPS = ("sm_80", "gfx942")
+# Chips whose compiler keeps 16 pixels of two branches in registers, to select.
+WIDE_SELECT_CHIPS = ("sm_90", "sm_100")
 # Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
 MAX_MERGED_CHANNELS = 16
 MAX_MERGED_REGISTERS = 120
@@ -129,12 +131,11 @@ def _stream_candidates(
         longest = 8
     if chip.name.startswith("gfx"):
         longest = min(longest, 4)
+    counts = (16,)
     if task == "select":
-        # The sums of two branches are alive together: half the pixels, or half the rows.
-        pixels = _pixel_counts(chip)
+        # The sums of two branches are alive together: fewer rows, or half the pixels where that spills.
+        counts = (16,) if chip.name in WIDE_SELECT_CHIPS else _pixel_counts(chip)[:1]
         longest = min(longest, 7)
-    else:
-        pixels = (16,)
     return [
         StreamConfig(
             BLOCK_CI=block,
@@ -147,7 +148,7 @@ def _stream_candidates(
             # Two blocks of 8 16-bit channels share the 32-byte sectors that a load brings in.
             BLOCKS_PER_PROGRAM=2 if block == 8 and dtype != torch.float32 and task != "select" else 1,
         )
-        for run_h, count, block_n, block_w in product((8, 7, 4, 2, 1), pixels, (1, 2, 4), (2, 4, 8, 16))
+        for run_h, count, block_n, block_w in product((8, 7, 4, 2, 1), counts, (1, 2, 4), (2, 4, 8, 16))
         if run_h <= longest and block_n * block_w <= count
     ]
 
@@ -171,11 +172,12 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
         registers = run_h * block * pixels // 32
         is_whole = run_h == h and shape.stride == 1 and pixels == block_n * block_w
         # A long column pays where it is the whole image; elsewhere the usual lengths do.
-        most = COLUMN_REGISTERS if block == 16 and task != "select" else COLUMN_REGISTERS // 2
+        is_roomy = block == 16 and task != "select" and chip.name not in SPILLING_CHIPS
+        most = COLUMN_REGISTERS if is_roomy else COLUMN_REGISTERS // 2
         if registers > most or (not is_whole and (run_h > 8 or run_h in (3, 5, 6))):
             continue
         is_unrolled = registers <= UNROLLED_REGISTERS and (
-            block < 32 or (task != "select" and chip.name not in SPILLING_CHIPS)
+            chip.name not in SPILLING_CHIPS and (block < 32 or task != "select")
         )
         candidates.append(
             ColumnConfig(
@@ -185,7 +187,7 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
                 BLOCK_H=pixels // block_n // block_w,
                 BLOCK_W=block_w,
                 RUN_H=run_h,
-                ROWS=8 if is_unrolled and task != "select" else 4,
+                ROWS=8 if task != "select" and (is_unrolled or block == 32) else 4,
                 UNROLL=is_unrolled,
             )
         )

@@ -10,7 +10,7 @@ import torch
 from sk_triton.bench import competition, forms, inputs, protocol, results
 from sk_triton.bench.providers import Provider, competitors
 from sk_triton.bench.shapes import PAPER, SEED, SKRESNEXT50, TRAINING, UNITS, Case, network_shape
-from sk_triton.bench.sources import Timm
+from sk_triton.bench.sources import Ours, Timm, forced_schedules
 
 from .bench_fakes import (
     BreaksWhenBuilt,
@@ -156,12 +156,22 @@ def test_every_cpu_provider_computes_the_same_function(unit, dtype):
 
 
 def test_the_record_says_what_really_ran():
-    records: list[results.Record] = []
-    case = small_case()
-    competition.run_case(case, setting(providers=competitors(case, "cpu", quick=True)), records)
-    assert {record.runs for record in records if record.ours} == {"reference/eager"}
-    assert {record.runs for record in records if not record.ours} == {None}
-    assert "[reference/eager]" in next(record.label for record in records if record.ours)
+    chosen = [Ours(), Ours("ours-reference", "sk_triton, reference", backend="reference"), FakeSource()]
+    records = run_small(*chosen)
+    assert records["ours"].runs.startswith("torch/")
+    assert f"[{records['ours'].runs}]" in records["ours"].label
+    assert records["ours-reference"].runs == "reference/eager"
+    assert records["fake"].runs is None
+
+
+@pytest.mark.interpret
+def test_a_schedule_that_cannot_run_a_unit_is_skipped_and_says_why():
+    schedules = {source.schedule: source for source in forced_schedules()}
+    merged = run_small(schedules["merged"], FakeSource())["ours-merged"]
+    assert (merged.status, merged.timing) == (results.SKIPPED, None)
+    assert "merged" in merged.message
+    store = run_small(schedules["store"])["ours-store"]
+    assert (store.status, store.runs) == (results.OK, "triton/store")
 
 
 def test_memory_counts_what_a_call_makes_and_what_training_keeps():

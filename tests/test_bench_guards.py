@@ -74,7 +74,9 @@ def test_a_noisy_copy_is_no_objection():
     assert objections(timed(run, lambda r: r.ours, about(floor.median_ms * 0.5))) == ()
 
 
-@pytest.mark.parametrize(("runs", "share"), [("triton/store", 1.0), ("reference/eager", 4.0), (None, 4.0)])
+@pytest.mark.parametrize(
+    ("runs", "share"), [("triton/store", 1.0), ("triton/merged", 4.0), ("reference/eager", 4.0), (None, 4.0)]
+)
 def test_nothing_exceeds_the_matrix_rate_and_only_libraries_may_save_multiplies(runs, share):
     run, _ = one_case()
     case = run.records[0].case

@@ -113,7 +113,7 @@ def test_networks_on_the_cpu(monkeypatch):
     monkeypatch.setitem(SUITES, "model", lambda choice: cases)
     run, _ = measure(request("model"))
     assert {(record.status, record.message) for record in run.records} == {(results.OK, None)}
-    assert {record.runs for record in run.records if record.ours} == {"reference/eager"}
+    assert {record.runs for record in run.records if record.ours} == {"reference/eager"}  # training
     # Images need no gradient, and nobody knows the least traffic of a network.
     assert {check.tensor for record in run.records for check in record.checks} == {"v", "parameters"}
     assert results.FLOOR not in {record.role for record in run.records}
