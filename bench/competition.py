@@ -87,11 +87,14 @@ class _Competition:
             raise MissingPackageError(missing)
         state = _rounded(make_state(self.case, self.setting.seed), self.dtype)
         self._build(state)
+        contestants: dict[str, Contestant] = {}
         for index, kind in enumerate(CHECKED_INPUTS):
+            contestants.clear()  # graphs hold memory
             x, dv, judge = self._judge(kind, state)
             contestants = self._check(judge, x, dv, index)
             del judge
         if x.shape[0] != self.case.batch:
+            contestants.clear()
             x, dv = self._input(kind, self.case.batch)
             contestants = self._bind(x, dv)
         self._weigh(contestants, x)

@@ -71,7 +71,8 @@ class _Compiled(Form):
         self.memory_format, self.mode = base.memory_format, mode
 
     def prepare(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
-        return torch.compile(module, dynamic=False, mode=self.mode)
+        # The full graph or an error: what falls back to eager in parts must not be called compiled.
+        return torch.compile(module, dynamic=False, fullgraph=True, mode=self.mode)
 
 
 class _Graph(Form):

@@ -24,8 +24,8 @@ MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.D
 OPENING = re.compile(r"<!-- generated: [\w-]+ -->")
 
 CPU_NOTE = """\
-**The plots are of a CPU**, where sk_triton runs its plain PyTorch reference, which differs from its peers only in that
-it never stacks the branches. **GPU times are not measured yet**: no committed result backs a GPU figure, so none is
+**The plots are of a CPU**, where sk_triton runs PyTorch operators: norms folded into the convolutions, branches in
+place, linear branches merged. **GPU times are not measured yet**: no committed result backs a GPU figure, so none is
 given."""
 
 

@@ -10,7 +10,7 @@ from ..results import Record, Results
 from ..shapes import STAGES, TRAINING, Case, Shape, subject_title
 from .card import Words
 
-CPU_NOTICE = "Measured on a CPU, where sk_triton runs plain PyTorch. Its kernels need a GPU."
+CPU_NOTICE = "Measured on a CPU, where sk_triton runs PyTorch operators. Its kernels need a GPU."
 OBJECTIONS_SHOWN = 2
 STATUS_WORDS = {
     results.WRONG: "wrong",
