@@ -82,7 +82,7 @@ def measure(case: Case, target: str) -> list[Row]:
     """Compile the case's kernels for `target`, those of every schedule that can run it, and read what they use."""
     from .compile import SHARED_LIMIT, compile_launch
 
-    rows = []
+    rows: list[Row] = []
     height, width = case.spec.output_size(case.size, case.size)
     outputs = case.n * height * width * case.spec.out_channels
     planned = [

@@ -201,5 +201,6 @@ def _show_cpu_notes(stamp: Stamp, console: Console) -> None:
             style="yellow",
         )
     console.print(
-        "CPU run: sk_triton runs PyTorch operators here, folded and in place; its kernels need a GPU.", style="yellow"
+        "CPU run: sk_triton runs PyTorch operators here, folded and in place; its kernels need a GPU.",
+        style="yellow",
     )

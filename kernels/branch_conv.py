@@ -178,6 +178,7 @@ def _launch(
         if task != "store":
             raise ValueError(f"config must be a StreamConfig or a ColumnConfig to {task}, got {config}")
         constexprs["SPACINGS"] = layout.spacings
+        channels: tuple[int, ...]
         if isinstance(config, DepthwiseConfig):
             kernel, trips, channels = branch_conv_depthwise_fwd_kernel, (), (shape.c_out,)
         else:

@@ -35,13 +35,13 @@ def widen_kernel(weight: torch.Tensor, dilation: int, kernel: int, pitch: int) -
 
 
 class Section(NamedTuple):
-    """`count` rows (or columns) of the input from `start` on, `stride` apart, that the same taps meet.
+    """`size` rows (or columns) of the input from `start` on, `stride` apart, that the same taps meet.
 
     `taps` are positions on the merged lattice, ascending.
     """
 
     start: int
-    count: int
+    size: int
     taps: tuple[int, ...]
 
 
@@ -69,9 +69,9 @@ def sections(shape: ConvShape, size: int) -> tuple[Section, ...]:
 def strips(shape: ConvShape, size: int, longest: int) -> list[tuple[int, int, int]]:
     """(first row, rows, section) of the sections of `size` rows, in pieces of at most `longest` rows."""
     return [
-        (section.start + first * shape.stride, min(longest, section.count - first), index)
+        (section.start + first * shape.stride, min(longest, section.size - first), index)
         for index, section in enumerate(sections(shape, size))
-        for first in range(0, section.count, longest)
+        for first in range(0, section.size, longest)
     ]
 
 
@@ -79,7 +79,7 @@ def column_sections(shape: ConvShape, size: int) -> list[int]:
     """The section of each of `size` columns, -1 where no tap meets it."""
     of = [-1] * size
     for index, section in enumerate(sections(shape, size)):
-        for i in range(section.count):
+        for i in range(section.size):
             of[section.start + i * shape.stride] = index
     return of
 

@@ -40,15 +40,15 @@ from .kernels.merging import row_parts, strips
 
 # Widest group, in channels, whose accumulators and rows the unrolled formulations keep in registers without spilling.
 MAX_UNROLLED_CHANNELS = 32
-# Registers of a thread that the accumulators of a column may take. Half of them to select, where two branches' are
-# alive at a time, and for 32 channels per group, whose weights and rows take the rest.
-COLUMN_REGISTERS = 112
+# Registers of a thread that the accumulators of a column may take, by channels of a block and whether they are scarce:
+# to select, where two branches' are alive at a time, and on chips whose compiler spills.
+COLUMN_REGISTERS = {(16, False): 112, (16, True): 56, (32, False): 56, (32, True): 56}
 # Most of them where the loop over kernel columns is unrolled, which keeps more rows and weights alive.
 UNROLLED_REGISTERS = 56
 # Chips whose compiler spills with the unrolled weights of the widest groups.
-SPILLING_CHIPS = ("sm_80", "gfx942")
-# Chips whose compiler keeps 16 pixels of two branches in registers, to select.
-WIDE_SELECT_CHIPS = ("sm_90", "sm_100")
+SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
+# Chips whose compiler does not spill where a program selects two channel blocks, one after the other.
+PAIRED_SELECT_CHIPS = ("sm_80", "sm_86", "sm_89", "sm_120")
 # Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
 MAX_MERGED_CHANNELS = 16
 MAX_MERGED_REGISTERS = 120
@@ -131,25 +131,25 @@ def _stream_candidates(
         longest = 8
     if chip.name.startswith("gfx"):
         longest = min(longest, 4)
-    counts = (16,)
+    is_paired = block == 8 and dtype != torch.float32
     if task == "select":
-        # The sums of two branches are alive together: fewer rows, or half the pixels where that spills.
-        counts = (16,) if chip.name in WIDE_SELECT_CHIPS else _pixel_counts(chip)[:1]
+        # The sums of two branches are alive together.
         longest = min(longest, 7)
+        is_paired = is_paired and chip.name in PAIRED_SELECT_CHIPS
     return [
         StreamConfig(
             BLOCK_CI=block,
             BLOCK_CO=block,
             BLOCK_N=block_n,
-            BLOCK_H=count // block_n // block_w,
+            BLOCK_H=16 // block_n // block_w,
             BLOCK_W=block_w,
-            RUN_H=run_h * 16 // count,
+            RUN_H=run_h,
             RUN_W=run_w,
             # Two blocks of 8 16-bit channels share the 32-byte sectors that a load brings in.
-            BLOCKS_PER_PROGRAM=2 if block == 8 and dtype != torch.float32 and task != "select" else 1,
+            BLOCKS_PER_PROGRAM=2 if is_paired else 1,
         )
-        for run_h, count, block_n, block_w in product((8, 7, 4, 2, 1), counts, (1, 2, 4), (2, 4, 8, 16))
-        if run_h <= longest and block_n * block_w <= count
+        for run_h, block_n, block_w in product((8, 7, 4, 2, 1), (1, 2, 4), (2, 4, 8, 16))
+        if run_h <= longest and block_n * block_w <= 16
     ]
 
 
@@ -162,7 +162,7 @@ def _pixel_counts(chip: Chip) -> tuple[int, ...]:
 def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[BranchConfig]:
     group = max(shape.c_in, shape.c_out) // shape.groups
     block = max(16, next_power_of_2(group))
-    candidates = []
+    candidates: list[BranchConfig] = []
     for run_h, pixels, block_n, block_w in product(
         (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), _pixel_counts(chip), (1, 2), (8, 16)
     ):
@@ -172,8 +172,9 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
         registers = run_h * block * pixels // 32
         is_whole = run_h == h and shape.stride == 1 and pixels == block_n * block_w
         # A long column pays where it is the whole image; elsewhere the usual lengths do.
-        is_roomy = block == 16 and task != "select" and chip.name not in SPILLING_CHIPS
-        most = COLUMN_REGISTERS if is_roomy else COLUMN_REGISTERS // 2
+        most = COLUMN_REGISTERS[block, task == "select" or chip.name in SPILLING_CHIPS]
+        if block == 32 and task == "select" and chip.name in SPILLING_CHIPS:
+            most //= 2
         if registers > most or (not is_whole and (run_h > 8 or run_h in (3, 5, 6))):
             continue
         is_unrolled = registers <= UNROLLED_REGISTERS and (

@@ -167,7 +167,8 @@ def fold_norm(norm: Any, bias: Tensor | None, width: int, like: Tensor) -> tuple
 def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
     from .kernels.packing import pack_branch_weights
 
-    weights, shifts = [], []
+    weights: list[Tensor] = []
+    shifts: list[Tensor | None] = []
     by_layout: dict[Hashable, int] = {}
     for launch in plan.branch_launches:
         index = by_layout.setdefault(_layout(launch), len(weights))

@@ -267,7 +267,7 @@ def test_sections_cover_what_the_taps_meet(kernels, dilations, size, stride):
     kernel, pitch = shape.kernels[0], shape.dilations[0]
     taps_of = {}
     for section in sections(shape, size):
-        for i in range(section.count):
+        for i in range(section.size):
             row = section.start + i * stride
             assert row not in taps_of
             taps_of[row] = set(section.taps)
