@@ -33,15 +33,19 @@ img { max-width: 100%; height: auto; display: block; margin: 1rem 0; }
 
 
 def write_page(report: Report, runs: Sequence[Results], folder: Path) -> list[str]:
-    """Writes the page in one atomic step; returns the names of the pictures that had to be left out."""
+    """Writes the page in one atomic step; returns the pictures that had to be left out, and why."""
     room = MAX_BYTES - sum(len(part.encode()) for part in _parts(report, runs, {}))
     pictures: dict[str, str] = {}
     left_out = []
     for run in runs:
         for name, draw in plots.pictures(run).items():
-            data = _encoded(draw)
+            try:
+                data = _encoded(draw)
+            except Exception as error:  # a picture that cannot be drawn must not cost the page
+                left_out.append(f"{run.suite}/{name} ({type(error).__name__}: {error})")
+                continue
             if len(data) > room:
-                left_out.append(f"{run.suite}/{name}")
+                left_out.append(f"{run.suite}/{name} (the page is full)")
                 continue
             room -= len(data) + PICTURE_OVERHEAD
             pictures[f"{run.suite}/{name}"] = data

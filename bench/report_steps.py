@@ -178,7 +178,7 @@ def summarise(course: Course) -> Ending:
         course.console.print(f"{run.suite}: {words or 'nothing to compare'}", markup=False, soft_wrap=True)
     left_out = write_page(course.report, runs, course.folder)
     if left_out:
-        return Ending(DONE, f"too large for one page, left out: {', '.join(left_out)}")
+        return Ending(DONE, f"left out of the page: {', '.join(left_out)}")
     return Ending()
 
 

@@ -45,10 +45,11 @@ MAX_UNROLLED_CHANNELS = 32
 COLUMN_REGISTERS = {(16, False): 112, (16, True): 56, (32, False): 56, (32, True): 56}
 # Most of them where the loop over kernel columns is unrolled, which keeps more rows and weights alive.
 UNROLLED_REGISTERS = 56
-# Chips whose compiler spills with the unrolled weights of the widest groups.
+# Chips whose compiler spills with columns as high as the image, and with the unrolled weights of the widest groups.
 SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
+SPILLING_UNROLLED_CHIPS = ("sm_80", "gfx942")
 # Chips whose compiler does not spill where a program selects two channel blocks, one after the other.
-PAIRED_SELECT_CHIPS = ("sm_80", "sm_86", "sm_89", "sm_120")
+PAIRED_SELECT_CHIPS = ("sm_80", "sm_120")
 # Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
 MAX_MERGED_CHANNELS = 16
 MAX_MERGED_REGISTERS = 120
@@ -177,9 +178,10 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
             most //= 2
         if registers > most or (not is_whole and (run_h > 8 or run_h in (3, 5, 6))):
             continue
-        is_unrolled = registers <= UNROLLED_REGISTERS and (
-            chip.name not in SPILLING_CHIPS and (block < 32 or task != "select")
-        )
+        if block == 32:
+            is_unrolled = task != "select" and chip.name not in SPILLING_UNROLLED_CHIPS
+        else:
+            is_unrolled = registers <= UNROLLED_REGISTERS and chip.name not in SPILLING_CHIPS
         candidates.append(
             ColumnConfig(
                 BLOCK_CI=block,

@@ -312,8 +312,17 @@ def test_the_page_stays_small_and_says_which_pictures_it_leaves_out(tmp_path, mo
 
     monkeypatch.setattr(report_page, "MAX_BYTES", whole - 10)
     left_out = report_page.write_page(made, runs, tmp_path)
-    assert left_out == ["layer/picture 3"]
+    assert left_out == ["layer/picture 3 (the page is full)"]
     assert (tmp_path / "report.html").stat().st_size <= whole - 10
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_cost_the_page(tmp_path, monkeypatch):
+    def fail():
+        raise TypeError("no axis")
+
+    monkeypatch.setattr(plots, "pictures", lambda run: {"bad": fail, "good": draw_little})
+    assert report_page.write_page(Report(), [small()], tmp_path) == ["layer/bad (TypeError: no axis)"]
+    assert "alt='good'" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
 def test_the_report_survives_its_file(tmp_path):

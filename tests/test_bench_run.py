@@ -90,6 +90,18 @@ def test_ctrl_c_saves_what_was_measured_and_resume_goes_on(tmp_path, monkeypatch
     assert len(finished) == len(set(finished)) == len(results.by_case(run.records)) == 2
 
 
+@pytest.mark.parametrize("suite", ["layer", "sweep"])
+def test_an_interrupt_before_anything_was_measured_still_ends_in_order(suite, tmp_path, monkeypatch):
+    def interrupted(case, setting, records, report):
+        records.append(results.Record(case, "ours", "sk_triton", "nchw", "NCHW", results.OURS))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(session, "run_case", interrupted)
+    options = ["--quick", "--device", "cpu", "--suite", suite, "--output", str(tmp_path)]
+    assert cli.main(["bench", *options]) == 130
+    assert results.load(tmp_path / f"{suite}-cpu.json").interrupted
+
+
 @pytest.mark.usefixtures("tiny")
 def test_an_interrupt_ends_the_suites_that_follow(tmp_path, monkeypatch):
     def interrupted(*arguments):

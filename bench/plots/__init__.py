@@ -8,6 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
+from .. import results
 from ..export import cases_in_order
 from ..results import Results
 from ..shapes import NETWORKS, UNITS
@@ -81,11 +82,18 @@ def save_picture(figure: Figure, path: Path) -> Path:
 
 
 def _groups(run: Results, by_subject: bool) -> dict[str, Groups]:
-    """Records by case, under the names of what one picture shows: a subject, or all of a direction, in a dtype."""
+    """Records by case, under the names of what one picture shows: a subject, or all of a direction, in a dtype.
+
+    Without those of which an interrupt or failures left nothing to show.
+    """
     found: dict[str, Groups] = {}
     for case, records in cases_in_order(run).items():
         if case.subject not in (*UNITS, *NETWORKS):  # starting up, and a call of PyTorch's own
             continue
         what = case.subject if by_subject else case.direction
         found.setdefault(f"{what}-{case.dtype}", {})[case] = records
-    return found
+    return {name: groups for name, groups in found.items() if any(map(_was_measured, groups.values()))}
+
+
+def _was_measured(records: list[results.Record]) -> bool:
+    return any(record.timing is not None or record.host_us is not None for record in records)
