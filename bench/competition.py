@@ -97,7 +97,7 @@ class _Competition:
             contestants.clear()
             x, dv = self._input(kind, self.case.batch)
             contestants = self._bind(x, dv)
-        self._weigh(contestants, x)
+        self._weigh(contestants)
         if contestants and not self.case.is_network:
             contestants[FLOOR_KEY] = Contestant(_floor(x, self.case.direction))
         protocol.measure(
@@ -225,21 +225,20 @@ class _Competition:
             contestants[provider.key] = Contestant(call, provider.scope)
         return contestants
 
-    def _weigh(self, contestants: dict[str, Contestant], x: Tensor) -> None:
+    def _weigh(self, contestants: dict[str, Contestant]) -> None:
         """Memory of a second call, once caches are filled; a captured or compiled call hides its tensors on a CPU."""
         for key, contestant in list(contestants.items()):
             entrant = self.entrants[key]
             form = entrant.provider.form
             if form.is_graph or (self.setting.device.type == "cpu" and form.is_compiled):
                 continue
-            keep = [x, *entrant.module.parameters(), *entrant.module.buffers()]
             try:
                 with contestant.scope():
                     contestant.call()
                     entrant.forget_gradients()
                     # Compiled code is traced anew under hooks.
                     weighed = memory.measure_memory(
-                        contestant.call, self.setting.device, keep, sees_saved=not form.is_compiled
+                        contestant.call, self.setting.device, entrant.given, sees_saved=not form.is_compiled
                     )
             except Exception as error:
                 self._settle(key, *protocol.failure(error))

@@ -31,6 +31,7 @@ class Entrant:
         self.module = module.train(case.direction == TRAINING)
         self.forward = provider.form.prepare(module)
         self._leaf: Tensor | None = None
+        self._inputs: list[Tensor] = []
 
     def runs(self, x: Tensor) -> str | None:
         """What sk_triton's units run on `x`, as `Source.runs`; None for a peer."""
@@ -47,13 +48,20 @@ class Entrant:
         Both are brought into this provider's memory format here, outside of the call; what is in it is not copied.
         """
         x = arrange(x, self.provider.form.memory_format)
+        self._inputs = [x]
         if self.direction == INFERENCE:
             return self.provider.form.bind(lambda: self._infer(x)), lambda v: {"v": v}
         assert dv is not None
         gradient = arrange(dv, self.provider.form.memory_format)
+        self._inputs.append(gradient)
         leaf = self._leaf = x.detach().requires_grad_(self.wants_dx)
         call = self.provider.form.bind(lambda: self._train(leaf, gradient))
         return call, lambda v: self._gradients(v, leaf)
+
+    @property
+    def given(self) -> list[Tensor]:
+        """What the last bound call does not make itself: its input, the output's gradient, parameters, statistics."""
+        return [*self._inputs, *self.module.parameters(), *self.module.buffers()]
 
     def forget_gradients(self) -> None:
         """Frees the gradients that the last call left behind."""

@@ -27,6 +27,7 @@ from .stamp import Stamp, take_stamp
 if TYPE_CHECKING:
     from rich.console import Console
 
+SUMMARY = "summary"
 STEP_SECONDS = 480
 MAX_STEP_SECONDS = 530
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     course = Course(args.output, device, report, console, args.time_limit, args.again)
     failed = False
     for index, name in enumerate(steps):
-        if name != "summary" and not args.again and report.is_done(name, take_stamp(device)):
+        if name != SUMMARY and not args.again and report.is_done(name, take_stamp(device)):
             console.print(f"[{index + 1}/{len(steps)}] {name}: done already", markup=False)
             continue
         minutes = sum(min(STEPS[later].minutes, args.time_limit / 60) for later in steps[index:])
@@ -103,7 +104,7 @@ def choose_steps(wanted: Sequence[str] | None, on_gpu: bool) -> list[str]:
 def _refuse_mixing(report: Report, stamp: Stamp, args: argparse.Namespace) -> None:
     """Raises ValueError where new measurements would replace those of another machine, version or seed."""
     before = report.stamp
-    if before is None or args.again or set(args.step or ()) == {"summary"}:
+    if before is None or args.again or set(args.step or ()) == {SUMMARY}:
         return
     differing = [
         f"{name} {getattr(before, name)!r}, now {getattr(stamp, name)!r}"
@@ -120,6 +121,8 @@ def _refuse_mixing(report: Report, stamp: Stamp, args: argparse.Namespace) -> No
 def _run_step(name: str, course: Course) -> bool:
     """Runs a step and writes down how it ended; whether it failed."""
     stamp, start = take_stamp(course.device), time.monotonic()
+    if name == SUMMARY:  # may be drawn on another machine than was measured
+        stamp = course.report.stamp or stamp
     ending = Ending(INTERRUPTED)
     try:
         ending = STEPS[name].run(course)

@@ -29,7 +29,7 @@ class Request:
     """What one suite is asked to do.
 
     revisions: sk_triton at other revisions, which compete as well.
-    time_limit: seconds; a case that would probably end after them is not begun.
+    time_limit: seconds; a case that would probably end after them is not begun. "host", of a few minutes, has none.
     ceilings, tests: of this machine and commit, if they are known already.
     """
 

@@ -184,6 +184,13 @@ def test_memory_counts_what_a_call_makes_and_what_training_keeps():
     assert training.peak_bytes > training.saved_bytes
 
 
+def test_memory_leaves_the_input_out_whatever_its_format():
+    pairs = [(FakeSource(form.key), form) for form in forms.EAGER]
+    records = run_small(providers=[Provider(*pair) for pair in pairs], direction=TRAINING)
+    nchw, channels_last = (records[form.key].memory for form in forms.EAGER)
+    assert channels_last.saved_bytes == nchw.saved_bytes
+
+
 def test_the_floor_is_timed_in_the_same_rounds_as_everyone_else():
     records = run_small(FakeSource())
     assert records["copy"].role == results.FLOOR

@@ -224,6 +224,10 @@ def test_without_a_checkout_the_tests_are_not_run_and_the_report_says_so(tmp_pat
     assert "not run" in made.steps["tests"].message
 
 
+def test_the_tests_that_run_without_a_gpu_are_there():
+    assert all((environment.CLONE_DIR / file).is_file() for file in report_steps.INTERPRETED_TESTS)
+
+
 JUNIT = '<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3" tests="10" /></testsuites>'
 
 
@@ -270,6 +274,20 @@ def test_another_states_results_are_not_replaced_unasked(change, tmp_path, capsy
     assert next(iter(change)) in capsys.readouterr().out
     assert make(tmp_path, "--step", "summary")[0] == 0
     assert make(tmp_path, "--step", "layer-fp32", "--again")[0] == 0
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_summary_drawn_on_another_machine_stays_that_of_the_measurements(tmp_path):
+    measured = a_stamp()
+    made = Report(steps={"layer-fp16": StepState(DONE, "2020-11-22T17:00:00+00:00", 1.0, measured)})
+    report_file.save(made, tmp_path)
+    results.save(small(), tmp_path / "layer.json")
+    for _ in range(2):
+        code, made = make(tmp_path, "--step", "summary")
+        assert (code, made.stamp) == (0, measured)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"sk_triton on {measured.device}" in page
+    assert "No GPU" not in page
 
 
 @pytest.mark.usefixtures("tiny")
