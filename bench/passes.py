@@ -125,24 +125,12 @@ def merged(spec: SKSpec) -> Route:
     return Route("ours-merged", "sk_triton, merged", steps)
 
 
-def resident(spec: SKSpec) -> Route:
-    """One launch: the branches never leave the chip, or the input is read again from its cache."""
-    return Route("ours-resident", "sk_triton, resident", (Step("all", SPLIT, _reads(spec), 1),))
-
-
 def routes(spec: SKSpec) -> list[Route]:
     """The ways to compute a unit at inference, peers first; the seed's peers for linear branches, else the paper's."""
     if spec.is_linear:
-        return [
-            seed_class(spec),
-            compiled(spec, "seed"),
-            store(spec),
-            recompute(spec),
-            merged(spec),
-            resident(spec),
-        ]
+        return [seed_class(spec), compiled(spec, "seed"), store(spec), recompute(spec), merged(spec)]
     eager = [timm_module(spec), plain_paper(spec)]
-    return [*eager, compiled(spec, "paper"), store(spec), recompute(spec), resident(spec)]
+    return [*eager, compiled(spec, "paper"), store(spec), recompute(spec)]
 
 
 def _through_one_tensor(spec: SKSpec, copy: str) -> tuple[Step, ...]:

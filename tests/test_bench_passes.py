@@ -21,7 +21,6 @@ PASSES_IN_DESIGN = {
         "torch.compile": 9,
         "sk_triton, store": 6,
         "sk_triton, recompute": 3,
-        "sk_triton, resident": 2,
     },
     SEED: {
         "seed's class, eager": 19,
@@ -29,7 +28,6 @@ PASSES_IN_DESIGN = {
         "sk_triton, store": 6,
         "sk_triton, recompute": 3,
         "sk_triton, merged": 3,
-        "sk_triton, resident": 2,
     },
 }
 
