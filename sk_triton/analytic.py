@@ -81,7 +81,8 @@ def branch_config(
         candidates = _stream_candidates(shape, is_ieee, dtype, chip, task) if is_narrow else []
     elif group <= 8 and kernel <= 5:
         candidates = _stream_candidates(shape, is_ieee, dtype, chip, task)
-    elif group <= MAX_UNROLLED_CHANNELS and kernel <= 3:
+    elif group <= MAX_UNROLLED_CHANNELS and kernel <= 3 and triton_version() >= NARROW_PRODUCTS:
+        # Triton 3.4 does not compile the column formulation: its `min` of two constants is none.
         candidates = _column_candidates(shape, h, chip, task)
     else:
         candidates = []
