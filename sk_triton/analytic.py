@@ -126,7 +126,7 @@ def _stream_candidates(
     elif dtype == torch.float32:
         longest = 2 if run_w == 2 else 1
     elif max(shape.kernels) > 3:
-        longest = 2
+        longest = 2 if task == "store" else 1
     elif run_w == 1 and shape.stride > 1:
         longest = 4
     else:
