@@ -89,8 +89,7 @@ def choice(problem: Problem, predictions: list[Prediction], chip: Chip) -> tuple
     """(what "auto" runs, why): the dispatcher's own choice, beside the predictions."""
     if reason := dispatch.slower_reason(problem.spec):
         return "reference", reason
-    size = (problem.n, problem.height, problem.width, problem.dtype, problem.allow_tf32, chip)
-    chosen = plans.fastest_plan(problem.spec, *size).schedule
+    chosen = plans.fastest_plan(problem.on(chip)).schedule
     by_name = {prediction.schedule: prediction for prediction in predictions}
     others = ", ".join(f"{name} {_us(p.total)}" for name, p in by_name.items() if name != chosen)
     return chosen, f"predicted {_us(by_name[chosen].total)} µs, bound by {by_name[chosen].bound}; {others}"

@@ -10,42 +10,30 @@ from torch import Tensor, nn
 
 from sk_triton import plans
 from sk_triton.backend import Schedule
-from sk_triton.chips import Chip
-from sk_triton.packing import pack, pack_merged
+from sk_triton.packing import pack
 from sk_triton.params import Branch, Gate
 from sk_triton.plan import Plan
 from sk_triton.spec import SKSpec
+from sk_triton.workload import Workload
 
 if TYPE_CHECKING:
     from sk_triton.steps import Step  # imports Triton
 
 
-def planned_steps(
-    schedule: Schedule,
-    spec: SKSpec,
-    n: int,
-    h: int,
-    w: int,
-    dtype: torch.dtype,
-    allow_tf32: bool,
-    chip: Chip,
-) -> tuple[Plan, list[Step], Tensor]:
-    """The plan, the steps and the output of a schedule on `n` channels_last inputs of `h` x `w` pixels, all on "meta".
+def planned_steps(schedule: Schedule, workload: Workload) -> tuple[Plan, list[Step], Tensor]:
+    """The plan, the steps and the output of a schedule on channels_last inputs, all on "meta".
 
     Raises:
         RuntimeError: the schedule cannot run the unit.
     """
-    from sk_triton.schedules import merged, recompute, store
+    from sk_triton.launching import prepare
 
-    plan = plans.plan_schedule(schedule, spec, n, h, w, dtype, allow_tf32, chip)
-    x = torch.empty((n, spec.in_channels, h, w), dtype=dtype, device="meta")
+    plan = plans.plan_schedule(schedule, workload)
+    spec, h, w = workload.spec, workload.h_in, workload.w_in
+    x = torch.empty((workload.n, spec.in_channels, h, w), dtype=workload.dtype, device="meta")
     x = x.to(memory_format=torch.channels_last)
-    branches, gate = _unit(spec, dtype)
-    if schedule == "merged":
-        steps, v = merged.prepare(plan, x, pack_merged(plan, h, w, branches, gate, None), spec)
-    else:
-        prepare = recompute.prepare if schedule == "recompute" else store.prepare
-        steps, v = prepare(plan, x, pack(plan, branches, gate, None), spec)
+    branches, gate = _unit(spec, workload.dtype)
+    steps, v = prepare(plan, x, pack(plan, h, w, branches, gate, None), spec)
     return plan, steps, v
 
 

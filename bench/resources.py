@@ -20,6 +20,7 @@ from sk_triton.chips import CHIPS
 from sk_triton.environment import require
 from sk_triton.kernels.launch import Launch
 from sk_triton.plan import BranchLaunch, Plan
+from sk_triton.workload import Workload
 
 from .grid import CASES, UNITS, Case
 from .planned import planned_steps
@@ -70,12 +71,12 @@ def launches(case: Case, target: str, schedule: Schedule = "store") -> tuple[Pla
     Raises:
         RuntimeError: the schedule cannot run the case.
     """
-    plan, steps, _ = planned_steps(schedule, *_size(case, target))
+    plan, steps, _ = planned_steps(schedule, _workload(case, target))
     return plan, [step for step in steps if isinstance(step, Launch)]
 
 
-def _size(case: Case, target: str) -> tuple:
-    return case.spec, case.n, case.size, case.size, case.dtype, case.allow_tf32, CHIPS[target]
+def _workload(case: Case, target: str) -> Workload:
+    return Workload(case.spec, case.n, case.size, case.size, case.dtype, CHIPS[target], case.allow_tf32)
 
 
 def measure(case: Case, target: str) -> list[Row]:
@@ -110,7 +111,7 @@ def measure(case: Case, target: str) -> list[Row]:
 
 def schedules(case: Case, target: str) -> list[Schedule]:
     """The schedules that can run a case."""
-    return [name for name in SCHEDULES if not plans.refusal(name, *_size(case, target))]
+    return [name for name in SCHEDULES if not plans.refusal(name, _workload(case, target))]
 
 
 def _branches_first(found: list[Launch]) -> list[Launch]:

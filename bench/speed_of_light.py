@@ -36,6 +36,7 @@ from sk_triton.kernels.geometry import cdiv
 from sk_triton.kernels.launch import Launch
 from sk_triton.plan import Plan
 from sk_triton.spec import SKSpec
+from sk_triton.workload import Workload
 
 from . import passes
 from .gpus import Gpu
@@ -74,6 +75,10 @@ class Problem:
     def tensor_bytes(self) -> int:
         """T: one pass over an activation tensor."""
         return self.outputs * self.dtype.itemsize
+
+    def on(self, chip: Chip) -> Workload:
+        """What the dispatcher's planner is asked."""
+        return Workload(self.spec, self.n, self.height, self.width, self.dtype, chip, self.allow_tf32)
 
 
 @dataclass(frozen=True)
@@ -134,8 +139,10 @@ class Prediction:
 
 def schedules_for(problem: Problem, chip: Chip) -> list[tuple[str, Plan, Sequence[PlannedStep]]]:
     """(name, plan, steps on meta tensors) of each schedule that can compute the problem on a chip."""
-    size = (problem.spec, problem.n, problem.height, problem.width, problem.dtype, problem.allow_tf32, chip)
-    return [(name, *planned_steps(name, *size)[:2]) for name in SCHEDULES if not plans.refusal(name, *size)]
+    workload = problem.on(chip)
+    return [
+        (name, *planned_steps(name, workload)[:2]) for name in SCHEDULES if not plans.refusal(name, workload)
+    ]
 
 
 def predict(problem: Problem, gpu: Gpu) -> list[Prediction]:

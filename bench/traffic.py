@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,18 +116,19 @@ def count(
     from sk_triton import dispatch, plans
     from sk_triton.chips import CHIPS
     from sk_triton.kernels.launch import Launch
+    from sk_triton.launching import prepare
     from sk_triton.packing import Packed
+    from sk_triton.workload import Workload
 
     if not dispatch.is_interpreted():
         raise RuntimeError(
             "traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
         )
     dtype = torch.float16
-    plan = plans.plan_schedule(schedule, spec, 128, size, size, dtype, False, CHIPS["sm_90"])
+    workload = Workload(spec, 128, size, size, dtype, CHIPS["sm_90"])
+    plan = plans.plan_schedule(schedule, workload)
     if full is not None:
-        configs = plans.plan_schedule(
-            schedule, full, 128, size, size, dtype, False, CHIPS["sm_90"]
-        ).branch_launches
+        configs = plans.plan_schedule(schedule, replace(workload, spec=full)).branch_launches
         launches = [
             replace(launch, config=other.config)
             for launch, other in zip(plan.branch_launches, configs, strict=True)
@@ -160,7 +160,7 @@ def count(
         select_weight=random(m, c, d),
         select_bias=None,
     )
-    steps, v = importlib.import_module(f"sk_triton.schedules.{schedule}").prepare(plan, x, packed, spec)
+    steps, v = prepare(plan, x, packed, spec)
     rows: list[Traffic] = []
     for step in steps:
         if not isinstance(step, Launch):

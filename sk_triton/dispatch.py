@@ -6,7 +6,6 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from functools import lru_cache
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from .plans import eager_passes, fastest_plan, plan_schedule
 from .reasons import state_reason, tracing_reason, unit_reason
 from .schedules import cpu_folded, cpu_merged
 from .spec import SKSpec
+from .workload import Workload
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays.
@@ -67,11 +67,9 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
         n, _, h_in, w_in = x.shape
         chip = chip_of(x.device)
         assert chip is not None
-        size = (n, h_in, w_in, x.dtype, allows_tf32(), chip, x.stride(1) != 1)
+        workload = Workload(spec, n, h_in, w_in, x.dtype, chip, allows_tf32(), x.stride(1) != 1)
         schedule = current_schedule()
-        if schedule is not None:
-            return plan_schedule(schedule, spec, *size)
-        return fastest_plan(spec, *size)
+        return plan_schedule(schedule, workload) if schedule is not None else fastest_plan(workload)
     if backend == "triton":
         raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
     return _reference_plan(x.dtype, spec, reason)
@@ -81,16 +79,14 @@ def run(
     plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
 ) -> Tensor:
     """Run a plan whose backend is "triton" or "torch"."""
-    schedules: dict[str, ModuleType]
     if plan.backend == "triton":
-        from .schedules import merged, recompute, store  # they import Triton
+        from . import launching  # imports Triton
 
-        schedules = {"store": store, "recompute": recompute, "merged": merged}
-    elif plan.backend == "torch":
-        schedules = {"folded": cpu_folded, "merged": cpu_merged}
-    else:
-        raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")
-    return schedules[plan.schedule].run(plan, x, branches, gate, spec, cache)
+        return launching.run(plan, x, branches, gate, spec, cache)
+    if plan.backend == "torch":
+        schedule = {"folded": cpu_folded, "merged": cpu_merged}[plan.schedule]
+        return schedule.run(plan, x, branches, gate, spec, cache)
+    raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")
 
 
 def allows_tf32() -> bool:

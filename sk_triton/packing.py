@@ -120,8 +120,15 @@ class PackCache:
         return PackCache, ()
 
 
-def pack(plan: Plan, branches: Sequence[Branch], gate: Gate, cache: PackCache | None) -> Packed:
-    """Parameters packed for `plan`, from `cache` where they are unchanged."""
+def pack(
+    plan: Plan, h: int, w: int, branches: Sequence[Branch], gate: Gate, cache: PackCache | None
+) -> Packed:
+    """Parameters packed for `plan` on inputs of `h` x `w` pixels, from `cache` where they are unchanged."""
+    merged = plan.merged_launch
+    if merged is not None:
+        fields = (merged.conv.BLOCK_CI, merged.conv.BLOCK_CO, merged.conv.RUN_W, merged.border.ROWS)
+        key = (plan.dtype, merged.branches, fields, h, w)
+        return remember(cache, key, branches, gate, lambda: _pack_merged(plan, merged, h, w, branches, gate))
     layouts = tuple([_layout(launch) for launch in plan.branch_launches])
     return remember(cache, (plan.dtype, layouts), branches, gate, lambda: _pack(plan, branches, gate))
 
@@ -221,31 +228,6 @@ class MergedPacked(Packed):
     def tensors(self) -> list[Tensor]:
         own = (self.scale, self.section_weights, self.pooled_shift, self.strips, self.columns)
         return [*super().tensors(), *(t for t in own if t is not None)]
-
-
-def pack_merged(
-    plan: Plan, h: int, w: int, branches: Sequence[Branch], gate: Gate, cache: PackCache | None
-) -> MergedPacked:
-    """Parameters packed for `plan` on inputs of `h` x `w` pixels, from `cache` where they are unchanged."""
-    assert plan.merged_launch is not None
-    if cache is None:
-        return _pack_merged(plan, plan.merged_launch, h, w, branches, gate)
-    epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
-    launch = plan.merged_launch
-    layout = (
-        launch.branches,
-        launch.conv.BLOCK_CI,
-        launch.conv.BLOCK_CO,
-        launch.conv.RUN_W,
-        launch.border.ROWS,
-    )
-    packed = cache.get(
-        (plan.dtype, "merged", layout, h, w, epsilons),
-        _sources(branches, gate),
-        lambda: _pack_merged(plan, launch, h, w, branches, gate),
-    )
-    assert isinstance(packed, MergedPacked)
-    return packed
 
 
 @torch.no_grad()

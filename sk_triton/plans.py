@@ -2,90 +2,64 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
-from typing import Any
 
 import torch
 
 from . import analytic, tuning
 from .backend import Schedule
-from .chips import Chip
 from .kernels.config import ColumnConfig
 from .kernels.geometry import ConvShape, can_run
 from .kernels.merging import merged_shape
 from .plan import BranchLaunch, MergedLaunch, Plan
 from .spec import BranchSpec, SKSpec
+from .workload import Workload
 
 
 @lru_cache(maxsize=1024)
-def plan_schedule(
-    schedule: Schedule,
-    spec: SKSpec,
-    n: int,
-    h_in: int,
-    w_in: int,
-    dtype: torch.dtype,
-    allow_tf32: bool,
-    chip: Chip,
-    is_converted: bool = False,
-) -> Plan:
-    """The plan of one schedule for a batch of `n` inputs of `h_in` x `w_in` pixels on `chip`.
-
-    `is_converted`: the input's channels are not adjacent, so that it is copied first.
+def plan_schedule(schedule: Schedule, workload: Workload) -> Plan:
+    """The plan of one schedule.
 
     Raises:
         RuntimeError: the schedule cannot run the unit; the message holds the reason.
     """
-    plan = _PLANNERS[schedule](spec, n, h_in, w_in, dtype, allow_tf32, chip, is_converted)
+    plan = _PLANNERS[schedule](workload)
     if isinstance(plan, str):
         raise RuntimeError(f"schedule {schedule!r} cannot run here: {plan}")
     return plan
 
 
-def refusal(schedule: Schedule, spec: SKSpec, *size: Any) -> str:
-    """Why a schedule cannot run a unit, "" if it can; `size` as :func:`plan_schedule`."""
-    plan = _PLANNERS[schedule](spec, *size)
+def refusal(schedule: Schedule, workload: Workload) -> str:
+    """Why a schedule cannot run a unit, "" if it can."""
+    plan = _PLANNERS[schedule](workload)
     return plan if isinstance(plan, str) else ""
 
 
 @lru_cache(maxsize=1024)
-def fastest_plan(
-    spec: SKSpec,
-    n: int,
-    h_in: int,
-    w_in: int,
-    dtype: torch.dtype,
-    allow_tf32: bool,
-    chip: Chip,
-    is_converted: bool = False,
-) -> Plan:
-    """The plan that is expected to be fastest: the fewest passes among the schedules that memory binds.
-
-    Arguments as :func:`plan_schedule`.
-    """
-    size = (spec, n, h_in, w_in, dtype, allow_tf32, chip, is_converted)
-    store = plan_store(*size)
-    merged = _plan_merged(*size)
+def fastest_plan(workload: Workload) -> Plan:
+    """The plan that is expected to be fastest: the fewest passes among the schedules that memory binds."""
+    store = plan_store(workload)
+    merged = _plan_merged(workload)
     if not isinstance(merged, str):
         return merged.rejecting(
             "store", f"{store.passes:g} passes over memory, against {merged.passes:g}"
         ).rejecting("recompute", "as many passes as merged, and every branch convolved twice")
     store = store.rejecting("merged", merged)
-    recompute = _plan_recompute(*size)
-    groups = spec.branches[0].groups
+    recompute = _plan_recompute(workload)
     if isinstance(recompute, str):
         return store.rejecting("recompute", recompute)
-    if dtype == torch.float32:
+    if workload.dtype == torch.float32:
         # 36 to 350 instructions per output: convolving twice costs more than the passes it saves.
         return store.rejecting(
             "recompute", "in fp32 the convolution is bound by arithmetic, and would run twice"
         )
     if (
         isinstance(recompute.branch_launches[0].config, ColumnConfig)
-        and spec.branch_in_channels > 16 * groups
+        and workload.spec.branch_in_channels > 16 * workload.spec.branches[0].groups
     ):
         # Predicted for stage 4 on an H100: 50 µs, against 44 of "store" (`sk-triton explain --stage 4`).
         return store.rejecting(
@@ -100,67 +74,33 @@ def fastest_plan(
     )
 
 
-def plan_store(
-    spec: SKSpec,
-    n: int,
-    h_in: int,
-    w_in: int,
-    dtype: torch.dtype,
-    allow_tf32: bool,
-    chip: Chip,
-    is_converted: bool = False,
-) -> Plan:
-    """The plan of schedule "store", which runs every unit. Arguments as :func:`plan_schedule`."""
-    launches = []
-    for start, stop, shape in conv_shapes(spec):
-        config, source = tuning.branch_config(
-            shape, n, *spec.output_size(h_in, w_in), dtype, allow_tf32, chip, task="store"
-        )
-        launches.append(BranchLaunch(start, stop, shape, config, source))
-    passes = (len(launches) + 2 * is_converted) * input_passes(spec, h_in, w_in) + 2 * spec.num_branches + 1
-    return _plan("store", passes, tuple(launches), spec, h_in, w_in, dtype, allow_tf32)
+def plan_store(workload: Workload) -> Plan:
+    """The plan of schedule "store", which runs every unit."""
+    launches = [
+        _branch_launch(workload, start, stop, shape, "store")
+        for start, stop, shape in conv_shapes(workload.spec)
+    ]
+    return _plan("store", workload, len(launches), 2 * workload.spec.num_branches + 1, tuple(launches))
 
 
-def _plan_recompute(
-    spec: SKSpec,
-    n: int,
-    h_in: int,
-    w_in: int,
-    dtype: torch.dtype,
-    allow_tf32: bool,
-    chip: Chip,
-    is_converted: bool = False,
-) -> Plan | str:
+def _plan_recompute(workload: Workload) -> Plan | str:
     """The plan of schedule "recompute", or why it cannot run."""
-    shapes = conv_shapes(spec)
+    shapes = conv_shapes(workload.spec)
     if len(shapes) > 1:
         return "the branches differ in groups, and one launch must hold them all to select"
-    ((start, stop, shape),) = shapes
-    h, w = spec.output_size(h_in, w_in)
-    launches = []
-    for task in ("pool", "select"):
-        config, source = tuning.branch_config(shape, n, h, w, dtype, allow_tf32, chip, task=task)
-        if not can_run(task, shape, config):
+    launches = tuple(_branch_launch(workload, *shapes[0], task) for task in ("pool", "select"))
+    for launch in launches:
+        if not can_run(launch.task, launch.shape, launch.config):
             return (
-                f"{type(config).__name__} stores its branches: groups above 32 channels, large kernels, and dilations "
-                "that are no power of two have no kernel that selects"
+                f"{type(launch.config).__name__} stores its branches: groups above 32 channels, large kernels, and "
+                "dilations that are no power of two have no kernel that selects"
             )
-        launches.append(BranchLaunch(start, stop, shape, config, source, task))
-    passes = (2 + 2 * is_converted) * input_passes(spec, h_in, w_in) + 1
-    return _plan("recompute", passes, tuple(launches), spec, h_in, w_in, dtype, allow_tf32)
+    return _plan("recompute", workload, 2, 1, launches)
 
 
-def _plan_merged(
-    spec: SKSpec,
-    n: int,
-    h_in: int,
-    w_in: int,
-    dtype: torch.dtype,
-    allow_tf32: bool,
-    chip: Chip,
-    is_converted: bool = False,
-) -> Plan | str:
+def _plan_merged(workload: Workload) -> Plan | str:
     """The plan of schedule "merged", or why it cannot run."""
+    spec, dtype = workload.spec, workload.dtype
     if spec.branch_act != "identity":
         return f"branch_act is {spec.branch_act}; only linear branches merge into one convolution"
     if spec.split_input:
@@ -169,7 +109,7 @@ def _plan_merged(
     if len(shapes) > 1:
         groups = sorted({branch.groups for branch in spec.branches})
         return f"the branches have {groups} groups; only equal groups merge"
-    if dtype == torch.float32 and not allow_tf32:
+    if dtype == torch.float32 and not workload.allow_tf32:
         return "fp32 is IEEE; products without tensor cores leave no registers for the merged weights"
     ((_, _, branches),) = shapes
     shape = merged_shape(branches)
@@ -185,19 +125,16 @@ def _plan_merged(
             f"merged weights on a {shape.kernels[0]} x {shape.kernels[0]} lattice take {registers} registers; "
             f"at most {analytic.MAX_MERGED_REGISTERS} are left"
         )
-    h, w = spec.output_size(h_in, w_in)
     merged = MergedLaunch(
         branches,
         shape,
-        analytic.border_config(shape, n, h_in, w_in, chip),
-        analytic.merged_config(shape, n, h, w, dtype, chip),
+        analytic.border_config(shape, workload.n, workload.h_in, workload.w_in, workload.chip),
+        analytic.merged_config(shape, workload.n, *workload.output_size, dtype, workload.chip),
     )
-    passes = (2 + 2 * is_converted) * input_passes(spec, h_in, w_in) + 1
-    plan = _plan("merged", passes, (), spec, h_in, w_in, dtype, allow_tf32)
-    return replace(plan, merged_launch=merged)
+    return replace(_plan("merged", workload, 2, 1, ()), merged_launch=merged)
 
 
-_PLANNERS: dict[Schedule, Callable[..., Plan | str]] = {
+_PLANNERS: dict[Schedule, Callable[[Workload], Plan | str]] = {
     "store": plan_store,
     "recompute": _plan_recompute,
     "merged": _plan_merged,
@@ -222,37 +159,38 @@ def conv_shapes(spec: SKSpec) -> list[tuple[int, int, ConvShape]]:
     return shapes
 
 
+def _branch_launch(workload: Workload, start: int, stop: int, shape: ConvShape, task: str) -> BranchLaunch:
+    config, source = tuning.branch_config(
+        shape,
+        workload.n,
+        *workload.output_size,
+        workload.dtype,
+        workload.allow_tf32,
+        workload.chip,
+        task=task,
+    )
+    return BranchLaunch(start, stop, shape, config, source, task)
+
+
 def _plan(
-    schedule: str,
-    passes: float,
-    launches: tuple[BranchLaunch, ...],
-    spec: SKSpec,
-    h_in: int,
-    w_in: int,
-    dtype: torch.dtype,
-    allow_tf32: bool,
+    schedule: str, workload: Workload, reads: int, output_passes: int, launches: tuple[BranchLaunch, ...]
 ) -> Plan:
-    h, w = spec.output_size(h_in, w_in)
+    """The parts that all schedules have. `reads`: of the input; `output_passes`: over tensors of the output's size."""
+    spec = workload.spec
     m, c = spec.num_branches, spec.out_channels
     return Plan(
         backend="triton",
         schedule=schedule,
-        passes=passes,
-        dtype=dtype,
+        passes=(reads + 2 * workload.is_converted) * workload.input_passes + output_passes,
+        dtype=workload.dtype,
         rejected=(("reference", f"the kernels can run; eager takes {eager_passes(spec)} passes"),),
         branch_launches=launches,
-        gate=analytic.gate_config(m, c, spec.gate_width, dtype),
-        select=analytic.select_config(h * w, c) if schedule == "store" else None,
+        gate=analytic.gate_config(m, c, spec.gate_width, workload.dtype),
+        select=analytic.select_config(math.prod(workload.output_size), c) if schedule == "store" else None,
         has_relu=spec.branch_act == "relu",
         gate_has_relu=spec.gate_act == "relu",
-        allow_tf32=allow_tf32 and dtype == torch.float32,
+        allow_tf32=workload.allow_tf32 and workload.dtype == torch.float32,
     )
-
-
-def input_passes(spec: SKSpec, h_in: int, w_in: int) -> float:
-    """The input's elements in units of the output's."""
-    h, w = spec.output_size(h_in, w_in)
-    return spec.in_channels * h_in * w_in / (spec.out_channels * h * w)
 
 
 def eager_passes(spec: SKSpec) -> float:

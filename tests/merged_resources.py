@@ -12,6 +12,7 @@ from sk_triton.bench.compile import compile_launch
 from sk_triton.bench.grid import seed_unit
 from sk_triton.bench.planned import planned_steps
 from sk_triton.chips import CHIPS
+from sk_triton.workload import Workload
 
 # name: (unit, batch, size, dtype)
 CASES = {
@@ -26,7 +27,9 @@ CASES = {
 
 def launches(name: str, chip: str):
     spec, n, size, dtype = CASES[name]
-    _, steps, v = planned_steps("merged", spec, n, size, size, dtype, dtype == torch.float32, CHIPS[chip])
+    _, steps, v = planned_steps(
+        "merged", Workload(spec, n, size, size, dtype, CHIPS[chip], dtype == torch.float32)
+    )
     return [step for step in steps if step.kernel.fn.__name__ != "gate_fwd_kernel"], v.numel()
 
 

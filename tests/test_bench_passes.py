@@ -14,6 +14,7 @@ from sk_triton.bench.plots import waterfall
 from sk_triton.bench.shapes import PAPER, SEED, stage_shape
 from sk_triton.chips import CHIPS
 from sk_triton.spec import BranchSpec
+from sk_triton.workload import Workload
 
 PASSES_IN_DESIGN = {
     PAPER: {
@@ -49,7 +50,7 @@ def test_passes_agree_with_the_dispatcher(unit, num_branches, same_groups):
         waterfall.unit_spec(unit, shape),
         branches=tuple(BranchSpec(3, 1 + m, g) for m, g in enumerate(groups)),
     )
-    plan = plans.plan_store(spec, 8, shape.height, shape.width, torch.float16, False, CHIPS["sm_90"])
+    plan = plans.plan_store(Workload(spec, 8, shape.height, shape.width, torch.float16, CHIPS["sm_90"]))
     assert passes.store(spec).passes == plan.passes
     assert passes.reference(spec).passes == plans.eager_passes(spec)
 

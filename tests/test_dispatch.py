@@ -20,6 +20,7 @@ from sk_triton import (
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import DepthwiseConfig, StreamConfig, TapConfig
 from sk_triton.kernels.geometry import ConvShape
+from sk_triton.workload import Workload
 
 SM_90 = CHIPS["sm_90"]
 
@@ -160,7 +161,7 @@ def test_gradients_are_refused_and_inference_is_not(x):
 @pytest.mark.interpret
 def test_explicit_request_runs_the_kernels_and_auto_on_cpu_does_not(x, monkeypatch):
     ran = []
-    monkeypatch.setattr("sk_triton.schedules.store.run", lambda *args: ran.append(args))
+    monkeypatch.setattr("sk_triton.launching.run", lambda *args: ran.append(args))
     module = layer()
     with torch.no_grad():
         module(x)
@@ -243,7 +244,7 @@ def test_branches_with_unequal_groups_take_a_launch_each():
     from sk_triton import BranchSpec, SKSpec
 
     spec = SKSpec(32, 32, (BranchSpec(3, 1, 1), BranchSpec(3, 1, 32), BranchSpec(3, 2, 32)), gate_width=8)
-    plan = plans.plan_store(spec, 8, 14, 14, torch.float16, True, SM_90)
+    plan = plans.plan_store(Workload(spec, 8, 14, 14, torch.float16, SM_90, allow_tf32=True))
     assert [(la.start, la.stop, la.shape.groups) for la in plan.branch_launches] == [(0, 1, 1), (1, 3, 32)]
     assert plan.passes == 2 + 2 * 3 + 1
     assert not plan.allow_tf32

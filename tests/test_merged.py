@@ -18,8 +18,9 @@ from sk_triton import dispatch, plans, reference
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.traffic import Meter
 from sk_triton.chips import CHIPS
-from sk_triton.packing import PackCache, pack_merged
+from sk_triton.packing import PackCache, pack
 from sk_triton.spec import BranchSpec
+from sk_triton.workload import Workload
 
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import random_unit, sizes, specs
@@ -44,14 +45,10 @@ UNITS = {
 
 
 def run(spec, branches, gate, x, cache=None):
-    from sk_triton.schedules import merged
-
-    is_converted = x.stride(1) != 1
-    plan = plans.plan_schedule(
-        "merged", spec, *(x.shape[i] for i in (0, 2, 3)), x.dtype, True, SM_90, is_converted
-    )
+    n, _, h, w = x.shape
+    plan = plans.plan_schedule("merged", Workload(spec, n, h, w, x.dtype, SM_90, True, x.stride(1) != 1))
     with torch.no_grad():
-        return merged.run(plan, x, branches, gate, spec, cache)
+        return dispatch.run(plan, x, branches, gate, spec, cache)
 
 
 def compare(spec, x):
@@ -84,7 +81,7 @@ def as_double(*parts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", UNITS)
 def test_units(name, dtype):
-    if plans.refusal("merged", UNITS[name], 2, 6, 5, dtype, True, SM_90):
+    if plans.refusal("merged", Workload(UNITS[name], 2, 6, 5, dtype, SM_90, True)):
         pytest.skip("fp32 weights on this lattice do not fit in registers")
     compare(
         UNITS[name],
@@ -133,7 +130,7 @@ def test_any_unit(spec, size, has_norm):
         split_input=False,
         branches=tuple(dataclasses.replace(b, groups=spec.branches[0].groups) for b in spec.branches),
     )
-    assume(not plans.refusal("merged", spec, 2, 6, 5, torch.float32, True, SM_90))
+    assume(not plans.refusal("merged", Workload(spec, 2, 6, 5, torch.float32, SM_90, True)))
     n, h, w = size
     branches, gate = random_unit(spec, torch.float32)
     x = torch.randn(n, spec.in_channels, h, w)
@@ -178,7 +175,7 @@ def test_bad_values_stay_in_their_sample(value):
 def test_runs_through_dispatch():
     branches, gate = random_unit(SEED, torch.float32)
     x = torch.randn(2, 16, 6, 5)
-    plan = plans.plan_schedule("merged", SEED, 2, 6, 5, torch.float32, True, SM_90)
+    plan = plans.plan_schedule("merged", Workload(SEED, 2, 6, 5, torch.float32, SM_90, True))
     with torch.no_grad():
         assert torch.equal(dispatch.run(plan, x, branches, gate, SEED, None), run(SEED, branches, gate, x))
 
@@ -186,14 +183,14 @@ def test_runs_through_dispatch():
 def test_packed_weights_follow_parameters_and_size():
     branches, gate = random_unit(SEED, torch.float32)
     cache = PackCache()
-    plan = plans.plan_schedule("merged", SEED, 2, 6, 5, torch.float32, True, SM_90)
-    first = pack_merged(plan, 6, 5, branches, gate, cache)
-    assert pack_merged(plan, 6, 5, branches, gate, cache) is first
-    assert pack_merged(plan, 5, 6, branches, gate, cache) is not first
-    assert pack_merged(plan, 6, 5, branches, gate, cache) is first
+    plan = plans.plan_schedule("merged", Workload(SEED, 2, 6, 5, torch.float32, SM_90, True))
+    first = pack(plan, 6, 5, branches, gate, cache)
+    assert pack(plan, 6, 5, branches, gate, cache) is first
+    assert pack(plan, 5, 6, branches, gate, cache) is not first
+    assert pack(plan, 6, 5, branches, gate, cache) is first
     with torch.no_grad():
         branches[1].weight.add_(1)
-    second = pack_merged(plan, 6, 5, branches, gate, cache)
+    second = pack(plan, 6, 5, branches, gate, cache)
     assert not torch.equal(second.weights[0], first.weights[0])
     assert not torch.equal(second.section_weights, first.section_weights)
 
@@ -217,21 +214,25 @@ def test_packed_weights_follow_parameters_and_size():
 def test_reasons(change, reason):
     spec = dataclasses.replace(SEED, **change)
     with pytest.raises(RuntimeError, match=f"schedule 'merged' cannot run here: .*{reason}"):
-        plans.plan_schedule("merged", spec, 2, 6, 5, torch.float16, False, SM_90)
+        plans.plan_schedule("merged", Workload(spec, 2, 6, 5, torch.float16, SM_90))
 
 
 def test_ieee_is_refused():
-    assert plans.refusal("merged", SEED, 2, 6, 5, torch.float32, False, SM_90).startswith("fp32 is IEEE; ")
-    assert plans.refusal("merged", SEED, 2, 6, 5, torch.float32, True, SM_90) == ""
+    assert plans.refusal("merged", Workload(SEED, 2, 6, 5, torch.float32, SM_90)).startswith("fp32 is IEEE; ")
+    assert plans.refusal("merged", Workload(SEED, 2, 6, 5, torch.float32, SM_90, True)) == ""
 
 
 def test_plan_counts_three_passes():
-    assert plans.plan_schedule("merged", seed_unit(128), 128, 56, 56, torch.float16, False, SM_90).passes == 3
     assert (
-        plans.plan_schedule("merged", seed_unit(128), 128, 56, 56, torch.float16, False, SM_90, True).passes
+        plans.plan_schedule("merged", Workload(seed_unit(128), 128, 56, 56, torch.float16, SM_90)).passes == 3
+    )
+    assert (
+        plans.plan_schedule(
+            "merged", Workload(seed_unit(128), 128, 56, 56, torch.float16, SM_90, False, True)
+        ).passes
         == 5
     )
-    assert plans.refusal("merged", paper_unit(128), 2, 6, 5, torch.float16, False, SM_90)
+    assert plans.refusal("merged", Workload(paper_unit(128), 2, 6, 5, torch.float16, SM_90))
 
 
 @pytest.mark.interpret
@@ -242,16 +243,16 @@ def test_plan_counts_three_passes():
 )
 def test_moves_three_passes(full, spec, size):
     """x twice and v once, counted; what else there is stays small."""
-    from sk_triton.schedules import merged
+    from sk_triton.launching import prepare
 
     branches, gate = random_unit(spec, torch.float16)
     x = torch.randn(1, spec.in_channels, size, size).half().to(memory_format=torch.channels_last)
-    plan = plans.plan_schedule("merged", spec, 128, size, size, x.dtype, False, SM_90)
-    configs = plans.plan_schedule("merged", full, 128, size, size, x.dtype, False, SM_90).merged_launch
+    plan = plans.plan_schedule("merged", Workload(spec, 128, size, size, x.dtype, SM_90))
+    configs = plans.plan_schedule("merged", Workload(full, 128, size, size, x.dtype, SM_90)).merged_launch
     plan = dataclasses.replace(
         plan, merged_launch=dataclasses.replace(plan.merged_launch, conv=configs.conv, border=configs.border)
     )
-    steps, v = merged.prepare(plan, x, pack_merged(plan, size, size, branches, gate, None), spec)
+    steps, v = prepare(plan, x, pack(plan, size, size, branches, gate, None), spec)
     touched = {"x": 0, "v": 0, "partial": 0, "attention": 0}
     for step in steps:
         named = zip(step.kernel.arg_names, step.arguments, strict=False)

@@ -266,7 +266,7 @@ def test_imports_are_found():
     assert {room(m) for m in ("sk_triton", "sk_triton.kernels_of", "sk_triton.cli")} == {"sk_triton"}
     assert room("sk_triton.kernels.gate") == "sk_triton.kernels"
     assert "sk_triton.kernels.launch.Launch" in imports_of("sk_triton.kernels.gate")
-    assert "sk_triton.schedules.store" in imports_of("sk_triton.dispatch")
+    assert "sk_triton.launching" in imports_of("sk_triton.dispatch")
 
 
 @pytest.mark.parametrize("module", members("sk_triton.kernels"))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from sk_triton import SelectiveKernel, SKConv, functional, plans, use_backend
 from sk_triton.bench.grid import paper_unit
 from sk_triton.chips import CHIPS
+from sk_triton.workload import Workload
 
 from .test_store import compare
 from .tolerances import assert_same
@@ -48,7 +49,7 @@ def test_any_unit_runs_or_says_why_not(spec, size):
     x = torch.randn(n, spec.in_channels, h, w)
     with torch.no_grad(), use_backend("reference"):
         eager = functional.sk_conv(x, branches, gate, spec)
-    refusal = plans.refusal("recompute", spec, n, h, w, torch.float32, False, CHIPS["sm_90"])
+    refusal = plans.refusal("recompute", Workload(spec, n, h, w, torch.float32, CHIPS["sm_90"]))
     with torch.no_grad(), use_backend("triton", schedule="recompute"):
         if refusal:
             with pytest.raises(RuntimeError, match=r"differ in groups|no kernel that selects"):
@@ -82,7 +83,7 @@ def test_a_bad_value_stays_in_its_sample():
 
 
 def plan(spec, *, n=128, size=56, dtype=torch.float16):
-    return plans.fastest_plan(spec, n, size, size, dtype, False, CHIPS["sm_90"])
+    return plans.fastest_plan(Workload(spec, n, size, size, dtype, CHIPS["sm_90"]))
 
 
 def test_it_is_taken_where_it_saves_passes_and_the_plan_says_why_not_elsewhere():
@@ -102,7 +103,7 @@ def test_it_is_taken_where_it_saves_passes_and_the_plan_says_why_not_elsewhere()
 def test_a_schedule_that_cannot_run_raises_with_the_reason():
     with pytest.raises(RuntimeError, match="schedule 'recompute' cannot run here: TapConfig stores"):
         plans.plan_schedule(
-            "recompute", paper_unit(128, groups=1), 8, 28, 28, torch.float16, False, CHIPS["sm_90"]
+            "recompute", Workload(paper_unit(128, groups=1), 8, 28, 28, torch.float16, CHIPS["sm_90"])
         )
     with pytest.raises(
         ValueError, match="schedule must be one of 'store', 'recompute', 'merged' with backend 'triton'"

@@ -5,8 +5,6 @@ Three passes over an activation tensor: x twice, the result once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -14,23 +12,10 @@ from ..kernels.border_sums import border_sums_fwd
 from ..kernels.geometry import cdiv
 from ..kernels.merged_conv import merged_conv_fwd
 from ..layout import memory_format, with_adjacent_channels
-from ..packing import MergedPacked, PackCache, pack_merged
-from ..params import Branch, Gate
+from ..packing import MergedPacked
 from ..plan import Plan
 from ..spec import SKSpec
 from ..steps import Step, gate_steps
-
-
-def run(
-    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
-) -> Tensor:
-    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
-    with torch.cuda.device_of(x):
-        packed = pack_merged(plan, x.shape[2], x.shape[3], branches, gate, cache)
-        steps, v = prepare(plan, x, packed, spec)
-        for step in steps:
-            step()
-    return v
 
 
 def prepare(plan: Plan, x: Tensor, packed: MergedPacked, spec: SKSpec) -> tuple[list[Step], Tensor]:

@@ -6,7 +6,6 @@ Three passes over an activation tensor, whatever the number of branches: x twice
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,22 +13,10 @@ from torch import Tensor
 from ..kernels.branch_conv import branch_pool_fwd, branch_select_fwd
 from ..kernels.geometry import tiles
 from ..layout import memory_format, with_adjacent_channels
-from ..packing import PackCache, Packed, pack
-from ..params import Branch, Gate
+from ..packing import Packed
 from ..plan import Plan
 from ..spec import SKSpec
 from ..steps import Step, gate_steps
-
-
-def run(
-    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
-) -> Tensor:
-    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
-    with torch.cuda.device_of(x):
-        steps, v = prepare(plan, x, pack(plan, branches, gate, cache), spec)
-        for step in steps:
-            step()
-    return v
 
 
 def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[Step], Tensor]:
