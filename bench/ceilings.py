@@ -8,7 +8,7 @@ from functools import partial
 
 import torch
 
-from sk_triton.dispatch import allows_tf32
+from sk_triton.precision import allows_tf32
 
 from . import protocol, results
 from .competition import DTYPES

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,8 +126,19 @@ def stubbed_launches(package: ModuleType) -> Iterator[list[object]]:
     """
     launch = importlib.import_module(f"{package.__name__}.kernels.launch").Launch
     started: list[object] = []
+
+    class Compiled:
+        """Stands for the kernel that a first launch compiles and later ones start directly."""
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments: started.append(grid)
+
+    def start(step: Any) -> Compiled:
+        started.append(step.grid)
+        return Compiled()
+
     run, interpret = launch.__call__, os.environ.get("TRITON_INTERPRET")
-    launch.__call__ = lambda step: started.append(step)
+    launch.__call__ = start
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         yield started

@@ -26,14 +26,15 @@ def planned_steps(schedule: Schedule, workload: Workload) -> tuple[Plan, list[St
     Raises:
         RuntimeError: the schedule cannot run the unit.
     """
-    from sk_triton.launching import prepare
+    from sk_triton.launching import empty_output, prepare
 
     plan = plans.plan_schedule(schedule, workload)
     spec, h, w = workload.spec, workload.h_in, workload.w_in
     x = torch.empty((workload.n, spec.in_channels, h, w), dtype=workload.dtype, device="meta")
     x = x.to(memory_format=torch.channels_last)
     branches, gate = _unit(spec, workload.dtype)
-    steps, v = prepare(plan, x, pack(plan, h, w, branches, gate, None), spec)
+    v = empty_output(x, spec)
+    steps = prepare(plan, x, v, pack(plan, h, w, branches, gate, None), spec)
     return plan, steps, v
 
 

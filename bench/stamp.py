@@ -14,7 +14,7 @@ import torch
 
 import sk_triton
 from sk_triton import environment
-from sk_triton.dispatch import allows_tf32
+from sk_triton.precision import allows_tf32
 
 
 @dataclass(frozen=True)

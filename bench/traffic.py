@@ -116,7 +116,7 @@ def count(
     from sk_triton import dispatch, plans
     from sk_triton.chips import CHIPS
     from sk_triton.kernels.launch import Launch
-    from sk_triton.launching import prepare
+    from sk_triton.launching import empty_output, prepare
     from sk_triton.packing import Packed
     from sk_triton.workload import Workload
 
@@ -160,7 +160,8 @@ def count(
         select_weight=random(m, c, d),
         select_bias=None,
     )
-    steps, v = prepare(plan, x, packed, spec)
+    v = empty_output(x, spec)
+    steps = prepare(plan, x, v, packed, spec)
     rows: list[Traffic] = []
     for step in steps:
         if not isinstance(step, Launch):

@@ -16,8 +16,9 @@ class Launch(NamedTuple):
     options: dict[str, int]
     trips: tuple[int, ...] = ()
 
-    def __call__(self) -> None:
-        self.kernel[self.grid](*self.arguments, **self.constexprs, **self.compile_options)
+    def __call__(self) -> Any:
+        """Run it; returns Triton's compiled kernel, or None from the interpreter."""
+        return self.kernel[self.grid](*self.arguments, **self.constexprs, **self.compile_options)
 
     @property
     def compile_options(self) -> dict[str, Any]:

@@ -18,7 +18,9 @@ from .packing import PackCache
 from .params import Branch, Gate
 from .plan import Plan
 from .plans import eager_passes, fastest_plan, plan_schedule
+from .precision import allows_tf32
 from .reasons import state_reason, tracing_reason, unit_reason
+from .replay import Record
 from .schedules import cpu_folded, cpu_merged
 from .spec import SKSpec
 from .workload import Workload
@@ -76,28 +78,23 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
 
 
 def run(
-    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
+    plan: Plan,
+    x: Tensor,
+    branches: Sequence[Branch],
+    gate: Gate,
+    spec: SKSpec,
+    cache: PackCache | None,
+    record: Record | None = None,
 ) -> Tensor:
-    """Run a plan whose backend is "triton" or "torch"."""
+    """Run a plan whose backend is "triton" or "torch"; `record` takes note of launches that can be started again."""
     if plan.backend == "triton":
         from . import launching  # imports Triton
 
-        return launching.run(plan, x, branches, gate, spec, cache)
+        return launching.run(plan, x, branches, gate, spec, cache, record)
     if plan.backend == "torch":
         schedule = {"folded": cpu_folded, "merged": cpu_merged}[plan.schedule]
         return schedule.run(plan, x, branches, gate, spec, cache)
     raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")
-
-
-def allows_tf32() -> bool:
-    """Whether PyTorch's own switches let fp32 convolutions round their operands to TF32; never on ROCm."""
-    if torch.version.hip:
-        return False
-    conv = getattr(torch.backends.cudnn, "conv", None)
-    precision = getattr(conv, "fp32_precision", None)
-    if precision is None or precision == "none":
-        return torch.backends.cudnn.allow_tf32
-    return precision == "tf32"
 
 
 def is_interpreted() -> bool:

@@ -12,11 +12,18 @@ from .backend import current_backend
 from .checks import check_input, check_params
 from .packing import PackCache
 from .params import Branch, Gate
+from .replay import Record
 from .spec import SKSpec
 
 
 def sk_conv(
-    x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, cache: PackCache | None = None
+    x: Tensor,
+    branches: Sequence[Branch],
+    gate: Gate,
+    spec: SKSpec,
+    *,
+    cache: PackCache | None = None,
+    record: Record | None = None,
 ) -> Tensor:
     """Selective-kernel convolution (Li et al., CVPR 2019), equivalent to ``sk_triton.reference.sk_conv``.
 
@@ -28,6 +35,7 @@ def sk_conv(
         gate: the gate, likewise.
         spec: the unit's description.
         cache: packed weights to reuse from call to call with the same parameters; None packs them anew.
+        record: called with the launches of a call that can be started again, see :mod:`.replay`.
 
     Returns:
         ``[N, out_channels, H', W']`` in the memory format of x.
@@ -49,7 +57,7 @@ def sk_conv(
         # A norm or an activation of the user's may leave the autocast dtype.
         return v if autocast is None else v.to(autocast)
     if autocast is None:
-        return dispatch.run(plan, x, branches, gate, spec, cache)
+        return dispatch.run(plan, x, branches, gate, spec, cache, record)
     with torch.autocast(x.device.type, enabled=False):  # sums stay in float32
         return dispatch.run(plan, x, branches, gate, spec, cache)
 

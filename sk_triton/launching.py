@@ -2,33 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from .layout import memory_format, with_adjacent_channels
 from .packing import PackCache, Packed, pack
 from .params import Branch, Gate
 from .plan import Plan
+from .replay import Record
 from .schedules import merged, recompute, store
 from .spec import SKSpec
 from .steps import Step
 
-_PREPARE = {"store": store.prepare, "recompute": recompute.prepare, "merged": merged.prepare}
+_PREPARE: dict[str, Callable[..., list[Step]]] = {
+    "store": store.prepare,
+    "recompute": recompute.prepare,
+    "merged": merged.prepare,
+}
 
 
 def run(
-    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
+    plan: Plan,
+    x: Tensor,
+    branches: Sequence[Branch],
+    gate: Gate,
+    spec: SKSpec,
+    cache: PackCache | None,
+    record: Record | None = None,
 ) -> Tensor:
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
     with torch.cuda.device_of(x):
         packed = pack(plan, x.shape[2], x.shape[3], branches, gate, cache)
-        steps, v = prepare(plan, x, packed, spec)
-        for step in steps:
-            step()
+        v = empty_output(x, spec)
+        x = with_adjacent_channels(x)
+        steps = prepare(plan, x, v, packed, spec)
+        started = [step() for step in steps]
+    if record is not None:
+        record(x, v, packed, steps, started)
     return v
 
 
-def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[Step], Tensor]:
-    """The steps that compute the unit, mostly kernel launches, and the tensor that will hold its output."""
-    return _PREPARE[plan.schedule](plan, x, packed, spec)
+def empty_output(x: Tensor, spec: SKSpec) -> Tensor:
+    """``[N, C, H', W']`` in the memory format of x, without values."""
+    size = (x.shape[0], spec.out_channels, *spec.output_size(x.shape[2], x.shape[3]))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+
+
+def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:
+    """The steps, mostly kernel launches, that compute the unit's output.
+
+    Every tensor that they share is allocated here, without values: a call that is started again gets other memory.
+
+    Args:
+        x: ``[N, in_channels, H, W]``, channels adjacent in memory.
+        v: ``[N, C, H', W']``, receives the output.
+    """
+    return _PREPARE[plan.schedule](plan, x, v, packed, spec)

@@ -41,8 +41,19 @@ class Packed:
         return [t for t in (*self.weights, *self.shifts, *rest) if t is not None]
 
 
+Fingerprint = list[tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]]
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> Fingerprint:
+    """Tells these tensors, as long as their memory is alive, from all others and from themselves after a change.
+
+    Only of tensors with a version counter, which inference tensors lack.
+    """
+    return [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors]
+
+
 class _Entry(NamedTuple):
-    fingerprint: tuple
+    fingerprint: Fingerprint
     sources: tuple[Tensor, ...]
     packed: Any
     stream: torch.cuda.Stream | None
@@ -78,11 +89,11 @@ class PackCache:
         """
         # Inference tensors have no version counter.
         is_counted = not any(t.is_inference() for t in sources)
-        fingerprint: tuple = ()
+        found: Fingerprint = []
         if is_counted:
-            fingerprint = tuple([(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in sources])
+            found = fingerprint(sources)
             entry = self._entries.get(key)
-            if entry is not None and entry.fingerprint == fingerprint:
+            if entry is not None and entry.fingerprint == found:
                 if sources[0].is_cuda:
                     self._use_on_current_stream(entry)
                 return entry.packed
@@ -98,8 +109,8 @@ class PackCache:
         if sources[0].is_cuda:
             stream = torch.cuda.current_stream(sources[0].device)
             stream.synchronize()  # once per update: later calls may come from any stream
-        fresh = {k: e for k, e in self._entries.items() if e.fingerprint == fingerprint}
-        fresh[key] = _Entry(fingerprint, tuple(t.detach() for t in sources), packed, stream)
+        fresh = {k: e for k, e in self._entries.items() if e.fingerprint == found}
+        fresh[key] = _Entry(found, tuple(t.detach() for t in sources), packed, stream)
         self._entries = fresh
         return packed
 

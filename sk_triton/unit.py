@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from . import functional
 from .packing import PackCache
 from .params import Branch, Gate
+from .replay import Replays
 from .spec import SKSpec
 
 Unit = TypeVar("Unit", bound="SKUnit")
@@ -22,6 +23,7 @@ class SKUnit(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._cache = PackCache()
+        self._replays = Replays()
 
     def branches(self) -> tuple[Branch, ...]:
         """The M branches' parameters, as they are now."""
@@ -33,7 +35,13 @@ class SKUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, in_channels, H, W]`` -> ``[N, out_channels, H', W']``; see :func:`.functional.sk_conv`."""
-        return functional.sk_conv(x, self.branches(), self.gate(), self.spec, cache=self._cache)
+        v = self._replays.run(x)
+        if v is not None:
+            return v
+        record = self._replays.recorder(self, x)
+        return functional.sk_conv(
+            x, self.branches(), self.gate(), self.spec, cache=self._cache, record=record
+        )
 
     def fuse(self: Unit) -> Unit:
         """Fold the norms into the convolutions before them, gate included, for good; returns the layer itself.
@@ -54,13 +62,23 @@ class SKUnit(nn.Module):
         if self.training:
             raise RuntimeError("fuse() is for inference: call layer.eval() first")
         self._fuse()
-        self._cache.clear()
+        self._forget()
         return self
+
+    def _forget(self) -> None:
+        self._cache.clear()
+        self._replays.clear()
 
     def _fuse(self) -> None:
         """Fold every norm; the default has none."""
 
+    def _replicate_for_data_parallel(self) -> SKUnit:
+        replica: SKUnit = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        # A replica has parameters of its own and runs in a thread of its own.
+        replica._cache, replica._replays = PackCache(), Replays()
+        return replica
+
     def train(self, mode: bool = True) -> SKUnit:
         if mode != self.training:
-            self._cache.clear()
+            self._forget()
         return super().train(mode)

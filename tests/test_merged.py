@@ -243,7 +243,7 @@ def test_plan_counts_three_passes():
 )
 def test_moves_three_passes(full, spec, size):
     """x twice and v once, counted; what else there is stays small."""
-    from sk_triton.launching import prepare
+    from sk_triton.launching import empty_output, prepare
 
     branches, gate = random_unit(spec, torch.float16)
     x = torch.randn(1, spec.in_channels, size, size).half().to(memory_format=torch.channels_last)
@@ -252,7 +252,8 @@ def test_moves_three_passes(full, spec, size):
     plan = dataclasses.replace(
         plan, merged_launch=dataclasses.replace(plan.merged_launch, conv=configs.conv, border=configs.border)
     )
-    steps, v = prepare(plan, x, pack(plan, size, size, branches, gate, None), spec)
+    v = empty_output(x, spec)
+    steps = prepare(plan, x, v, pack(plan, size, size, branches, gate, None), spec)
     touched = {"x": 0, "v": 0, "partial": 0, "attention": 0}
     for step in steps:
         named = zip(step.kernel.arg_names, step.arguments, strict=False)

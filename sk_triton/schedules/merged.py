@@ -11,18 +11,15 @@ from torch import Tensor
 from ..kernels.border_sums import border_sums_fwd
 from ..kernels.geometry import cdiv
 from ..kernels.merged_conv import merged_conv_fwd
-from ..layout import memory_format, with_adjacent_channels
 from ..packing import MergedPacked
 from ..plan import Plan
 from ..spec import SKSpec
 from ..steps import Step, gate_steps
 
 
-def prepare(plan: Plan, x: Tensor, packed: MergedPacked, spec: SKSpec) -> tuple[list[Step], Tensor]:
-    """The steps that compute the unit, and the tensor that will hold its output."""
+def prepare(plan: Plan, x: Tensor, v: Tensor, packed: MergedPacked, spec: SKSpec) -> list[Step]:
+    """The steps that compute the unit; see :func:`.launching.prepare`."""
     assert plan.merged_launch is not None
-    out_format = memory_format(x)
-    x = with_adjacent_channels(x)
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
     c, m = spec.out_channels, spec.num_branches
@@ -30,7 +27,6 @@ def prepare(plan: Plan, x: Tensor, packed: MergedPacked, spec: SKSpec) -> tuple[
     tiles = cdiv(len(packed.strips), border.STRIPS_PER_PROGRAM) * cdiv(w_in, border.BLOCK_W)
     partial = x.new_empty((n, tiles, c), dtype=torch.float32)
     attention = x.new_empty((n, m, c), dtype=torch.float32)
-    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
     steps: list[Step] = [
         border_sums_fwd(
             x,
@@ -56,4 +52,4 @@ def prepare(plan: Plan, x: Tensor, packed: MergedPacked, spec: SKSpec) -> tuple[
             config=plan.merged_launch.conv,
         ),
     ]
-    return steps, v
+    return steps

@@ -12,24 +12,20 @@ from torch import Tensor
 
 from ..kernels.branch_conv import branch_pool_fwd, branch_select_fwd
 from ..kernels.geometry import tiles
-from ..layout import memory_format, with_adjacent_channels
 from ..packing import Packed
 from ..plan import Plan
 from ..spec import SKSpec
 from ..steps import Step, gate_steps
 
 
-def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[Step], Tensor]:
-    """The steps that compute the unit and the tensor that will hold its output."""
+def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:
+    """The steps that compute the unit; see :func:`.launching.prepare`."""
     pool, select = plan.branch_launches
-    out_format = memory_format(x)
-    x = with_adjacent_channels(x)
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
     c = spec.out_channels
     partial = x.new_empty((n, math.prod(tiles(pool.shape, pool.config, h, w)), c), dtype=torch.float32)
     attention = x.new_empty((n, spec.num_branches, c), dtype=torch.float32)
-    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
     pool_weights, select_weights = packed.weights
     pool_shift, select_shift = packed.shifts
     steps: list[Step] = [
@@ -56,4 +52,4 @@ def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[S
             config=select.config,
         ),
     ]
-    return steps, v
+    return steps

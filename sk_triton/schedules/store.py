@@ -13,18 +13,15 @@ from torch import Tensor
 from ..kernels.branch_conv import branch_conv_fwd
 from ..kernels.geometry import tiles
 from ..kernels.select import select_fwd
-from ..layout import memory_format, with_adjacent_channels
 from ..packing import Packed
 from ..plan import Plan
 from ..spec import SKSpec
 from ..steps import Step, gate_steps
 
 
-def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[Step], Tensor]:
-    """The steps that compute the unit, mostly kernel launches, and the tensor that will hold its output."""
+def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:
+    """The steps that compute the unit; see :func:`.launching.prepare`."""
     assert plan.select is not None
-    out_format = memory_format(x)
-    x = with_adjacent_channels(x)
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
     c, m = spec.out_channels, spec.num_branches
@@ -32,7 +29,6 @@ def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[S
     u = x.new_empty((m, n, h, w, c))
     partial = x.new_empty((n, sum(counts), c), dtype=torch.float32)
     attention = x.new_empty((n, m, c), dtype=torch.float32)
-    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
 
     steps: list[Step] = []
     first_tile = 0
@@ -55,4 +51,4 @@ def prepare(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[S
         first_tile += count
     steps += gate_steps(plan, partial, packed, attention, pixels=h * w)
     steps.append(select_fwd(u, attention, v, config=plan.select))
-    return steps, v
+    return steps

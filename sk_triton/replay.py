@@ -1,0 +1,206 @@
+"""Starts a call's kernels again without planning them again: at batch 1 a GPU would wait for Python otherwise.
+
+The first call of a kind is checked, planned and run as any other, and recorded: its compiled kernels, and which of
+their arguments point into the input, the output or a workspace. A later call of the same kind, on an unchanged layer,
+allocates the output and one workspace, and starts those kernels with the new addresses.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .backend import current_backend, current_schedule
+from .layout import with_adjacent_channels
+from .packing import Packed
+from .precision import allows_tf32
+from .reasons import tracing_reason
+from .watch import Watch
+
+if TYPE_CHECKING:
+    from .steps import Step  # imports Triton
+
+# Recordings of a layer; one that meets more kinds of calls forgets them and begins again.
+MAX_RECORDINGS = 64
+# Bytes; Triton specialises for addresses that 16 divides.
+_ALIGNMENT = 256
+
+Record = Callable[[Tensor, Tensor, Packed, "Sequence[Step]", "Sequence[Any]"], None]
+"""Takes note of a call that has run: x with adjacent channels, v, the packed parameters, the steps, what each gave."""
+
+
+class Replays:
+    """The recorded calls of one layer. A deep copy or a pickle is empty."""
+
+    def __init__(self) -> None:
+        self._recordings: dict[Hashable, _Recording] = {}
+        self._watch: Watch | None = None
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._recordings = {}
+        self._watch = None
+
+    def run(self, x: Tensor) -> Tensor | None:
+        """The layer's output for x by a recording, or None where there is none that holds."""
+        if not self._recordings:
+            return None
+        kind = _kind(x)
+        recording = None if kind is None else self._recordings.get(kind)
+        if recording is None:
+            return None
+        # Another thread may have cleared it.
+        watch = self._watch
+        if watch is None or not watch.holds():
+            self.clear()
+            return None
+        return recording.start(x)
+
+    def recorder(self, layer: nn.Module, x: Tensor) -> Record | None:
+        """What takes note of the layer's call on x, None where such a call is planned each time."""
+        kind = _kind(x)
+        return None if kind is None else functools.partial(self._record, layer, kind, x.stride(1) != 1)
+
+    def _record(
+        self,
+        layer: nn.Module,
+        kind: Hashable,
+        is_converted: bool,
+        x: Tensor,
+        v: Tensor,
+        packed: Packed,
+        steps: Sequence[Step],
+        started: Sequence[Any],
+    ) -> None:
+        recording = _recording(is_converted, x, v, packed, steps, started)
+        if recording is None:
+            return
+        watch = self._watch
+        if watch is None or not watch.holds() or len(self._recordings) == MAX_RECORDINGS:
+            self.clear()
+            self._watch = watch = Watch(layer)
+        if watch.is_possible:
+            self._recordings[kind] = recording
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Replays:
+        return Replays()
+
+    def __reduce__(self) -> tuple[type[Replays], tuple[()]]:
+        return Replays, ()
+
+
+def _kind(x: Any) -> Hashable | None:
+    """What the launches of a call depend on besides the layer, None where it must be planned each time."""
+    # First of all: Dynamo, which would trace the rest, leaves here.
+    if tracing_reason("replays"):
+        return None
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.layout is not torch.strided or x.dim() != 4:
+        return None
+    device = x.device
+    if torch.is_autocast_enabled(device.type):
+        return None
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.current_device() != device.index or torch.cuda.is_current_stream_capturing():
+            return None
+        stream = torch.cuda.current_stream(device).cuda_stream
+    dtype = x.dtype
+    return (
+        x.shape,
+        x.stride(),
+        dtype,
+        device,
+        x.data_ptr() % 16,
+        stream,
+        current_backend(),
+        current_schedule(),
+        dtype is torch.float32 and allows_tf32(),
+    )
+
+
+class _Start(NamedTuple):
+    """One kernel to start. `pointers`: (index of an argument, what it points into, by how many bytes)."""
+
+    run: Callable[..., object]
+    arguments: list[Any]
+    pointers: tuple[tuple[int, int, int], ...]
+
+
+# What a pointer points into.
+_X, _V, _WORKSPACE = range(3)
+
+
+@dataclass(frozen=True)
+class _Recording:
+    """The kernels of one call.
+
+    Attributes:
+        is_converted: whether x is copied so that its channels are adjacent.
+        v: size, stride, dtype and device of the output.
+        packed: keeps alive what the kernels' other pointers point to.
+    """
+
+    is_converted: bool
+    v: tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
+    workspace_bytes: int
+    starts: tuple[_Start, ...]
+    packed: Packed
+
+    def start(self, x: Tensor) -> Tensor:
+        if self.is_converted:
+            x = with_adjacent_channels(x)
+        size, stride, dtype, device = self.v
+        v = torch.empty_strided(size, stride, dtype=dtype, device=device)
+        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
+        bases = (x.data_ptr(), v.data_ptr(), workspace.data_ptr())
+        for run, template, pointers in self.starts:
+            arguments = template.copy()
+            for index, base, offset in pointers:
+                arguments[index] = bases[base] + offset
+            run(*arguments)
+        return v
+
+
+def _recording(
+    is_converted: bool, x: Tensor, v: Tensor, packed: Packed, steps: Sequence[Step], started: Sequence[Any]
+) -> _Recording | None:
+    """None where a step is no kernel launch, or is interpreted, or where x and a parameter share memory."""
+    fixed = {_storage(t) for t in packed.tensors()}
+    origins = {_storage(x): (_X, x.data_ptr()), _storage(v): (_V, v.data_ptr())}
+    if fixed & origins.keys():
+        return None
+    workspace_bytes = 0
+    starts = []
+    for step, compiled in zip(steps, started, strict=True):
+        if compiled is None or not hasattr(step, "grid"):
+            return None
+        arguments = [*step.arguments]
+        arguments += [step.constexprs[name] for name in step.kernel.arg_names[len(arguments) :]]
+        pointers = []
+        for index, argument in enumerate(arguments):
+            if not isinstance(argument, Tensor):
+                continue
+            storage = _storage(argument)
+            if storage in fixed:
+                arguments[index] = argument.data_ptr()
+                continue
+            if storage not in origins:
+                # What the call's launches share becomes a part of one workspace.
+                origins[storage] = (_WORKSPACE, storage - workspace_bytes)
+                size = argument.untyped_storage().nbytes()
+                workspace_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+            base, origin = origins[storage]
+            arguments[index] = None
+            pointers.append((index, base, argument.data_ptr() - origin))
+        starts.append(_Start(compiled[(*step.grid, 1, 1)[:3]], arguments, tuple(pointers)))
+    layout = (v.shape, v.stride(), v.dtype, v.device)
+    return _Recording(is_converted, layout, workspace_bytes, tuple(starts), packed)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

@@ -1,0 +1,70 @@
+"""Tells whether a layer is still as it was, faster than a call looks at its parts again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from .packing import fingerprint
+
+# What a part computes besides its tensors. Others compute the same whatever their settings: a unit with an activation
+# that has some is not run by kernels.
+_SETTINGS: tuple[tuple[type[nn.Module], Callable[[Any], Any]], ...] = (
+    (nn.Conv2d, attrgetter("stride", "padding", "dilation", "groups", "padding_mode")),
+    (nn.modules.batchnorm._BatchNorm, attrgetter("training", "eps")),
+    (nn.modules.dropout._DropoutNd, attrgetter("training")),
+)
+
+
+class Watch:
+    """A layer's state when this was made: its modules, their settings and hooks, and its parameters and buffers.
+
+    Like the cache of packed weights it cannot see writes that PyTorch does not count.
+
+    Attributes:
+        is_possible: False where changes would go unseen: parametrized parameters, inference tensors, hooks.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        modules = list(layer.modules())
+        # The layer's own hooks run around its forward; those of its parts never would.
+        self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+        self._children = [m._modules for m in modules if m._modules]
+        self._child_modules = self._list_children()
+        self._settings = [(m, get, get(m)) for m in modules for kind, get in _SETTINGS if isinstance(m, kind)]
+        self._slots = [
+            (own, name)
+            for m in modules
+            for own in (m._parameters, m._buffers)
+            for name in own
+            if name != "num_batches_tracked"
+        ]
+        tensors = self._list_tensors()
+        self.is_possible = not (
+            any(t.is_inference() for t in tensors) or any(self._hooks) or any(map(is_parametrized, modules))
+        )
+        self._fingerprint = fingerprint(tensors) if self.is_possible else []
+        # Addresses tell tensors apart only while their memory is alive.
+        self._kept = [t.detach() for t in tensors]
+
+    def holds(self) -> bool:
+        """Whether nothing has changed."""
+        if any(self._hooks) or self._list_children() != self._child_modules:
+            return False
+        for module, get, expected in self._settings:
+            if get(module) != expected:
+                return False
+        try:
+            return fingerprint(self._list_tensors()) == self._fingerprint
+        except RuntimeError:  # an inference tensor, or one without memory, has taken a parameter's place
+            return False
+
+    def _list_children(self) -> list[list[nn.Module | None]]:
+        return [list(own.values()) for own in self._children]
+
+    def _list_tensors(self) -> list[Tensor]:
+        return [t for own, name in self._slots if (t := own.get(name)) is not None]

@@ -1,0 +1,267 @@
+"""Calls started again from a recording give what planned calls give, and only while the layer is as it was."""
+
+import copy
+import ctypes
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from sk_triton import SelectiveKernel, SKConv, use_backend
+from sk_triton.kernels.launch import Launch
+from sk_triton.replay import MAX_RECORDINGS
+
+pytestmark = pytest.mark.interpret
+
+
+class Compiled:
+    """A compiled kernel as Triton's JIT returns it, run by the interpreter on the addresses it is given."""
+
+    def __init__(self, launch, direct):
+        self.launch, self.direct = launch, direct
+
+    def __getitem__(self, grid):
+        assert grid == (*self.launch.grid, 1, 1)[:3]
+
+        def start(*arguments):
+            launch = self.launch
+            names = launch.kernel.arg_names
+            assert len(arguments) == len(names)
+            count = len(launch.arguments)
+            assert dict(zip(names[count:], arguments[count:], strict=True)) == launch.constexprs
+            tensors = [
+                at(argument, like) if isinstance(like, torch.Tensor) else argument
+                for argument, like in zip(arguments, launch.arguments, strict=False)
+            ]
+            self.direct.append(launch.kernel)
+            launch.kernel[launch.grid](*tensors, **launch.constexprs, **launch.compile_options)
+
+        return start
+
+
+def at(address, like):
+    """The tensor at an address that has the dtype, shape and strides of another."""
+    assert address % 16 == like.data_ptr() % 16
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+    buffer = (ctypes.c_char * (extent * like.element_size())).from_address(address)
+    return torch.frombuffer(buffer, dtype=like.dtype, count=extent).as_strided(like.shape, like.stride())
+
+
+@pytest.fixture
+def direct(monkeypatch):
+    """The kernels that were started directly, not through Triton's JIT."""
+    found = []
+    jit = Launch.__call__
+
+    def start(launch):
+        jit(launch)
+        return Compiled(launch, found)
+
+    monkeypatch.setattr(Launch, "__call__", start)
+    with torch.no_grad(), use_backend("triton"):
+        yield found
+
+
+def paper_layer(channels=8, **settings):
+    layer = SelectiveKernel(channels, groups=2, split_input=False, **settings).eval()
+    for module in layer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+    return layer
+
+
+def image(*shape, channels=8):
+    return torch.randn(*shape[:1], channels, *shape[1:])
+
+
+def expected(layer, x):
+    """By a planned call: without a layer's memory of earlier ones."""
+    from sk_triton.functional import sk_conv
+
+    return sk_conv(x, layer.branches(), layer.gate(), layer.spec)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [paper_layer(), SKConv(8, 2, 2, 2), paper_layer(stride=2), paper_layer(out_channels=16)],
+    ids=["paper", "linear", "stride 2", "more outputs"],
+)
+@pytest.mark.parametrize("schedule", ["store", "recompute"])
+def test_a_second_call_starts_the_same_kernels_on_its_own_tensors(layer, schedule, memory_format, direct):
+    layer = copy.deepcopy(layer).half()
+    with use_backend("triton", schedule=schedule):
+        layer(image(2, 5, 6).half().to(memory_format=memory_format))
+        assert not direct
+        for _ in range(2):
+            x = image(2, 5, 6).half().to(memory_format=memory_format)
+            v = layer(x)
+            assert len(direct) == 3
+            direct.clear()
+            planned = expected(layer, x)
+            assert torch.equal(v, planned)
+            assert v.stride() == planned.stride()
+
+
+def test_schedule_merged_is_started_again(direct):
+    layer = SKConv(8, 2, 2, 2).half()
+    with use_backend("triton", schedule="merged"):
+        layer(image(2, 6, 6).half())
+        x = image(2, 6, 6).half()
+        assert torch.equal(layer(x), expected(layer, x))
+    assert len(direct) == 3
+
+
+def replaced_data(layer):
+    layer.paths[0].conv.weight.data = torch.randn_like(layer.paths[0].conv.weight)
+
+
+def transposed_data(layer):
+    weight = layer.attn.fc_reduce.weight
+    weight.data = weight.data.transpose(0, 1)
+
+
+def replaced_module(layer):
+    layer.paths[0].conv = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+
+
+CHANGES = {
+    "an in-place update": lambda layer: layer.paths[0].conv.weight.mul_(2),
+    "an update of a buffer": lambda layer: layer.paths[1].bn.running_mean.add_(1),
+    "another parameter": lambda layer: setattr(layer.paths[0].bn, "bias", nn.Parameter(torch.randn(8))),
+    "other data": replaced_data,
+    "the same data, transposed": transposed_data,
+    "another eps": lambda layer: setattr(layer.attn.bn, "eps", 0.5),
+    "another module": lambda layer: setattr(
+        layer.paths[0], "conv", nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
+    ),
+    "a state_dict": lambda layer: layer.load_state_dict(paper_layer(rd_channels=8).state_dict()),
+    "fused norms": lambda layer: layer.fuse(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_the_layer_is_seen(change, direct):
+    layer, x = paper_layer(rd_channels=8), image(2, 5, 5)
+    before = layer(x)
+    change(layer)
+    after = layer(x)
+    assert not direct
+    assert torch.equal(after, expected(layer, x))
+    assert not torch.equal(after, before) or layer.paths[0].conv.bias is not None
+    layer(x)
+    assert direct, "the changed layer is recorded anew"
+
+
+def test_changes_that_no_kernel_runs_raise_as_in_a_planned_call(direct):
+    for change, error, reason in (
+        (lambda layer: layer.paths[0].bn.train(), RuntimeError, "batch statistics"),
+        (lambda layer: layer.paths[0].bn.register_forward_hook(print), RuntimeError, "forward hooks"),
+        (lambda layer: setattr(layer.paths[0].conv, "dilation", (2, 2)), ValueError, "must stay as built"),
+    ):
+        layer, x = paper_layer(), image(2, 5, 5)
+        layer(x)
+        change(layer)
+        with pytest.raises(error, match=reason):
+            layer(x)
+
+
+def test_another_kind_of_call_is_planned(direct):
+    layer = paper_layer()
+    layer(image(2, 5, 5))
+    buffer = torch.randn(2 * 8 * 5 * 5 + 1)
+    others = [
+        image(1, 5, 5),
+        image(2, 6, 5),
+        image(2, 5, 5).to(memory_format=torch.channels_last),
+        image(2, 5, 5).requires_grad_(),
+        buffer[1:].view(2, 8, 5, 5),
+        torch.stack([image(2, 5, 5)] * 2, -1)[..., 0],
+    ]
+    for x in others[:3] + others[4:]:
+        assert torch.equal(layer(x), expected(layer, x))
+    assert not direct
+    layer(others[3])
+    assert direct, "whether x wants a gradient does not matter without one"
+
+
+def test_another_schedule_and_another_backend_are_another_kind(direct):
+    layer, x = paper_layer(), image(2, 5, 5)
+    layer(x)
+    with use_backend("triton", schedule="recompute"):
+        layer(x)
+    with use_backend("reference"):
+        layer(x)
+    assert not direct
+
+
+def test_bad_input_raises_though_a_good_one_was_recorded(direct):
+    layer = paper_layer()
+    layer(image(2, 5, 5))
+    with pytest.raises(ValueError, match="x must have in_channels"):
+        layer(image(2, 5, 5, channels=4))
+    with pytest.raises(TypeError, match=r"x must be a torch\.Tensor"):
+        layer(None)
+    with torch.enable_grad(), pytest.raises(RuntimeError, match="gradients are enabled"):
+        layer(image(2, 5, 5))
+
+
+def test_a_shape_out_of_a_parameter_is_checked(direct):
+    layer, x = paper_layer(), image(2, 5, 5)
+    layer(x)
+    weight = layer.paths[0].conv.weight
+    weight.data = weight.data[:4]
+    with pytest.raises(ValueError, match="must have shape"):
+        layer(x)
+
+
+def test_a_step_outside_the_kernels_is_planned_each_time(direct, monkeypatch):
+    monkeypatch.setattr("sk_triton.steps.MAX_GATE_TILES", 0)
+    layer, x = paper_layer(), image(2, 5, 5)
+    assert torch.equal(layer(x), layer(x))
+    assert not direct
+
+
+def test_parametrized_and_inference_parameters_are_planned_each_time(direct):
+    parametrized = SKConv(8, 2, 2, 2)
+    nn.utils.parametrizations.weight_norm(parametrized.fc)
+    with torch.inference_mode():
+        inferred = SKConv(8, 2, 2, 2)
+    x = image(2, 5, 5)
+    for layer in (parametrized, inferred):
+        for _ in range(2):
+            layer(x)
+    assert not direct
+
+
+def test_many_sizes_do_not_fill_the_memory(direct, monkeypatch):
+    monkeypatch.setattr("sk_triton.replay.MAX_RECORDINGS", 2)
+    layer = paper_layer()
+    for size in (3, 4, 5):
+        layer(image(1, size, size))
+    assert len(layer._replays._recordings) == 1
+    assert MAX_RECORDINGS > 2
+
+
+def test_copies_and_replicas_record_for_themselves(direct):
+    layer, x = paper_layer(), image(2, 5, 5)
+    layer(x)
+    for other in (
+        copy.deepcopy(layer),
+        pickle.loads(pickle.dumps(layer)),
+        layer._replicate_for_data_parallel(),
+    ):
+        other(x)
+    assert not direct
+
+
+def test_workspaces_of_a_call_do_not_overlap_and_are_aligned(direct):
+    layer = paper_layer()
+    layer(image(2, 5, 5))
+    (recording,) = layer._replays._recordings.values()
+    offsets = {offset for start in recording.starts for _, base, offset in start.pointers if base == 2}
+    assert len(offsets) == 3  # the branches, their pooled sums, the attention
+    assert all(offset % 256 == 0 for offset in offsets)
+    branches = 2 * math.prod((2, 8, 5, 5)) * 4
+    assert recording.workspace_bytes >= branches + 2 * 8 * 4 + 2 * 2 * 8 * 4
