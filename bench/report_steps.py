@@ -173,6 +173,22 @@ def gather_evidence(course: Course) -> Ending:
     return Ending(DONE, f"{NO_GPU}predictions, no measurements")
 
 
+def compare_predictions(course: Course) -> Ending:
+    """What the model predicts, on a GPU that it knows against what suite "layer" measured."""
+    from . import report_predictions
+
+    with course.console.status("compiling kernels for the predictions"):
+        if not course.on_gpu:
+            course.report.evidence[report_predictions.PREDICTED] = report_predictions.predictions()
+            return Ending(DONE, f"{NO_GPU}predictions alone")
+        try:
+            found = report_predictions.against_measured(course.path(suites.LAYER), course.time_limit / 2)
+        except report_predictions.NothingToCompareError as error:
+            return Ending(FAILED, str(error))
+    course.report.evidence[report_predictions.COMPARED] = found
+    return Ending()
+
+
 def summarise(course: Course) -> Ending:
     """Verdicts in the terminal, pictures and tables in report.html."""
     from .report_page import write_page
@@ -188,8 +204,6 @@ def summarise(course: Course) -> Ending:
     return Ending()
 
 
-# A step that tunes configs on the GPU would come before the suites, one that sets predictions against measurements
-# after them.
 STEPS: dict[str, Step] = {
     "environment": Step(describe_environment, 0.5),
     "tests": Step(run_tests, 4),
@@ -203,6 +217,7 @@ STEPS: dict[str, Step] = {
     "host": Step(partial(measure, suite=suites.HOST), 2),
     "scaling": Step(partial(measure, suite=suites.SCALING), 5),
     "evidence": Step(gather_evidence, 2, with_gpu=False),
+    "predictions": Step(compare_predictions, 3),
     "summary": Step(summarise, 1),
 }
 """The steps in their order, by name."""

@@ -17,6 +17,7 @@ from sk_triton.bench import (
     report,
     report_file,
     report_page,
+    report_predictions,
     report_steps,
     results,
     session,
@@ -51,6 +52,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(report_steps, "_run_pytest", lambda arguments, seconds: True)
     monkeypatch.setattr(report_steps, "_read_junit", lambda path, command, complete: GREEN)
     monkeypatch.setitem(STEPS, "evidence", Step(say_little, 1, with_gpu=False))
+    monkeypatch.setattr(report_predictions, "predictions", lambda: "125 µs")
 
 
 def draw_little():

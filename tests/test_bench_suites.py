@@ -143,9 +143,10 @@ def test_stubbed_launches_are_counted_and_put_back(monkeypatch):
         kernel={(1,): lambda **options: ran.append(1)}, grid=(1,), arguments=(), constexprs={}, options={}
     )
     with host.stubbed_launches(sk_triton) as started:
-        launch()
+        compiled = launch()
+        compiled[(2, 1, 1)](0, None)
         assert os.environ["TRITON_INTERPRET"] == "1"
-    assert (started, ran) == ([launch], [])
+    assert (started, ran) == ([(1,), (2, 1, 1)], [])
     assert "TRITON_INTERPRET" not in os.environ
     launch()
     assert ran == [1]
