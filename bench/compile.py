@@ -68,6 +68,16 @@ class Resources:
     by_instruction: Counter[str] = field(compare=False, repr=False, default_factory=Counter)
     """As `by_opcode`, with modifiers: "LDG.E.128" and "HMMA.16816.F32" say how much they move and multiply."""
 
+    @property
+    def excesses(self) -> list[str]:
+        """What no kernel may do: spill registers, or take more shared memory than the chip has."""
+        found = []
+        if self.spills:
+            found.append(f"{self.spills} spills")
+        if self.shared > SHARED_LIMIT[self.target]:
+            found.append(f"{self.shared} of {SHARED_LIMIT[self.target]} bytes of shared memory")
+        return found
+
 
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile one launch as the JIT would specialise it for its arguments (tensors may be on the meta device)."""

@@ -27,9 +27,14 @@ BAD_USAGE = 2
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton explain`."""
     parser.add_argument("--gpu", required=True, help="h100, a100, rtx4090, … or a device's full name")
-    shape = parser.add_mutually_exclusive_group(required=True)
-    shape.add_argument("--shape", type=_shape, metavar="N,C,H,W", help="of the input")
-    shape.add_argument("--stage", type=int, choices=tuple(STAGES), help="stage of SKNet-50 instead")
+    add_unit_arguments(parser, parser.add_mutually_exclusive_group(required=True))
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+
+
+def add_unit_arguments(parser: argparse.ArgumentParser, subject: Any) -> None:
+    """The options that describe a unit and its input, as :func:`problem_of` reads them; `subject`: their group."""
+    subject.add_argument("--shape", type=_shape, metavar="N,C,H,W", help="of the input")
+    subject.add_argument("--stage", type=int, choices=tuple(STAGES), help="stage of SKNet-50 instead")
     parser.add_argument("--batch", type=int, default=128, help="samples of a stage (default 128)")
     parser.add_argument("--unit", choices=(PAPER, SEED), default=PAPER, help="default: the paper's")
     parser.add_argument("--groups", type=int, default=GROUPS, help=f"default {GROUPS}")
@@ -40,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dilations", type=int, nargs="+", help="per branch (default: 1 2; the seed's unit: 1 1)"
     )
     parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="fp16", help="default: fp16")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -152,7 +156,7 @@ def as_json(
                 "passes": prediction.memory_bytes / problem.tensor_bytes,
                 "bounds_us": {b: _microseconds(prediction.seconds(b)) for b in sol.BOUNDS},
                 "configs": [
-                    {"config": str(config), "source": source} for config, source in prediction.configs
+                    {"config": str(config), "source": str(source)} for config, source in prediction.configs
                 ],
                 "steps": [
                     {

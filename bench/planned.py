@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,26 +27,29 @@ def planned_steps(schedule: Schedule, workload: Workload) -> tuple[Plan, list[St
     Raises:
         RuntimeError: the schedule cannot run the unit.
     """
+    plan = plans.plan_schedule(schedule, workload)
+    spec, dtype = workload.spec, workload.dtype
+    x = torch.empty((workload.n, spec.in_channels, workload.h_in, workload.w_in), dtype=dtype, device="meta")
+    branches, gate = unit_parameters(spec, lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
+    return plan, *prepared_steps(plan, x.to(memory_format=torch.channels_last), branches, gate, spec)
+
+
+def prepared_steps(
+    plan: Plan, x: Tensor, branches: list[Branch], gate: Gate, spec: SKSpec
+) -> tuple[list[Step], Tensor]:
+    """The steps of a plan for `x`, whose channels are adjacent in memory, and its output."""
     from sk_triton.launching import empty_output, prepare
 
-    plan = plans.plan_schedule(schedule, workload)
-    spec, h, w = workload.spec, workload.h_in, workload.w_in
-    x = torch.empty((workload.n, spec.in_channels, h, w), dtype=workload.dtype, device="meta")
-    x = x.to(memory_format=torch.channels_last)
-    branches, gate = _unit(spec, workload.dtype)
     v = empty_output(x, spec)
-    steps = prepare(plan, x, v, pack(plan, h, w, branches, gate, None), spec)
-    return plan, steps, v
+    return prepare(plan, x, v, pack(plan, *x.shape[2:], branches, gate, None), spec), v
 
 
-def _unit(spec: SKSpec, dtype: torch.dtype) -> tuple[list[Branch], Gate]:
-    """A unit's parameters on "meta", as :class:`SKSpec` describes them."""
-
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+def unit_parameters(spec: SKSpec, empty: Callable[..., Tensor]) -> tuple[list[Branch], Gate]:
+    """A unit's parameters as :class:`SKSpec` describes them, in tensors that `empty(*shape)` makes."""
 
     def norm(width: int, has_norm: bool) -> nn.Module | None:
-        return nn.BatchNorm2d(width, device="meta", dtype=dtype).eval() if has_norm else None
+        like = empty(width)
+        return nn.BatchNorm2d(width, device=like.device, dtype=like.dtype).eval() if has_norm else None
 
     c, d = spec.out_channels, spec.gate_width
     branches = [

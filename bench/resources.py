@@ -5,25 +5,25 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import multiprocessing
-import os
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from sk_triton import dispatch, plans, tuning
+from sk_triton import dispatch, plans
 from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS
 from sk_triton.environment import require
 from sk_triton.kernels.launch import Launch
 from sk_triton.plan import BranchLaunch, Plan
+from sk_triton.tuning import shipped
+from sk_triton.tuning.launches import branch_key
 from sk_triton.workload import Workload
 
 from .grid import CASES, UNITS, Case
 from .planned import planned_steps
+from .processes import compiling_processes
 
 if TYPE_CHECKING:
     from .compile import Resources
@@ -42,17 +42,12 @@ class Row:
     config: str
     resources: Resources
     per_output: float | None
-    shared_limit: int
     branch_launch: BranchLaunch | None
 
     @property
     def faults(self) -> list[str]:
         """What a kernel must not do: spill, exceed shared memory, or miss the tensor cores it is meant to use."""
-        found = []
-        if self.resources.spills:
-            found.append(f"{self.resources.spills} spills")
-        if self.resources.shared > self.shared_limit:
-            found.append(f"{self.resources.shared} of {self.shared_limit} bytes of shared memory")
+        found = self.resources.excesses
         # fp32 units take the tensor cores only in the branches, only where TF32 is allowed, and never depthwise.
         precision = (
             "fp32" if self.kernel == "gate" and self.case.dtype == torch.float32 else self.case.precision
@@ -81,7 +76,7 @@ def _workload(case: Case, target: str) -> Workload:
 
 def measure(case: Case, target: str) -> list[Row]:
     """Compile the case's kernels for `target`, those of every schedule that can run it, and read what they use."""
-    from .compile import SHARED_LIMIT, compile_launch
+    from .compile import compile_launch
 
     rows: list[Row] = []
     height, width = case.spec.output_size(case.size, case.size)
@@ -105,7 +100,7 @@ def measure(case: Case, target: str) -> list[Row]:
             per_output = used.instructions * used.threads * programs / computed
         sizes = {k: v for k, v in launch.constexprs.items() if k.startswith(("BLOCK", "RUN"))}
         config = " ".join(f"{k}={v}" for k, v in sizes.items()) + f" num_warps={launch.options['num_warps']}"
-        rows.append(Row(case, name, config, used, per_output, SHARED_LIMIT[target], branch_launch))
+        rows.append(Row(case, name, config, used, per_output, branch_launch))
     return rows
 
 
@@ -122,13 +117,8 @@ def _branches_first(found: list[Launch]) -> list[Launch]:
 def measure_all(cases: list[Case], targets: list[str], workers: int) -> Iterator[list[Row]]:
     """`measure` for every pair, in order, in `workers` new processes, where kernels are compiled, not interpreted."""
     pairs = [(case, target) for target in targets for case in cases]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _compile_here) as pool:
+    with compiling_processes(workers) as pool:
         yield from pool.map(measure, *zip(*pairs, strict=True))
-
-
-def _compile_here() -> None:
-    # Before Triton is imported: it reads the switch when a kernel, or a function of its own library, is defined.
-    os.environ["TRITON_INTERPRET"] = "0"
 
 
 def compilable_chips() -> list[str]:
@@ -141,18 +131,17 @@ def write_configs(rows: list[Row]) -> None:
 
     Entries for other launches stay if they were made for the kernels as they are.
     """
-    by_chip = {row.resources.target: dict(tuning.shipped(row.resources.target)) for row in rows}
+    by_chip = {row.resources.target: dict(shipped.shipped(row.resources.target)) for row in rows}
     for row in rows:
         if row.branch_launch is not None and not row.faults:
             case, launch = row.case, row.branch_launch
-            size = case.spec.output_size(case.size, case.size)
-            key = tuning.key(launch.shape, case.n, *size, case.dtype, case.allow_tf32, task=launch.task)
+            key = branch_key(_workload(case, row.resources.target), launch.shape, launch.task)
             by_chip[row.resources.target][key] = launch.config
     for chip, entries in by_chip.items():
         content = json.dumps(
-            tuning.shipped_content(chip, entries, importlib.metadata.version("triton")), indent=1
+            shipped.shipped_content(chip, entries, importlib.metadata.version("triton")), indent=1
         )
-        tuning.shipped_file(chip).write_text(content + "\n")
+        shipped.shipped_file(chip).write_text(content + "\n")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,11 +17,8 @@ many warps there are to hide it.
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import os
 from collections import defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +38,7 @@ from sk_triton.workload import Workload
 from . import passes
 from .gpus import Gpu
 from .planned import planned_steps
+from .processes import compiling_processes
 from .work import PlannedStep, Work, launch_work, memory_bytes, operator_work
 
 if TYPE_CHECKING:
@@ -155,15 +153,8 @@ def predict(problem: Problem, gpu: Gpu) -> list[Prediction]:
     """
     found = []
     for name, plan, steps in schedules_for(problem, CHIPS[gpu.chip]):
-        predicted = []
-        for step, moved in zip(steps, memory_bytes(steps, gpu.l2_bytes), strict=True):
-            if isinstance(step, Launch):
-                work = launch_work(step, compiled(step, gpu.chip), gpu, moved)
-            else:
-                work = operator_work(step, moved)
-            predicted.append(times(work, gpu))
-        configs = tuple((launch.config, launch.source) for launch in plan.branch_launches)
-        found.append(Prediction(name, tuple(predicted), configs))
+        configs = tuple((launch.config, str(launch.source)) for launch in plan.branch_launches)
+        found.append(Prediction(name, predict_steps(steps, gpu), configs))
     for name, operators in (
         (EAGER, passes.reference(problem.spec).steps),
         (COMPILED, passes.compiled(problem.spec, "").steps),
@@ -175,11 +166,27 @@ def predict(problem: Problem, gpu: Gpu) -> list[Prediction]:
     return found
 
 
+def predict_steps(steps: Sequence[PlannedStep], gpu: Gpu) -> tuple[Step, ...]:
+    """The times of steps that run one after the other, from a cold L2.
+
+    Raises:
+        ValueError: a program of a kernel does not fit on the GPU's processors.
+    """
+    predicted = []
+    for step, moved in zip(steps, memory_bytes(steps, gpu.l2_bytes), strict=True):
+        if isinstance(step, Launch):
+            work = launch_work(step, compiled(step, gpu.chip), gpu, moved)
+        else:
+            work = operator_work(step, moved)
+        predicted.append(times(work, gpu))
+    return tuple(predicted)
+
+
 def predict_all(problems: Sequence[Problem], gpu: Gpu) -> list[list[Prediction]]:
     """`predict` for each problem: here, or in a process of its own where this one interprets kernels."""
     if not dispatch.is_interpreted():
         return [predict(problem, gpu) for problem in problems]
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _compile_here) as pool:
+    with compiling_processes(1) as pool:
         return list(pool.map(functools.partial(predict, gpu=gpu), problems))
 
 
@@ -230,8 +237,3 @@ def compiled(launch: Launch, chip: str) -> Resources:
     if key not in _COMPILED:
         _COMPILED[key] = compile_launch(launch, chip)
     return _COMPILED[key]
-
-
-def _compile_here() -> None:
-    # Before Triton is imported: it reads the switch when a kernel is defined.
-    os.environ["TRITON_INTERPRET"] = "0"

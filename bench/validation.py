@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,17 +83,22 @@ def compare(measured: Results, gpu: Gpu, unit: str, dtype: str) -> list[Compared
 
 
 def rank_correlation(compared: list[Compared]) -> float | None:
-    """Spearman's rank correlation of predicted and measured times; None where one of them does not vary."""
+    """:func:`spearman` of predicted and measured times."""
+    return spearman([(c.predicted, c.measured) for c in compared])
+
+
+def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
+    """Spearman's rank correlation of pairs; None where one of the two does not vary."""
 
     def ranks(values: list[float]) -> Any:
         # The mean rank of what is equal.
         _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
         return (np.cumsum(counts) - (counts - 1) / 2)[index]
 
-    predicted, measured = ([getattr(c, name) for c in compared] for name in ("predicted", "measured"))
-    if len(set(predicted)) < 2 or len(set(measured)) < 2:
+    first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    if len(set(first)) < 2 or len(set(second)) < 2:
         return None
-    return float(np.corrcoef(ranks(predicted), ranks(measured))[0, 1])
+    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
 
 
 def _measured_seconds(schedule: str, records: list[Record]) -> float | None:

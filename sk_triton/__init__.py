@@ -7,6 +7,7 @@ from .dispatch import can_run_triton
 from .explanation import explain
 from .layers import SelectiveKernel, SKConv
 from .spec import BranchSpec, SKSpec
+from .tuning.ranks import sync_configs
 
 __version__ = version("sk-triton")
 
@@ -18,5 +19,6 @@ __all__ = [
     "__version__",
     "can_run_triton",
     "explain",
+    "sync_configs",
     "use_backend",
 ]

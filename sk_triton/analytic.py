@@ -71,6 +71,15 @@ def branch_config(
 
     One that stores where no kernel does the task: `kernels.geometry.can_run` tells.
     """
+    candidates = branch_candidates(shape, h, dtype, allow_tf32, chip, task)
+    candidates = candidates or tap_candidates(shape, dtype == torch.float32 and not allow_tf32, dtype)
+    return min(candidates, key=lambda config: branch_cost(config, shape, n, h, w, chip, task))
+
+
+def branch_candidates(
+    shape: ConvShape, h: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip, task: str
+) -> list[BranchConfig]:
+    """Configs that do `task` in the formulations that keep weights and rows in registers; none if those cannot."""
     is_ieee = dtype == torch.float32 and not allow_tf32
     group = max(shape.c_in, shape.c_out) // shape.groups
     kernel = max(shape.kernels)
@@ -86,9 +95,7 @@ def branch_config(
         candidates = _column_candidates(shape, h, chip, task)
     else:
         candidates = []
-    candidates = [config for config in candidates if can_run(task, shape, config)]
-    candidates = candidates or _tap_candidates(shape, is_ieee, dtype)
-    return min(candidates, key=lambda config: _cost(config, shape, n, h, w, chip, task))
+    return [config for config in candidates if can_run(task, shape, config)]
 
 
 def gate_config(m: int, c: int, d: int, dtype: torch.dtype) -> GateConfig:
@@ -198,7 +205,8 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
     return candidates
 
 
-def _tap_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> list[BranchConfig]:
+def tap_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> list[BranchConfig]:
+    """Configs of the tap formulation, which stores branches of any shape."""
     group_in, group_out = shape.c_in // shape.groups, shape.c_out // shape.groups
     is_wide = min(group_in, group_out) >= 64 and not is_ieee
     if max(group_in, group_out) <= 8 and _shares_row(shape) and not is_ieee:
@@ -245,8 +253,10 @@ def _depthwise_candidates(kernel: int) -> list[BranchConfig]:
     ]
 
 
-def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip, task: str) -> float:
-    """Relative time of a launch: work over the whole chip, or the chain of waves of its programs, the larger."""
+def branch_cost(
+    config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip, task: str
+) -> float:
+    """Relative time of a branch convolution: its work over the whole chip, or its chain of waves, the larger."""
     layout = blocking(shape, config)
     is_common = task == "select"
     columns = column_runs(shape, config, is_common)
@@ -298,24 +308,28 @@ def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> Borde
 
 def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip) -> MergedConfig:
     """Config for the merged `shape` on a batch of `n` outputs of `h` x `w` pixels."""
+    candidates = merged_candidates(shape, dtype, chip)
+    config = min(candidates, key=lambda candidate: branch_cost(candidate, shape, n, h, w, chip, "store"))
+    # A sample's weights are built once for all tiles of a program; a small batch is split to fill the chip.
+    tiles_h, tiles_w = tiles(shape, config, h, w)
+    programs = max(1, n * blocking(shape, config).blocks)
+    splits = max(1, min(tiles_h * tiles_w, 8 * chip.processors // programs))
+    return replace(config, TILES_PER_PROGRAM=cdiv(tiles_h * tiles_w, splits))
+
+
+def merged_candidates(shape: ConvShape, dtype: torch.dtype, chip: Chip) -> list[MergedConfig]:
+    """Tiles of the merged `shape`, one per program."""
     block, run_w = _merged_block(shape)
     registers = merged_registers(shape, dtype)
     # What the weights leave: rows in flight, or pixels of a tile. Before sm_90 the compiler needs more for the same.
     is_crowded = registers > 72 and (dtype == torch.float32 or chip.name in ("sm_80", "sm_86", "sm_89"))
     pixels = 8 if (is_crowded or shape.stride > 1) and triton_version() >= NARROW_PRODUCTS else 16
     longest = 4 if is_crowded or registers > 100 else 7
-    candidates = [
+    return [
         MergedConfig(block, block, pixels // block_w, block_w, run_h, run_w)
         for run_h, block_w in product((7, 4, 2, 1), (2, 4, 8, 16))
         if run_h <= longest and block_w <= pixels
     ]
-    config = min(candidates, key=lambda candidate: _cost(candidate, shape, n, h, w, chip, "store"))
-    assert isinstance(config, MergedConfig)
-    # A sample's weights are built once for all tiles of a program; a small batch is split to fill the chip.
-    tiles_h, tiles_w = tiles(shape, config, h, w)
-    programs = max(1, n * blocking(shape, config).blocks)
-    splits = max(1, min(tiles_h * tiles_w, 8 * chip.processors // programs))
-    return replace(config, TILES_PER_PROGRAM=cdiv(tiles_h * tiles_w, splits))
 
 
 def merged_registers(shape: ConvShape, dtype: torch.dtype) -> int:

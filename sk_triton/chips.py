@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -13,15 +13,18 @@ NARROW_PRODUCTS = (3, 5)
 
 @dataclass(frozen=True)
 class Chip:
-    """One architecture and the figures of a typical product with it.
+    """One architecture, and a product with it.
 
     Attributes:
-        name: "sm_90", "gfx942", …
+        name: of the architecture: "sm_90", "gfx942", …
         processors: streaming multiprocessors or compute units.
+        gpu: the product as its driver names it, "NVIDIA H100 80GB HBM3"; "" for a typical one, for which nothing is
+            tuned.
     """
 
     name: str
     processors: int
+    gpu: str = ""
 
 
 CHIPS = {
@@ -48,4 +51,13 @@ def chip_of(device: torch.device) -> Chip | None:
     properties = torch.cuda.get_device_properties(device)
     cuda_name = f"sm_{properties.major}{properties.minor}"
     name = properties.gcnArchName.split(":")[0] if torch.version.hip else cuda_name
-    return CHIPS.get(_RELATIVES.get(name, name))
+    typical = CHIPS.get(_RELATIVES.get(name, name))
+    if typical is None:
+        return None
+    return replace(typical, processors=properties.multi_processor_count, gpu=properties.name)
+
+
+@lru_cache
+def unnamed(chip: Chip) -> Chip:
+    """The chip as one for which nothing is tuned."""
+    return replace(chip, gpu="")

@@ -21,6 +21,7 @@ class Command:
 
 COMMANDS = {
     "bench": Command("sk_triton.bench.run", "measure the SK layer against its peers on this machine"),
+    "configs": Command("sk_triton.tuning.command", "list, show, export, import or clear tuned configs"),
     "doctor": Command("sk_triton.doctor", "say what is installed, which backend runs and why"),
     "explain": Command(
         "sk_triton.bench.explain", "predict each schedule's time on a GPU that need not be present"
@@ -35,6 +36,7 @@ COMMANDS = {
         "sk_triton.bench.resources", "compile the kernels for each chip, list what they use"
     ),
     "traffic": Command("sk_triton.bench.traffic", "count each schedule's passes over memory"),
+    "tune": Command("sk_triton.bench.tune", "measure configs on this GPU, and keep what is faster"),
 }
 MISSING_PACKAGE = 2
 INTERRUPTED = 130

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import cpu
 from .backend import current_schedule
-from .chips import CHIPS, chip_of
+from .chips import CHIPS, chip_of, unnamed
 from .environment import triton_version
 from .packing import PackCache
 from .params import Branch, Gate
@@ -23,6 +23,7 @@ from .reasons import state_reason, tracing_reason, unit_reason
 from .replay import Record
 from .schedules import cpu_folded, cpu_merged
 from .spec import SKSpec
+from .tuning.ranks import pinning_reason
 from .workload import Workload
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -69,6 +70,8 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
         n, _, h_in, w_in = x.shape
         chip = chip_of(x.device)
         assert chip is not None
+        if chip.gpu and pinning_reason():
+            chip = unnamed(chip)
         workload = Workload(spec, n, h_in, w_in, x.dtype, chip, allows_tf32(), x.stride(1) != 1)
         schedule = current_schedule()
         return plan_schedule(schedule, workload) if schedule is not None else fastest_plan(workload)

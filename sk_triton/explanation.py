@@ -10,9 +10,11 @@ from torch import Tensor
 from . import dispatch
 from .backend import current_backend
 from .checks import check_input
+from .chips import chip_of
 from .functional import autocast_dtype
 from .plan import Plan
 from .spec import SKSpec
+from .tuning.lookup import describe
 
 if TYPE_CHECKING:
     from .unit import SKUnit
@@ -27,7 +29,9 @@ def explain(layer: SKUnit, x: Tensor) -> Explanation:
     check_input(x, layer.spec)
     x = x.to(autocast_dtype(x) or x.dtype)
     branches, gate, spec = layer.branches(), layer.gate(), layer.spec
-    return Explanation(dispatch.choose(x, branches, gate, spec, backend=current_backend()), spec)
+    plan = dispatch.choose(x, branches, gate, spec, backend=current_backend())
+    chip = chip_of(x.device) if plan.backend == "triton" else None
+    return Explanation(plan, spec, "" if chip is None else describe(chip))
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Explanation:
 
     plan: Plan
     spec: SKSpec
+    gpu: str = ""
 
     def __str__(self) -> str:
         plan = self.plan
@@ -44,6 +49,8 @@ class Explanation:
             f"schedule  {plan.schedule}",
             f"passes    {plan.passes:g} over one activation tensor (predicted)",
         ]
+        if self.gpu:
+            lines.append(f"gpu       {self.gpu}")
         if plan.samples:
             lines.append(f"samples   {plan.samples} at a time")
         if plan.merged is not None:
@@ -55,11 +62,13 @@ class Explanation:
             branches = ", ".join(map(str, self.spec.branches[launch.start : launch.stop]))
             lines.append(f"{launch.task:<9} {branches}")
             lines.append(f"  config  {_show(launch.config)}")
-            lines.append(f"  source  {launch.source}")
         if plan.gate is not None:
             lines.append(f"gate      {_show(plan.gate)}")
         if plan.select is not None:
             lines.append(f"select    {_show(plan.select)}")
+        for source in plan.sources:
+            lines.append(f"source    {source.kind}: {source.text}")
+            lines.append(f"  key     {source.key}")
         lines.extend(f"not {name}: {reason}" for name, reason in plan.rejected)
         return "\n".join(lines)
 

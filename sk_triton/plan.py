@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .kernels.config import BorderConfig, BranchConfig, GateConfig, MergedConfig, SelectConfig
     from .kernels.geometry import ConvShape
     from .spec import BranchSpec
+    from .tuning.lookup import Source
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class BranchLaunch:
     stop: int
     shape: ConvShape
     config: BranchConfig
-    source: str
+    source: Source
     task: str = "store"
 
 
@@ -49,6 +50,7 @@ class Plan:
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None where there are none.
+        sources: where the configs are from, one for each lookup.
         merged_launch: shapes and configs of the Triton schedule "merged", else None.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
         samples: how many samples pass through all steps of a schedule on the CPU together.
@@ -63,6 +65,7 @@ class Plan:
     branch_launches: tuple[BranchLaunch, ...] = ()
     gate: GateConfig | None = None
     select: SelectConfig | None = None
+    sources: tuple[Source, ...] = ()
     merged_launch: MergedLaunch | None = None
     has_relu: bool = False
     gate_has_relu: bool = False

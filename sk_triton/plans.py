@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
@@ -10,19 +9,20 @@ from itertools import groupby
 
 import torch
 
-from . import analytic, tuning
-from .backend import Schedule
+from . import analytic
+from .backend import SCHEDULES, Schedule
 from .kernels.config import ColumnConfig
 from .kernels.geometry import ConvShape, can_run
 from .kernels.merging import merged_shape
 from .plan import BranchLaunch, MergedLaunch, Plan
 from .spec import BranchSpec, SKSpec
+from .tuning import cache, launches
+from .tuning.lookup import tuned
 from .workload import Workload
 
 
-@lru_cache(maxsize=1024)
-def plan_schedule(schedule: Schedule, workload: Workload) -> Plan:
-    """The plan of one schedule.
+def make_plan(schedule: Schedule, workload: Workload) -> Plan:
+    """The plan of one schedule, made anew.
 
     Raises:
         RuntimeError: the schedule cannot run the unit; the message holds the reason.
@@ -33,14 +33,39 @@ def plan_schedule(schedule: Schedule, workload: Workload) -> Plan:
     return plan
 
 
+plan_schedule = lru_cache(maxsize=1024)(make_plan)
+"""As :func:`make_plan`, remembered."""
+
+
 def refusal(schedule: Schedule, workload: Workload) -> str:
     """Why a schedule cannot run a unit, "" if it can."""
     plan = _PLANNERS[schedule](workload)
     return plan if isinstance(plan, str) else ""
 
 
+def possible_schedules(workload: Workload) -> list[Schedule]:
+    """The schedules that can run a unit."""
+    return [name for name in SCHEDULES if not refusal(name, workload)]
+
+
 @lru_cache(maxsize=1024)
 def fastest_plan(workload: Workload) -> Plan:
+    """The plan of the schedule that was measured to be fastest on this GPU, else of the one expected to be."""
+    expected = expected_plan(workload)
+    request = launches.schedule_request(workload, lambda: possible_schedules(workload), expected.schedule)
+    found = tuned(request, workload.chip)
+    if found is None:
+        return expected
+    plan = expected
+    if found.config != expected.schedule:
+        plan = make_plan(found.config, workload)
+        for name in SCHEDULES:
+            if name != found.config:
+                plan = plan.rejecting(name, refusal(name, workload) or f"slower: {found.source}")
+    return replace(plan, sources=(found.source, *plan.sources))
+
+
+def expected_plan(workload: Workload) -> Plan:
     """The plan that is expected to be fastest: the fewest passes among the schedules that memory binds."""
     store = plan_store(workload)
     merged = _plan_merged(workload)
@@ -76,11 +101,13 @@ def fastest_plan(workload: Workload) -> Plan:
 
 def plan_store(workload: Workload) -> Plan:
     """The plan of schedule "store", which runs every unit."""
-    launches = [
+    branches = [
         _branch_launch(workload, start, stop, shape, "store")
         for start, stop, shape in conv_shapes(workload.spec)
     ]
-    return _plan("store", workload, len(launches), 2 * workload.spec.num_branches + 1, tuple(launches))
+    plan = _plan("store", workload, len(branches), 2 * workload.spec.num_branches + 1, tuple(branches))
+    select, source = launches.select_config(workload)
+    return replace(plan, select=select, sources=(*plan.sources, source))
 
 
 def _plan_recompute(workload: Workload) -> Plan | str:
@@ -88,14 +115,14 @@ def _plan_recompute(workload: Workload) -> Plan | str:
     shapes = conv_shapes(workload.spec)
     if len(shapes) > 1:
         return "the branches differ in groups, and one launch must hold them all to select"
-    launches = tuple(_branch_launch(workload, *shapes[0], task) for task in ("pool", "select"))
-    for launch in launches:
+    branches = tuple(_branch_launch(workload, *shapes[0], task) for task in ("pool", "select"))
+    for launch in branches:
         if not can_run(launch.task, launch.shape, launch.config):
             return (
                 f"{type(launch.config).__name__} stores its branches: groups above 32 channels, large kernels, and "
                 "dilations that are no power of two have no kernel that selects"
             )
-    return _plan("recompute", workload, 2, 1, launches)
+    return _plan("recompute", workload, 2, 1, branches)
 
 
 def _plan_merged(workload: Workload) -> Plan | str:
@@ -125,13 +152,14 @@ def _plan_merged(workload: Workload) -> Plan | str:
             f"merged weights on a {shape.kernels[0]} x {shape.kernels[0]} lattice take {registers} registers; "
             f"at most {analytic.MAX_MERGED_REGISTERS} are left"
         )
-    merged = MergedLaunch(
-        branches,
-        shape,
-        analytic.border_config(shape, workload.n, workload.h_in, workload.w_in, workload.chip),
-        analytic.merged_config(shape, workload.n, *workload.output_size, dtype, workload.chip),
+    border, border_source = launches.border_config(workload, shape)
+    conv, conv_source = launches.merged_config(workload, shape)
+    plan = _plan("merged", workload, 2, 1, ())
+    return replace(
+        plan,
+        merged_launch=MergedLaunch(branches, shape, border, conv),
+        sources=(border_source, conv_source, *plan.sources),
     )
-    return replace(_plan("merged", workload, 2, 1, ()), merged_launch=merged)
 
 
 _PLANNERS: dict[Schedule, Callable[[Workload], Plan | str]] = {
@@ -160,33 +188,25 @@ def conv_shapes(spec: SKSpec) -> list[tuple[int, int, ConvShape]]:
 
 
 def _branch_launch(workload: Workload, start: int, stop: int, shape: ConvShape, task: str) -> BranchLaunch:
-    config, source = tuning.branch_config(
-        shape,
-        workload.n,
-        *workload.output_size,
-        workload.dtype,
-        workload.allow_tf32,
-        workload.chip,
-        task=task,
-    )
+    config, source = launches.branch_config(workload, shape, task)
     return BranchLaunch(start, stop, shape, config, source, task)
 
 
 def _plan(
-    schedule: str, workload: Workload, reads: int, output_passes: int, launches: tuple[BranchLaunch, ...]
+    schedule: str, workload: Workload, reads: int, output_passes: int, branches: tuple[BranchLaunch, ...]
 ) -> Plan:
     """The parts that all schedules have. `reads`: of the input; `output_passes`: over tensors of the output's size."""
     spec = workload.spec
-    m, c = spec.num_branches, spec.out_channels
+    gate, source = launches.gate_config(workload)
     return Plan(
         backend="triton",
         schedule=schedule,
         passes=(reads + 2 * workload.is_converted) * workload.input_passes + output_passes,
         dtype=workload.dtype,
         rejected=(("reference", f"the kernels can run; eager takes {eager_passes(spec)} passes"),),
-        branch_launches=launches,
-        gate=analytic.gate_config(m, c, spec.gate_width, workload.dtype),
-        select=analytic.select_config(math.prod(workload.output_size), c) if schedule == "store" else None,
+        branch_launches=branches,
+        gate=gate,
+        sources=(*(launch.source for launch in branches), source),
         has_relu=spec.branch_act == "relu",
         gate_has_relu=spec.gate_act == "relu",
         allow_tf32=workload.allow_tf32 and workload.dtype == torch.float32,
@@ -203,3 +223,7 @@ def eager_passes(spec: SKSpec) -> float:
     fuse = 3 * (m - 1) + 1
     select = 2 * m + 3 * (m - 1)
     return m * split + fuse + select
+
+
+cache.when_changed(plan_schedule.cache_clear)
+cache.when_changed(fastest_plan.cache_clear)

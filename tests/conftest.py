@@ -1,10 +1,14 @@
 """Settings shared by all tests."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 from hypothesis import settings
+
+# What this machine's user tuned is none of the tests' business.
+os.environ["SK_TRITON_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "sk-triton-tests-tuned-nothing")
 
 # Triton reads the switch when a kernel is defined: in one process kernels are either interpreted or compiled.
 if not torch.cuda.is_available():
@@ -42,3 +46,18 @@ def _seeded():
 @pytest.fixture(params=[torch.contiguous_format, torch.channels_last], ids=["nchw", "channels_last"])
 def memory_format(request):
     return request.param
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """The folder for tuned configs, empty and of this test alone; it does not exist yet."""
+    from sk_triton.tuning import cache
+
+    def start_anew():
+        cache.forget()
+        cache.changed()
+
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "tuned"))
+    start_anew()
+    yield tmp_path / "tuned"
+    start_anew()

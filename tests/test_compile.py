@@ -90,14 +90,14 @@ def test_large_tensors_take_64_bit_offsets(rows):
 def test_faults_are_found(rows):
     from dataclasses import replace
 
+    from sk_triton.bench.compile import SHARED_LIMIT
+
     row = rows[0]
     assert row.kernel == "branch_conv_stream"
-    worse = replace(
-        row, resources=replace(row.resources, spills=3, shared=10**6, matrix=0), shared_limit=1000
-    )
+    worse = replace(row, resources=replace(row.resources, spills=3, shared=10**6, matrix=0))
     assert worse.faults == [
         "3 spills",
-        "1000000 of 1000 bytes of shared memory",
+        f"1000000 of {SHARED_LIMIT[row.resources.target]} bytes of shared memory",
         "no tensor-core instruction",
     ]
 

@@ -1,7 +1,5 @@
 """What runs, why not the rest, and with which configs."""
 
-import json
-
 import pytest
 import torch
 from torch import nn
@@ -14,7 +12,6 @@ from sk_triton import (
     dispatch,
     explain,
     plans,
-    tuning,
     use_backend,
 )
 from sk_triton.chips import CHIPS
@@ -236,7 +233,7 @@ def test_explain_triton(x):
     assert "schedule  store" in text
     assert "passes    10 over one activation tensor (predicted)" in text  # two of them convert NCHW
     assert "store     3x3 g4, 5x5 g4, 7x7 g4" in text
-    assert "source  analytic (sm_90)" in text
+    assert "branch_store: analytic (sm_90)" in text
     assert "not reference: the kernels can run; eager takes 25 passes" in text
 
 
@@ -286,44 +283,6 @@ def test_analytic_choice(chip, shape, dtype, allow_tf32, kind):
 def test_small_batches_get_shorter_runs():
     runs = [analytic.branch_config(GROUPED, n, 56, 56, torch.float16, False, SM_90).RUN_H for n in (1, 128)]
     assert runs[0] < runs[1]
-
-
-def test_shipped_entry_comes_before_the_analytic_choice(monkeypatch):
-    chosen = analytic.branch_config(GROUPED, 128, 56, 56, torch.float16, False, SM_90)
-    other = StreamConfig(8, 8, 4, 4, RUN_H=1, RUN_W=2)
-    assert other != chosen
-    key = tuning.key(GROUPED, 128, 56, 56, torch.float16, False, task="store")
-    assert key == "store/float16/c128-128/g32/k3d1+k3d2/s1/56x56/n7"
-    monkeypatch.setattr(tuning, "shipped", lambda chip: {key: other} if chip == "sm_90" else {})
-    found, source = tuning.branch_config(GROUPED, 100, 56, 56, torch.float16, False, SM_90, task="store")
-    assert (found, source) == (other, "configs/sm_90.json (predicted)")
-    found, source = tuning.branch_config(
-        GROUPED, 128, 56, 56, torch.float16, False, CHIPS["sm_80"], task="store"
-    )
-    assert source == "analytic (sm_80)"
-
-
-@pytest.mark.parametrize("chip", CHIPS)
-def test_shipped_files_are_current(chip):
-    """A file made for other kernels would be ignored; regenerate with `sk-triton resources --write-configs`."""
-    file = tuning.shipped_file(chip)
-    content = json.loads(file.read_text())
-    assert content["schema"] == tuning.SCHEMA
-    assert content["kernels"] == tuning.kernels_hash()
-    assert content["chip"] == chip
-    assert content["evidence"] == "predicted"
-    assert content["triton"]
-    loaded = tuning.shipped(chip)
-    assert len(loaded) == len(content["branch_conv_fwd"]) > 0
-    for name, config in loaded.items():
-        assert tuning.dump_entry(config) == content["branch_conv_fwd"][name]
-
-
-def test_stale_files_are_ignored(monkeypatch):
-    tuning.shipped.cache_clear()
-    monkeypatch.setattr(tuning, "kernels_hash", lambda: "another")
-    assert tuning.shipped("sm_90") == {}
-    tuning.shipped.cache_clear()
 
 
 def test_amd_needs_triton_3_5(monkeypatch):

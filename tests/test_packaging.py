@@ -87,7 +87,7 @@ def test_the_wheel_holds_every_module_and_nothing_else(wheel):
     packages = {name.removesuffix("/__init__.py") for name in found if name.endswith("/__init__.py")}
     assert packages >= {
         "sk_triton",
-        *(f"sk_triton/{p}" for p in ("bench", "configs", "kernels", "schedules")),
+        *(f"sk_triton/{p}" for p in ("bench", "configs", "kernels", "schedules", "tuning")),
     }
 
 
@@ -100,7 +100,7 @@ def test_metadata(installed):
     distribution = distribution_of(installed)
     assert distribution.metadata["Requires-Python"] == ">=3.10"
     required = [r.partition(">")[0] for r in distribution.requires or [] if "extra ==" not in r]
-    assert required == ["torch", "triton"]
+    assert required == ["filelock", "platformdirs", "torch", "triton"]
     assert {"bench", "test"} <= set(distribution.metadata.get_all("Provides-Extra") or [])
     assert [(entry.name, entry.value) for entry in distribution.entry_points] == [
         ("sk-triton", "sk_triton.cli:main")
@@ -146,7 +146,7 @@ def test_import_has_no_side_effects(from_wheel, installed, tmp_path):
     assert not found["cuda"]
     assert list(tmp_path.iterdir()) == []
     roots = {name.partition(".")[0] for name in found["modules"]}
-    assert not roots & {"triton", "matplotlib", "rich", "timm", "sklearn", "kernels", "bench"}
+    assert not roots & {"triton", "matplotlib", "rich", "timm", "sklearn", "platformdirs", "kernels", "bench"}
     assert "sk_triton.bench" not in found["modules"]
 
 
@@ -280,9 +280,11 @@ def test_a_kernel_imports_torch_triton_and_its_siblings_only(module):
 
 @pytest.mark.parametrize("module", members("sk_triton"))
 def test_the_package_imports_torch_and_the_kernels_and_never_the_bench(module):
+    # The file of tuned configs: where caches belong, and a lock on it.
+    others = {"filelock", "platformdirs"} if module == "sk_triton.tuning.cache" else set()
     for name in imports_of(module):
         root = name.partition(".")[0]
-        assert root in {"torch", "sk_triton", *sys.stdlib_module_names}, name
+        assert root in {"torch", "sk_triton", *others, *sys.stdlib_module_names}, name
         assert root != "sk_triton" or room(name) != "sk_triton.bench", name
 
 

@@ -13,6 +13,7 @@ from sk_triton.kernels.config import DepthwiseConfig, StreamConfig, TapConfig
 from sk_triton.kernels.geometry import ConvShape, blocking
 from sk_triton.kernels.packing import pack_branch_weights
 from sk_triton.packing import PackCache, fold_norm
+from sk_triton.tuning.lookup import Found, Source
 
 from .units import random_norm, randomize_norms
 
@@ -164,13 +165,14 @@ def test_unchanged_parameters_are_packed_once():
 def test_another_batch_or_image_size_packs_nothing_new(monkeypatch):
     layer, packed = paper_layer(), []
 
-    def config(shape, n, h, w, *rest, task):
-        width = 2 if w < 6 else 8
-        return StreamConfig(8, 8, BLOCK_H=16 // width, BLOCK_W=width, RUN_H=n, RUN_W=2), "a test"
+    def config(workload, shape, task):
+        width = 2 if workload.w_in < 6 else 8
+        chosen = StreamConfig(8, 8, BLOCK_H=16 // width, BLOCK_W=width, RUN_H=workload.n, RUN_W=2)
+        return Found(chosen, Source(f"branch_{task}", "a test", "a key"))
 
     pack = sk_triton.packing._pack
     monkeypatch.setattr("sk_triton.packing._pack", lambda *args: packed.append(args) or pack(*args))
-    monkeypatch.setattr("sk_triton.tuning.branch_config", config)
+    monkeypatch.setattr("sk_triton.tuning.launches.branch_config", config)
     plans.fastest_plan.cache_clear()
     for size in ((1, 8, 5, 4), (2, 8, 5, 4), (1, 8, 5, 7)):
         ours, expected = outputs(layer, torch.randn(size))

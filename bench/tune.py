@@ -1,0 +1,306 @@
+"""`sk-triton tune`: measures the configs and the schedule of units on this GPU, and keeps what is faster."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from sk_triton import dispatch
+from sk_triton.chips import CHIPS, Chip, chip_of
+from sk_triton.environment import require
+from sk_triton.tuning import cache
+from sk_triton.tuning.entries import Entry, Origin, Trial
+from sk_triton.tuning.keys import DIRECTIONS, FORWARD, directions, stamp
+
+from .explain import add_unit_arguments, problem_of
+from .gpus import GPUS, Gpu, find_gpu
+from .processes import compiling_processes
+from .progress import Report, case_progress
+from .run import choose_device
+from .shapes import NETWORKS
+from .speed_of_light import Problem
+from .tuning import tables
+from .tuning.flow import LEFT, DeviceLostError, Outcome, tune
+from .tuning.targets import Settled, Target, assess, targets_of
+from .tuning.units import network_problems, title
+from .validation import PRECISIONS
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import Console
+
+BAD_USAGE = 2
+INTERRUPTED = 130
+CANDIDATES, DRY_CANDIDATES = 6, 3
+BUDGET_SECONDS = 300.0
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sk-triton tune`."""
+    subject = parser.add_mutually_exclusive_group(required=True)
+    subject.add_argument(
+        "--model", choices=tuple(NETWORKS), help="all units of a network, at 224 x 224 pixels"
+    )
+    add_unit_arguments(parser, subject)
+    parser.add_argument(
+        "--direction", choices=(*DIRECTIONS, "both"), default=FORWARD, help="default: forward"
+    )
+    parser.add_argument(
+        "--budget",
+        type=_seconds,
+        default=BUDGET_SECONDS,
+        metavar="TIME",
+        help="60s, 5m: nothing is begun after this; what is left is for the next run (default 5m)",
+    )
+    parser.add_argument("--again", action="store_true", help="measure anew what was tuned before")
+    parser.add_argument("--device", default="auto", help="auto (default), cuda or cuda:N")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="list, compile and rank the candidates by prediction; run nothing",
+    )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="with --dry-run: h100, a100, … instead of this machine's"
+    )
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        metavar="N",
+        help=f"per launch, the analytic choice among them (default {CANDIDATES}, in a dry run {DRY_CANDIDATES})",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=_cores(),
+        help="compiling processes (default: one per core, at most 16)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0, 1 if something could not be tuned, 2 for bad usage, 130 if interrupted.
+
+    Raises:
+        MissingPackageError: rich or triton is not installed, or what the model needs.
+    """
+    require("rich", "triton")
+    from rich.console import Console
+
+    console = Console()
+    try:
+        _refuse(args)
+        device = None if args.gpu else _gpu_device(args)
+        chip, gpu = _product(args.gpu) if device is None else _present(device)
+        problems = _problems(args)
+    except ValueError as error:
+        print(f"sk-triton tune: {error}", file=sys.stderr)
+        return BAD_USAGE
+    count = args.candidates or (DRY_CANDIDATES if args.dry_run else CANDIDATES)
+    # Units may share a launch: a gate of the same size.
+    every = [target for p in problems for target in targets_of(title(p), p.on(chip), count)]
+    targets = list({target.key: target for target in reversed(every)}.values())[::-1]
+    for problem in problems:
+        if reason := dispatch.slower_reason(problem.spec):
+            console.print(f"{title(problem)}: not tuned: {reason}", markup=False, highlight=False)
+    if device is None or args.dry_run:
+        return dry_run(targets, gpu, args.workers, console)
+    request = Request(device, chip, gpu, args.budget, args.again, args.workers)
+    outcomes, trouble = tune_here(targets, request, console)
+    show(outcomes, console)
+    if trouble:
+        console.print(trouble, style="yellow", markup=False, soft_wrap=True)
+    if trouble == INTERRUPT:
+        return INTERRUPTED
+    return int(bool(trouble) or any(o.entry is None and o.note != LEFT for o in outcomes))
+
+
+@dataclass(frozen=True)
+class Request:
+    """Where and how long to tune. `gpu`: the figures that predictions take."""
+
+    device: torch.device
+    chip: Chip
+    gpu: Gpu
+    seconds: float = BUDGET_SECONDS
+    again: bool = False
+    workers: int = 2
+
+    @property
+    def origin(self) -> Origin:
+        """What the entries are kept under."""
+        current = stamp()
+        return Origin(self.chip.gpu, self.chip.processors, self.chip.name, current.triton, current.kernels)
+
+
+INTERRUPT = "interrupted; what was tuned is kept, the next run goes on"
+
+
+def tune_here(targets: list[Target], request: Request, console: Console) -> tuple[list[Outcome], str]:
+    """What became of each target, and why it ended early, or "". Entries are kept as they come."""
+    from .tuning.machine import Device
+
+    earlier = {} if request.again else cache.read().get(request.origin, {})
+    outcomes: list[Outcome] = []
+
+    def keep(target: Target, entry: Entry) -> None:
+        cache.save(request.origin, {target.key: entry})
+
+    try:
+        with (
+            _assessing(targets, earlier, request) as assessed,
+            case_progress(console, len(targets)) as report,
+        ):
+            for outcome in tune(
+                targets,
+                Device(request.device),
+                assessed,
+                earlier.get,
+                keep,
+                request.seconds,
+                lambda target: report(len(outcomes), f"{target.unit}: {target.kind}", 0.0),
+            ):
+                outcomes.append(outcome)
+    except KeyboardInterrupt:
+        return outcomes, INTERRUPT
+    except DeviceLostError as error:
+        return outcomes, f"the GPU failed, which ends this run; the next one goes on: {error}"
+    return outcomes, ""
+
+
+@contextmanager
+def _assessing(
+    targets: list[Target], earlier: dict[str, Entry], request: Request
+) -> Iterator[Callable[[Target, Settled], list[Trial]]]:
+    """Compiles ahead in other processes while this one measures."""
+    pool = compiling_processes(request.workers)
+    ahead: dict[str, Future[list[Trial]]] = {
+        target.key: pool.submit(assess, target, {}, request.gpu)
+        for target in targets
+        if not target.is_schedule and target.key not in earlier
+    }
+
+    def assessed(target: Target, settled: Settled) -> list[Trial]:
+        found = ahead.get(target.key) or pool.submit(assess, target, dict(settled), request.gpu)
+        return found.result()
+
+    try:
+        yield assessed
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def dry_run(targets: list[Target], gpu: Gpu, workers: int, console: Console) -> int:
+    """Compiles and ranks the candidates of each target; returns 1 if an analytic choice is out."""
+    ranked, elapsed = rank(targets, gpu, workers, console)
+    for target in targets:
+        console.print(tables.predicted(target, ranked[target.key]))
+    trials = [trial for found in ranked.values() for trial in found]
+    out = sum(bool(trial.dropped) for trial in trials)
+    console.print(
+        f"{len(targets)} launches and schedules, {len(trials)} candidates, {out} out, for {gpu.name} in "
+        f"{elapsed:.0f} s. Predicted, not measured: bounds from below, which leave latency out.",
+        markup=False,
+        highlight=False,
+    )
+    analytic_out = [target for target in targets if ranked[target.key][0].dropped]
+    return int(bool(analytic_out))
+
+
+def rank(
+    targets: list[Target], gpu: Gpu, workers: int, console: Console
+) -> tuple[dict[str, list[Trial]], float]:
+    """The assessed candidates of each target by its key, and the seconds that took."""
+    start = time.monotonic()
+    ranked: dict[str, list[Trial]] = {}
+    report: Report
+    with compiling_processes(workers) as pool, case_progress(console, len(targets)) as report:
+        try:
+            futures = {pool.submit(assess, target, {}, gpu): target for target in targets}
+            for future in as_completed(futures):
+                target = futures[future]
+                ranked[target.key] = future.result()
+                report(len(ranked), f"{target.unit}: {target.kind}", 0.0)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return ranked, time.monotonic() - start
+
+
+def show(outcomes: list[Outcome], console: Console) -> None:
+    """Prints what was gained, and how well it was predicted."""
+    console.print(tables.gained(outcomes))
+    for line in tables.correlations(outcomes):
+        console.print(line, markup=False, highlight=False)
+    console.print(f"kept in {cache.path()}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    wanted = DIRECTIONS if args.direction == "both" else (args.direction,)
+    for direction in wanted:
+        if direction not in directions():
+            raise ValueError(
+                f"--direction {direction} is not available yet: the kernels have no {direction} launches"
+            )
+    if args.gpu and not args.dry_run:
+        raise ValueError("--gpu is for --dry-run: only the GPU of this machine can be measured")
+    for name in ("candidates", "workers"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
+
+
+def _gpu_device(args: argparse.Namespace) -> torch.device:
+    device = choose_device(args.device)
+    if device.type != "cuda":
+        raise ValueError("there is no GPU here to tune on; --dry-run --gpu h100 ranks candidates for one")
+    if dispatch.is_interpreted():
+        raise ValueError("TRITON_INTERPRET is set: interpreted kernels tell no times")
+    torch.cuda.set_device(device)
+    return device
+
+
+def _product(name: str) -> tuple[Chip, Gpu]:
+    gpu = find_gpu(name)
+    return replace(CHIPS[gpu.chip], processors=gpu.processors), gpu
+
+
+def _present(device: torch.device) -> tuple[Chip, Gpu]:
+    """The device's chip, and the figures of its product; of a relative where the product is not in the table."""
+    chip = chip_of(device)
+    if chip is None:
+        raise ValueError(
+            f"{torch.cuda.get_device_name(device)} is not supported; supported are {', '.join(CHIPS)}"
+        )
+    try:
+        return chip, find_gpu(chip.gpu)
+    except ValueError:
+        relative = next(gpu for gpu in GPUS if gpu.chip == chip.name)
+        return chip, replace(relative, processors=chip.processors)
+
+
+def _problems(args: argparse.Namespace) -> list[Problem]:
+    if args.model:
+        return network_problems(args.model, args.batch, *PRECISIONS[args.dtype])
+    return [problem_of(args)]
+
+
+def _cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return min(16, cores or 1)
+
+
+def _seconds(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m)?", text)
+    if not found or not float(found[1]):
+        raise argparse.ArgumentTypeError(f"must be a time such as 60s or 5m, got {text!r}")
+    return float(found[1]) * (60 if found[2] == "m" else 1)

@@ -1,0 +1,134 @@
+"""What can be tuned about a unit: each launch of each schedule, then the schedule; and what is predicted of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sk_triton import dispatch, plans
+from sk_triton.backend import Schedule
+from sk_triton.kernels.launch import Launch
+from sk_triton.plan import Plan
+from sk_triton.tuning import launches, space
+from sk_triton.tuning.entries import Choice, Trial
+from sk_triton.tuning.keys import KINDS, SCHEDULE
+from sk_triton.tuning.lookup import Request, experiment
+from sk_triton.workload import Workload
+
+from ..gpus import Gpu
+from ..planned import prepared_steps, unit_parameters
+
+Settled = Mapping[str, Choice]
+"""By key, what was found for the launches that come before."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One thing to tune.
+
+    Attributes:
+        unit: the title of the unit that it belongs to; workload: that unit on its batch.
+        kind, key: as `sk_triton.tuning.keys`.
+        schedule: what the launch is part of; the expected one, where the schedule itself is to be chosen.
+        occurrence: which of the schedule's launches of this kind it is, from 0.
+        choices: the analytic choice, then other candidates.
+    """
+
+    unit: str
+    workload: Workload
+    kind: str
+    key: str
+    schedule: Schedule
+    occurrence: int
+    choices: tuple[Choice, ...]
+
+    @property
+    def is_schedule(self) -> bool:
+        return self.kind == SCHEDULE
+
+    def plan(self, choice: Choice, settled: Settled) -> Plan:
+        """The unit's plan with a candidate in place."""
+        with experiment(settled if self.is_schedule else {**settled, self.key: choice}):
+            return plans.make_plan(choice if self.is_schedule else self.schedule, self.workload)  # type: ignore[arg-type]
+
+    def steps(self, planned: Sequence[Any]) -> list[Any]:
+        """Those of a plan's steps that the target is about."""
+        if self.is_schedule:
+            return list(planned)
+        kind = KINDS[self.kind]
+        matching = [
+            step
+            for step in planned
+            if isinstance(step, Launch)
+            and step.kernel.fn.__name__.startswith(f"{kind.kernel}_")
+            # Kernels that only store have no TASK.
+            and (not kind.task or step.constexprs.get("TASK", "store") == kind.task)
+        ]
+        return [matching[self.occurrence]]
+
+
+def targets_of(unit: str, workload: Workload, limit: int) -> list[Target]:
+    """The targets of a unit, at most `limit` choices each; none where "auto" leaves the unit to the reference."""
+    if dispatch.slower_reason(workload.spec):
+        return []
+    with experiment({}):
+        schedules = plans.possible_schedules(workload)
+        expected: Any = plans.expected_plan(workload).schedule
+    found: dict[str, Target] = {}
+    for schedule in schedules:
+        with experiment({}) as requests:
+            plans.make_plan(schedule, workload)
+        seen: Counter[str] = Counter()
+        for request in requests:
+            choices = tuple(_shortlist(request, limit))
+            target = Target(unit, workload, request.kind, request.key, schedule, seen[request.kind], choices)
+            seen[request.kind] += 1
+            found.setdefault(request.key, target)
+    if len(schedules) > 1:
+        others = tuple(name for name in schedules if name != expected)
+        request = launches.schedule_request(workload, lambda: schedules, expected)
+        found[request.key] = Target(unit, workload, SCHEDULE, request.key, expected, 0, (expected, *others))
+    return list(found.values())
+
+
+def assess(target: Target, settled: Settled, gpu: Gpu) -> list[Trial]:
+    """Compiles every candidate for a GPU that need not be present: its predicted time, or why it is out.
+
+    For a process in which kernels are compiled, not interpreted.
+    """
+    return [_assess(target, choice, settled, gpu) for choice in target.choices]
+
+
+def _assess(target: Target, choice: Choice, settled: Settled, gpu: Gpu) -> Trial:
+    from .. import speed_of_light as sol
+
+    try:
+        steps = target.steps(_steps_on_meta(target, choice, settled))
+        for step in steps:
+            excesses = sol.compiled(step, gpu.chip).excesses if isinstance(step, Launch) else []
+            if excesses:
+                return Trial(choice, None, None, ", ".join(excesses))
+        predicted = sum(step.total for step in sol.predict_steps(steps, gpu))
+    except Exception as error:  # whatever the compiler raises
+        lines = str(error).strip().splitlines()
+        return Trial(choice, None, None, f"{type(error).__name__}: {lines[0] if lines else ''}"[:200])
+    return Trial(choice, predicted, None)
+
+
+def _steps_on_meta(target: Target, choice: Choice, settled: Settled) -> list[Any]:
+    work = target.workload
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=work.dtype, device="meta")
+
+    x = empty(work.n, work.spec.in_channels, work.h_in, work.w_in).to(memory_format=torch.channels_last)
+    branches, gate = unit_parameters(work.spec, empty)
+    return prepared_steps(target.plan(choice, settled), x, branches, gate, work.spec)[0]
+
+
+def _shortlist(request: Request, limit: int) -> list[Any]:
+    return space.shortlist(list(request.candidates()), request.analytic(), request.cost, limit)

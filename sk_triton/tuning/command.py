@@ -1,0 +1,144 @@
+"""`sk-triton configs`: what was tuned, in this user's file."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from . import cache
+from .entries import BrokenFileError, Entry, Origin, Sections, dump_config, dump_sections, load_sections
+from .keys import gpu_slug, stamp
+
+FAILED, BAD_USAGE = 1, 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `sk-triton configs`."""
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions.add_parser("list", help="the GPUs and versions that there are entries for")
+    show = actions.add_parser("show", help="every entry, with what was tried")
+    show.add_argument("--key", metavar="TEXT", default="", help="only those whose key contains this")
+    export = actions.add_parser("export", help="write the entries to a file, as one to contribute")
+    export.add_argument(
+        "file", type=Path, metavar="FILE", help="a new file, or a folder that gets one per GPU"
+    )
+    export.add_argument("--all", action="store_true", help="those for other versions of the kernels too")
+    importing = actions.add_parser("import", help="add the entries of a file, after checking them")
+    importing.add_argument("file", type=Path, metavar="FILE")
+    clear = actions.add_parser("clear", help="remove all entries")
+    clear.add_argument("--stale", action="store_true", help="only those that this version does not use")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Returns 0, 1 if a file could not be read or written, 2 if it is not a file of configs."""
+    try:
+        return {"list": _list, "show": _show, "export": _export, "import": _import, "clear": _clear}[
+            args.action
+        ](args)
+    except BrokenFileError as error:
+        print(f"sk-triton configs: {args.file}: {error}", file=sys.stderr)
+        return BAD_USAGE
+    except OSError as error:
+        print(f"sk-triton configs: {error}", file=sys.stderr)
+        return FAILED
+
+
+def is_current(origin: Origin) -> bool:
+    """Whether the installed Triton and these kernels are those that the entries were measured with."""
+    return (origin.triton, origin.kernels) == (stamp().triton, stamp().kernels)
+
+
+def _list(args: argparse.Namespace) -> int:
+    print(cache.path())
+    sections = cache.read()
+    for origin, entries in sections.items():
+        tuned = sum(entry.choice is not None for entry in entries.values())
+        print(f"{_title(origin)}: {len(entries)} entries, {tuned} faster than the analytic choice")
+    if not sections:
+        print("no entries; `sk-triton tune` makes them")
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    for origin, entries in cache.read().items():
+        print(_title(origin))
+        for key, entry in sorted(entries.items()):
+            if args.key in key:
+                print("\n".join(f"  {line}" for line in _describe(key, entry)))
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    chosen = {o: entries for o, entries in cache.read().items() if args.all or is_current(o)}
+    if not chosen:
+        print(
+            "sk-triton configs: there are no entries to export; `sk-triton tune` makes them", file=sys.stderr
+        )
+        return FAILED
+    files: dict[Path, Sections] = {args.file: chosen}
+    if args.file.is_dir():
+        files = {}
+        for origin, entries in chosen.items():
+            file = args.file / f"{gpu_slug(origin.gpu, origin.processors)}.json"
+            files.setdefault(file, {})[origin] = entries
+    for file, sections in files.items():
+        with file.open("x", encoding="utf-8") as stream:  # never over another file
+            stream.write(dump_sections(sections))
+        print(f"{file}: {sum(map(len, sections.values()))} entries")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    sections, complaints = load_sections(cache.read_text(args.file))
+    for complaint in complaints:
+        print(f"ignored: {complaint}", file=sys.stderr)
+    for origin, entries in sections.items():
+        print(f"{_title(origin)}: {len(entries)} entries")
+    if not any(sections.values()):
+        print(f"sk-triton configs: {args.file} holds no entry to import", file=sys.stderr)
+        return BAD_USAGE
+    return 0 if cache.merge(sections) else FAILED
+
+
+def _clear(args: argparse.Namespace) -> int:
+    before = cache.read()
+    if not cache.clear(is_current if args.stale else lambda origin: False):
+        return FAILED
+    after = cache.read()
+    print(
+        f"{sum(map(len, before.values())) - sum(map(len, after.values()))} entries removed from {cache.path()}"
+    )
+    return 0
+
+
+def _title(origin: Origin) -> str:
+    made = f"Triton {origin.triton}, kernels {origin.kernels}"
+    stale = "" if is_current(origin) else "; not used: made for other versions"
+    return f"{origin.gpu} ({origin.processors} SMs, {origin.chip}; {made}{stale})"
+
+
+def _describe(key: str, entry: Entry) -> list[str]:
+    lines = [key]
+    if entry.choice is None:
+        lines.append(f"  the analytic choice stays, {_us(entry.analytic_seconds)} µs")
+    else:
+        times = f"{_us(entry.tuned_seconds)} µs against {_us(entry.analytic_seconds)}"
+        lines.append(f"  {_shown(entry.choice)}: {times}")
+    for trial in entry.trials:
+        found = (
+            f"measured {_us(trial.measured)} µs" if trial.measured is not None else f"out: {trial.dropped}"
+        )
+        foreseen = "" if trial.predicted is None else f"predicted {_us(trial.predicted)}, "
+        lines.append(f"    tried {_shown(trial.choice)}: {foreseen}{found}")
+    return lines
+
+
+def _shown(choice: object) -> str:
+    if isinstance(choice, str):
+        return choice
+    return " ".join(f"{name}={value}" for name, value in dump_config(choice).items())  # type: ignore[arg-type]
+
+
+def _us(seconds: float) -> str:
+    return f"{seconds * 1e6:.2f}"

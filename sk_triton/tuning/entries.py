@@ -1,0 +1,289 @@
+"""Tuned entries and the JSON they are kept in: read as if it came from a stranger, since it may."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from ..kernels.config import (
+    BorderConfig,
+    BranchConfig,
+    ColumnConfig,
+    DepthwiseConfig,
+    GateConfig,
+    MergedConfig,
+    SelectConfig,
+    StreamConfig,
+    TapConfig,
+)
+from .keys import SCHEDULE, kind_of
+
+SCHEMA = 1
+MAX_BYTES = 16 << 20
+MAX_TEXT = 200
+MAX_FIELD = 1 << 16
+"""The largest number in a config; no kernel comes near it."""
+
+Config = BranchConfig | GateConfig | SelectConfig | MergedConfig | BorderConfig
+Choice = Config | str
+"""A config, or the name of a schedule."""
+
+_KERNELS: dict[str, type] = {
+    "stream": StreamConfig,
+    "column": ColumnConfig,
+    "tap": TapConfig,
+    "depthwise": DepthwiseConfig,
+    "gate": GateConfig,
+    "select": SelectConfig,
+    "border": BorderConfig,
+    "merged": MergedConfig,
+}
+
+
+class BrokenFileError(ValueError):
+    """The text is no file of tuned entries."""
+
+
+class NewerFileError(BrokenFileError):
+    """A newer version of this package wrote the file."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate that was tried: its predicted and measured time in seconds, or why it was dropped."""
+
+    choice: Choice
+    predicted: float | None
+    measured: float | None
+    dropped: str = ""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What tuning a launch found.
+
+    Attributes:
+        choice: the fastest, or None where nothing beat the analytic choice.
+        analytic_seconds, tuned_seconds: times of the analytic choice and of what is used.
+        trials: all candidates.
+    """
+
+    choice: Choice | None
+    analytic_seconds: float
+    tuned_seconds: float
+    trials: tuple[Trial, ...] = ()
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The GPU and the code that entries were measured with: `gpu` as its driver names it, `processors` its SMs."""
+
+    gpu: str
+    processors: int
+    chip: str
+    triton: str
+    kernels: str
+
+
+Entries = dict[str, Entry]
+"""By key."""
+Sections = dict[Origin, Entries]
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """A config as a JSON object."""
+    kernel = next(name for name, cls in _KERNELS.items() if type(config) is cls)
+    return {"kernel": kernel, **asdict(config)}
+
+
+def load_config(raw: Any) -> Config:
+    """The config that a JSON object describes; whether a launch can run it is for the search space to say.
+
+    Raises:
+        ValueError: not an object, an unknown kernel, a field missing, unknown, of another type or out of range.
+    """
+    if not isinstance(raw, dict):
+        raise ValueError(f"a config must be an object, got a {type(raw).__name__}")
+    values = dict(raw)
+    name = values.pop("kernel", None)
+    cls = _KERNELS.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise ValueError(f"kernel must be one of {', '.join(_KERNELS)}, got {_shown(name)}")
+    known = {field.name: field for field in fields(cls)}
+    if set(values) != set(known):
+        raise ValueError(
+            f"a config of {name} must have the fields {', '.join(known)}, got {_shown(sorted(values))}"
+        )
+    for field, value in values.items():
+        # Annotations are types or, in files that postpone them, their names.
+        expected = bool if known[field].type in (bool, "bool") else int
+        if type(value) is not expected:
+            raise ValueError(f"{field} must be {expected.__name__}, got {_shown(value)}")
+        if expected is int and not 1 <= value <= MAX_FIELD:
+            raise ValueError(f"{field} must be between 1 and {MAX_FIELD}, got {_shown(value)}")
+    return cls(**values)
+
+
+def dump_entry(entry: Entry) -> dict[str, Any]:
+    """An entry as a JSON object, times in microseconds."""
+    return {
+        "choice": None if entry.choice is None else _dump_choice(entry.choice),
+        "analytic_us": _microseconds(entry.analytic_seconds),
+        "tuned_us": _microseconds(entry.tuned_seconds),
+        "trials": [
+            {
+                "choice": _dump_choice(trial.choice),
+                "predicted_us": _microseconds(trial.predicted),
+                "measured_us": _microseconds(trial.measured),
+                "dropped": trial.dropped,
+            }
+            for trial in entry.trials
+        ],
+    }
+
+
+def load_entry(key: str, raw: Any) -> Entry:
+    """The entry of a launch.
+
+    Raises:
+        ValueError: what `key` names, or the entry, is not what :func:`dump_entry` writes.
+    """
+    kind = kind_of(key)
+    if not isinstance(raw, dict) or set(raw) != {"choice", "analytic_us", "tuned_us", "trials"}:
+        raise ValueError("an entry must be an object of choice, analytic_us, tuned_us and trials")
+    trials = raw["trials"]
+    if not isinstance(trials, list):
+        raise ValueError(f"trials must be a list, got {_shown(trials)}")
+    is_schedule = kind.name == SCHEDULE
+    entry = Entry(
+        None if raw["choice"] is None else _load_choice(raw["choice"], is_schedule),
+        _load_seconds(raw["analytic_us"]),
+        _load_seconds(raw["tuned_us"]),
+        tuple(_load_trial(trial, is_schedule) for trial in trials),
+    )
+    for choice in (entry.choice, *(trial.choice for trial in entry.trials)):
+        if choice is not None and not is_schedule and type(choice) not in kind.configs:
+            raise ValueError(f"{kind.name} has no {type(choice).__name__}")
+    return entry
+
+
+def dump_sections(sections: Mapping[Origin, Mapping[str, Entry]]) -> str:
+    """The text of a file of tuned entries."""
+    raw = {
+        "schema": SCHEMA,
+        "sections": [
+            {**asdict(origin), "entries": {key: dump_entry(entries[key]) for key in sorted(entries)}}
+            for origin, entries in sections.items()
+        ],
+    }
+    return json.dumps(raw, indent=1) + "\n"
+
+
+def load_sections(text: str) -> tuple[Sections, list[str]]:
+    """What a file holds, and a complaint for each entry in it that is ignored.
+
+    Raises:
+        NewerFileError: a newer version wrote it.
+        BrokenFileError: it is no such file.
+    """
+    sections: Sections = {}
+    complaints = []
+    for raw in load_raw(text)["sections"]:
+        origin = _load_origin(raw)
+        entries = sections.setdefault(origin, {})
+        for key, value in raw["entries"].items():
+            try:
+                entries[key] = load_entry(key, value)
+            except ValueError as error:
+                complaints.append(f"{_shown(key)}: {error}")
+    return sections, complaints
+
+
+def load_raw(text: str) -> dict[str, Any]:
+    """The JSON of a file, checked down to its sections; the entries are not looked at.
+
+    Raises:
+        NewerFileError: a newer version wrote it.
+        BrokenFileError: it is no such file.
+    """
+
+    def reject(name: str) -> Any:
+        raise ValueError(f"{name} is no number")
+
+    if len(text) > MAX_BYTES:
+        raise BrokenFileError(f"it is larger than {MAX_BYTES >> 20} MiB")
+    try:
+        raw = json.loads(text, parse_constant=reject)
+    except RecursionError:
+        raise BrokenFileError("it is nested too deeply") from None
+    except ValueError as error:
+        raise BrokenFileError(f"it is no JSON: {error}") from None
+    schema = raw.get("schema") if isinstance(raw, dict) else None
+    if type(schema) is not int or schema < 1:
+        raise BrokenFileError("it has no schema")
+    if schema > SCHEMA:
+        raise NewerFileError(f"its schema is {schema}; this version of sk_triton reads {SCHEMA}")
+    sections = raw.get("sections")
+    if set(raw) != {"schema", "sections"} or not isinstance(sections, list):
+        raise BrokenFileError("it must hold schema and a list of sections")
+    for section in sections:
+        _load_origin(section)
+    return raw
+
+
+def _load_origin(raw: Any) -> Origin:
+    names = [field.name for field in fields(Origin)]
+    if not isinstance(raw, dict) or set(raw) != {*names, "entries"} or not isinstance(raw["entries"], dict):
+        raise BrokenFileError(f"a section must be an object of {', '.join(names)} and entries")
+    for name in names:
+        value = raw[name]
+        if name == "processors":
+            is_sound = type(value) is int and 1 <= value <= MAX_FIELD
+        else:
+            # Printed in terminals: no control characters.
+            is_sound = isinstance(value, str) and 0 < len(value) <= MAX_TEXT and value.isprintable()
+        if not is_sound:
+            raise BrokenFileError(f"{name} of a section must not be {_shown(value)}")
+    return Origin(**{name: raw[name] for name in names})
+
+
+def _load_trial(raw: Any, is_schedule: bool) -> Trial:
+    if not isinstance(raw, dict) or set(raw) != {"choice", "predicted_us", "measured_us", "dropped"}:
+        raise ValueError("a trial must be an object of choice, predicted_us, measured_us and dropped")
+    dropped = raw["dropped"]
+    if not isinstance(dropped, str) or not (dropped + " ").isprintable():
+        raise ValueError(f"dropped must be a printable text, got {_shown(dropped)}")
+    predicted, measured = (
+        None if raw[name] is None else _load_seconds(raw[name]) for name in ("predicted_us", "measured_us")
+    )
+    return Trial(_load_choice(raw["choice"], is_schedule), predicted, measured, dropped)
+
+
+def _dump_choice(choice: Choice) -> Any:
+    return choice if isinstance(choice, str) else dump_config(choice)
+
+
+def _load_choice(raw: Any, is_schedule: bool) -> Choice:
+    if not is_schedule:
+        return load_config(raw)
+    if not isinstance(raw, str) or not raw.isidentifier() or len(raw) > MAX_TEXT:
+        raise ValueError(f"a schedule must be a name, got {_shown(raw)}")
+    return raw
+
+
+def _microseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e6, 3)
+
+
+def _load_seconds(raw: Any) -> float:
+    if type(raw) not in (int, float) or not math.isfinite(raw) or raw < 0:
+        raise ValueError(f"a time must be a finite number of microseconds, got {_shown(raw)}")
+    return raw / 1e6
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it: what a stranger wrote may be long, or mean something to a terminal."""
+    return ascii(value)[:80]

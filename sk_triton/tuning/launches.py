@@ -1,0 +1,93 @@
+"""The lookups that plans make, one for each kind of launch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from .. import analytic
+from ..kernels.geometry import ConvShape
+from ..workload import Workload
+from . import space
+from .keys import SCHEDULE, conv_text, key, unit_text
+from .lookup import Found, Request, resolve
+
+
+def branch_config(workload: Workload, shape: ConvShape, task: str) -> Found:
+    """For the branches of `shape`, to "store", "pool" or "select" them."""
+    n, (h, w), chip = workload.n, workload.output_size, workload.chip
+    numbers = workload.dtype, workload.allow_tf32
+    request = Request(
+        f"branch_{task}",
+        branch_key(workload, shape, task),
+        partial(space.branch_configs, shape, h, *numbers, chip, task=task),
+        partial(analytic.branch_config, shape, n, h, w, *numbers, chip, task=task),
+        lambda config: analytic.branch_cost(config, shape, n, h, w, chip, task),
+    )
+    return resolve(request, chip)
+
+
+def branch_key(workload: Workload, shape: ConvShape, task: str) -> str:
+    """Text key of :func:`branch_config`."""
+    return _key(workload, f"branch_{task}", conv_text(shape), workload.allow_tf32)
+
+
+def gate_config(workload: Workload) -> Found:
+    """For the gate."""
+    spec, dtype = workload.spec, workload.dtype
+    m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
+    request = Request(
+        "gate",
+        _key(workload, "gate", f"m{m}/c{c}/d{d}"),
+        partial(space.gate_configs, m, c, d, dtype),
+        partial(analytic.gate_config, m, c, d, dtype),
+    )
+    return resolve(request, workload.chip)
+
+
+def select_config(workload: Workload) -> Found:
+    """For the selection from stored branches."""
+    pixels, c = math.prod(workload.output_size), workload.spec.out_channels
+    request = Request(
+        "select",
+        _key(workload, "select", f"m{workload.spec.num_branches}/c{c}"),
+        partial(space.select_configs, pixels, c),
+        partial(analytic.select_config, pixels, c),
+    )
+    return resolve(request, workload.chip)
+
+
+def border_config(workload: Workload, shape: ConvShape) -> Found:
+    """For the pooled sums of the merged `shape`."""
+    h_in, w_in, chip = workload.h_in, workload.w_in, workload.chip
+    request = Request(
+        "border_sums",
+        _key(workload, "border_sums", conv_text(shape)),
+        partial(space.border_configs, shape, h_in, w_in),
+        partial(analytic.border_config, shape, workload.n, h_in, w_in, chip),
+    )
+    return resolve(request, chip)
+
+
+def merged_config(workload: Workload, shape: ConvShape) -> Found:
+    """For the merged convolution of `shape`."""
+    n, (h, w), dtype, chip = workload.n, workload.output_size, workload.dtype, workload.chip
+    request = Request(
+        "merged_conv",
+        _key(workload, "merged_conv", conv_text(shape), workload.allow_tf32),
+        partial(space.merged_configs, shape, h, w, dtype, chip),
+        partial(analytic.merged_config, shape, n, h, w, dtype, chip),
+        lambda config: analytic.branch_cost(config, shape, n, h, w, chip, "store"),
+    )
+    return resolve(request, chip)
+
+
+def schedule_request(workload: Workload, candidates: Callable[[], Sequence[str]], expected: str) -> Request:
+    """For the schedule: `candidates` gives those that can run, `expected` is the one chosen without measurements."""
+    key_text = _key(workload, SCHEDULE, unit_text(workload.spec), workload.allow_tf32)
+    return Request(SCHEDULE, key_text, candidates, lambda: expected)
+
+
+def _key(workload: Workload, kind: str, what: str, allow_tf32: bool = False) -> str:
+    return key(kind, what, workload.n, *workload.output_size, workload.dtype, allow_tf32)

@@ -1,0 +1,152 @@
+"""The four levels in which a config is found; see :mod:`sk_triton.tuning`. No lookup ever measures anything."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from ..chips import Chip
+from . import cache
+from .entries import Choice, Entry, Sections
+from .keys import near, samples, stamp
+from .ranks import pinning_reason, user_sections
+from .shipped import contributed, shipped
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the config of a launch of a kind is from, and the key that it was asked for by."""
+
+    kind: str
+    text: str
+    key: str
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Found(NamedTuple):
+    """A config, or the name of a schedule, and where it is from."""
+
+    config: Any
+    source: Source
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a launch asks a config by.
+
+    Attributes:
+        kind: a name in `keys.KINDS`.
+        candidates: gives the search space; analytic: gives the analytic choice.
+        cost: relative predicted time of a candidate, where there is a model of it.
+    """
+
+    kind: str
+    key: str
+    candidates: Callable[[], Sequence[Any]]
+    analytic: Callable[[], Any]
+    cost: Callable[[Any], float] | None = None
+
+    def found(self, config: Any, text: str) -> Found:
+        """The answer, from where `text` says."""
+        return Found(config, Source(self.kind, text, self.key))
+
+
+@dataclass
+class _Experiment:
+    choices: Mapping[str, Choice]
+    requests: list[Request] = field(default_factory=list)
+
+
+_experiment: ContextVar[_Experiment | None] = ContextVar("sk_triton_experiment", default=None)
+
+
+@contextlib.contextmanager
+def experiment(choices: Mapping[str, Choice]) -> Iterator[list[Request]]:
+    """Inside, lookups take `choices` by key, and else the analytic choice; yields the list of their requests.
+
+    For what tries configs out: plan inside with :func:`sk_triton.plans.make_plan`, which remembers nothing.
+    """
+    session = _Experiment(choices)
+    token = _experiment.set(session)
+    try:
+        yield session.requests
+    finally:
+        _experiment.reset(token)
+
+
+def resolve(request: Request, chip: Chip) -> Found:
+    """The config of a launch on a chip."""
+    session = _experiment.get()
+    if session is not None:
+        session.requests.append(request)
+        choice = session.choices.get(request.key)
+        return request.found(request.analytic() if choice is None else choice, "an experiment")
+    found = tuned(request, chip)
+    if found is not None:
+        return found
+    config = shipped(chip.name).get(request.key)
+    if config is not None:
+        return request.found(config, f"configs/{chip.name}.json (predicted)")
+    return request.found(request.analytic(), f"analytic ({chip.name})")
+
+
+def tuned(request: Request, chip: Chip) -> Found | None:
+    """What was tuned for this very GPU, for this batch or one near it; None if nothing was."""
+    if not chip.gpu or _experiment.get() is not None:
+        return None
+    for key in near(request.key):
+        entry = _entry(key, chip)
+        if entry is None:
+            continue
+        if entry.choice is None:
+            if key != request.key:
+                return None
+            return request.found(request.analytic(), f"analytic ({chip.name}), confirmed on {_title(chip)}")
+        if entry.choice in request.candidates():
+            batches = "" if key == request.key else f" at batches of {samples(key)}"
+            return request.found(entry.choice, f"tuned for {_title(chip)}{batches}")
+        cache.warn_once(f"a tuned entry is not used: {key} has no candidate {entry.choice}")
+    return None
+
+
+def describe(chip: Chip) -> str:
+    """A line on a device and what is tuned for it."""
+    if not chip.gpu:
+        return chip.name
+    reason = pinning_reason()
+    own, packaged = _of(user_sections(), chip), _of(contributed(chip.gpu, chip.processors), chip)
+    count = len({**own, **packaged})
+    if reason and count:
+        note = f"{count} tuned entries are not used: {reason}"
+    elif count:
+        note = f"{count} tuned entries"
+    else:
+        note = f"nothing is tuned for it, the configs of {chip.name} serve"
+    return f"{_title(chip)}, {chip.name}: {note}"
+
+
+def _entry(key: str, chip: Chip) -> Entry | None:
+    """The user's entry before the package's."""
+    found = _of(user_sections(), chip).get(key)
+    return found or _of(contributed(chip.gpu, chip.processors), chip).get(key)
+
+
+def _of(sections: Sections, chip: Chip) -> Mapping[str, Entry]:
+    """The entries of a GPU that are for the installed Triton and these kernels."""
+    mine, current = (chip.gpu, chip.processors, chip.name), stamp()
+    for origin, entries in sections.items():
+        if (origin.gpu, origin.processors, origin.chip) == mine and (
+            origin.triton,
+            origin.kernels,
+        ) == (current.triton, current.kernels):
+            return entries
+    return {}
+
+
+def _title(chip: Chip) -> str:
+    return f"{chip.gpu} ({chip.processors} SMs)"

@@ -1,0 +1,143 @@
+"""The search space of each kind of launch: every config worth trying, whatever the batch.
+
+An entry outside of its launch's space is never used, so that what a file says cannot reach a kernel unchecked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, replace
+from itertools import product
+from typing import Any
+
+import torch
+
+from .. import analytic
+from ..chips import Chip
+from ..kernels.config import (
+    BorderConfig,
+    BranchConfig,
+    ColumnConfig,
+    GateConfig,
+    MergedConfig,
+    SelectConfig,
+    StreamConfig,
+    TapConfig,
+)
+from ..kernels.geometry import ConvShape, can_run, cdiv, next_power_of_2, tiles
+from ..kernels.merging import strips
+
+# Past this many programs along the height a strip is a few rows of a very tall image.
+MAX_STRIP_PROGRAMS = 64
+_TILE_FIELDS = ("BLOCK_N", "BLOCK_H", "BLOCK_W", "RUN_H")
+
+
+def branch_configs(
+    shape: ConvShape, h: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip, *, task: str
+) -> list[BranchConfig]:
+    """Of branch convolutions: the analytic candidates, their variants, and the tap formulation where it can run."""
+    tiled = analytic.branch_candidates(shape, h, dtype, allow_tf32, chip, task)
+    taps = analytic.tap_candidates(shape, dtype == torch.float32 and not allow_tf32, dtype)
+    variants = [variant for config in tiled for variant in _variants(config)]
+    return [config for config in dict.fromkeys((*tiled, *variants, *taps)) if can_run(task, shape, config)]
+
+
+def _variants(config: BranchConfig) -> list[BranchConfig]:
+    if type(config) is StreamConfig and config.BLOCK_CO == 8:
+        return [replace(config, BLOCKS_PER_PROGRAM=count) for count in (1, 2)]
+    if isinstance(config, ColumnConfig):
+        return [replace(config, ROWS=rows, UNROLL=unroll) for rows, unroll in product((4, 8), (False, True))]
+    if isinstance(config, TapConfig) and config.num_warps > 1:
+        return [replace(config, num_warps=w, num_stages=s) for w, s in product((4, 8), (1, 2, 3))]
+    return []
+
+
+def gate_configs(m: int, c: int, d: int, dtype: torch.dtype) -> list[GateConfig]:
+    """Of the gate, for `m` branches, `c` channels and a descriptor of `d` entries."""
+    widest = 64 if dtype == torch.float32 else 128
+    columns = widest // next_power_of_2(m)
+
+    def powers(most: int, least: int = 16) -> list[int]:
+        return [1 << i for i in range(least.bit_length() - 1, max(least, most).bit_length())]
+
+    return [
+        GateConfig(16, block_s, block_d, block_c, num_warps)
+        for block_s, block_d, block_c, num_warps in product(
+            powers(min(64, next_power_of_2(c))),
+            powers(min(widest, next_power_of_2(d))),
+            powers(min(next_power_of_2(c), columns)),
+            (4, 8),
+        )
+    ]
+
+
+def select_configs(pixels: int, c: int) -> list[SelectConfig]:
+    """Of the selection from stored branches, for an output of `pixels` pixels and `c` channels."""
+    most_p, most_c = next_power_of_2(pixels), next_power_of_2(c)
+    found = [
+        SelectConfig(max(1, min(elements // block_c, most_p)), block_c, num_warps)
+        for elements, block_c, num_warps in product((1024, 2048, 4096, 8192), (32, 64, 128, 256), (2, 4, 8))
+        if block_c <= max(32, most_c)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def border_configs(shape: ConvShape, h: int, w: int) -> list[BorderConfig]:
+    """Of the pooled sums of the merged `shape`, over inputs of `h` x `w` pixels."""
+    widest = max(4, next_power_of_2(w))
+    found = []
+    for programs_h in range(1, min(cdiv(h, 4), MAX_STRIP_PROGRAMS) + 1):
+        rows = cdiv(h, programs_h)
+        per_program = cdiv(len(strips(shape, h, rows)), programs_h)
+        for block_c, block_w, num_warps in product((32, 64), (16, 32, 64), (1, 2, 4)):
+            found.append(BorderConfig(block_c, min(block_w, widest), rows, per_program, num_warps))
+    return list(dict.fromkeys(found))
+
+
+def merged_configs(shape: ConvShape, h: int, w: int, dtype: torch.dtype, chip: Chip) -> list[MergedConfig]:
+    """Of the merged convolution, on outputs of `h` x `w` pixels."""
+    found = []
+    for config in analytic.merged_candidates(shape, dtype, chip):
+        count = math.prod(tiles(shape, config, h, w))
+        walks = (*(1 << i for i in range(count.bit_length())), count)
+        found += [replace(config, TILES_PER_PROGRAM=walk) for walk in dict.fromkeys(walks)]
+    return found
+
+
+def shortlist(
+    configs: Sequence[Any], analytic_choice: Any, cost: Callable[[Any], float] | None, limit: int
+) -> list[Any]:
+    """The analytic choice and at most `limit - 1` others, the most promising first.
+
+    With a cost model, the cheapest tiles of each formulation in turn, since the model compares tiles, not formulations;
+    without one, those closest to the analytic choice.
+    """
+    others = [config for config in configs if config != analytic_choice]
+    if cost is None:
+        ranked: Iterable[Any] = sorted(others, key=lambda config: _distance(config, analytic_choice))
+    else:
+        families: dict[Any, list[Any]] = {_family(analytic_choice): []}
+        for config in sorted(others, key=cost):
+            families.setdefault(_family(config), []).append(config)
+        ranked = [
+            config for _, _, config in sorted(_in_turn(list(families.values())), key=lambda item: item[:2])
+        ]
+    return [analytic_choice, *ranked][:limit]
+
+
+def _in_turn(families: list[list[Any]]) -> Iterable[tuple[int, int, Any]]:
+    for index, family in enumerate(families):
+        for rank, config in enumerate(family):
+            yield rank, index, config
+
+
+def _family(config: Any) -> Any:
+    """A config without its tile."""
+    return type(config), tuple((name, v) for name, v in asdict(config).items() if name not in _TILE_FIELDS)
+
+
+def _distance(config: Any, other: Any) -> float:
+    """Doublings that lead from one config to another."""
+    pairs = zip(asdict(config).values(), asdict(other).values(), strict=True)
+    return sum(abs(math.log2(a / b)) for a, b in pairs)

@@ -1,0 +1,314 @@
+"""The four levels in which a config is found, and what is never used."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sk_triton import SelectiveKernel, analytic, dispatch, explain, plans, use_backend
+from sk_triton.backend import SCHEDULES
+from sk_triton.bench.grid import CASES, seed_unit
+from sk_triton.chips import CHIPS, Chip
+from sk_triton.kernels.config import StreamConfig
+from sk_triton.kernels.geometry import blocking, can_run, tiles
+from sk_triton.plans import fastest_plan, make_plan
+from sk_triton.tuning import cache, keys, launches, lookup, shipped, space
+from sk_triton.tuning.entries import dump_config, dump_sections
+from sk_triton.workload import Workload
+
+from .tuned import H100, entry, origin, other_choice, requests, workload
+
+
+def source(plan, kind):
+    (found,) = [source for source in plan.sources if source.kind == kind]
+    return found
+
+
+@pytest.fixture
+def request_(folder):
+    return requests("store", workload())["branch_store"]
+
+
+def tune(request, choice, chip=H100, **changes):
+    assert cache.save(origin(chip, **changes), {request.key: entry(choice)})
+
+
+def store(work):
+    plan = make_plan("store", work)
+    return plan.branch_launches[0].config, source(plan, "branch_store").text
+
+
+def test_the_key_names_the_launch(request_):
+    assert request_.key == "forward/branch_store/float16/c128-128/g32/k3d1+k3d2/s1/56x56/n7"
+    kinds = [
+        r.key.split("/")[1] for name in ("store", "recompute") for r in requests(name, workload()).values()
+    ]
+    assert kinds == ["branch_store", "gate", "select", "branch_pool", "branch_select", "gate"]
+    linear = requests("merged", workload(spec=seed_unit(128)))
+    assert list(linear) == ["border_sums", "merged_conv", "gate"]
+    fp32 = replace(workload(), dtype=torch.float32)
+    tf32 = replace(fp32, allow_tf32=True)
+    assert requests("store", fp32)["branch_store"].key != requests("store", tf32)["branch_store"].key
+    assert all(keys.kind_of(r.key).direction == "forward" for r in linear.values())
+
+
+def test_the_four_levels_in_their_order(request_, monkeypatch):
+    packaged, tuned = StreamConfig(8, 8, 4, 4, RUN_H=1, RUN_W=2), other_choice(request_)
+    assert store(workload()) == (request_.analytic(), "analytic (sm_90)")
+    monkeypatch.setattr(lookup, "shipped", lambda chip: {request_.key: packaged} if chip == "sm_90" else {})
+    assert store(workload()) == (packaged, "configs/sm_90.json (predicted)")
+    tune(request_, tuned)
+    assert store(workload(n=300)) == (
+        tuned,
+        "tuned for NVIDIA H100 80GB HBM3 (132 SMs) at batches of 65 to 128",
+    )
+    assert store(workload()) == (tuned, "tuned for NVIDIA H100 80GB HBM3 (132 SMs)")
+
+
+def test_an_entry_serves_batches_up_to_four_times_as_large_or_small_the_nearest_first(request_):
+    at = {n: request for n in (16, 32, 128) for request in [requests("store", workload(n))["branch_store"]]}
+    one, two = [config for config in request_.candidates() if config != request_.analytic()][:2]
+    tune(at[128], one)
+    assert "tuned" in store(workload(32))[1]
+    assert "tuned" in store(workload(512))[1]
+    assert store(workload(16))[1] == store(workload(513))[1] == "analytic (sm_90)"
+    tune(at[16], two)
+    assert [store(workload(n))[0] for n in (16, 31, 40, 64)] == [two, two, one, one]
+
+
+def test_other_shapes_dtypes_and_gpus_do_not_take_the_entry(request_):
+    tune(request_, other_choice(request_))
+    for other in (
+        workload(size=28),
+        replace(workload(), dtype=torch.bfloat16),
+        workload(chip=replace(H100, gpu="NVIDIA H100 PCIe", processors=114)),
+        workload(chip=replace(H100, gpu="NVIDIA H200")),
+        workload(chip=replace(H100, processors=66)),
+        workload(chip=CHIPS["sm_90"]),
+    ):
+        assert store(other)[1] == "analytic (sm_90)"
+
+
+def test_an_unknown_gpu_takes_its_architectures_configs_and_says_so(request_, monkeypatch):
+    unknown = Chip("sm_90", 132, "NVIDIA H100 NVL")
+    tune(request_, other_choice(request_))
+    assert lookup.describe(unknown) == (
+        "NVIDIA H100 NVL (132 SMs), sm_90: nothing is tuned for it, the configs of sm_90 serve"
+    )
+    assert lookup.describe(H100) == "NVIDIA H100 80GB HBM3 (132 SMs), sm_90: 1 tuned entries"
+
+
+@pytest.mark.parametrize("changes", [{"triton": "3.0.0"}, {"kernels": "0123456789abcdef"}])
+def test_a_stale_entry_is_not_used(request_, changes):
+    tune(request_, other_choice(request_), **changes)
+    assert store(workload()) == (request_.analytic(), "analytic (sm_90)")
+
+
+def test_where_the_analytic_choice_won_it_is_made_anew_and_said_so(request_):
+    tune(request_, None)
+    assert store(workload()) == (
+        request_.analytic(),
+        "analytic (sm_90), confirmed on NVIDIA H100 80GB HBM3 (132 SMs)",
+    )
+    assert store(workload(64))[1] == "analytic (sm_90)"
+
+
+def test_a_config_outside_of_the_search_space_is_not_used(request_):
+    tune(request_, replace(request_.analytic(), BLOCK_W=64, num_warps=32))
+    with pytest.warns(RuntimeWarning, match="a tuned entry is not used: forward/branch_store"):
+        assert store(workload()) == (request_.analytic(), "analytic (sm_90)")
+
+
+def test_a_file_that_the_package_ships_for_a_gpu_counts_after_the_users_own(request_, tmp_path, monkeypatch):
+    theirs, mine = [config for config in request_.candidates() if config != request_.analytic()][:2]
+    text = dump_sections({origin(): {request_.key: entry(theirs)}})
+    (tmp_path / "nvidia-h100-80gb-hbm3-132.json").write_text(text)
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    shipped.contributed.cache_clear()
+    assert store(workload()) == (theirs, "tuned for NVIDIA H100 80GB HBM3 (132 SMs)")
+    tune(request_, mine)
+    assert store(workload())[0] == mine
+    shipped.contributed.cache_clear()
+
+
+def test_a_plan_that_is_remembered_is_made_anew_after_tuning_in_the_same_process(request_):
+    before = plans.plan_schedule("store", workload())
+    assert plans.plan_schedule("store", workload()) is before
+    tune(request_, other_choice(request_))
+    assert plans.plan_schedule("store", workload()).branch_launches[0].config == other_choice(request_)
+
+
+def schedule_key(work):
+    return launches.schedule_request(work, lambda: SCHEDULES, "").key
+
+
+def test_a_measured_schedule_comes_before_the_expected_one(folder):
+    work = workload()
+    assert fastest_plan(work).schedule == "recompute"
+    cache.save(origin(), {schedule_key(work): entry("store")})
+    plan = fastest_plan(work)
+    assert plan.schedule == "store"
+    assert source(plan, "schedule").text == "tuned for NVIDIA H100 80GB HBM3 (132 SMs)"
+    assert dict(plan.rejected)["recompute"] == "slower: tuned for NVIDIA H100 80GB HBM3 (132 SMs)"
+    assert "linear" in dict(plan.rejected)["merged"]
+
+
+def test_a_measured_schedule_that_cannot_run_is_not_used(folder):
+    work = workload()
+    cache.save(origin(), {schedule_key(work): entry("merged")})
+    with pytest.warns(RuntimeWarning, match="has no candidate merged"):
+        assert fastest_plan(work).schedule == "recompute"
+
+
+def test_an_experiment_sees_its_own_choices_only_and_leaves_nothing_behind(request_):
+    chosen = other_choice(request_)
+    tune(request_, chosen)
+    with lookup.experiment({}):
+        assert make_plan("store", workload()).branch_launches[0].config == request_.analytic()
+    with lookup.experiment({request_.key: request_.candidates()[-1]}) as asked:
+        assert make_plan("store", workload()).branch_launches[0].config == request_.candidates()[-1]
+    assert [request.kind for request in asked] == ["branch_store", "gate", "select"]
+    assert store(workload())[0] == chosen
+
+
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "gfx942"])
+def test_every_candidate_is_valid_for_its_launch_and_the_analytic_choice_is_among_them(chip):
+    """For every unit of the support grid."""
+    for case in CASES:
+        work = Workload(case.spec, case.n, case.size, case.size, case.dtype, CHIPS[chip], case.allow_tf32)
+        for schedule in plans.possible_schedules(work):
+            for request in requests(schedule, work).values():
+                candidates = request.candidates()
+                assert len(set(candidates)) == len(candidates) > 0
+                if request.kind not in ("border_sums", "merged_conv"):  # whose programs depend on the batch
+                    assert request.analytic() in candidates
+                short = space.shortlist(candidates, request.analytic(), request.cost, 6)
+                assert short[0] == request.analytic()
+                assert set(short[1:]) <= set(candidates)
+                if request.kind.startswith("branch"):
+                    (shape,) = {launch.shape for launch in make_plan(schedule, work).branch_launches[:1]}
+                    task = request.kind.removeprefix("branch_")
+                    for config in candidates:
+                        assert can_run(task, shape, config)
+                        assert blocking(shape, config).blocks > 0
+                        assert min(tiles(shape, config, case.size, case.size)) > 0
+
+
+def test_a_space_does_not_depend_on_the_batch():
+    def spaces(n):
+        works = workload(n), workload(n, spec=seed_unit(128))
+        asked = [requests(name, w).values() for w in works for name in plans.possible_schedules(w)]
+        return [request.candidates() for found in asked for request in found]
+
+    assert spaces(1) == spaces(128)
+
+
+def test_deterministic_algorithms_pin_the_packages_configs(request_, monkeypatch):
+    """What a user's file says, or when it was written, must not change a deterministic result."""
+    tune(request_, other_choice(request_))
+    unit = SelectiveKernel(128, groups=32, rd_channels=32, split_input=False).eval()
+    monkeypatch.setattr(dispatch, "can_run_triton", lambda *args: (True, ""))
+    monkeypatch.setattr(dispatch, "chip_of", lambda device: H100)
+    monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
+    x = torch.empty(128, 128, 56, 56, dtype=torch.float16, device="meta")
+    x = x.to(memory_format=torch.channels_last)
+
+    def chosen():
+        with use_backend("triton", schedule="store"):
+            plan = dispatch.choose(x, unit.branches(), unit.gate(), unit.spec, backend="triton")
+        return plan.branch_launches[0].config
+
+    assert chosen() == other_choice(request_)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert chosen() == request_.analytic()
+        assert "not used: deterministic algorithms are asked for" in lookup.describe(H100)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert chosen() == other_choice(request_)
+
+
+@pytest.mark.interpret
+def test_calls_tune_nothing_and_write_nothing(folder, monkeypatch):
+    """Neither plain inference, nor training, nor tracing: tuning is a command."""
+    from sk_triton.bench import protocol
+
+    monkeypatch.setattr(protocol, "measure", lambda *args, **options: pytest.fail("measured"))
+    monkeypatch.setattr(cache, "save", lambda *args: pytest.fail("tuned"))
+    monkeypatch.setattr(dispatch, "chip_of", lambda device: H100)
+    layer, x = SelectiveKernel(8, groups=4).eval(), torch.randn(2, 8, 4, 4)
+    with torch.no_grad(), use_backend("triton"):
+        layer(x)
+    layer.train()(x).sum().backward()
+    torch.compile(layer.eval(), backend="eager")(x)
+    assert not folder.exists()
+
+
+@pytest.mark.interpret
+def test_explain_shows_level_and_key(folder, monkeypatch):
+    from sk_triton import explanation
+
+    monkeypatch.setattr(dispatch, "chip_of", lambda device: H100)
+    monkeypatch.setattr(explanation, "chip_of", lambda device: H100)
+    layer, x = SelectiveKernel(8, groups=4, rd_channels=8).eval(), torch.randn(1, 8, 4, 4)
+    x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad(), use_backend("triton", schedule="store"):
+        key = source(explain(layer, x).plan, "gate").key
+        request = requests("store", replace(workload(1, size=4, spec=layer.spec), dtype=torch.float32))[
+            "gate"
+        ]
+        assert request.key == key
+        cache.save(origin(), {key: entry(other_choice(request))})
+        text = str(explain(layer, x))
+    assert "gpu       NVIDIA H100 80GB HBM3 (132 SMs), sm_90: 1 tuned entries" in text
+    assert "source    gate: tuned for NVIDIA H100 80GB HBM3 (132 SMs)" in text
+    assert f"  key     {key}" in text
+    assert "source    select: analytic (sm_90)" in text
+
+
+def test_a_shipped_entry_is_found_by_its_key(monkeypatch):
+    work = workload(chip=CHIPS["sm_90"])
+    request = requests("store", work)["branch_store"]
+    other = other_choice(request)
+    monkeypatch.setattr(lookup, "shipped", lambda chip: {request.key: other} if chip == "sm_90" else {})
+    assert store(replace(work, n=100)) == (other, "configs/sm_90.json (predicted)")
+    assert store(replace(work, chip=CHIPS["sm_80"]))[1] == "analytic (sm_80)"
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_shipped_files_are_current(chip):
+    """A file made for other kernels would be ignored; regenerate with `sk-triton resources --write-configs`."""
+    content = json.loads(shipped.shipped_file(chip).read_text())
+    assert content["schema"] == shipped.SCHEMA
+    assert content["kernels"] == keys.kernels_hash()
+    assert content["chip"] == chip
+    assert content["evidence"] == "predicted"
+    assert content["triton"]
+    loaded = shipped.shipped(chip)
+    assert len(loaded) == len(content["configs"]) > 0
+    for name, config in loaded.items():
+        assert dump_config(config) == content["configs"][name]
+        assert keys.kind_of(name).name.startswith("branch_")
+
+
+def test_shipped_content_is_read_back(tmp_path, monkeypatch):
+    request = requests("store", workload())["branch_store"]
+    content = shipped.shipped_content("sm_90", {request.key: request.analytic()}, "3.9.0")
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    shipped.shipped_file("sm_90").write_text(json.dumps(content))
+    for expected in ({request.key: request.analytic()}, {}):
+        shipped.shipped.cache_clear()
+        assert shipped.shipped("sm_90") == expected
+        monkeypatch.setattr(shipped, "kernels_hash", lambda: "another")
+    shipped.shipped.cache_clear()
+
+
+def test_the_analytic_choice_uses_the_devices_own_processors():
+    few = replace(H100, processors=8)
+    choose = analytic.branch_config
+    shape = plans.conv_shapes(workload().spec)[0][2]
+    a, b = (choose(shape, 4, 56, 56, torch.float16, False, chip, task="store") for chip in (H100, few))
+    assert a != b
