@@ -1,0 +1,125 @@
+"""`sk-triton configs`: the user's entries as a list, as a file to contribute, and back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sk_triton import cli
+from sk_triton.tuning import cache, shipped
+from sk_triton.tuning.entries import SCHEMA, dump_sections
+
+from .tuned import H100, entry, origin, other_choice, requests, workload
+
+REQUEST = requests("store", workload())["branch_store"]
+KEY, CHOICE = REQUEST.key, other_choice(REQUEST)
+ENTRY = entry(CHOICE)
+
+
+@pytest.fixture
+def filled(folder):
+    cache.save(origin(), {KEY: ENTRY, KEY.replace("/n7", "/n0"): entry(None)})
+    cache.save(origin(triton="3.0.0"), {KEY: ENTRY})
+    return folder
+
+
+def run(*options, capsys) -> tuple[int, str, str]:
+    code = cli.main(["configs", *map(str, options)])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_list_names_the_file_the_gpus_and_what_is_stale(filled, capsys):
+    code, out, _ = run("list", capsys=capsys)
+    lines = out.splitlines()
+    assert code == 0
+    assert lines[0] == str(filled / "tuned.json")
+    assert "NVIDIA H100 80GB HBM3 (132 SMs, sm_90;" in lines[1]
+    assert lines[1].endswith("2 entries, 1 faster than the analytic choice")
+    assert "Triton 3.0.0" in lines[2]
+    assert "not used: made for other versions" in lines[2]
+
+
+def test_list_without_entries_says_how_to_make_them(folder, capsys):
+    code, out, _ = run("list", capsys=capsys)
+    assert code == 0
+    assert "no entries; `sk-triton tune` makes them" in out
+    assert not folder.exists()
+
+
+def test_show_tells_each_entry_and_what_was_tried(filled, capsys):
+    code, out, _ = run("show", "--key", "/n7", capsys=capsys)
+    assert code == 0
+    assert KEY in out
+    assert "/n0" not in out
+    assert "80.00 µs against 100.00" in out
+    assert "predicted 50.00, measured 80.00 µs" in out
+    assert "out: 3 spills" in out
+
+
+def test_an_exported_file_is_imported_elsewhere_and_can_be_shipped(filled, tmp_path, capsys, monkeypatch):
+    code, out, _ = run("export", tmp_path, capsys=capsys)
+    file = tmp_path / "nvidia-h100-80gb-hbm3-132.json"
+    assert code == 0
+    assert out == f"{file}: 2 entries\n"
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    shipped.contributed.cache_clear()
+    assert set(shipped.contributed(H100.gpu, H100.processors)) == {origin()}
+    shipped.contributed.cache_clear()
+
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "elsewhere"))
+    cache.save(origin(), {KEY: entry(None)})
+    assert run("import", file, capsys=capsys)[0] == 0
+    assert cache.read()[origin()][KEY] == ENTRY
+
+
+def test_export_writes_over_no_file(filled, tmp_path, capsys):
+    (tmp_path / "mine.json").write_text("precious")
+    code, _, err = run("export", tmp_path / "mine.json", capsys=capsys)
+    assert code == 1
+    assert "mine.json" in err
+    assert (tmp_path / "mine.json").read_text() == "precious"
+    code, out, _ = run("export", "--all", tmp_path / "other.json", capsys=capsys)
+    assert code == 0
+    assert "3 entries" in out
+
+
+def test_export_without_entries_says_so(folder, tmp_path, capsys):
+    code, _, err = run("export", tmp_path / "mine.json", capsys=capsys)
+    assert code == 1
+    assert "no entries to export" in err
+    assert not (tmp_path / "mine.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("{ torn", "it is no JSON"),
+        (json.dumps({"schema": SCHEMA + 1, "sections": []}), "its schema is 2"),
+        (json.dumps({"schema": SCHEMA, "sections": []}), "holds no entry to import"),
+        (
+            dump_sections({origin(): {KEY: ENTRY}}).replace('"BLOCK_CI": 8', '"BLOCK_CI": -8'),
+            "BLOCK_CI must be between 1 and",
+        ),
+    ],
+)
+def test_import_takes_nothing_that_is_unsound(folder, tmp_path, capsys, text, reason):
+    (tmp_path / "theirs.json").write_text(text)
+    code, _, err = run("import", tmp_path / "theirs.json", capsys=capsys)
+    assert code == 2
+    assert reason in err
+    assert not folder.exists()
+
+
+def test_import_of_a_file_that_is_not_there(folder, tmp_path, capsys):
+    code, _, err = run("import", tmp_path / "nowhere.json", capsys=capsys)
+    assert code == 1
+    assert "nowhere.json" in err
+
+
+def test_clear_removes_what_is_stale_or_everything(filled, capsys):
+    assert run("clear", "--stale", capsys=capsys)[1].startswith("1 entries removed")
+    assert set(cache.read()) == {origin()}
+    assert run("clear", capsys=capsys)[1].startswith("2 entries removed")
+    assert cache.read() == {}

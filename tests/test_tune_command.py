@@ -1,0 +1,145 @@
+"""`sk-triton tune`: what it refuses, what a dry run tells, and a whole run on a GPU that is made up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sk_triton import cli
+from sk_triton.bench import tune
+from sk_triton.bench.gpus import find_gpu
+from sk_triton.bench.tuning import machine
+from sk_triton.chips import CHIPS, Chip
+from sk_triton.tuning import cache, keys
+
+from .test_tune_flow import FakeMachine
+from .tuned import H100
+
+SMALL = ("--shape", "4,64,7,7", "--candidates", "2", "--workers", "1")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+def run(*options, capsys) -> tuple[int, str, str]:
+    try:
+        code = cli.main(["tune", *options])
+    except SystemExit as done:
+        code = done.code
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (("--stage", "1", "--gpu", "h100"), "--gpu is for --dry-run"),
+        (("--stage", "1", "--dry-run", "--gpu", "voodoo"), "gpu must be one of H100 SXM"),
+        (("--stage", "1", "--direction", "backward"), "--direction backward is not available yet"),
+        (("--stage", "1", "--direction", "both"), "--direction backward is not available yet"),
+        (("--stage", "1", "--budget", "soon"), "must be a time such as 60s or 5m, got 'soon'"),
+        (("--stage", "1", "--budget", "0s"), "must be a time such as 60s or 5m"),
+        (("--stage", "1", "--candidates", "0"), "--candidates must be at least 1, got 0"),
+        (("--stage", "1", "--workers", "0"), "--workers must be at least 1, got 0"),
+        (("--model", "resnet50"), "invalid choice: 'resnet50'"),
+        (("--model", "sknet50", "--stage", "1"), "not allowed with argument"),
+        ((), "one of the arguments --model --shape --stage is required"),
+    ],
+)
+def test_bad_usage_is_refused_with_the_reason(options, reason, capsys):
+    code, _, err = run(*options, capsys=capsys)
+    assert code == 2
+    assert reason in err
+
+
+@no_gpu
+@pytest.mark.parametrize("options", [("--model", "sknet50"), ("--model", "sknet50", "--dry-run")])
+def test_without_a_gpu_it_says_what_to_do(options, capsys):
+    code, _, err = run(*options, capsys=capsys)
+    assert code == 2
+    assert "there is no GPU here to tune on; --dry-run --gpu h100 ranks candidates for one" in err
+
+
+def test_backward_is_refused_only_while_no_backward_launch_is_known(monkeypatch, capsys):
+    grad = keys.Kind("branch_grad", keys.BACKWARD, "branch_grad", ())
+    monkeypatch.setitem(keys.KINDS, "branch_grad", grad)
+    _, _, err = run("--stage", "1", "--direction", "both", "--gpu", "h100", capsys=capsys)
+    assert "not available yet" not in err
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("5m", 300), ("90", 90), ("0.5m", 30)])
+def test_budgets(text, seconds):
+    assert tune._seconds(text) == seconds
+
+
+def test_predictions_take_the_figures_of_the_product_or_of_a_relative(monkeypatch):
+    monkeypatch.setattr(tune, "chip_of", lambda device: H100)
+    assert tune._present(torch.device("cuda")) == (H100, find_gpu("H100 SXM"))
+    unknown = Chip("sm_90", 100, "NVIDIA H100 NVL")
+    monkeypatch.setattr(tune, "chip_of", lambda device: unknown)
+    chip, gpu = tune._present(torch.device("cuda"))
+    assert (chip, gpu.chip, gpu.processors) == (unknown, "sm_90", 100)
+    assert tune._product("h100 pcie")[0] == Chip("sm_90", 114)
+    assert CHIPS["sm_90"].processors == 132
+
+
+@pytest.mark.compile
+def test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing(folder, capsys):
+    code, out, _ = run("--dry-run", "--gpu", "a100", *SMALL, capsys=capsys)
+    assert code == 0
+    for kind in (
+        "branch_store (store)",
+        "gate (store)",
+        "select (store)",
+        "branch_pool (recompute)",
+        "schedule",
+    ):
+        assert kind in out
+    assert out.count("(analytic)") == 6
+    assert "6 launches and schedules, 12 candidates" in out
+    assert "for A100 80GB in" in out
+    assert "Predicted, not measured" in out
+    assert not folder.exists()
+
+
+@pytest.fixture
+def gpu(monkeypatch, folder):
+    """A GPU that runs whatever it is given in 100 µs, and the second candidate of each in 50."""
+    made = []
+
+    class FakeDevice(FakeMachine):
+        def __init__(self, device):
+            super().__init__()
+            made.append(self)
+
+        def begin(self, target, settled):
+            super().begin(target, settled)
+            self.given = {target.choices[-1]: 50e-6}
+
+    monkeypatch.setattr(tune, "_gpu_device", lambda args: torch.device("cuda"))
+    monkeypatch.setattr(tune, "chip_of", lambda device: H100)
+    monkeypatch.setattr(machine, "Device", FakeDevice)
+    return made
+
+
+@pytest.mark.compile
+def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu, folder, capsys):
+    code, out, _ = run(*SMALL, "--budget", "2s", capsys=capsys)
+    assert code == 0
+    assert "left for the next run" in out
+    assert len(gpu[0].begun) == 1
+    code, out, _ = run(*SMALL, capsys=capsys)
+    assert code == 0
+    assert "100.0%" in out
+    assert "(measured before)" in out
+    assert "rank correlation (Spearman)" in out
+    assert str(folder) in out.replace("\n", "")
+    ((origin, entries),) = cache.read().items()
+    assert (origin.gpu, origin.processors, origin.chip) == (H100.gpu, 132, "sm_90")
+    assert {keys.kind_of(key).name for key in entries} == {
+        "branch_store", "branch_pool", "branch_select", "gate", "select", "schedule",
+    }  # fmt: skip
+    tuned = [key for key, found in entries.items() if found.choice is not None]
+    assert len(tuned) >= 4
+    assert all(trial.predicted for found in entries.values() for trial in found.trials if not trial.dropped)
+    code, out, _ = run(*SMALL, capsys=capsys)
+    assert code == 0
+    assert gpu[2].begun == []

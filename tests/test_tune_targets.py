@@ -1,0 +1,157 @@
+"""What there is to tune about a unit, and how a device tries it: right results first, then time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from sk_triton.bench import protocol
+from sk_triton.bench.gpus import find_gpu
+from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.processes import compiling_processes
+from sk_triton.bench.shapes import SKNET50, SKRESNEXT50, STAGES
+from sk_triton.bench.tuning.machine import Device
+from sk_triton.bench.tuning.targets import Target, assess, targets_of
+from sk_triton.bench.tuning.units import network_problems, title
+from sk_triton.chips import CHIPS
+from sk_triton.kernels.config import GateConfig
+from sk_triton.tuning.entries import dump_config
+from sk_triton.tuning.keys import KINDS, SCHEDULE
+from sk_triton.workload import Workload
+
+from .bench_fakes import CPU, SHORT
+from .tuned import workload
+
+
+def kinds(targets) -> list[str]:
+    return [target.kind for target in targets]
+
+
+def test_every_launch_of_every_schedule_once_then_the_schedule():
+    found = targets_of("a unit", workload(), 3)
+    assert kinds(found) == ["branch_store", "gate", "select", "branch_pool", "branch_select", SCHEDULE]
+    assert len({target.key for target in found}) == len(found)
+    assert all(len(target.choices) <= 3 for target in found)
+    linear = targets_of("a unit", workload(spec=seed_unit(128)), 3)
+    assert {"border_sums", "merged_conv"} <= set(kinds(linear))
+    assert {kind for found in (found, linear) for kind in kinds(found)} == set(KINDS)
+    assert linear[-1].choices[0] == "merged"
+
+
+def test_units_that_auto_leaves_to_the_reference_have_none():
+    assert targets_of("a unit", workload(spec=paper_unit(256, groups=1)), 3) == []
+
+
+def test_launches_of_one_kind_are_told_apart():
+    mixed = replace(paper_unit(64), branches=(paper_unit(64, 32).branches[0], paper_unit(64, 16).branches[1]))
+    stores = [t for t in targets_of("a unit", workload(4, spec=mixed, size=7), 2) if t.kind == "branch_store"]
+    assert [target.occurrence for target in stores] == [0, 1]
+    for target in stores:
+        plan = target.plan(target.choices[1], {})
+        assert plan.branch_launches[target.occurrence].config == target.choices[1]
+        assert plan.branch_launches[1 - target.occurrence].config != target.choices[1]
+
+
+def test_a_network_has_its_stages_and_the_strided_units_before_them():
+    problems = network_problems(SKNET50, 32, torch.float16, False)
+    assert [(p.spec.in_channels, p.height, p.spec.stride) for p in problems] == [
+        (512, 14, 1), (128, 56, 1), (256, 28, 1), (1024, 7, 1), (256, 56, 2), (512, 28, 2), (1024, 14, 2),
+    ]  # fmt: skip
+    plain = {(p.spec.in_channels, p.height) for p in problems if p.spec.stride == 1}
+    assert plain == set(STAGES.values())
+    assert problems[0].spec == paper_unit(512)
+    assert {problem.n for problem in problems} == {32}
+    assert title(problems[4]) == "256@56x56, stride 2, batch 32, fp16"
+    pytest.importorskip("timm")
+    assert len(network_problems(SKRESNEXT50, 1, torch.float32, True)) == 7
+    with pytest.raises(ValueError, match="model must be one of sknet50"):
+        network_problems("resnet50", 1, torch.float16, False)
+
+
+@pytest.mark.compile
+def test_candidates_are_compiled_and_predicted_and_what_spills_is_out():
+    gpu = find_gpu("h100")
+    target = next(
+        t for t in targets_of("a unit", workload(8, spec=paper_unit(64), size=7), 2) if t.kind == "gate"
+    )
+    # No GPU holds a descriptor of so many entries in the registers of one warp.
+    greedy = GateConfig(BLOCK_N=128, BLOCK_S=128, BLOCK_D=128, BLOCK_C=128, num_warps=1)
+    broken = replace(target.choices[0], BLOCK_D=24)
+    target = replace(target, choices=(target.choices[0], greedy, broken))
+    with compiling_processes(1) as pool:
+        sound, spilling, invalid = pool.submit(assess, target, {}, gpu).result()
+    assert not sound.dropped
+    assert 1e-6 < sound.predicted < 1e-4
+    assert "spills" in spilling.dropped
+    assert invalid.dropped
+    assert spilling.predicted is invalid.predicted is None
+
+
+SMALL = Workload(paper_unit(16, groups=4), 2, 5, 5, torch.float16, CHIPS["sm_90"])
+
+
+@dataclass(frozen=True)
+class ForgetsTheRelu(Target):
+    """The unit is computed without its activation under all choices but the first."""
+
+    def plan(self, choice, settled):
+        plan = super().plan(choice, settled)
+        return plan if choice == self.choices[0] else replace(plan, has_relu=False)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("kind", ["branch_store", "gate", SCHEDULE])
+def test_a_device_runs_checks_and_times_candidates(kind):
+    """Interpreted here, on a GPU the same code runs compiled."""
+    device = Device(CPU, SHORT)
+    target = next(t for t in targets_of("small", SMALL, 2) if t.kind == kind)
+    device.begin(target, {})
+    assert [device.wrong(choice) for choice in target.choices] == ["", ""]
+    times = device.times(target.choices)
+    assert set(times) == set(target.choices)
+    assert all(isinstance(seconds, float) and seconds > 0 for seconds in times.values())
+    assert device.trouble() == ""
+    wrong = ForgetsTheRelu(**vars(target))
+    device.begin(wrong, {})
+    assert device.wrong(wrong.choices[0]) == ""
+    assert "allowed" in device.wrong(wrong.choices[1])
+
+
+@pytest.mark.interpret
+def test_what_is_timed_is_the_targets_own_launch_with_the_settled_configs(monkeypatch):
+    found = {t.kind: t for t in targets_of("small", SMALL, 2)}
+    settled = {found["branch_store"].key: found["branch_store"].choices[1]}
+    timed = {}
+
+    def measure(contestants, timer, budget, into):
+        timed.update({key: contestant.call for key, contestant in contestants.items()})
+        into.samples.update({key: {protocol.COLD: [2.0]} for key in contestants})
+
+    monkeypatch.setattr(protocol, "measure", measure)
+    device, gate = Device(CPU, SHORT), found["gate"]
+    device.begin(gate, settled)
+    assert [device.wrong(choice) for choice in gate.choices] == ["", ""]
+    assert device.times(gate.choices) == dict.fromkeys(gate.choices, 2e-3)
+    for call, choice in zip(timed.values(), gate.choices, strict=True):
+        assert call.kernel.fn.__name__ == "gate_fwd_kernel"
+        assert call.constexprs["BLOCK_S"] == dump_config(choice)["BLOCK_S"]
+    assert gate.plan(gate.choices[0], settled).branch_launches[0].config == found["branch_store"].choices[1]
+
+
+@pytest.mark.interpret
+def test_a_candidate_that_fails_while_it_is_timed_says_why():
+    device = Device(CPU, SHORT)
+    target = next(t for t in targets_of("small", SMALL, 2) if t.kind == "gate")
+    device.begin(target, {})
+    first, second = target.choices
+    assert [device.wrong(choice) for choice in target.choices] == ["", ""]
+
+    def fail():
+        raise RuntimeError("out of resources")
+
+    device._calls[second] = fail
+    times = device.times(target.choices)
+    assert isinstance(times[first], float)
+    assert times[second] == "RuntimeError: out of resources"
