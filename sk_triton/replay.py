@@ -20,6 +20,8 @@ from .layout import with_adjacent_channels
 from .packing import Packed
 from .precision import allows_tf32
 from .reasons import tracing_reason
+from .tuning import cache
+from .tuning.ranks import pinning_reason
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -102,7 +104,8 @@ def _kind(x: Any) -> Hashable | None:
     if torch.is_grad_enabled() or type(x) is not Tensor or x.layout is not torch.strided or x.dim() != 4:
         return None
     device = x.device
-    if torch.is_autocast_enabled(device.type):
+    # Autocast does not know the meta device, on which there is nothing to start.
+    if device.type == "meta" or torch.is_autocast_enabled(device.type):
         return None
     stream = 0
     if device.type == "cuda":
@@ -120,6 +123,9 @@ def _kind(x: Any) -> Hashable | None:
         current_backend(),
         current_schedule(),
         dtype is torch.float32 and allows_tf32(),
+        # Which configs there are, and whether those of this user may be used.
+        cache.changes,
+        pinning_reason(),
     )
 
 

@@ -34,6 +34,9 @@ FILE_NAME = "tuned.json"
 LOCK_SECONDS = 10.0
 """How long a process waits for another one to write."""
 
+changes = 0
+"""How often this process changed which entries there are."""
+
 _warned: set[str] = set()
 _listeners: list[Callable[[], object]] = []
 _read: tuple[tuple[Any, ...], Sections] | None = None
@@ -134,6 +137,8 @@ def when_changed(forget: Callable[[], object]) -> None:
 
 def changed() -> None:
     """Makes this process look up every config anew."""
+    global changes
+    changes += 1
     for forget in _listeners:
         forget()
 
