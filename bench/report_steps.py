@@ -18,17 +18,22 @@ from xml.etree import ElementTree
 import torch
 
 from sk_triton import doctor, environment
+from sk_triton.tuning import cache
 
 from . import export, results, suites
 from .ceilings import measure_ceilings
 from .guards import judged
 from .report_file import DONE, FAILED, PARTIAL, Report
+from .shapes import SKNET50
+from .tuning.flow import LEFT
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 DTYPES = {"cuda": ("fp16", "bf16", "fp32"), "cpu": ("fp32",)}
 NO_GPU = "no GPU here: "
+TUNE_MARGIN_SECONDS = 60
+"""Of the time limit, to start and to finish the target in hand."""
 INTERPRETED_TESTS = tuple(
     f"tests/test_{name}.py" for name in ("store", "recompute", "merged", "kernels_gate")
 )
@@ -149,6 +154,52 @@ def measure(course: Course, *, suite: str, dtype: str | None = None) -> Ending:
     return Ending(PARTIAL if left else DONE, "; ".join(messages) or None)
 
 
+def tune(course: Course) -> Ending:
+    """`sk-triton tune` into the report's own folder: what the suites measure stays what a user gets untuned."""
+    title = "Tuned configs"
+    if course.on_gpu:
+        seconds = max(course.time_limit - TUNE_MARGIN_SECONDS, 1)
+        arguments = ["tune", "--model", SKNET50, "--device", str(course.device), "--budget", f"{seconds:g}s"]
+        arguments += ["--again"] if course.again else []
+    else:
+        arguments = ["tune", "--dry-run", "--gpu", "h100", "--stage", "4", "--candidates", "2"]
+    try:
+        with course.console.status(title):
+            trouble = _gather(
+                course, title, arguments, course.time_limit, {cache.FOLDER_VARIABLE: str(course.folder)}
+            )
+    except subprocess.TimeoutExpired:
+        return Ending(PARTIAL, "the time limit came first; what was tuned is kept for the next run")
+    finally:
+        (course.folder / f"{cache.FILE_NAME}.lock").unlink(missing_ok=True)
+    if trouble:
+        return Ending(FAILED, trouble)
+    if not course.on_gpu:
+        return Ending(DONE, f"{NO_GPU}candidates of stage 4 ranked by prediction, none measured")
+    is_partial = LEFT in " ".join(course.report.evidence[title].split())
+    return Ending(
+        PARTIAL if is_partial else DONE, f"sk-triton configs import {course.folder / cache.FILE_NAME}"
+    )
+
+
+def _gather(
+    course: Course, title: str, arguments: list[str], seconds: float, variables: dict[str, str] | None = None
+) -> str:
+    """Puts what a subcommand prints among the report's evidence; returns why it failed, or ""."""
+    done = subprocess.run(
+        [sys.executable, "-m", "sk_triton", *arguments],
+        env={**os.environ, "COLUMNS": "120", **(variables or {})},
+        capture_output=True,
+        text=True,
+        timeout=max(seconds, 1),
+    )
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        return f"{title}: {lines[-1] if lines else f'exit code {done.returncode}'}"
+    course.report.evidence[title] = done.stdout
+    return ""
+
+
 def gather_evidence(course: Course) -> Ending:
     """Without a GPU: what compiled and interpreted kernels tell, of two stages."""
     commands = {
@@ -159,17 +210,9 @@ def gather_evidence(course: Course) -> Ending:
     deadline = time.monotonic() + course.time_limit
     for title, arguments in commands.items():
         with course.console.status(title):
-            done = subprocess.run(
-                [sys.executable, "-m", "sk_triton", *arguments],
-                env={**os.environ, "COLUMNS": "120"},
-                capture_output=True,
-                text=True,
-                timeout=max(deadline - time.monotonic(), 1),
-            )
-        if done.returncode:
-            lines = done.stderr.strip().splitlines()
-            return Ending(FAILED, f"{title}: {lines[-1] if lines else f'exit code {done.returncode}'}")
-        course.report.evidence[title] = done.stdout
+            trouble = _gather(course, title, arguments, deadline - time.monotonic())
+        if trouble:
+            return Ending(FAILED, trouble)
     return Ending(DONE, f"{NO_GPU}predictions, no measurements")
 
 
@@ -216,6 +259,7 @@ STEPS: dict[str, Step] = {
     "sweep": Step(partial(measure, suite=suites.SWEEP), 5),
     "host": Step(partial(measure, suite=suites.HOST), 2),
     "scaling": Step(partial(measure, suite=suites.SCALING), 5),
+    "tune": Step(tune, 5),
     "evidence": Step(gather_evidence, 2, with_gpu=False),
     "predictions": Step(compare_predictions, 3),
     "summary": Step(summarise, 1),

@@ -186,7 +186,7 @@ def _assessing(
     ahead: dict[str, Future[list[Trial]]] = {
         target.key: pool.submit(assess, target, {}, request.gpu)
         for target in targets
-        if not target.is_schedule and target.key not in earlier
+        if not target.is_schedule and not (target.key in earlier and target.takes(earlier[target.key]))
     }
 
     def assessed(target: Target, settled: Settled) -> list[Trial]:

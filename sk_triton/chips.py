@@ -20,11 +20,13 @@ class Chip:
         processors: streaming multiprocessors or compute units.
         gpu: the product as its driver names it, "NVIDIA H100 80GB HBM3"; "" for a typical one, for which nothing is
             tuned.
+        is_pinned: only what the package itself ships may be looked up for it, nothing that a user tuned.
     """
 
     name: str
     processors: int
     gpu: str = ""
+    is_pinned: bool = False
 
 
 CHIPS = {
@@ -58,6 +60,6 @@ def chip_of(device: torch.device) -> Chip | None:
 
 
 @lru_cache
-def unnamed(chip: Chip) -> Chip:
-    """The chip as one for which nothing is tuned."""
-    return replace(chip, gpu="")
+def pinned(chip: Chip) -> Chip:
+    """The chip, for which nothing that a user tuned is looked up."""
+    return replace(chip, is_pinned=True)

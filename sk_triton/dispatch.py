@@ -12,7 +12,7 @@ from torch import Tensor
 
 from . import cpu
 from .backend import current_schedule
-from .chips import CHIPS, chip_of, unnamed
+from .chips import CHIPS, chip_of, pinned
 from .environment import triton_version
 from .packing import PackCache
 from .params import Branch, Gate
@@ -71,7 +71,7 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
         chip = chip_of(x.device)
         assert chip is not None
         if chip.gpu and pinning_reason():
-            chip = unnamed(chip)
+            chip = pinned(chip)
         workload = Workload(spec, n, h_in, w_in, x.dtype, chip, allows_tf32(), x.stride(1) != 1)
         schedule = current_schedule()
         return plan_schedule(schedule, workload) if schedule is not None else fastest_plan(workload)

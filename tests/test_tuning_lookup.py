@@ -225,7 +225,7 @@ def test_deterministic_algorithms_pin_the_packages_configs(request_, monkeypatch
     torch.use_deterministic_algorithms(True)
     try:
         assert chosen() == request_.analytic()
-        assert "not used: deterministic algorithms are asked for" in lookup.describe(H100)
+        assert "1 of the user's are not used: deterministic algorithms are asked for" in lookup.describe(H100)
     finally:
         torch.use_deterministic_algorithms(False)
     assert chosen() == other_choice(request_)

@@ -18,10 +18,9 @@ from .tuned import entry, origin, requests, workload
 # One rank: what it looks up before and after `sync_configs`. Each rank has a file of its own, as on two hosts.
 RANK = """
 import json, os, sys
-from dataclasses import replace
 import torch
 import torch.distributed as dist
-from sk_triton import sync_configs
+from sk_triton import chips, sync_configs
 from sk_triton.bench.grid import paper_unit
 from sk_triton.chips import Chip
 from sk_triton.plans import plan_schedule
@@ -34,7 +33,7 @@ chip = Chip("sm_90", 132, "NVIDIA H100 80GB HBM3")
 
 def chosen():
     pinned = ranks.pinning_reason()
-    used = replace(chip, gpu="") if pinned else chip
+    used = chips.pinned(chip) if pinned else chip
     plan = plan_schedule("store", Workload(paper_unit(128), 128, 56, 56, torch.float16, used))
     return [pinned, plan.branch_launches[0].source.text, str(plan.branch_launches[0].config)]
 

@@ -75,7 +75,7 @@ def tune(
     start = machine.now()
     for target in targets:
         earlier = known(target.key)
-        if earlier is not None:
+        if earlier is not None and target.takes(earlier):
             outcome = Outcome(target, earlier, is_known=True)
         elif machine.now() - start >= seconds:
             outcome = Outcome(target, None, LEFT)

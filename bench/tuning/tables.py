@@ -105,4 +105,4 @@ def _name(target: Target) -> str:
 
 
 def _us(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e6:.2f}"
+    return f"{seconds * 1e6:.2f}" if seconds else ""

@@ -14,9 +14,9 @@ from sk_triton.backend import Schedule
 from sk_triton.kernels.launch import Launch
 from sk_triton.plan import Plan
 from sk_triton.tuning import launches, space
-from sk_triton.tuning.entries import Choice, Trial
+from sk_triton.tuning.entries import Choice, Entry, Trial
 from sk_triton.tuning.keys import KINDS, SCHEDULE
-from sk_triton.tuning.lookup import Request, experiment
+from sk_triton.tuning.lookup import experiment
 from sk_triton.workload import Workload
 
 from ..gpus import Gpu
@@ -35,7 +35,7 @@ class Target:
         kind, key: as `sk_triton.tuning.keys`.
         schedule: what the launch is part of; the expected one, where the schedule itself is to be chosen.
         occurrence: which of the schedule's launches of this kind it is, from 0.
-        choices: the analytic choice, then other candidates.
+        choices: the analytic choice, then other candidates; space: all that may be used.
     """
 
     unit: str
@@ -45,6 +45,11 @@ class Target:
     schedule: Schedule
     occurrence: int
     choices: tuple[Choice, ...]
+    space: frozenset[Choice]
+
+    def takes(self, entry: Entry) -> bool:
+        """Whether an entry, which may come from anywhere, is one of this target."""
+        return entry.choice is None or entry.choice in self.space
 
     @property
     def is_schedule(self) -> bool:
@@ -84,14 +89,27 @@ def targets_of(unit: str, workload: Workload, limit: int) -> list[Target]:
             plans.make_plan(schedule, workload)
         seen: Counter[str] = Counter()
         for request in requests:
-            choices = tuple(_shortlist(request, limit))
-            target = Target(unit, workload, request.kind, request.key, schedule, seen[request.kind], choices)
+            candidates = list(request.candidates())
+            choices = tuple(space.shortlist(candidates, request.analytic(), request.cost, limit))
+            target = Target(
+                unit,
+                workload,
+                request.kind,
+                request.key,
+                schedule,
+                seen[request.kind],
+                choices,
+                frozenset(candidates),
+            )
             seen[request.kind] += 1
             found.setdefault(request.key, target)
     if len(schedules) > 1:
         others = tuple(name for name in schedules if name != expected)
         request = launches.schedule_request(workload, lambda: schedules, expected)
-        found[request.key] = Target(unit, workload, SCHEDULE, request.key, expected, 0, (expected, *others))
+        choices = (expected, *others)
+        found[request.key] = Target(
+            unit, workload, SCHEDULE, request.key, expected, 0, choices, frozenset(choices)
+        )
     return list(found.values())
 
 
@@ -128,7 +146,3 @@ def _steps_on_meta(target: Target, choice: Choice, settled: Settled) -> list[Any
     x = empty(work.n, work.spec.in_channels, work.h_in, work.w_in).to(memory_format=torch.channels_last)
     branches, gate = unit_parameters(work.spec, empty)
     return prepared_steps(target.plan(choice, settled), x, branches, gate, work.spec)[0]
-
-
-def _shortlist(request: Request, limit: int) -> list[Any]:
-    return space.shortlist(list(request.candidates()), request.analytic(), request.cost, limit)

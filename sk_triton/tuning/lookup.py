@@ -120,19 +120,16 @@ def describe(chip: Chip) -> str:
         return chip.name
     reason = pinning_reason()
     own, packaged = _of(user_sections(), chip), _of(contributed(chip.gpu, chip.processors), chip)
-    count = len({**own, **packaged})
-    if reason and count:
-        note = f"{count} tuned entries are not used: {reason}"
-    elif count:
-        note = f"{count} tuned entries"
-    else:
-        note = f"nothing is tuned for it, the configs of {chip.name} serve"
+    count = len(packaged if reason else {**packaged, **own})
+    note = f"{count} tuned entries" if count else f"nothing is tuned for it, the configs of {chip.name} serve"
+    if reason and own:
+        note += f"; {len(own)} of the user's are not used: {reason}"
     return f"{_title(chip)}, {chip.name}: {note}"
 
 
 def _entry(key: str, chip: Chip) -> Entry | None:
     """The user's entry before the package's."""
-    found = _of(user_sections(), chip).get(key)
+    found = None if chip.is_pinned else _of(user_sections(), chip).get(key)
     return found or _of(contributed(chip.gpu, chip.processors), chip).get(key)
 
 

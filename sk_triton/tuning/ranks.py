@@ -1,4 +1,4 @@
-"""When tuned entries must not be looked up, and how the ranks of a distributed run come to use the same ones."""
+"""When a user's entries must not be looked up, and how the ranks of a distributed run come to use the same ones."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _agreed: Sections | None = None
 def sync_configs(group: dist.ProcessGroup | None = None, *, src: int = 0) -> None:
     """Give every rank the tuned configs of rank `src`; all ranks of `group` must call it.
 
-    Call it once after ``torch.distributed.init_process_group``. Until then a process of a distributed run takes the
-    package's configs and the analytic choice, which are the same for all: files may differ from host to host, or change
-    while the ranks start. Ranks with other GPUs than rank `src` use that rank's entries for theirs.
+    Call it once after ``torch.distributed.init_process_group``. Until then a process of a distributed run takes what
+    the package ships and the analytic choice, which are the same for all: users' files may differ from host to host, or
+    change while the ranks start. Ranks with other GPUs than rank `src` use that rank's entries for theirs.
 
     Args:
         group: the ranks that take part; None for all.
@@ -40,7 +40,7 @@ def user_sections() -> Sections:
 
 
 def pinning_reason() -> str:
-    """Why entries tuned for single GPUs are left alone at this moment, or ""."""
+    """Why a user's entries are left alone at this moment, or ""."""
     if torch.are_deterministic_algorithms_enabled():
         return "deterministic algorithms are asked for"
     if _agreed is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
