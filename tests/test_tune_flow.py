@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -10,7 +11,7 @@ from sk_triton.bench.tuning import tables
 from sk_triton.bench.tuning.flow import LEFT, DeviceLostError, tune
 from sk_triton.bench.tuning.targets import targets_of
 from sk_triton.tuning import cache
-from sk_triton.tuning.entries import Trial
+from sk_triton.tuning.entries import Entry, Trial
 
 from .tuned import origin, workload
 
@@ -116,6 +117,17 @@ def test_candidates_that_fail_are_out_and_the_others_go_on():
     assert [trial.dropped for trial in outcome.entry.trials] == [
         "", "", "OutOfResources: shared memory", "RuntimeError: no launch",
     ]  # fmt: skip
+
+
+def test_an_earlier_entry_that_is_no_candidate_is_never_run():
+    """As one from a file that was imported: what nobody compiled and checked here does not reach the device."""
+    strange = Entry(replace(ANALYTIC, BLOCK_W=512), 1e-4, 1e-5)
+    machine = FakeMachine()
+    outcomes, kept = run(machine, TARGETS[:2], known={FIRST.key: strange})
+    assert machine.begun == [target.key for target in TARGETS[:2]]
+    assert all(strange.choice not in settled.values() for settled in machine.settled.values())
+    assert kept[FIRST.key].choice is None
+    assert not outcomes[0].is_known
 
 
 def test_what_was_dropped_before_is_never_run():

@@ -11,10 +11,11 @@ import torch
 from sk_triton import SelectiveKernel, analytic, dispatch, explain, plans, use_backend
 from sk_triton.backend import SCHEDULES
 from sk_triton.bench.grid import CASES, seed_unit
-from sk_triton.chips import CHIPS, Chip
+from sk_triton.chips import CHIPS, Chip, pinned
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.kernels.geometry import blocking, can_run, tiles
 from sk_triton.plans import fastest_plan, make_plan
+from sk_triton.replay import _kind
 from sk_triton.tuning import cache, keys, launches, lookup, shipped, space
 from sk_triton.tuning.entries import dump_config, dump_sections
 from sk_triton.workload import Workload
@@ -131,6 +132,7 @@ def test_a_file_that_the_package_ships_for_a_gpu_counts_after_the_users_own(requ
     assert store(workload()) == (theirs, "tuned for NVIDIA H100 80GB HBM3 (132 SMs)")
     tune(request_, mine)
     assert store(workload())[0] == mine
+    assert store(workload(chip=pinned(H100)))[0] == theirs
     shipped.contributed.cache_clear()
 
 
@@ -312,3 +314,18 @@ def test_the_analytic_choice_uses_the_devices_own_processors():
     shape = plans.conv_shapes(workload().spec)[0][2]
     a, b = (choose(shape, 4, 56, 56, torch.float16, False, chip, task="store") for chip in (H100, few))
     assert a != b
+
+
+def test_recorded_calls_are_planned_anew_once_the_configs_change_or_are_pinned(folder):
+    x = torch.empty(1, 8, 4, 4)
+    with torch.no_grad():
+        kinds = [_kind(x), _kind(x)]
+        assert kinds[0] == kinds[1]
+        cache.changed()
+        kinds.append(_kind(x))
+        torch.use_deterministic_algorithms(True)
+        try:
+            kinds.append(_kind(x))
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert len(set(kinds)) == 3

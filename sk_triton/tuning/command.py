@@ -121,14 +121,15 @@ def _title(origin: Origin) -> str:
 def _describe(key: str, entry: Entry) -> list[str]:
     lines = [key]
     if entry.choice is None:
-        lines.append(f"  the analytic choice stays, {_us(entry.analytic_seconds)} µs")
+        time = f", {_us(entry.analytic_seconds)} µs" if entry.analytic_seconds else ""
+        lines.append(f"  the analytic choice stays{time}")
     else:
         times = f"{_us(entry.tuned_seconds)} µs against {_us(entry.analytic_seconds)}"
         lines.append(f"  {_shown(entry.choice)}: {times}")
     for trial in entry.trials:
-        found = (
-            f"measured {_us(trial.measured)} µs" if trial.measured is not None else f"out: {trial.dropped}"
-        )
+        found = f"out: {trial.dropped}" if trial.dropped else "not timed"
+        if trial.measured is not None:
+            found = f"measured {_us(trial.measured)} µs"
         foreseen = "" if trial.predicted is None else f"predicted {_us(trial.predicted)}, "
         lines.append(f"    tried {_shown(trial.choice)}: {foreseen}{found}")
     return lines
