@@ -159,12 +159,13 @@ def _cuobjdump(cubin: bytes) -> tuple[str, int]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        sass = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
-    found = re.search(r"REG:(\d+)", usage.stdout + usage.stderr)
+        done = subprocess.run(
+            [tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    found = re.search(r"REG:(\d+)", done.stdout + done.stderr)
     if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {usage.stdout + usage.stderr!r}")
-    return sass, int(found[1])
+        raise RuntimeError(f"cuobjdump printed no resource usage: {done.stderr!r}")
+    return done.stdout, int(found[1])
 
 
 def _sass_lines(sass: str) -> list[tuple[int, str, str]]:

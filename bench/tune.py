@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, as_completed
+from concurrent.futures import TimeoutError as OutOfTime
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -19,13 +20,13 @@ from sk_triton import dispatch
 from sk_triton.chips import CHIPS, Chip, chip_of
 from sk_triton.environment import require
 from sk_triton.tuning import cache
-from sk_triton.tuning.entries import Entry, Origin, Trial
+from sk_triton.tuning.entries import Choice, Entry, Origin, Trial
 from sk_triton.tuning.keys import DIRECTIONS, FORWARD, directions, stamp
 
 from .explain import add_unit_arguments, problem_of
 from .gpus import GPUS, Gpu, find_gpu
 from .processes import compiling_processes
-from .progress import Report, case_progress
+from .progress import case_progress
 from .run import choose_device
 from .shapes import NETWORKS
 from .speed_of_light import Problem
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
 
 BAD_USAGE = 2
 INTERRUPTED = 130
-CANDIDATES, DRY_CANDIDATES = 6, 3
-BUDGET_SECONDS = 300.0
+CANDIDATES = 6
+BUDGET_SECONDS, DRY_BUDGET_SECONDS = 300.0, 90.0
+UNCOMPILED = "left: the budget is spent"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,9 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         type=_seconds,
-        default=BUDGET_SECONDS,
         metavar="TIME",
-        help="60s, 5m: nothing is begun after this; what is left is for the next run (default 5m)",
+        help="60s, 5m: nothing is begun after this; what is left is for the next run (default 5m, in a dry run 90s)",
     )
     parser.add_argument("--again", action="store_true", help="measure anew what was tuned before")
     parser.add_argument("--device", default="auto", help="auto (default), cuda or cuda:N")
@@ -74,10 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", metavar="NAME", help="with --dry-run: h100, a100, … instead of this machine's"
     )
     parser.add_argument(
-        "--candidates",
-        type=int,
-        metavar="N",
-        help=f"per launch, the analytic choice among them (default {CANDIDATES}, in a dry run {DRY_CANDIDATES})",
+        "--candidates", type=int, default=CANDIDATES, metavar="N", help=f"per launch (default {CANDIDATES})"
     )
     parser.add_argument(
         "--workers",
@@ -105,16 +103,17 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"sk-triton tune: {error}", file=sys.stderr)
         return BAD_USAGE
-    count = args.candidates or (DRY_CANDIDATES if args.dry_run else CANDIDATES)
-    # Units may share a launch: a gate of the same size.
-    every = [target for p in problems for target in targets_of(title(p), p.on(chip), count)]
-    targets = list({target.key: target for target in reversed(every)}.values())[::-1]
+    by_key: dict[str, Target] = {}
+    for problem in problems:
+        for target in targets_of(title(problem), problem.on(chip), args.candidates):
+            by_key.setdefault(target.key, target)  # units may share a launch: a gate of the same size
+    targets = list(by_key.values())
     for problem in problems:
         if reason := dispatch.slower_reason(problem.spec):
             console.print(f"{title(problem)}: not tuned: {reason}", markup=False, highlight=False)
     if device is None or args.dry_run:
-        return dry_run(targets, gpu, args.workers, console)
-    request = Request(device, chip, gpu, args.budget, args.again, args.workers)
+        return dry_run(targets, gpu, args.budget or DRY_BUDGET_SECONDS, args.workers, console)
+    request = Request(device, chip, gpu, args.budget or BUDGET_SECONDS, args.again, args.workers)
     outcomes, trouble = tune_here(targets, request, console)
     show(outcomes, console)
     if trouble:
@@ -183,15 +182,19 @@ def _assessing(
 ) -> Iterator[Callable[[Target, Settled], list[Trial]]]:
     """Compiles ahead in other processes while this one measures."""
     pool = compiling_processes(request.workers)
-    ahead: dict[str, Future[list[Trial]]] = {
-        target.key: pool.submit(assess, target, {}, request.gpu)
+    ahead = {
+        (target.key, choice): pool.submit(assess, target, choice, {}, request.gpu)
         for target in targets
         if not target.is_schedule and not (target.key in earlier and target.takes(earlier[target.key]))
+        for choice in target.choices
     }
 
     def assessed(target: Target, settled: Settled) -> list[Trial]:
-        found = ahead.get(target.key) or pool.submit(assess, target, dict(settled), request.gpu)
-        return found.result()
+        futures = [
+            ahead.get((target.key, choice)) or pool.submit(assess, target, choice, dict(settled), request.gpu)
+            for choice in target.choices
+        ]
+        return [future.result() for future in futures]
 
     try:
         yield assessed
@@ -199,41 +202,53 @@ def _assessing(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def dry_run(targets: list[Target], gpu: Gpu, workers: int, console: Console) -> int:
+def dry_run(targets: list[Target], gpu: Gpu, seconds: float, workers: int, console: Console) -> int:
     """Compiles and ranks the candidates of each target; returns 1 if an analytic choice is out."""
-    ranked, elapsed = rank(targets, gpu, workers, console)
+    start = time.monotonic()
+    ranked = rank(targets, gpu, seconds, workers, console)
     for target in targets:
         console.print(tables.predicted(target, ranked[target.key]))
     trials = [trial for found in ranked.values() for trial in found]
-    out = sum(bool(trial.dropped) for trial in trials)
+    out = sum(trial.dropped not in ("", UNCOMPILED) for trial in trials)
+    left = sum(trial.dropped == UNCOMPILED for trial in trials)
     console.print(
-        f"{len(targets)} launches and schedules, {len(trials)} candidates, {out} out, for {gpu.name} in "
-        f"{elapsed:.0f} s. Predicted, not measured: bounds from below, which leave latency out.",
+        f"{len(targets)} launches and schedules, {len(trials)} candidates, {out} out, {left} left by the budget, for "
+        f"{gpu.name} in {time.monotonic() - start:.0f} s. Predicted, not measured: bounds from below, which leave "
+        "latency out.",
         markup=False,
         highlight=False,
     )
-    analytic_out = [target for target in targets if ranked[target.key][0].dropped]
-    return int(bool(analytic_out))
+    return int(any(found[0].dropped not in ("", UNCOMPILED) for found in ranked.values()))
 
 
 def rank(
-    targets: list[Target], gpu: Gpu, workers: int, console: Console
-) -> tuple[dict[str, list[Trial]], float]:
-    """The assessed candidates of each target by its key, and the seconds that took."""
-    start = time.monotonic()
-    ranked: dict[str, list[Trial]] = {}
-    report: Report
-    with compiling_processes(workers) as pool, case_progress(console, len(targets)) as report:
+    targets: list[Target], gpu: Gpu, seconds: float, workers: int, console: Console
+) -> dict[str, list[Trial]]:
+    """The candidates of each target by its key, assessed as far as the time goes, the analytic choices first."""
+    order = sorted(
+        (rank, index) for index, target in enumerate(targets) for rank in range(len(target.choices))
+    )
+    futures: dict[Future[Trial], tuple[Target, Choice]] = {}
+    with compiling_processes(workers) as pool, case_progress(console, len(order)) as report:
         try:
-            futures = {pool.submit(assess, target, {}, gpu): target for target in targets}
-            for future in as_completed(futures):
-                target = futures[future]
-                ranked[target.key] = future.result()
-                report(len(ranked), f"{target.unit}: {target.kind}", 0.0)
+            for rank, index in order:
+                target = targets[index]
+                future = pool.submit(assess, target, target.choices[rank], {}, gpu)
+                futures[future] = target, target.choices[rank]
+            for done, future in enumerate(as_completed(futures, timeout=seconds), start=1):
+                target, _ = futures[future]
+                report(done, f"{target.unit}: {target.kind}", 0.0)
+        except OutOfTime:  # another class than the builtin one before Python 3.11
+            pool.shutdown(cancel_futures=True)
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return ranked, time.monotonic() - start
+    found: dict[str, list[Trial]] = {target.key: [] for target in targets}
+    for future, (target, choice) in futures.items():
+        found[target.key].append(
+            Trial(choice, None, None, UNCOMPILED) if future.cancelled() else future.result()
+        )
+    return found
 
 
 def show(outcomes: list[Outcome], console: Console) -> None:
@@ -254,9 +269,8 @@ def _refuse(args: argparse.Namespace) -> None:
     if args.gpu and not args.dry_run:
         raise ValueError("--gpu is for --dry-run: only the GPU of this machine can be measured")
     for name in ("candidates", "workers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
+        if getattr(args, name) < 1:
+            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
 
 
 def _gpu_device(args: argparse.Namespace) -> torch.device:

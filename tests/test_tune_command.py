@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor, Future
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from sk_triton.bench.gpus import find_gpu
 from sk_triton.bench.tuning import machine
 from sk_triton.chips import CHIPS, Chip
 from sk_triton.tuning import cache, keys
+from sk_triton.tuning.entries import Trial
 
 from .test_tune_flow import FakeMachine
 from .tuned import H100
@@ -94,10 +97,38 @@ def test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing(folder, ca
     ):
         assert kind in out
     assert out.count("(analytic)") == 6
-    assert "6 launches and schedules, 12 candidates" in out
+    assert "6 launches and schedules, 12 candidates, 0 out, 0 left by the budget" in out
     assert "for A100 80GB in" in out
     assert "Predicted, not measured" in out
     assert not folder.exists()
+
+
+class Instant(Executor):
+    """Compiles nothing: the first three candidates are ready at once, the others never."""
+
+    def __init__(self, workers):
+        self.submitted = []
+
+    def submit(self, function, target, choice, settled, gpu):
+        future = Future()
+        self.submitted.append(future)
+        if len(self.submitted) <= 3:
+            future.set_result(Trial(choice, 1e-5 / len(self.submitted), None))
+        return future
+
+    def shutdown(self, wait=True, *, cancel_futures=False):
+        for future in self.submitted:
+            future.cancel()
+
+
+def test_a_dry_run_stops_at_the_budget_and_had_the_analytic_choices_first(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "compiling_processes", Instant)
+    code, out, _ = run("--dry-run", "--gpu", "h100", *SMALL, "--budget", "0.2s", capsys=capsys)
+    assert code == 0
+    assert "6 launches and schedules, 12 candidates, 0 out, 9 left by the budget" in out
+    ranked = [line for line in out.splitlines() if "│    1 │" in line]
+    assert len(ranked) == 3
+    assert all("(analytic)" in line for line in ranked)
 
 
 @pytest.fixture

@@ -81,7 +81,8 @@ def test_candidates_are_compiled_and_predicted_and_what_spills_is_out():
     broken = replace(target.choices[0], BLOCK_D=24)
     target = replace(target, choices=(target.choices[0], greedy, broken))
     with compiling_processes(1) as pool:
-        sound, spilling, invalid = pool.submit(assess, target, {}, gpu).result()
+        trials = [pool.submit(assess, target, choice, {}, gpu) for choice in target.choices]
+        sound, spilling, invalid = [trial.result() for trial in trials]
     assert not sound.dropped
     assert 1e-6 < sound.predicted < 1e-4
     assert "spills" in spilling.dropped

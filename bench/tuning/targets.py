@@ -113,15 +113,11 @@ def targets_of(unit: str, workload: Workload, limit: int) -> list[Target]:
     return list(found.values())
 
 
-def assess(target: Target, settled: Settled, gpu: Gpu) -> list[Trial]:
-    """Compiles every candidate for a GPU that need not be present: its predicted time, or why it is out.
+def assess(target: Target, choice: Choice, settled: Settled, gpu: Gpu) -> Trial:
+    """Compiles a candidate for a GPU that need not be present: its predicted time, or why it is out.
 
     For a process in which kernels are compiled, not interpreted.
     """
-    return [_assess(target, choice, settled, gpu) for choice in target.choices]
-
-
-def _assess(target: Target, choice: Choice, settled: Settled, gpu: Gpu) -> Trial:
     from .. import speed_of_light as sol
 
     try:
