@@ -35,7 +35,9 @@ def add_unit_arguments(parser: argparse.ArgumentParser, subject: Any) -> None:
     """The options that describe a unit and its input, as :func:`problem_of` reads them; `subject`: their group."""
     subject.add_argument("--shape", type=_shape, metavar="N,C,H,W", help="of the input")
     subject.add_argument("--stage", type=int, choices=tuple(STAGES), help="stage of SKNet-50 instead")
-    parser.add_argument("--batch", type=int, default=128, help="samples of a stage (default 128)")
+    parser.add_argument(
+        "--batch", type=int, default=128, help="samples, where no --shape says it (default 128)"
+    )
     parser.add_argument("--unit", choices=(PAPER, SEED), default=PAPER, help="default: the paper's")
     parser.add_argument("--groups", type=int, default=GROUPS, help=f"default {GROUPS}")
     parser.add_argument(

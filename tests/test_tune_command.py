@@ -22,6 +22,11 @@ SMALL = ("--shape", "4,64,7,7", "--candidates", "2", "--workers", "1")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "220")
+
+
 def run(*options, capsys) -> tuple[int, str, str]:
     try:
         code = cli.main(["tune", *options])
@@ -162,7 +167,7 @@ def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu,
     assert "100.0%" in out
     assert "(measured before)" in out
     assert "rank correlation (Spearman)" in out
-    assert str(folder) in out.replace("\n", "")
+    assert f"kept in {folder / 'tuned.json'}" in out
     ((origin, entries),) = cache.read().items()
     assert (origin.gpu, origin.processors, origin.chip) == (H100.gpu, 132, "sm_90")
     assert {keys.kind_of(key).name for key in entries} == {

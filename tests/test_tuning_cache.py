@@ -148,7 +148,7 @@ def held_lock(folder, monkeypatch):
 
     folder.mkdir()
     monkeypatch.setattr(cache, "LOCK_SECONDS", 0.05)
-    lock = filelock.FileLock(folder / "tuned.json.lock", is_singleton=False)
+    lock = filelock.FileLock(folder / "tuned.json.lock")
     lock.acquire()
     monkeypatch.setattr(cache, "_held_by_the_test", lock, raising=False)
 
