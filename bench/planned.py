@@ -41,7 +41,7 @@ def prepared_steps(
     from sk_triton.launching import empty_output, prepare
 
     v = empty_output(x, spec)
-    return prepare(plan, x, v, pack(plan, *x.shape[2:], branches, gate, None), spec), v
+    return prepare(plan, x, v, pack(plan, x.shape[2], x.shape[3], branches, gate, None), spec), v
 
 
 def unit_parameters(spec: SKSpec, empty: Callable[..., Tensor]) -> tuple[list[Branch], Gate]:
