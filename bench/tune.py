@@ -111,6 +111,8 @@ def run(args: argparse.Namespace) -> int:
     for problem in problems:
         if reason := dispatch.slower_reason(problem.spec):
             console.print(f"{title(problem)}: not tuned: {reason}", markup=False, highlight=False)
+    if not targets:
+        return BAD_USAGE
     if device is None or args.dry_run:
         return dry_run(targets, gpu, args.budget or DRY_BUDGET_SECONDS, args.workers, console)
     request = Request(device, chip, gpu, args.budget or BUDGET_SECONDS, args.again, args.workers)

@@ -118,6 +118,11 @@ def test_import_of_a_file_that_is_not_there(folder, tmp_path, capsys):
     assert "nowhere.json" in err
 
 
+def test_clear_of_nothing_leaves_nothing(folder, capsys):
+    assert run("clear", capsys=capsys)[:2] == (0, f"0 entries removed from {folder / 'tuned.json'}\n")
+    assert not folder.exists()
+
+
 def test_clear_removes_what_is_stale_or_everything(filled, capsys):
     assert run("clear", "--stale", capsys=capsys)[1].startswith("1 entries removed")
     assert set(cache.read()) == {origin()}

@@ -58,6 +58,12 @@ def test_bad_usage_is_refused_with_the_reason(options, reason, capsys):
     assert reason in err
 
 
+def test_a_unit_that_auto_leaves_to_the_reference_is_not_tuned(capsys):
+    code, out, _ = run("--shape", "1,256,7,7", "--groups", "1", "--dry-run", "--gpu", "h100", capsys=capsys)
+    assert code == 2
+    assert "256@7x7, batch 1, fp16: not tuned: a branch has 256 channels per group" in out
+
+
 @no_gpu
 @pytest.mark.parametrize("options", [("--model", "sknet50"), ("--model", "sknet50", "--dry-run")])
 def test_without_a_gpu_it_says_what_to_do(options, capsys):

@@ -80,11 +80,11 @@ import sys
 from dataclasses import replace
 from sk_triton.tuning import cache
 from sk_triton.tuning.entries import load_sections
+print("ready", flush=True)
 first, text = int(sys.argv[1]), sys.stdin.read()
 ((origin, entries),) = load_sections(text)[0].items()
 ((key, entry),) = entries.items()
 prefix = key.rpartition("n")[0]
-print("ready", flush=True)
 for n in range(first, first + 20):
     assert cache.save(origin, {f"{prefix}n{n}": entry})
 """
@@ -104,6 +104,7 @@ def test_two_processes_that_write_at_once_lose_nothing(folder):
         )
         for first in (10, 50)
     ]
+    assert [writer.stdout.readline() for writer in writers] == ["ready\n"] * 2
     for writer in writers:
         writer.stdin.write(text)
         writer.stdin.close()

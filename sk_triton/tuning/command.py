@@ -103,7 +103,7 @@ def _import(args: argparse.Namespace) -> int:
 
 def _clear(args: argparse.Namespace) -> int:
     before = cache.read()
-    if not cache.clear(is_current if args.stale else lambda origin: False):
+    if cache.path().exists() and not cache.clear(is_current if args.stale else lambda origin: False):
         return FAILED
     after = cache.read()
     print(
