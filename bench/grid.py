@@ -72,6 +72,7 @@ UNITS: tuple[tuple[str, SKSpec, int, int], ...] = (
     ("stage 4", paper_unit(1024), 128, 7),
     ("stage 1, batch 1", paper_unit(128), 1, 56),
     ("stage 2, stride 2", paper_unit(256, stride=2), 128, 56),
+    ("stage 3, stride 2", paper_unit(512, stride=2), 128, 28),
     ("seed, M = 2", seed_unit(128), 128, 56),
     ("seed, M = 3", seed_unit(128, num_branches=3), 128, 56),
     ("depthwise", paper_unit(64, groups=64), 128, 56),

@@ -190,6 +190,8 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
             is_unrolled = task != "select" and chip.name not in SPILLING_UNROLLED_CHIPS
         else:
             is_unrolled = registers <= UNROLLED_REGISTERS and chip.name not in SPILLING_CHIPS
+            # The rows between those of a strided output are held as well, and pooling or selecting takes registers too.
+            is_unrolled = is_unrolled and (shape.stride == 1 or task == "store")
         candidates.append(
             ColumnConfig(
                 BLOCK_CI=block,
