@@ -162,6 +162,16 @@ def column_tile(
         mask_out &= (co < co_end)[:, None]
     pool = tl.zeros([BLOCK_CO, BLOCK_POOL if POOL_BY_DOT else BLOCK_P], tl.float32)
     selection = ()
+    # All branches' attention first: while it is waited for, nothing else takes registers.
+    attention = ()
+    if TASK == "select":
+        for m in tl.static_range(M):
+            offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
+            mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
+            if BLOCK_N == 1:
+                offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
+                mask_a = (co < co_end)[:, None]
+            attention = attention + (load_attention(attention_ptr + offs_a, mask_a, tag),)
     for m in tl.static_range(M):
         outputs = column_outputs(
             x_ptr + m * SPLIT_CI,
@@ -171,13 +181,6 @@ def column_tile(
             KERNELS[m], DILATIONS[m], STRIDE, PITCHES[m], STEPS_R[m], STEPS_K[m], IS_EVEN_H, IS_WHOLE_H,
             RUN_H, ROWS, UNROLL, BLOCK_CI, BLOCK_CO, BLOCK_P, HAS_SHIFT, HAS_CHANNEL_MASK, PRECISION,
         )  # fmt: skip
-        if TASK == "select":
-            offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
-            mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
-            if BLOCK_N == 1:
-                offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
-                mask_a = (co < co_end)[:, None]
-            a = load_attention(attention_ptr + offs_a, mask_a, tag)
         values = ()
         for r in tl.static_range(RUN_H):
             acc = outputs[r]
@@ -187,7 +190,7 @@ def column_tile(
             if not IS_EVEN_H:
                 mask_r = mask_out & (y + r < H)[None, :]
             if TASK == "select":
-                acc *= a
+                acc *= attention[m]
                 if m > 0:
                     acc += selection[r].to(tl.float32)
                 # In 16 bits between branches, as eager adds them: half the registers.

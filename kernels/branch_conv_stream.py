@@ -159,6 +159,16 @@ def stream_tile(
         out_block_ptr = out_ptr + co0 * stride_oc
         pool = tl.zeros([BLOCK_M, BLOCK_POOL if POOL_BY_DOT else BLOCK_P], tl.float32)
         selection = ()
+        # All branches' attention first: while it is waited for, nothing else takes registers.
+        attention = ()
+        if TASK == "select":
+            for m in tl.static_range(M):
+                offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
+                mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
+                if BLOCK_N == 1:
+                    offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
+                    mask_a = (co < co_end)[:, None]
+                attention = attention + (load_attention(attention_ptr + offs_a, mask_a, tag),)
         for m in tl.static_range(M):
             y = run_origin(run_h, RUN_H, SPACINGS_H[m])
             x = run_origin(run_w, RUN_W, SPACINGS_W[m])
@@ -171,14 +181,7 @@ def stream_tile(
                 KERNELS[m], DILATIONS[m], STRIDE, PITCHES[m], STEPS_R[m], STEPS_K[m], SPANS[m], IS_EVEN_H[m],
                 RUN_H, RUN_W, BLOCK_CI, BLOCK_CO, BLOCK_P, HAS_SHIFT, HAS_CHANNEL_MASK,
             )  # fmt: skip
-            if TASK == "select":
-                offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
-                mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
-                if BLOCK_N == 1:
-                    offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
-                    mask_a = (co < co_end)[:, None]
-                a = load_attention(attention_ptr + offs_a, mask_a, tag)
-            else:
+            if TASK != "select":
                 x_out = x[None, :] + position[:, None] * SPACINGS_W[m]  # [BLOCK_M, BLOCK_P]
                 offs_out = (sample * stride_on + y * stride_oh)[None, :] + x_out * stride_ow + co[:, None]
                 mask_out = mask_p[None, :] & (x_out < W)
@@ -191,7 +194,7 @@ def stream_tile(
                     rows, weights, start, r, KERNELS[m], STEPS_R[m], STEPS_K[m], RUN_W, HAS_RELU, PRECISION
                 )
                 if TASK == "select":
-                    acc = in_image_order(acc * a, RUN_W, BLOCK_CO, BLOCK_P, SPACINGS_W[m])
+                    acc = in_image_order(acc * attention[m], RUN_W, BLOCK_CO, BLOCK_P, SPACINGS_W[m])
                     if m > 0:
                         acc += selection[r]
                     added = added + (acc,)

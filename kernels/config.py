@@ -103,4 +103,25 @@ class BorderConfig:
     num_warps: int = 1
 
 
+@dataclass(frozen=True)
+class ResidentConfig:
+    """`unit_resident_fwd_kernel`: tiles as `branch`, of one sample, to pool and to select.
+
+    A gate item is BLOCK_C channels; it takes BLOCK_T tiles and BLOCK_S channels of the pooled sums, BLOCK_D entries of
+    z at a time. GATE_LAG and SELECT_LAG: samples between a sample's pooling and its gate, its selection.
+    `programs_per_processor` fit on a processor when a thread takes `max_registers`.
+    """
+
+    branch: StreamConfig | ColumnConfig
+    GATE_LAG: int
+    SELECT_LAG: int
+    BLOCK_C: int
+    BLOCK_T: int
+    BLOCK_S: int
+    BLOCK_D: int
+    ITEMS_PER_TURN: int
+    programs_per_processor: int
+    max_registers: int
+
+
 BranchConfig = StreamConfig | ColumnConfig | TapConfig | DepthwiseConfig

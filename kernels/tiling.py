@@ -59,6 +59,14 @@ def load_attention(attention_ptr, mask, tag):
 
 
 @triton.jit
+def store_tagged(word_ptr, values, mask, tag):
+    """Write fp32 `values` as the words that `load_attention` waits for, each in one access."""
+    bits = values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    words = tl.cast(tag, tl.int64) << 32 | bits
+    tl.atomic_xchg(word_ptr, words, mask=mask, sem="relaxed", scope="gpu")
+
+
+@triton.jit
 def pooled_pixels(origin, mask_p, W, RUN_W: tl.constexpr, SPACING: tl.constexpr, BLOCK_POOL: tl.constexpr):
     """Whether row run `p` has a pixel of the image at position `column`. [BLOCK_P, BLOCK_POOL]"""
     offs_col = tl.arange(0, BLOCK_POOL)
