@@ -109,7 +109,7 @@ class ResidentConfig:
 
     A gate item is BLOCK_C channels; it takes BLOCK_T tiles and BLOCK_S channels of the pooled sums, BLOCK_D entries of
     z at a time. GATE_LAG and SELECT_LAG: samples between a sample's pooling and its gate, its selection.
-    `programs_per_processor` fit on a processor when a thread takes `max_registers`.
+    `programs_per_processor` fit on a processor when a thread takes `max_registers`; made for a chip of `processors`.
     """
 
     branch: StreamConfig | ColumnConfig
@@ -122,6 +122,7 @@ class ResidentConfig:
     ITEMS_PER_TURN: int
     programs_per_processor: int
     max_registers: int
+    processors: int
 
 
 BranchConfig = StreamConfig | ColumnConfig | TapConfig | DepthwiseConfig

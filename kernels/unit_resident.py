@@ -195,6 +195,11 @@ def unit_resident_fwd(
     branch = config.branch
     if not (can_run("select", shape, branch) and branch.BLOCK_N == 1):
         raise ValueError(f"config: its branch kernel must select, one sample at a time; got {branch}")
+    if not 0 <= config.GATE_LAG <= config.SELECT_LAG:
+        raise ValueError(
+            f"config: a sample is selected after its gate, got GATE_LAG {config.GATE_LAG} and SELECT_LAG "
+            f"{config.SELECT_LAG}"
+        )
     n, _, h_in, w_in = x.shape
     c, h, w_out = v.shape[1:]
     m, _, d = select_weight.shape
@@ -256,4 +261,5 @@ def unit_resident_fwd(
             "maxnreg": config.max_registers,
             "launch_cooperative_grid": True,
         },
+        kept=(attention, state),
     )

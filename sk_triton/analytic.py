@@ -21,6 +21,7 @@ from .kernels.config import (
     DepthwiseConfig,
     GateConfig,
     MergedConfig,
+    ResidentConfig,
     SelectConfig,
     StreamConfig,
     TapConfig,
@@ -33,10 +34,12 @@ from .kernels.geometry import (
     column_run,
     column_runs,
     next_power_of_2,
+    resident_items,
     row_run,
     tiles,
 )
 from .kernels.merging import row_parts, strips
+from .workload import Workload
 
 # Widest group, in channels, whose accumulators and rows the unrolled formulations keep in registers without spilling.
 MAX_UNROLLED_CHANNELS = 32
@@ -50,6 +53,12 @@ SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
 SPILLING_UNROLLED_CHIPS = ("sm_80", "gfx942")
 # Chips whose compiler does not spill where a program selects two channel blocks, one after the other.
 PAIRED_SELECT_CHIPS = ("sm_80", "sm_120")
+# Chips whose compiler spills with longer column runs than 4 where one kernel pools and selects, and those on which its
+# registers leave room for ten programs on a processor.
+SPILLING_RESIDENT_CHIPS = ("sm_80", "sm_120")
+ROOMY_RESIDENT_CHIPS = ("sm_90", "sm_100")
+# Share of L2 that may pass between two uses of the same data: halves of it keep copies of each other's.
+L2_SHARE = 0.5
 # Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
 MAX_MERGED_CHANNELS = 16
 MAX_MERGED_REGISTERS = 120
@@ -276,6 +285,64 @@ def _cost(config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: 
     # About 8 programs of this size keep one processor busy; fewer leave it idle.
     waves = cdiv(programs, 8 * chip.processors)
     return max(programs * work / (8 * chip.processors), waves * work) * blocks
+
+
+def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | None:
+    """Config for a unit in one launch, None where no tiles of one sample serve to pool and to select."""
+    chip, n, (h, w) = workload.chip, workload.n, workload.output_size
+    group = max(shape.c_in, shape.c_out) // shape.groups
+    kernel = max(shape.kernels)
+    candidates: list[BranchConfig] = []
+    if group <= 8 and kernel <= 5:
+        candidates = _stream_candidates(shape, False, workload.dtype, chip, "select")
+    elif group <= 16 and kernel <= 3:
+        candidates = _column_candidates(shape, h, chip, "select")
+    longest = 4 if chip.name in SPILLING_RESIDENT_CHIPS else 7
+    tiles_of_one: list[StreamConfig | ColumnConfig] = []
+    for config in candidates:
+        if config.BLOCK_N > 1 or column_run(config) > longest or not can_run("select", shape, config):
+            continue
+        # One channel block, no loop unrolled: the kernel holds both tasks' code.
+        if isinstance(config, StreamConfig):
+            tiles_of_one.append(replace(config, BLOCKS_PER_PROGRAM=1))
+        elif isinstance(config, ColumnConfig):
+            tiles_of_one.append(replace(config, UNROLL=False))
+    if not tiles_of_one:
+        return None
+    branch = min(tiles_of_one, key=lambda config: _cost(config, shape, n, h, w, chip, "select"))
+    per_processor = 10 if chip.name in ROOMY_RESIDENT_CHIPS else 8
+    # Two blocks of 8 16-bit channels share the 32-byte sectors that a load brings in.
+    per_turn = 2 if branch.BLOCK_CI == 8 and blocking(shape, branch).blocks % 2 == 0 else 1
+    config = ResidentConfig(
+        branch=branch,
+        GATE_LAG=0,
+        SELECT_LAG=0,
+        BLOCK_C=16,
+        BLOCK_T=8,
+        BLOCK_S=32,
+        BLOCK_D=32,
+        ITEMS_PER_TURN=per_turn,
+        programs_per_processor=per_processor,
+        # A warp's registers are handed out eight to a thread.
+        max_registers=min(255, 65536 // (32 * branch.num_warps * per_processor) // 8 * 8),
+        processors=chip.processors,
+    )
+    in_flight = cdiv(per_processor * chip.processors * per_turn, resident_items(shape, config, h, w).step)
+    if n <= in_flight:
+        return config  # all items run at once: a lag would only hold them up
+    # When a program comes to a gate, the round before it has pooled the sample; likewise for the selection.
+    return replace(config, GATE_LAG=min(n, in_flight + 1), SELECT_LAG=min(n, 2 * in_flight + 1))
+
+
+def resident_bytes(workload: Workload, shape: ConvShape, config: ResidentConfig) -> int:
+    """Bytes that pass through L2 between a sample's pooling and the end of its selection: inputs and results."""
+    spec, (h, w) = workload.spec, workload.output_size
+    pixels = spec.in_channels * workload.h_in * workload.w_in + spec.out_channels * h * w
+    in_flight = cdiv(
+        config.programs_per_processor * config.processors * config.ITEMS_PER_TURN,
+        resident_items(shape, config, h, w).step,
+    )
+    return min(workload.n, config.SELECT_LAG + in_flight) * pixels * workload.dtype.itemsize
 
 
 def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:

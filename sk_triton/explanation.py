@@ -56,6 +56,8 @@ class Explanation:
             lines.append(f"{launch.task:<9} {branches}")
             lines.append(f"  config  {_show(launch.config)}")
             lines.append(f"  source  {launch.source}")
+        if plan.resident is not None:
+            lines.append(f"resident  {_show(plan.resident)}")
         if plan.gate is not None:
             lines.append(f"gate      {_show(plan.gate)}")
         if plan.select is not None:

@@ -12,8 +12,10 @@ import torch
 
 from . import analytic, tuning
 from .backend import Schedule
+from .chips import UNHOISTED_LOOPS
+from .environment import triton_version
 from .kernels.config import ColumnConfig
-from .kernels.geometry import ConvShape, can_run
+from .kernels.geometry import ConvShape, can_run, resident_items
 from .kernels.merging import merged_shape
 from .plan import BranchLaunch, MergedLaunch, Plan
 from .spec import BranchSpec, SKSpec
@@ -134,10 +136,42 @@ def _plan_merged(workload: Workload) -> Plan | str:
     return replace(_plan("merged", workload, 2, 1, ()), merged_launch=merged)
 
 
+def _plan_resident(workload: Workload) -> Plan | str:
+    """The plan of schedule "resident", or why it cannot run."""
+    spec, chip = workload.spec, workload.chip
+    if triton_version() < UNHOISTED_LOOPS:
+        needed = ".".join(map(str, UNHOISTED_LOOPS))
+        return f"Triton before {needed} hoists more out of the kernel's loop than there are registers"
+    if not chip.l2_mib:
+        return f"the dies of {chip.name} have an L2 each; what one has pooled another would read from memory"
+    if workload.dtype == torch.float32:
+        return "fp32 convolves at 36 and more instructions per output, and would do so twice in one launch"
+    shapes = conv_shapes(spec)
+    if len(shapes) > 1:
+        return "the branches differ in groups, and one launch must hold them all to select"
+    ((start, stop, shape),) = shapes
+    config = analytic.resident_config(workload, shape)
+    if config is None:
+        return (
+            "groups above 16 channels, kernels above 5x5, and dilations that are no power of two have no tiles that "
+            "one launch both pools and selects"
+        )
+    if workload.n * resident_items(shape, config, *workload.output_size).step >= 2**30:
+        return f"a batch of {workload.n} samples has more than 2^30 tiles"
+    if (held := analytic.resident_bytes(workload, shape, config)) > analytic.L2_SHARE * chip.l2_mib * 2**20:
+        return (
+            f"the samples between pooling and selection take {held / 2**20:.1f} MiB of {chip.name}'s {chip.l2_mib} MiB "
+            f"of L2; at most {analytic.L2_SHARE:.0%} hold"
+        )
+    launch = BranchLaunch(start, stop, shape, config.branch, f"analytic ({chip.name})", "resident")
+    return replace(_plan("resident", workload, 1, 1, (launch,)), resident=config, gate=None)
+
+
 _PLANNERS: dict[Schedule, Callable[[Workload], Plan | str]] = {
     "store": plan_store,
     "recompute": _plan_recompute,
     "merged": _plan_merged,
+    "resident": _plan_resident,
 }
 
 
