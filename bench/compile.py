@@ -41,6 +41,7 @@ _TRITON_TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 

@@ -18,9 +18,8 @@ from .geometry import ConvShape, blocking, can_run, cdiv, next_power_of_2, resid
 from .launch import Launch
 from .tiling import SIZES, locate_tile
 
-PHASES = ("pool", "gate", "select")
 # What `state` holds before the samples' counters: finished launches, and programs of this one that have finished.
-STATE_HEADER: tl.constexpr = 2
+STATE_HEADER = tl.constexpr(2)
 
 
 @triton.jit(
@@ -61,7 +60,7 @@ def unit_resident_fwd_kernel(
     Step t of the list holds the tiles of sample t to pool, the gate of sample `t - GATE_LAG` in GATE_ITEMS blocks of
     BLOCK_C channels, and the tiles of sample `t - SELECT_LAG` to select. `state[STATE_HEADER + n]` counts the pooled
     tiles of sample n; attention is handed over in tagged words (`tiling.load_attention`). PHASE "all" is the kernel;
-    "pool", "gate" and "select" leave the others out, to count the instructions of one.
+    "pool", "gate", "select" and "none" leave the others out, to count the instructions of one.
     """
     M: tl.constexpr = len(KERNELS)
     program = tl.program_id(0)

@@ -334,15 +334,12 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     return replace(config, GATE_LAG=min(n, in_flight + 1), SELECT_LAG=min(n, 2 * in_flight + 1))
 
 
-def resident_bytes(workload: Workload, shape: ConvShape, config: ResidentConfig) -> int:
-    """Bytes that pass through L2 between a sample's pooling and the end of its selection: inputs and results."""
+def resident_bytes(workload: Workload, config: ResidentConfig) -> int:
+    """Bytes that pass through L2 between a sample's pooling and its selection: inputs and results of the samples
+    between, or of the whole batch where all of it runs at once."""
     spec, (h, w) = workload.spec, workload.output_size
-    pixels = spec.in_channels * workload.h_in * workload.w_in + spec.out_channels * h * w
-    in_flight = cdiv(
-        config.programs_per_processor * config.processors * config.ITEMS_PER_TURN,
-        resident_items(shape, config, h, w).step,
-    )
-    return min(workload.n, config.SELECT_LAG + in_flight) * pixels * workload.dtype.itemsize
+    elements = spec.in_channels * workload.h_in * workload.w_in + spec.out_channels * h * w
+    return (config.SELECT_LAG or workload.n) * elements * workload.dtype.itemsize
 
 
 def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:

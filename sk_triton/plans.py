@@ -158,7 +158,7 @@ def _plan_resident(workload: Workload) -> Plan | str:
         )
     if workload.n * resident_items(shape, config, *workload.output_size).step >= 2**30:
         return f"a batch of {workload.n} samples has more than 2^30 tiles"
-    if (held := analytic.resident_bytes(workload, shape, config)) > analytic.L2_SHARE * chip.l2_mib * 2**20:
+    if (held := analytic.resident_bytes(workload, config)) > analytic.L2_SHARE * chip.l2_mib * 2**20:
         return (
             f"the samples between pooling and selection take {held / 2**20:.1f} MiB of {chip.name}'s {chip.l2_mib} MiB "
             f"of L2; at most {analytic.L2_SHARE:.0%} hold"

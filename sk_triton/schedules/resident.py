@@ -26,7 +26,7 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> l
     (launch,) = plan.branch_launches
     n, c, h, w = v.shape
     partial = x.new_empty((n, math.prod(tiles(launch.shape, config.branch, h, w)), c), dtype=torch.float32)
-    state, attention = kept_exchange(n + STATE_HEADER, n * spec.num_branches * c, x.device)
+    state, attention = kept_exchange(n + STATE_HEADER.value, n * spec.num_branches * c, x.device)
     (weights,), (shift,) = packed.weights, packed.shifts
     return [
         unit_resident_fwd(
