@@ -40,7 +40,7 @@ def items(launch: Launch) -> dict[str, int]:
         "select": named["TILES_H"] * named["TILES_W"],
     }
     of_sample = {phase: count * named["CHANNEL_PROGRAMS"] for phase, count in tiles.items()}
-    of_sample["gate"] = cdiv(named["C_OUT"], launch.constexprs["BLOCK_C"])
+    of_sample["gate"] = cdiv(named["C_OUT"], launch.constexprs["GATE_CHANNELS"])
     return {phase: named["N"] * of_sample[phase] for phase in _PHASES}
 
 
@@ -92,7 +92,7 @@ def gate_bytes(launch: Launch) -> float:
         tensor: Tensor = named[name]
         return tensor.numel() * tensor.element_size()
 
-    blocks = cdiv(named["C_OUT"], launch.constexprs["BLOCK_C"])
+    blocks = cdiv(named["C_OUT"], launch.constexprs["GATE_CHANNELS"])
     return float(
         blocks * (size("partial_ptr") + named["N"] * size("reduce_ptr")) + named["N"] * size("select_ptr")
     )

@@ -107,14 +107,15 @@ class BorderConfig:
 class ResidentConfig:
     """`unit_resident_fwd_kernel`: tiles as `branch`, of one sample, to pool and to select.
 
-    A gate item is BLOCK_C channels; it takes BLOCK_T tiles and BLOCK_S channels of the pooled sums, BLOCK_D entries of
-    z at a time. GATE_LAG and SELECT_LAG: samples between a sample's pooling and its gate, its selection.
+    A gate item is GATE_CHANNELS channels, BLOCK_C at a time; it takes BLOCK_T tiles and BLOCK_S channels of the pooled
+    sums at a time, and z of BLOCK_D entries as a whole. GATE_LAG and SELECT_LAG: samples between a sample's pooling and its gate, its selection.
     `programs_per_processor` fit on a processor when a thread takes `max_registers`; made for a chip of `processors`.
     """
 
     branch: StreamConfig | ColumnConfig
     GATE_LAG: int
     SELECT_LAG: int
+    GATE_CHANNELS: int
     BLOCK_C: int
     BLOCK_T: int
     BLOCK_S: int

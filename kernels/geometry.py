@@ -217,7 +217,7 @@ def resident_items(shape: ConvShape, config: ResidentConfig, h: int, w: int) -> 
     pool_tiles = tiles(shape, branch, h, w)
     select_tiles = tiles(shape, branch, h, w, is_common=True)
     # Filled up, so that adjacent items of a turn stay the channel blocks of one tile.
-    gate = cdiv(cdiv(shape.c_out, config.BLOCK_C), config.ITEMS_PER_TURN) * config.ITEMS_PER_TURN
+    gate = cdiv(cdiv(shape.c_out, config.GATE_CHANNELS), config.ITEMS_PER_TURN) * config.ITEMS_PER_TURN
     per_program = branch.BLOCKS_PER_PROGRAM if isinstance(branch, StreamConfig) else 1
     programs = blocking(shape, branch).blocks // per_program
     step = (prod(pool_tiles) + prod(select_tiles)) * programs + gate

@@ -39,7 +39,7 @@ def unit_resident_fwd_kernel(
     N, H_IN, W_IN, H, W, C_IN, C_OUT, D, POOL_TILES_H, POOL_TILES_W, TILES_H, TILES_W, CHANNEL_PROGRAMS,
     GATE_ITEMS, GATE_LAG, SELECT_LAG, TURNS,
     stride_xn, stride_xh, stride_xw, stride_vn, stride_vc, stride_vh, stride_vw, stride_partial_n, stride_partial_t,
-    PHASE: tl.constexpr, IS_COLUMN: tl.constexpr, ITEMS_PER_TURN: tl.constexpr,
+    PHASE: tl.constexpr, IS_COLUMN: tl.constexpr, ITEMS_PER_TURN: tl.constexpr, GATE_CHANNELS: tl.constexpr,
     KERNELS: tl.constexpr, DILATIONS: tl.constexpr, STRIDE: tl.constexpr,
     SPACINGS_H: tl.constexpr, PITCHES: tl.constexpr, STEPS_R: tl.constexpr, STEPS_K: tl.constexpr,
     IS_EVEN_H: tl.constexpr,
@@ -57,8 +57,8 @@ def unit_resident_fwd_kernel(
 ):  # fmt: skip
     """`v` of a whole batch. A program takes ITEMS_PER_TURN adjacent items of the list at a time, round after round.
 
-    Step t of the list holds the tiles of sample t to pool, the gate of sample `t - GATE_LAG` in GATE_ITEMS blocks of
-    BLOCK_C channels, and the tiles of sample `t - SELECT_LAG` to select. `state[STATE_HEADER + n]` counts the pooled
+    Step t of the list holds the tiles of sample t to pool, the gate of sample `t - GATE_LAG` in GATE_ITEMS parts of
+    GATE_CHANNELS channels, and the tiles of sample `t - SELECT_LAG` to select. `state[STATE_HEADER + n]` counts the pooled
     tiles of sample n; attention is handed over in tagged words (`tiling.load_attention`). PHASE "all" is the kernel;
     "pool", "gate", "select" and "none" leave the others out, to count the instructions of one.
     """
@@ -106,7 +106,7 @@ def unit_resident_fwd_kernel(
                 tl.atomic_add(state_ptr + STATE_HEADER + n, 1, sem="release", scope="gpu")
         elif place < pool_items + GATE_ITEMS:
             n = step - GATE_LAG
-            c0 = (place - pool_items) * BLOCK_C
+            c0 = (place - pool_items) * GATE_CHANNELS
             if n >= 0 and n < N and c0 < C_OUT and (PHASE == "all" or PHASE == "gate"):
                 if PHASE == "all":
                     while (
@@ -116,7 +116,7 @@ def unit_resident_fwd_kernel(
                         pass
                 gate_sample(
                     partial_ptr + n.to(tl.int64) * stride_partial_n, reduce_ptr, scale_ptr, gate_shift_ptr,
-                    select_ptr, select_bias_ptr, attention_ptr + n.to(tl.int64) * (M * C_OUT), tag, c0,
+                    select_ptr, select_bias_ptr, attention_ptr + n.to(tl.int64) * (M * C_OUT), tag, c0, tl.minimum(c0 + GATE_CHANNELS, C_OUT),
                     POOL_TILES_H * POOL_TILES_W, C_OUT, D, H * W, stride_partial_t,
                     M, BLOCK_M, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_C, HAS_GATE_RELU, HAS_SELECT_BIAS,
                 )  # fmt: skip
@@ -202,6 +202,8 @@ def unit_resident_fwd(
     n, _, h_in, w_in = x.shape
     c, h, w_out = v.shape[1:]
     m, _, d = select_weight.shape
+    if d > config.BLOCK_D:
+        raise ValueError(f"config: BLOCK_D must hold the descriptor of {d} entries, got {config.BLOCK_D}")
     layout = blocking(shape, branch)
     items = resident_items(shape, config, h, w_out)
     is_column = isinstance(branch, ColumnConfig)
@@ -226,6 +228,7 @@ def unit_resident_fwd(
         "PHASE": "all",
         "IS_COLUMN": is_column,
         "ITEMS_PER_TURN": config.ITEMS_PER_TURN,
+        "GATE_CHANNELS": config.GATE_CHANNELS,
         "BLOCK_M": next_power_of_2(m),
         "BLOCK_T": config.BLOCK_T,
         "BLOCK_S": config.BLOCK_S,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
+from math import prod
 
 import torch
 
@@ -57,6 +58,8 @@ PAIRED_SELECT_CHIPS = ("sm_80", "sm_120")
 # registers leave room for ten programs on a processor.
 SPILLING_RESIDENT_CHIPS = ("sm_80", "sm_120")
 ROOMY_RESIDENT_CHIPS = ("sm_90", "sm_100")
+# Widest descriptor of which a warp holds a block of weights.
+MAX_RESIDENT_DESCRIPTOR = 128
 # Share of L2 that may pass between two uses of the same data: halves of it keep copies of each other's.
 L2_SHARE = 0.5
 # Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
@@ -310,6 +313,9 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     if not tiles_of_one:
         return None
     branch = min(tiles_of_one, key=lambda config: _cost(config, shape, n, h, w, chip, "select"))
+    block_d = max(16, next_power_of_2(workload.spec.gate_width))
+    if block_d > MAX_RESIDENT_DESCRIPTOR:
+        return None
     per_processor = 10 if chip.name in ROOMY_RESIDENT_CHIPS else 8
     # Two blocks of 8 16-bit channels share the 32-byte sectors that a load brings in.
     per_turn = 2 if branch.BLOCK_CI == 8 and blocking(shape, branch).blocks % 2 == 0 else 1
@@ -317,10 +323,11 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
         branch=branch,
         GATE_LAG=0,
         SELECT_LAG=0,
+        GATE_CHANNELS=16,
         BLOCK_C=16,
         BLOCK_T=8,
-        BLOCK_S=32,
-        BLOCK_D=32,
+        BLOCK_S=max(16, 1024 // block_d),
+        BLOCK_D=block_d,
         ITEMS_PER_TURN=per_turn,
         programs_per_processor=per_processor,
         # A warp's registers are handed out eight to a thread.
@@ -330,6 +337,12 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     in_flight = cdiv(per_processor * chip.processors * per_turn, resident_items(shape, config, h, w).step)
     if n <= in_flight:
         return config  # all items run at once: a lag would only hold them up
+    # Every part of a gate reads the pooled sums and the descriptor's weights anew: at most a quarter of a sample's bytes.
+    part = shape.c_out * (
+        workload.spec.gate_width * workload.dtype.itemsize + 4 * prod(tiles(shape, branch, h, w))
+    )
+    parts = max(1, resident_sample_bytes(workload) // (4 * part))
+    config = replace(config, GATE_CHANNELS=max(16, next_power_of_2(cdiv(shape.c_out, parts))))
     # When a program comes to a gate, the round before it has pooled the sample; likewise for the selection.
     return replace(config, GATE_LAG=min(n, in_flight + 1), SELECT_LAG=min(n, 2 * in_flight + 1))
 
@@ -337,9 +350,14 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
 def resident_bytes(workload: Workload, config: ResidentConfig) -> int:
     """Bytes that pass through L2 between a sample's pooling and its selection: inputs and results of the samples
     between, or of the whole batch where all of it runs at once."""
+    return (config.SELECT_LAG or workload.n) * resident_sample_bytes(workload)
+
+
+def resident_sample_bytes(workload: Workload) -> int:
+    """A sample's input and result."""
     spec, (h, w) = workload.spec, workload.output_size
     elements = spec.in_channels * workload.h_in * workload.w_in + spec.out_channels * h * w
-    return (config.SELECT_LAG or workload.n) * elements * workload.dtype.itemsize
+    return elements * workload.dtype.itemsize
 
 
 def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:

@@ -47,9 +47,11 @@ def fastest_plan(workload: Workload) -> Plan:
     store = plan_store(workload)
     merged = _plan_merged(workload)
     if not isinstance(merged, str):
-        return merged.rejecting(
-            "store", f"{store.passes:g} passes over memory, against {merged.passes:g}"
-        ).rejecting("recompute", "as many passes as merged, and every branch convolved twice")
+        return (
+            merged.rejecting("store", f"{store.passes:g} passes over memory, against {merged.passes:g}")
+            .rejecting("recompute", "as many passes as merged, and every branch convolved twice")
+            .rejecting("resident", "every branch convolved twice, where merged convolves once for all")
+        )
     store = store.rejecting("merged", merged)
     recompute = _plan_recompute(workload)
     if isinstance(recompute, str):
@@ -71,8 +73,18 @@ def fastest_plan(workload: Workload) -> Plan:
         return store.rejecting(
             "recompute", f"{recompute.passes:g} passes over memory, against {store.passes:g}"
         )
-    return recompute.rejecting("merged", merged).rejecting(
-        "store", f"{store.passes:g} passes over memory, against {recompute.passes:g}"
+    resident = _plan_resident(workload)
+    if isinstance(resident, str):
+        chosen = recompute.rejecting("resident", resident)
+    else:
+        # Predicted for an H100 (`sk-triton explain`): where recompute beats store, one launch that reads x from memory
+        # once beats recompute, since it does the same work in one launch.
+        chosen = resident.rejecting(
+            "recompute",
+            f"{recompute.passes:g} passes over memory, against {resident.passes:g}, and three launches",
+        )
+    return chosen.rejecting("merged", merged).rejecting(
+        "store", f"{store.passes:g} passes over memory, against {chosen.passes:g}"
     )
 
 
@@ -153,8 +165,8 @@ def _plan_resident(workload: Workload) -> Plan | str:
     config = analytic.resident_config(workload, shape)
     if config is None:
         return (
-            "groups above 16 channels, kernels above 5x5, and dilations that are no power of two have no tiles that "
-            "one launch both pools and selects"
+            "groups above 16 channels, kernels above 5x5, dilations that are no power of two and descriptors above "
+            f"{analytic.MAX_RESIDENT_DESCRIPTOR} entries have no tiles that one launch both pools and selects"
         )
     if workload.n * resident_items(shape, config, *workload.output_size).step >= 2**30:
         return f"a batch of {workload.n} samples has more than 2^30 tiles"
