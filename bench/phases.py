@@ -48,7 +48,9 @@ def counted(launch: Launch, compiled: Callable[[Launch], Resources]) -> Resource
     """What a launch's kernel uses, with the instructions of an average program, from `compiled` launches."""
     whole = compiled(launch)
     parts = {
-        phase: compiled(launch._replace(constexprs={**launch.constexprs, "PHASE": phase}))
+        phase: compiled(
+            launch._replace(constexprs={**launch.constexprs, "PHASE": phase}, trips=_trips(launch, phase))
+        )
         for phase in ("none", *_PHASES)
     }
     rest = parts["none"].by_instruction
@@ -59,7 +61,21 @@ def counted(launch: Launch, compiled: Callable[[Launch], Resources]) -> Resource
         for instruction in own.keys() | rest.keys():
             totals[instruction] += (own[instruction] - rest[instruction]) * count / programs
     totals = Counter({instruction: count for instruction, count in totals.items() if count > 0})
-    return replace(whole, instructions=sum(totals.values()), by_instruction=totals)
+    is_counted = all(parts[phase].instructions is not None for phase in ("none", "pool", "select"))
+    return replace(whole, instructions=sum(totals.values()) if is_counted else None, by_instruction=totals)
+
+
+def _trips(launch: Launch, phase: str) -> tuple[int, ...]:
+    """Trips of a phase's loops: over items, waits for each branch, kernel columns, and the counters' reset.
+
+    Those of a gate depend on the compiler's unrolling; its share is small, and counts once.
+    """
+    if phase == "none":
+        return (0,)
+    kernels = launch.constexprs["KERNELS"]
+    waits = len(kernels) * (0,) if phase == "select" else ()
+    columns = kernels if launch.constexprs["IS_COLUMN"] else ()
+    return (0, *waits, *columns, 0)
 
 
 def as_branch_launches(launch: Launch) -> list[Launch]:

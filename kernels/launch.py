@@ -7,7 +7,8 @@ class Launch(NamedTuple):
     """`kernel[grid](*arguments, **constexprs, **options)`; calling it runs it.
 
     `options` holds num_warps, num_stages and what else the compiler takes; `trips`, how often each run-time loop of the
-    kernel runs, in source order; `kept`, those of the tensors that later launches go on using, at the same address.
+    kernel runs, in source order, 0 where nobody knows; `kept`, those of the tensors that later launches go on using, at
+    the same address.
     """
 
     kernel: Any

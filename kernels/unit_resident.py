@@ -58,9 +58,9 @@ def unit_resident_fwd_kernel(
     """`v` of a whole batch. A program takes ITEMS_PER_TURN adjacent items of the list at a time, round after round.
 
     Step t of the list holds the tiles of sample t to pool, the gate of sample `t - GATE_LAG` in GATE_ITEMS parts of
-    GATE_CHANNELS channels, and the tiles of sample `t - SELECT_LAG` to select. `state[STATE_HEADER + n]` counts the pooled
-    tiles of sample n; attention is handed over in tagged words (`tiling.load_attention`). PHASE "all" is the kernel;
-    "pool", "gate", "select" and "none" leave the others out, to count the instructions of one.
+    GATE_CHANNELS channels, and the tiles of sample `t - SELECT_LAG` to select. `state[STATE_HEADER + n]` counts the
+    pooled tiles of sample n; attention is handed over in tagged words (`tiling.load_attention`). PHASE "all" is the
+    kernel; "pool", "gate", "select" and "none" leave the others out, to count the instructions of one.
     """
     M: tl.constexpr = len(KERNELS)
     program = tl.program_id(0)
@@ -116,7 +116,8 @@ def unit_resident_fwd_kernel(
                         pass
                 gate_sample(
                     partial_ptr + n.to(tl.int64) * stride_partial_n, reduce_ptr, scale_ptr, gate_shift_ptr,
-                    select_ptr, select_bias_ptr, attention_ptr + n.to(tl.int64) * (M * C_OUT), tag, c0, tl.minimum(c0 + GATE_CHANNELS, C_OUT),
+                    select_ptr, select_bias_ptr, attention_ptr + n.to(tl.int64) * (M * C_OUT), tag,
+                    c0, tl.minimum(c0 + GATE_CHANNELS, C_OUT),
                     POOL_TILES_H * POOL_TILES_W, C_OUT, D, H * W, stride_partial_t,
                     M, BLOCK_M, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_C, HAS_GATE_RELU, HAS_SELECT_BIAS,
                 )  # fmt: skip
@@ -260,7 +261,6 @@ def unit_resident_fwd(
         {
             "num_warps": branch.num_warps,
             "num_stages": branch.num_stages,
-            "maxnreg": config.max_registers,
             "launch_cooperative_grid": True,
         },
         kept=(attention, state),

@@ -54,10 +54,8 @@ SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
 SPILLING_UNROLLED_CHIPS = ("sm_80", "gfx942")
 # Chips whose compiler does not spill where a program selects two channel blocks, one after the other.
 PAIRED_SELECT_CHIPS = ("sm_80", "sm_120")
-# Chips whose compiler spills with longer column runs than 4 where one kernel pools and selects, and those on which its
-# registers leave room for ten programs on a processor.
-SPILLING_RESIDENT_CHIPS = ("sm_80", "sm_120")
-ROOMY_RESIDENT_CHIPS = ("sm_90", "sm_100")
+# Chips whose compiler spills with longer column runs than 4 where one kernel pools and selects, by kernel.
+SPILLING_RESIDENT_CHIPS = {StreamConfig: ("sm_80",), ColumnConfig: ("sm_80", "sm_120")}
 # Widest descriptor of which a warp holds a block of weights.
 MAX_RESIDENT_DESCRIPTOR = 128
 # Share of L2 that may pass between two uses of the same data: halves of it keep copies of each other's.
@@ -300,9 +298,9 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
         candidates = _stream_candidates(shape, False, workload.dtype, chip, "select")
     elif group <= 16 and kernel <= 3:
         candidates = _column_candidates(shape, h, chip, "select")
-    longest = 4 if chip.name in SPILLING_RESIDENT_CHIPS else 7
     tiles_of_one: list[StreamConfig | ColumnConfig] = []
     for config in candidates:
+        longest = 4 if chip.name in SPILLING_RESIDENT_CHIPS.get(type(config), ()) else 7
         if config.BLOCK_N > 1 or column_run(config) > longest or not can_run("select", shape, config):
             continue
         # One channel block, no loop unrolled: the kernel holds both tasks' code.
@@ -316,7 +314,8 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     block_d = max(16, next_power_of_2(workload.spec.gate_width))
     if block_d > MAX_RESIDENT_DESCRIPTOR:
         return None
-    per_processor = 10 if chip.name in ROOMY_RESIDENT_CHIPS else 8
+    # Programs of 255 registers a thread, the most that there are: they fit whatever the compiler makes of the kernel.
+    per_processor = 8 // branch.num_warps
     # Two blocks of 8 16-bit channels share the 32-byte sectors that a load brings in.
     per_turn = 2 if branch.BLOCK_CI == 8 and blocking(shape, branch).blocks % 2 == 0 else 1
     config = ResidentConfig(
@@ -330,14 +329,12 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
         BLOCK_D=block_d,
         ITEMS_PER_TURN=per_turn,
         programs_per_processor=per_processor,
-        # A warp's registers are handed out eight to a thread.
-        max_registers=min(255, 65536 // (32 * branch.num_warps * per_processor) // 8 * 8),
         processors=chip.processors,
     )
     in_flight = cdiv(per_processor * chip.processors * per_turn, resident_items(shape, config, h, w).step)
     if n <= in_flight:
         return config  # all items run at once: a lag would only hold them up
-    # Every part of a gate reads the pooled sums and the descriptor's weights anew: at most a quarter of a sample's bytes.
+    # Every part of a gate reads the pooled sums and the weights of z anew: a quarter of a sample's bytes at most.
     part = shape.c_out * (
         workload.spec.gate_width * workload.dtype.itemsize + 4 * prod(tiles(shape, branch, h, w))
     )
