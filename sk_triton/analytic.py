@@ -300,7 +300,7 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
         candidates = _column_candidates(shape, h, chip, "select")
     tiles_of_one: list[StreamConfig | ColumnConfig] = []
     for config in candidates:
-        longest = 4 if chip.name in SPILLING_RESIDENT_CHIPS.get(type(config), ()) else 7
+        longest = 4 if has_short_columns(config, chip) else 7
         if config.BLOCK_N > 1 or column_run(config) > longest or not can_run("select", shape, config):
             continue
         # One channel block, no loop unrolled: the kernel holds both tasks' code.
@@ -342,6 +342,11 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     config = replace(config, GATE_CHANNELS=max(16, next_power_of_2(cdiv(shape.c_out, parts))))
     # When a program comes to a gate, the round before it has pooled the sample; likewise for the selection.
     return replace(config, GATE_LAG=min(n, in_flight + 1), SELECT_LAG=min(n, 2 * in_flight + 1))
+
+
+def has_short_columns(config: BranchConfig, chip: Chip) -> bool:
+    """Whether a kernel that pools and selects with `config` would spill on a chip if its columns were longer than 4."""
+    return chip.name in SPILLING_RESIDENT_CHIPS.get(type(config), ())
 
 
 def resident_bytes(workload: Workload, config: ResidentConfig) -> int:

@@ -1,15 +1,21 @@
 """Whole units through schedule "resident", interpreted as one program, and when it is taken."""
 
 import dataclasses
+import json
 import math
+import os
 import random
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from sk_triton import SelectiveKernel, SKConv, plans, use_backend
+from sk_triton import SelectiveKernel, SKConv, dispatch, plans, use_backend
 from sk_triton.bench.grid import paper_unit, seed_unit
-from sk_triton.chips import CHIPS
+from sk_triton.chips import CHIPS, UNHOISTED_LOOPS
 from sk_triton.workload import Workload
 
 from .test_store import compare
@@ -204,6 +210,7 @@ def test_elsewhere_the_plan_says_why_not():
     assert "of L2; at most 50% hold" in dict(large.rejected)["resident"]
     assert "have an L2 each" in dict(plan(paper_unit(128), chip="gfx942").rejected)["resident"]
     assert "of sm_86's 6 MiB" in dict(plan(paper_unit(128), chip="sm_86").rejected)["resident"]
+    assert "short columns only" in dict(plan(paper_unit(128), chip="sm_80").rejected)["resident"]
     assert "merged convolves once" in dict(plan(seed_unit(128)).rejected)["resident"]
     for spec, size, dtype, reason in (
         (paper_unit(1024), 7, torch.float16, "groups above 16 channels"),
@@ -225,3 +232,60 @@ def test_programs_fit_on_the_processors(n):
             # 65536 registers, handed out eight to a thread of a warp.
             assert config.programs_per_processor * config.branch.num_warps * 32 * 256 <= 65536
             assert 0 <= config.GATE_LAG <= config.SELECT_LAG
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The kernel on each chip that runs it."""
+    script = Path(__file__).with_name("resident_machine_code.py")
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    chips = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+    done = subprocess.run(
+        [sys.executable, "-P", script, *chips], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["chip"] for row in rows} == set(chips)
+    return rows
+
+
+needs_unhoisted_loops = pytest.mark.skipif(
+    dispatch.triton_version() < UNHOISTED_LOOPS, reason="the plan refuses this Triton"
+)
+
+
+@pytest.mark.compile
+@needs_unhoisted_loops
+def test_the_kernel_is_cooperative_and_does_not_spill(compiled):
+    for row in compiled:
+        assert row["is_cooperative"]
+        assert row["spills"] == 0, (row["chip"], row["channels"])
+        # Eight programs of the most registers that there are share 99 KiB at least.
+        assert row["registers"] <= 255
+        assert 8 * (row["shared"] + 1024) <= 99 * 1024
+        assert row["matrix"] > 0
+
+
+@pytest.mark.compile
+@needs_unhoisted_loops
+def test_memory_order_of_the_machine_code(compiled):
+    """A barrier, then one thread's release, where a tile is pooled; an acquire, then a barrier, where a gate waits."""
+    for row in compiled:
+        lines = [
+            line.strip()
+            for line in row["ptx"].splitlines()
+            if re.search(r"\b(bar\.sync|barrier\.sync|atom|red|ld\.global\.\S*acquire|ld\.volatile)", line)
+        ]
+        release = [i for i, line in enumerate(lines) if ".release." in line or ".acq_rel." in line]
+        acquire = [i for i, line in enumerate(lines) if ".acquire." in line]
+        assert len(release) == 2, lines  # a pooled tile, and a program that has finished
+        assert len(acquire) == 1, lines
+        assert all(".gpu." in lines[i] for i in (*release, *acquire))
+        assert "bar" in lines[release[0] - 1]
+        assert "bar" in lines[acquire[0] + 1]
+        words = [line for line in lines if "exch.b64" in line]
+        assert words
+        assert all(".gpu.relaxed." in line for line in words)
+        assert any(re.search(r"ld\.volatile\.global.*b64", line) for line in lines)
+        # No sum depends on the order of programs.
+        assert not re.search(r"(atom|red)\S*\.f(16|32|64)", row["ptx"])
