@@ -160,7 +160,7 @@ def _plan_resident(workload: Workload) -> Plan | str:
     spec, chip = workload.spec, workload.chip
     if triton_version() < UNHOISTED_LOOPS:
         needed = ".".join(map(str, UNHOISTED_LOOPS))
-        return f"Triton before {needed} hoists more out of the kernel's loop than there are registers"
+        return f"the kernel needs Triton {needed}; older ones hoist more out of its loop than there are registers"
     if not chip.l2_mib:
         return f"the dies of {chip.name} have an L2 each; what one has pooled another would read from memory"
     if workload.dtype == torch.float32:
