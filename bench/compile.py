@@ -41,6 +41,7 @@ _TRITON_TYPES = {
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
     torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 
@@ -189,13 +190,13 @@ def _loop_weights(lines: list[tuple[int, str, str]], trips: tuple[int, ...]) -> 
     weights = [1] * len(lines)
     if not loops:
         return weights
-    expected = [trip for trip in trips if trip > 1]
+    expected = [trip for trip in trips if trip != 1]
     if len(loops) != len(expected):
         return None
     for (start, end), trip in zip(sorted(loops), expected, strict=True):
         for i, (address, _, _) in enumerate(lines):
             if start <= address <= end:
-                weights[i] *= trip
+                weights[i] *= max(1, trip)
     return weights
 
 

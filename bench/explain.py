@@ -120,7 +120,7 @@ def predicted_markdown(gpu: str = "H100 SXM", batch: int = 128) -> str:
         counts = [
             step.work.warp_instructions * product.warp / problem.outputs / problem.spec.num_branches
             for step in chosen.steps
-            if step.work.name.startswith("branch_conv") and step.work.warp_instructions is not None
+            if step.work.name.startswith(("branch_conv", "unit")) and step.work.warp_instructions is not None
         ]
         times = [f"{_us(chosen.seconds(bound))} µs" for bound in (sol.MEMORY, sol.L2, sol.ISSUE)]
         cells = [

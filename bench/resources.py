@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.metadata
 import json
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from sk_triton.tuning.launches import branch_key
 from sk_triton.workload import Workload
 
 from .grid import CASES, UNITS, Case
+from .phases import counted, has_phases
 from .planned import planned_steps
 from .processes import compiling_processes
 
@@ -90,7 +92,11 @@ def measure(case: Case, target: str) -> list[Row]:
         name = launch.kernel.fn.__name__.removesuffix("_fwd_kernel")
         if name == "gate" and any(row.kernel == "gate" for row in rows):
             continue  # every schedule's gate is the same
-        used = compile_launch(launch, target)
+        if has_phases(launch):
+            used = counted(launch, functools.partial(compile_launch, target=target))
+            branch_launch = None  # its config is no branch kernel's
+        else:
+            used = compile_launch(launch, target)
         task = launch.constexprs.get("TASK", "store")
         name += "" if task == "store" else f", {task}"
         per_output = None

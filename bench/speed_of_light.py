@@ -37,6 +37,7 @@ from sk_triton.workload import Workload
 
 from . import passes
 from .gpus import Gpu
+from .phases import counted, has_phases
 from .planned import planned_steps
 from .processes import compiling_processes
 from .work import PlannedStep, Work, launch_work, memory_bytes, operator_work
@@ -175,7 +176,7 @@ def predict_steps(steps: Sequence[PlannedStep], gpu: Gpu) -> tuple[Step, ...]:
     predicted = []
     for step, moved in zip(steps, memory_bytes(steps, gpu.l2_bytes), strict=True):
         if isinstance(step, Launch):
-            work = launch_work(step, compiled(step, gpu.chip), gpu, moved)
+            work = launch_work(step, _counted(step, gpu.chip), gpu, moved)
         else:
             work = operator_work(step, moved)
         predicted.append(times(work, gpu))
@@ -215,6 +216,13 @@ def times(work: Work, gpu: Gpu) -> Step:
     }
     waves = work.programs / (work.resident * gpu.processors) if work.resident else 0.0
     return Step(work, seconds, gpu.launch_seconds, min(work.resident, rounds) * work.warps, waves)
+
+
+def _counted(launch: Launch, chip: str) -> Resources:
+    """As `compiled`, all work of a launch that has phases counted."""
+    if has_phases(launch):
+        return counted(launch, functools.partial(compiled, chip=chip))
+    return compiled(launch, chip)
 
 
 _COMPILED: dict[Any, Resources] = {}

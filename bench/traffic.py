@@ -128,12 +128,12 @@ def count(
     workload = Workload(spec, 128, size, size, dtype, CHIPS["sm_90"])
     plan = plans.plan_schedule(schedule, workload)
     if full is not None:
-        configs = plans.plan_schedule(schedule, replace(workload, spec=full)).branch_launches
+        planned = plans.plan_schedule(schedule, replace(workload, spec=full))
         launches = [
             replace(launch, config=other.config)
-            for launch, other in zip(plan.branch_launches, configs, strict=True)
+            for launch, other in zip(plan.branch_launches, planned.branch_launches, strict=True)
         ]
-        plan = replace(plan, branch_launches=tuple(launches))
+        plan = replace(plan, branch_launches=tuple(launches), resident=planned.resident)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:

@@ -18,6 +18,7 @@ from sk_triton.kernels.geometry import cdiv
 from sk_triton.kernels.launch import Launch
 
 from .gpus import Gpu
+from .phases import as_branch_launches, gate_bytes, has_phases
 
 if TYPE_CHECKING:
     from .compile import Resources
@@ -192,6 +193,15 @@ def tile_bytes(launch: Launch) -> float | None:
     options = launch.constexprs
     if "KERNELS" not in options:
         return None
+    if has_phases(launch):
+        shared = sum(footprint(launch).values())
+        tiles = [_branch_tile_bytes(part) for part in as_branch_launches(launch)]
+        return sum(tiles) - (len(tiles) - 1) * shared + gate_bytes(launch)
+    return _branch_tile_bytes(launch)
+
+
+def _branch_tile_bytes(launch: Launch) -> float:
+    options = launch.constexprs
     named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     x, w, programs = named["x_ptr"], named["w_ptr"], named["CHANNEL_PROGRAMS"]
     channels = options.get("CHANNELS_CI", options.get("BLOCK_C")) * options.get("BLOCKS_PER_PROGRAM", 1)

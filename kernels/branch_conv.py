@@ -100,7 +100,6 @@ def _launch(
     h, w_out = size
     is_select = task == "select"
     layout = blocking(shape, config)
-    columns = column_runs(shape, config, is_select)
     tiles_h, tiles_w = tiles(shape, config, h, w_out, is_common=is_select)
     programs = layout.blocks // (config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1)
     if is_select:
@@ -114,28 +113,7 @@ def _launch(
     extent_x = (config.BLOCK_N - 1) * x.stride(0) + (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3)
     extent_out = (config.BLOCK_N - 1) * stride_on + (h - 1) * stride_oh + (w_out - 1) * stride_ow
     extent = max(extent_x + shape.c_in, extent_out + shape.c_out * stride_oc)
-    constexprs: dict[str, Any] = {
-        "KERNELS": shape.kernels,
-        "DILATIONS": lattice(shape),
-        "W_OFFSETS": layout.offsets,
-        "STRIDE": shape.stride,
-        "SPLIT_CI": shape.c_in if shape.is_split else 0,
-        "HAS_SHIFT": shift is not None,
-        "HAS_RELU": has_relu,
-        "IS_LARGE": extent >= 2**31,
-    }
-    constexprs |= {name: value for name, value in vars(config).items() if name.isupper()}
-    if not isinstance(config, DepthwiseConfig):
-        constexprs |= {
-            "CHANNELS_CI": layout.channels_ci,
-            "CHANNELS_CO": layout.channels_co,
-            "BLOCK_POOL": BLOCK_POOL,
-            # Pooling on the tensor core multiplies by 0 or 1: a NaN would reach the other samples of its tile, and
-            # fp32 sums would be rounded to TF32.
-            "POOL_BY_DOT": config.BLOCK_N == 1 and x.element_size() == 2,
-            "HAS_CHANNEL_MASK": not _is_full(shape, layout, config),
-            "PRECISION": "tf32" if allow_tf32 else "ieee",
-        }
+    constexprs = shared_constexprs(x, shape, shift is not None, has_relu, allow_tf32, config, extent)
     sizes = (n, h_in, w_in, h, w_out)
     unused = x  # stands for a pointer that the task does not follow
     tensors = (x, w, unused if shift is None else shift)
@@ -143,30 +121,15 @@ def _launch(
     partial_strides = (0, 0) if partial is None else (partial.stride(0), partial.stride(1))
     trips: tuple[int, ...]
     if isinstance(config, StreamConfig | ColumnConfig):
-        constexprs |= {
-            "TASK": task,
-            "PITCHES": columns.pitches,
-            "STEPS_R": columns.steps_r,
-            "STEPS_K": columns.steps_k,
-        }
-        even = tuple(h % (config.RUN_H * spacing) == 0 for spacing in columns.spacings)
+        constexprs |= {"TASK": task, **task_constexprs(task, shape, config, h, w_out)}
         if isinstance(config, StreamConfig):
             if not can_run(task, shape, config):
                 raise ValueError(
                     f"config: BLOCK_W must be a multiple of every branch's spacing, a power of two, to select; got "
                     f"BLOCK_W {config.BLOCK_W} and spacings {layout.spacings}"
                 )
-            constexprs |= {
-                "SPACINGS_H": columns.spacings,
-                "SPACINGS_W": layout.spacings,
-                "SPANS": layout.spans,
-                "IS_EVEN_H": even,
-                "IS_EVEN_W": _even_rows(layout, config, w_out),
-            }
             kernel, trips = branch_conv_stream_fwd_kernel, (config.BLOCKS_PER_PROGRAM,)
         else:
-            is_whole = h == config.RUN_H and config.BLOCK_H == 1 and shape.stride == 1
-            constexprs |= {"IS_EVEN_H": even[0], "IS_WHOLE_H": is_whole}
             kernel = branch_conv_column_fwd_kernel
             trips = () if config.UNROLL else shape.kernels
         arguments: tuple[Any, ...] = (
@@ -202,6 +165,67 @@ def _launch(
         {"num_warps": config.num_warps, "num_stages": config.num_stages},
         trips,
     )
+
+
+def shared_constexprs(
+    x: torch.Tensor,
+    shape: ConvShape,
+    has_shift: bool,
+    has_relu: bool,
+    allow_tf32: bool,
+    config: BranchConfig,
+    extent: int,
+) -> dict[str, Any]:
+    """Constexprs of a branch kernel that do not depend on its task; a tile's samples reach over `extent` elements."""
+    layout = blocking(shape, config)
+    constexprs: dict[str, Any] = {
+        "KERNELS": shape.kernels,
+        "DILATIONS": lattice(shape),
+        "W_OFFSETS": layout.offsets,
+        "STRIDE": shape.stride,
+        "SPLIT_CI": shape.c_in if shape.is_split else 0,
+        "HAS_SHIFT": has_shift,
+        "HAS_RELU": has_relu,
+        "IS_LARGE": extent >= 2**31,
+    }
+    constexprs |= {name: value for name, value in vars(config).items() if name.isupper()}
+    if not isinstance(config, DepthwiseConfig):
+        constexprs |= {
+            "CHANNELS_CI": layout.channels_ci,
+            "CHANNELS_CO": layout.channels_co,
+            "BLOCK_POOL": BLOCK_POOL,
+            # Pooling on the tensor core multiplies by 0 or 1: a NaN would reach the other samples of its tile, and
+            # fp32 sums would be rounded to TF32.
+            "POOL_BY_DOT": config.BLOCK_N == 1 and x.element_size() == 2,
+            "HAS_CHANNEL_MASK": not _is_full(shape, layout, config),
+            "PRECISION": "tf32" if allow_tf32 else "ieee",
+        }
+    return constexprs
+
+
+def task_constexprs(
+    task: str, shape: ConvShape, config: StreamConfig | ColumnConfig, h: int, w: int
+) -> dict[str, Any]:
+    """Constexprs of the stream or column kernel that depend on its task and on the size of the output."""
+    columns = column_runs(shape, config, task == "select")
+    even = tuple(h % (config.RUN_H * spacing) == 0 for spacing in columns.spacings)
+    constexprs: dict[str, Any] = {
+        "PITCHES": columns.pitches,
+        "STEPS_R": columns.steps_r,
+        "STEPS_K": columns.steps_k,
+    }
+    if isinstance(config, ColumnConfig):
+        is_whole = h == config.RUN_H and config.BLOCK_H == 1 and shape.stride == 1
+        return {**constexprs, "IS_EVEN_H": even[0], "IS_WHOLE_H": is_whole}
+    layout = blocking(shape, config)
+    return {
+        **constexprs,
+        "SPACINGS_H": columns.spacings,
+        "SPACINGS_W": layout.spacings,
+        "SPANS": layout.spans,
+        "IS_EVEN_H": even,
+        "IS_EVEN_W": _even_rows(layout, config, w),
+    }
 
 
 def _even_rows(layout: Blocking, config: StreamConfig | TapConfig, w: int) -> tuple[bool, ...]:

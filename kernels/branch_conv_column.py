@@ -13,6 +13,7 @@ from .tiling import (
     SIZES,
     as_operand,
     fold_pool,
+    load_attention,
     load_weight_operand,
     locate_tile,
     part_elements,
@@ -114,10 +115,10 @@ def pool_rows(
     return pool
 
 
-@triton.jit(do_not_specialize=SIZES)
-def branch_conv_column_fwd_kernel(
-    x_ptr, w_ptr, shift_ptr, attention_ptr, out_ptr, partial_ptr,
-    N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
+@triton.jit
+def column_tile(
+    x_ptr, w_ptr, shift_ptr, attention_ptr, tag, out_ptr, partial_ptr,
+    block, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
     stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
     stride_partial_n, stride_partial_t,
     TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, STRIDE: tl.constexpr,
@@ -131,7 +132,7 @@ def branch_conv_column_fwd_kernel(
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every branch of one tile; TASK as in `branch_conv_stream_fwd_kernel`.
+    """Every branch of one tile and channel block; TASK, `tile` and `tag` as in `stream_tile`.
 
     A tile is BLOCK_N samples x BLOCK_H columns of RUN_H outputs x BLOCK_W pixels. A channel block is CHANNELS_CI inputs
     and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO.
@@ -141,7 +142,6 @@ def branch_conv_column_fwd_kernel(
     dtype = x_ptr.dtype.element_ty
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_on, stride_oh, stride_ow = widen(stride_on, stride_oh, stride_ow, IS_LARGE)
-    block, tile, tile_h, tile_w, block_n = locate_tile(tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W)
     n0 = block_n.to(tl.int64) * BLOCK_N
     n_left = tl.minimum(N - n0, BLOCK_N).to(tl.int32)
     offs_p = tl.arange(0, BLOCK_P)
@@ -162,6 +162,16 @@ def branch_conv_column_fwd_kernel(
         mask_out &= (co < co_end)[:, None]
     pool = tl.zeros([BLOCK_CO, BLOCK_POOL if POOL_BY_DOT else BLOCK_P], tl.float32)
     selection = ()
+    # All branches' attention first: while it is waited for, nothing else takes registers.
+    attention = ()
+    if TASK == "select":
+        for m in tl.static_range(M):
+            offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
+            mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
+            if BLOCK_N == 1:
+                offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
+                mask_a = (co < co_end)[:, None]
+            attention = attention + (load_attention(attention_ptr + offs_a, mask_a, tag),)
     for m in tl.static_range(M):
         outputs = column_outputs(
             x_ptr + m * SPLIT_CI,
@@ -171,13 +181,6 @@ def branch_conv_column_fwd_kernel(
             KERNELS[m], DILATIONS[m], STRIDE, PITCHES[m], STEPS_R[m], STEPS_K[m], IS_EVEN_H, IS_WHOLE_H,
             RUN_H, ROWS, UNROLL, BLOCK_CI, BLOCK_CO, BLOCK_P, HAS_SHIFT, HAS_CHANNEL_MASK, PRECISION,
         )  # fmt: skip
-        if TASK == "select":
-            offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
-            mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
-            if BLOCK_N == 1:
-                offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
-                mask_a = (co < co_end)[:, None]
-            a = tl.load(attention_ptr + offs_a, mask=mask_a, other=0.0)
         values = ()
         for r in tl.static_range(RUN_H):
             acc = outputs[r]
@@ -187,7 +190,7 @@ def branch_conv_column_fwd_kernel(
             if not IS_EVEN_H:
                 mask_r = mask_out & (y + r < H)[None, :]
             if TASK == "select":
-                acc *= a
+                acc *= attention[m]
                 if m > 0:
                     acc += selection[r].to(tl.float32)
                 # In 16 bits between branches, as eager adds them: half the registers.
@@ -226,3 +229,33 @@ def branch_conv_column_fwd_kernel(
         offs_partial = (n0 + offs_n)[:, None] * stride_partial_n + tile.to(tl.int64) * stride_partial_t
         mask = (offs_n < n_left)[:, None] & (co < co_end)[None, :]
         tl.store(partial_ptr + offs_partial + co0 + co[None, :], sums, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def branch_conv_column_fwd_kernel(
+    x_ptr, w_ptr, shift_ptr, attention_ptr, out_ptr, partial_ptr,
+    N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
+    stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
+    stride_partial_n, stride_partial_t,
+    TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, STRIDE: tl.constexpr,
+    PITCHES: tl.constexpr, STEPS_R: tl.constexpr, STEPS_K: tl.constexpr, W_OFFSETS: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr,
+    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, SPLIT_CI: tl.constexpr,
+    BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    RUN_H: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_POOL: tl.constexpr, POOL_BY_DOT: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of one channel block: `column_tile`."""
+    block, tile, tile_h, tile_w, block_n = locate_tile(tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W)
+    column_tile(
+        x_ptr, w_ptr, shift_ptr, attention_ptr, 0, out_ptr, partial_ptr,
+        block, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
+        stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
+        stride_partial_n, stride_partial_t,
+        TASK, KERNELS, DILATIONS, STRIDE, PITCHES, STEPS_R, STEPS_K, W_OFFSETS, IS_EVEN_H, IS_WHOLE_H,
+        CHANNELS_CI, CHANNELS_CO, SPLIT_CI, BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, ROWS, UNROLL,
+        BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
+    )  # fmt: skip

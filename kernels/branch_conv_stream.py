@@ -14,6 +14,7 @@ from .tiling import (
     as_operand,
     fold_pool,
     in_image_order,
+    load_attention,
     load_weight_operand,
     locate_tile,
     pooled_pixels,
@@ -105,10 +106,10 @@ def stream_output(
     return acc
 
 
-@triton.jit(do_not_specialize=SIZES)
-def branch_conv_stream_fwd_kernel(
-    x_ptr, w_ptr, shift_ptr, attention_ptr, out_ptr, partial_ptr,
-    N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
+@triton.jit
+def stream_tile(
+    x_ptr, w_ptr, shift_ptr, attention_ptr, tag, out_ptr, partial_ptr,
+    channel_program, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
     stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
     stride_partial_n, stride_partial_t,
     TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, STRIDE: tl.constexpr,
@@ -126,9 +127,10 @@ def branch_conv_stream_fwd_kernel(
     """Every branch of one tile: TASK "store" writes `u[m]` and the tile's pooled sums over branches and pixels, "pool"
     the sums alone, "select" writes `v`, the sum of the branches weighted by the attention.
 
-    A tile is BLOCK_N samples x BLOCK_H column runs (RUN_H outputs each) x BLOCK_W row runs (RUN_W outputs each).
-    A channel block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO.
-    To select, all branches of a tile must cover the same pixels: SPACINGS_H are 1 there.
+    A tile is BLOCK_N samples x BLOCK_H column runs (RUN_H outputs each) x BLOCK_W row runs (RUN_W outputs each);
+    `block_n`, `tile_h` and `tile_w` say which, `tile` is its number within a sample. A channel block is CHANNELS_CI
+    inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO.
+    To select, all branches of a tile must cover the same pixels: SPACINGS_H are 1 there. `tag`: as `load_attention`.
     """
     M: tl.constexpr = len(KERNELS)
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
@@ -136,9 +138,6 @@ def branch_conv_stream_fwd_kernel(
     dtype = x_ptr.dtype.element_ty
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_on, stride_oh, stride_ow = widen(stride_on, stride_oh, stride_ow, IS_LARGE)
-    channel_program, tile, tile_h, tile_w, block_n = locate_tile(
-        tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W
-    )
     n0 = block_n.to(tl.int64) * BLOCK_N
     n_left = tl.minimum(N - n0, BLOCK_N).to(tl.int32)
     offs_p = tl.arange(0, BLOCK_P)
@@ -160,6 +159,16 @@ def branch_conv_stream_fwd_kernel(
         out_block_ptr = out_ptr + co0 * stride_oc
         pool = tl.zeros([BLOCK_M, BLOCK_POOL if POOL_BY_DOT else BLOCK_P], tl.float32)
         selection = ()
+        # All branches' attention first: while it is waited for, nothing else takes registers.
+        attention = ()
+        if TASK == "select":
+            for m in tl.static_range(M):
+                offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
+                mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
+                if BLOCK_N == 1:
+                    offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
+                    mask_a = (co < co_end)[:, None]
+                attention = attention + (load_attention(attention_ptr + offs_a, mask_a, tag),)
         for m in tl.static_range(M):
             y = run_origin(run_h, RUN_H, SPACINGS_H[m])
             x = run_origin(run_w, RUN_W, SPACINGS_W[m])
@@ -172,52 +181,24 @@ def branch_conv_stream_fwd_kernel(
                 KERNELS[m], DILATIONS[m], STRIDE, PITCHES[m], STEPS_R[m], STEPS_K[m], SPANS[m], IS_EVEN_H[m],
                 RUN_H, RUN_W, BLOCK_CI, BLOCK_CO, BLOCK_P, HAS_SHIFT, HAS_CHANNEL_MASK,
             )  # fmt: skip
-            if TASK == "select":
-                offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
-                mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
-                if BLOCK_N == 1:
-                    offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
-                    mask_a = (co < co_end)[:, None]
-                a = tl.load(attention_ptr + offs_a, mask=mask_a, other=0.0)
-                added = ()
-                for r in tl.static_range(RUN_H):
-                    acc = stream_output(
-                        rows,
-                        weights,
-                        start,
-                        r,
-                        KERNELS[m],
-                        STEPS_R[m],
-                        STEPS_K[m],
-                        RUN_W,
-                        HAS_RELU,
-                        PRECISION,
-                    )
-                    acc = in_image_order(acc * a, RUN_W, BLOCK_CO, BLOCK_P, SPACINGS_W[m])
-                    if m > 0:
-                        acc += selection[r]
-                    added = added + (acc,)
-                selection = added
-            else:
+            if TASK != "select":
                 x_out = x[None, :] + position[:, None] * SPACINGS_W[m]  # [BLOCK_M, BLOCK_P]
                 offs_out = (sample * stride_on + y * stride_oh)[None, :] + x_out * stride_ow + co[:, None]
                 mask_out = mask_p[None, :] & (x_out < W)
                 if HAS_CHANNEL_MASK:
                     mask_out &= (co < co_end)[:, None]
                 pooled = pooled_pixels(x, mask_p, W, RUN_W, SPACINGS_W[m], BLOCK_POOL)
-                for r in tl.static_range(RUN_H):
-                    acc = stream_output(
-                        rows,
-                        weights,
-                        start,
-                        r,
-                        KERNELS[m],
-                        STEPS_R[m],
-                        STEPS_K[m],
-                        RUN_W,
-                        HAS_RELU,
-                        PRECISION,
-                    )
+            added = ()
+            for r in tl.static_range(RUN_H):
+                acc = stream_output(
+                    rows, weights, start, r, KERNELS[m], STEPS_R[m], STEPS_K[m], RUN_W, HAS_RELU, PRECISION
+                )
+                if TASK == "select":
+                    acc = in_image_order(acc * attention[m], RUN_W, BLOCK_CO, BLOCK_P, SPACINGS_W[m])
+                    if m > 0:
+                        acc += selection[r]
+                    added = added + (acc,)
+                else:
                     u = acc.to(dtype)
                     mask_r = mask_out
                     pooled_r = pooled
@@ -235,7 +216,8 @@ def branch_conv_stream_fwd_kernel(
                         pool = tl.dot(u, pooled_r.to(dtype), pool)
                     else:
                         pool += tl.where(mask_r, acc, 0.0)
-                out_block_ptr += stride_om
+            selection = added
+            out_block_ptr += stride_om
         if TASK == "select":
             y = run_h * RUN_H
             x_out = (run_w * RUN_W)[None, :] + position[:, None]
@@ -257,3 +239,37 @@ def branch_conv_stream_fwd_kernel(
             offs_partial = (n0 + offs_n)[:, None] * stride_partial_n + tile.to(tl.int64) * stride_partial_t
             mask = (offs_n < n_left)[:, None] & (offs_c < co_end)[None, :]
             tl.store(partial_ptr + offs_partial + co0 + offs_c[None, :], sums, mask=mask)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def branch_conv_stream_fwd_kernel(
+    x_ptr, w_ptr, shift_ptr, attention_ptr, out_ptr, partial_ptr,
+    N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
+    stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
+    stride_partial_n, stride_partial_t,
+    TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, STRIDE: tl.constexpr,
+    SPACINGS_H: tl.constexpr, SPACINGS_W: tl.constexpr, PITCHES: tl.constexpr,
+    STEPS_R: tl.constexpr, STEPS_K: tl.constexpr, SPANS: tl.constexpr, W_OFFSETS: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
+    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, SPLIT_CI: tl.constexpr,
+    BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    RUN_H: tl.constexpr, RUN_W: tl.constexpr, BLOCKS_PER_PROGRAM: tl.constexpr,
+    BLOCK_POOL: tl.constexpr, POOL_BY_DOT: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One tile of one channel program: `stream_tile`."""
+    channel_program, tile, tile_h, tile_w, block_n = locate_tile(
+        tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W
+    )
+    stream_tile(
+        x_ptr, w_ptr, shift_ptr, attention_ptr, 0, out_ptr, partial_ptr,
+        channel_program, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
+        stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
+        stride_partial_n, stride_partial_t,
+        TASK, KERNELS, DILATIONS, STRIDE, SPACINGS_H, SPACINGS_W, PITCHES, STEPS_R, STEPS_K, SPANS, W_OFFSETS,
+        IS_EVEN_H, IS_EVEN_W, CHANNELS_CI, CHANNELS_CO, SPLIT_CI, BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W,
+        RUN_H, RUN_W, BLOCKS_PER_PROGRAM, BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK,
+        IS_LARGE, PRECISION,
+    )  # fmt: skip

@@ -103,4 +103,27 @@ class BorderConfig:
     num_warps: int = 1
 
 
+@dataclass(frozen=True)
+class ResidentConfig:
+    """`unit_resident_fwd_kernel`: tiles as `branch`, of one sample, to pool and to select.
+
+    A gate item is GATE_CHANNELS channels, BLOCK_C at a time; it takes BLOCK_T tiles and BLOCK_S channels of the pooled
+    sums at a time, and z of BLOCK_D entries as a whole. A program takes ITEMS_PER_TURN adjacent items at a time.
+    GATE_LAG and SELECT_LAG: samples between a sample's pooling and its gate, its selection.
+    `programs_per_processor` run at once on each of a chip's `processors`.
+    """
+
+    branch: StreamConfig | ColumnConfig
+    GATE_LAG: int
+    SELECT_LAG: int
+    GATE_CHANNELS: int
+    BLOCK_C: int
+    BLOCK_T: int
+    BLOCK_S: int
+    BLOCK_D: int
+    ITEMS_PER_TURN: int
+    programs_per_processor: int
+    processors: int
+
+
 BranchConfig = StreamConfig | ColumnConfig | TapConfig | DepthwiseConfig

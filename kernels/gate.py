@@ -7,7 +7,7 @@ import triton.language as tl
 from .config import GateConfig
 from .geometry import cdiv, next_power_of_2
 from .launch import Launch
-from .tiling import relu
+from .tiling import relu, store_tagged
 
 
 @triton.jit
@@ -87,6 +87,57 @@ def gate_fwd_kernel(
     attention = tl.reshape(e / tl.sum(e, axis=1)[:, None, :], [BLOCK_N, BLOCK_M * BLOCK_C])
     offs_attention = n[:, None] * (M * C) + row[None, :]
     tl.store(attention_ptr + offs_attention, attention, mask=mask_n[:, None] & mask_mc[None, :])
+
+
+@triton.jit
+def gate_sample(
+    partial_ptr, reduce_ptr, scale_ptr, shift_ptr, select_ptr, select_bias_ptr, attention_ptr, tag, c_first, c_stop,
+    TILES, C, D, PIXELS, stride_partial_t,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, HAS_RELU: tl.constexpr, HAS_SELECT_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Attention of one sample for channels `c_first` to `c_stop`, all branches, as tagged words (`load_attention`).
+
+    `gate_fwd_kernel` for one sample: multiply-adds in fp32 instead of products, BLOCK_T tiles loaded at a time, since
+    here one warp's latency counts. The descriptor z is computed once, in one block: D is at most BLOCK_D.
+    """
+    offs_t = tl.arange(0, BLOCK_T)
+    offs_s = tl.arange(0, BLOCK_S)
+    offs_mc = tl.arange(0, BLOCK_M * BLOCK_C)
+    d = tl.arange(0, BLOCK_D)
+    mask_d = d < D
+    z = tl.zeros([BLOCK_D, BLOCK_S], tl.float32)
+    for s0 in range(0, C, BLOCK_S):
+        mask_s = s0 + offs_s < C
+        sums = tl.zeros([BLOCK_T, BLOCK_S], tl.float32)
+        for t0 in range(0, TILES, BLOCK_T):
+            offs_partial = (t0 + offs_t)[:, None] * stride_partial_t + (s0 + offs_s)[None, :]
+            mask = (t0 + offs_t < TILES)[:, None] & mask_s[None, :]
+            sums += tl.load(partial_ptr + offs_partial, mask=mask, other=0.0)
+        mask_w = mask_d[:, None] & mask_s[None, :]
+        w = tl.load(reduce_ptr + d[:, None] * C + (s0 + offs_s)[None, :], mask=mask_w, other=0.0)
+        z += w.to(tl.float32) * (tl.sum(sums, axis=0) / PIXELS)[None, :]
+    scale = tl.load(scale_ptr + d, mask=mask_d, other=0.0)
+    shift = tl.load(shift_ptr + d, mask=mask_d, other=0.0)
+    z = tl.sum(z, axis=1) * scale + shift
+    if HAS_RELU:
+        z = relu(z)
+
+    m = offs_mc // BLOCK_C
+    for c0 in range(c_first, c_stop, BLOCK_C):
+        c = c0 + offs_mc % BLOCK_C
+        mask_mc = (m < M) & (c < c_stop)
+        row = m * C + c
+        mask_w = mask_mc[:, None] & mask_d[None, :]
+        w = tl.load(select_ptr + row[:, None] * D + d[None, :], mask=mask_w, other=0.0)
+        logits = tl.sum(w.to(tl.float32) * z[None, :], axis=1)
+        if HAS_SELECT_BIAS:
+            logits += tl.load(select_bias_ptr + row, mask=mask_mc, other=0.0)
+        logits = tl.reshape(tl.where(m < M, logits, float("-inf")), [BLOCK_M, BLOCK_C])
+        # As in `gate_fwd_kernel`: the subtraction hands NaN on.
+        e = tl.exp(logits - tl.max(logits, axis=0)[None, :])
+        attention = tl.reshape(e / tl.sum(e, axis=0)[None, :], [BLOCK_M * BLOCK_C])
+        store_tagged(attention_ptr + row, attention, mask_mc, tag)
 
 
 def gate_fwd(

@@ -2,9 +2,16 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import gcd
+from math import gcd, prod
 
-from .config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig
+from .config import (
+    BranchConfig,
+    ColumnConfig,
+    DepthwiseConfig,
+    ResidentConfig,
+    StreamConfig,
+    TapConfig,
+)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -190,6 +197,31 @@ def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
         return False
     spacings = blocking(shape, config).spacings if task == "select" and row_run(config) > 1 else ()
     return all(spacing & (spacing - 1) == 0 and config.BLOCK_W % spacing == 0 for spacing in spacings)
+
+
+@dataclass(frozen=True)
+class ResidentItems:
+    """Work items of one sample in `unit_resident_fwd_kernel`: (tiles along height, along width) of the tiles to pool
+    and to select, items of the gate, and items of a step of the list: of all three."""
+
+    pool_tiles: tuple[int, int]
+    select_tiles: tuple[int, int]
+    gate: int
+    step: int
+
+
+@lru_cache(maxsize=1024)
+def resident_items(shape: ConvShape, config: ResidentConfig, h: int, w: int) -> ResidentItems:
+    """Work items for an `h` x `w` output."""
+    branch = config.branch
+    pool_tiles = tiles(shape, branch, h, w)
+    select_tiles = tiles(shape, branch, h, w, is_common=True)
+    # Filled up, so that adjacent items of a turn stay the channel blocks of one tile.
+    gate = cdiv(cdiv(shape.c_out, config.GATE_CHANNELS), config.ITEMS_PER_TURN) * config.ITEMS_PER_TURN
+    per_program = branch.BLOCKS_PER_PROGRAM if isinstance(branch, StreamConfig) else 1
+    programs = blocking(shape, branch).blocks // per_program
+    step = (prod(pool_tiles) + prod(select_tiles)) * programs + gate
+    return ResidentItems(pool_tiles, select_tiles, gate, step)
 
 
 def _starts(sizes: list[int]) -> tuple[int, ...]:

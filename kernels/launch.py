@@ -6,15 +6,18 @@ from typing import Any, NamedTuple
 class Launch(NamedTuple):
     """`kernel[grid](*arguments, **constexprs, **options)`; calling it runs it.
 
-    `options` holds num_warps and num_stages; `trips`, how often each run-time loop of the kernel runs, in source order.
+    `options` holds num_warps, num_stages and what else the compiler takes; `trips`, how often each run-time loop of the
+    kernel runs, in source order, 0 where nobody knows; `kept`, those of the tensors that later launches go on using, at
+    the same address.
     """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: tuple[Any, ...]
     constexprs: dict[str, Any]
-    options: dict[str, int]
+    options: dict[str, Any]
     trips: tuple[int, ...] = ()
+    kept: tuple[Any, ...] = ()
 
     def __call__(self) -> Any:
         """Run it; returns Triton's compiled kernel, or None from the interpreter."""

@@ -42,6 +42,31 @@ def relu(v):
 
 
 @triton.jit
+def load_attention(attention_ptr, mask, tag):
+    """Attention in fp32 from pointers to fp32, or to words that another program of the launch may yet have to write.
+
+    A word is 64 bits: `tag` in its upper half says that the lower half, the attention's bits, belongs to this launch.
+    Each word vouches for itself, so nothing else need be ordered by it: an acquire would empty the processor's L1 at
+    every wait. Volatile loads are relaxed ones of the widest scope in PTX.
+    """
+    if attention_ptr.dtype.element_ty == tl.int64:
+        words = tl.load(attention_ptr, mask=mask, other=0, volatile=True)
+        while tl.max(tl.where(mask & ((words >> 32).to(tl.int32) != tag), 1, 0)) > 0:
+            words = tl.load(attention_ptr, mask=mask, other=0, volatile=True)
+        return words.to(tl.int32).to(tl.float32, bitcast=True)
+    else:
+        return tl.load(attention_ptr, mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tagged(word_ptr, values, mask, tag):
+    """Write fp32 `values` as the words that `load_attention` waits for, each in one access."""
+    bits = values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    words = tl.cast(tag, tl.int64) << 32 | bits
+    tl.atomic_xchg(word_ptr, words, mask=mask, sem="relaxed", scope="gpu")
+
+
+@triton.jit
 def pooled_pixels(origin, mask_p, W, RUN_W: tl.constexpr, SPACING: tl.constexpr, BLOCK_POOL: tl.constexpr):
     """Whether row run `p` has a pixel of the image at position `column`. [BLOCK_P, BLOCK_POOL]"""
     offs_col = tl.arange(0, BLOCK_POOL)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
+from math import prod
 
 import torch
 
@@ -21,6 +22,7 @@ from .kernels.config import (
     DepthwiseConfig,
     GateConfig,
     MergedConfig,
+    ResidentConfig,
     SelectConfig,
     StreamConfig,
     TapConfig,
@@ -33,10 +35,12 @@ from .kernels.geometry import (
     column_run,
     column_runs,
     next_power_of_2,
+    resident_items,
     row_run,
     tiles,
 )
 from .kernels.merging import row_parts, strips
+from .workload import Workload
 
 # Widest group, in channels, whose accumulators and rows the unrolled formulations keep in registers without spilling.
 MAX_UNROLLED_CHANNELS = 32
@@ -50,6 +54,12 @@ SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
 SPILLING_UNROLLED_CHIPS = ("sm_80", "gfx942")
 # Chips whose compiler does not spill where a program selects two channel blocks, one after the other.
 PAIRED_SELECT_CHIPS = ("sm_80", "sm_120")
+# Chips whose compiler spills with longer column runs than 4 where one kernel pools and selects, by kernel.
+SPILLING_RESIDENT_CHIPS = {StreamConfig: ("sm_80",), ColumnConfig: ("sm_80", "sm_120")}
+# Widest descriptor of which a warp holds a block of weights.
+MAX_RESIDENT_DESCRIPTOR = 128
+# Share of L2 that may pass between two uses of the same data: halves of it keep copies of each other's.
+L2_SHARE = 0.5
 # Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
 MAX_MERGED_CHANNELS = 16
 MAX_MERGED_REGISTERS = 120
@@ -288,6 +298,80 @@ def branch_cost(
     # About 8 programs of this size keep one processor busy; fewer leave it idle.
     waves = cdiv(programs, 8 * chip.processors)
     return max(programs * work / (8 * chip.processors), waves * work) * blocks
+
+
+def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | None:
+    """Config for a unit in one launch, None where no tiles of one sample serve to pool and to select."""
+    chip, n, (h, w) = workload.chip, workload.n, workload.output_size
+    group = max(shape.c_in, shape.c_out) // shape.groups
+    kernel = max(shape.kernels)
+    candidates: list[BranchConfig] = []
+    if group <= 8 and kernel <= 5:
+        candidates = _stream_candidates(shape, False, workload.dtype, chip, "select")
+    elif group <= 16 and kernel <= 3:
+        candidates = _column_candidates(shape, h, chip, "select")
+    tiles_of_one: list[StreamConfig | ColumnConfig] = []
+    for config in candidates:
+        longest = 4 if has_short_columns(config, chip) else 7
+        if config.BLOCK_N > 1 or column_run(config) > longest or not can_run("select", shape, config):
+            continue
+        # One channel block, no loop unrolled: the kernel holds both tasks' code.
+        if isinstance(config, StreamConfig):
+            tiles_of_one.append(replace(config, BLOCKS_PER_PROGRAM=1))
+        elif isinstance(config, ColumnConfig):
+            tiles_of_one.append(replace(config, UNROLL=False))
+    if not tiles_of_one:
+        return None
+    branch = min(tiles_of_one, key=lambda config: _cost(config, shape, n, h, w, chip, "select"))
+    block_d = max(16, next_power_of_2(workload.spec.gate_width))
+    if block_d > MAX_RESIDENT_DESCRIPTOR:
+        return None
+    # Programs of 255 registers a thread, the most that there are: they fit whatever the compiler makes of the kernel.
+    per_processor = 8 // branch.num_warps
+    # Two blocks of 8 16-bit channels share the 32-byte sectors that a load brings in.
+    per_turn = 2 if branch.BLOCK_CI == 8 and blocking(shape, branch).blocks % 2 == 0 else 1
+    config = ResidentConfig(
+        branch=branch,
+        GATE_LAG=0,
+        SELECT_LAG=0,
+        GATE_CHANNELS=16,
+        BLOCK_C=16,
+        BLOCK_T=8,
+        BLOCK_S=max(16, 1024 // block_d),
+        BLOCK_D=block_d,
+        ITEMS_PER_TURN=per_turn,
+        programs_per_processor=per_processor,
+        processors=chip.processors,
+    )
+    in_flight = cdiv(per_processor * chip.processors * per_turn, resident_items(shape, config, h, w).step)
+    if n <= in_flight:
+        return config  # all items run at once: a lag would only hold them up
+    # Every part of a gate reads the pooled sums and the weights of z anew: a quarter of a sample's bytes at most.
+    part = shape.c_out * (
+        workload.spec.gate_width * workload.dtype.itemsize + 4 * prod(tiles(shape, branch, h, w))
+    )
+    parts = max(1, resident_sample_bytes(workload) // (4 * part))
+    config = replace(config, GATE_CHANNELS=max(16, next_power_of_2(cdiv(shape.c_out, parts))))
+    # When a program comes to a gate, the round before it has pooled the sample; likewise for the selection.
+    return replace(config, GATE_LAG=min(n, in_flight + 1), SELECT_LAG=min(n, 2 * in_flight + 1))
+
+
+def has_short_columns(config: BranchConfig, chip: Chip) -> bool:
+    """Whether a kernel that pools and selects with `config` would spill on a chip if its columns were longer than 4."""
+    return chip.name in SPILLING_RESIDENT_CHIPS.get(type(config), ())
+
+
+def resident_bytes(workload: Workload, config: ResidentConfig) -> int:
+    """Bytes that pass through L2 between a sample's pooling and its selection: inputs and results of the samples
+    between, or of the whole batch where all of it runs at once."""
+    return (config.SELECT_LAG or workload.n) * resident_sample_bytes(workload)
+
+
+def resident_sample_bytes(workload: Workload) -> int:
+    """A sample's input and result."""
+    spec, (h, w) = workload.spec, workload.output_size
+    elements = spec.in_channels * workload.h_in * workload.w_in + spec.out_channels * h * w
+    return elements * workload.dtype.itemsize
 
 
 def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:

@@ -13,7 +13,7 @@ import torch
 Backend = Literal["auto", "triton", "reference", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-Schedule = Literal["store", "recompute", "merged"]
+Schedule = Literal["store", "recompute", "merged", "resident"]
 """Schedules of the Triton backend."""
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 

@@ -9,6 +9,8 @@ import torch
 
 NARROW_PRODUCTS = (3, 5)
 """The first Triton whose products may have 8 columns, on NVIDIA; 16 before."""
+UNHOISTED_LOOPS = (3, 9)
+"""The oldest Triton seen to leave loop invariants in a loop that asks for it; 3.4 cannot."""
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class Chip:
     Attributes:
         name: of the architecture: "sm_90", "gfx942", …
         processors: streaming multiprocessors or compute units.
+        l2_mib: L2 that all processors share; 0 where dies have each their own.
         gpu: the product as its driver names it, "NVIDIA H100 80GB HBM3"; "" for a typical one, for which nothing is
             tuned.
         is_pinned: only what the package itself ships may be looked up for it, nothing that a user tuned.
@@ -25,6 +28,7 @@ class Chip:
 
     name: str
     processors: int
+    l2_mib: int
     gpu: str = ""
     is_pinned: bool = False
 
@@ -32,13 +36,13 @@ class Chip:
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("sm_80", processors=108),
-        Chip("sm_86", processors=84),
-        Chip("sm_89", processors=128),
-        Chip("sm_90", processors=132),
-        Chip("sm_100", processors=148),
-        Chip("sm_120", processors=170),
-        Chip("gfx942", processors=304),
+        Chip("sm_80", processors=108, l2_mib=40),
+        Chip("sm_86", processors=84, l2_mib=6),
+        Chip("sm_89", processors=128, l2_mib=72),
+        Chip("sm_90", processors=132, l2_mib=50),
+        Chip("sm_100", processors=148, l2_mib=126),
+        Chip("sm_120", processors=170, l2_mib=96),
+        Chip("gfx942", processors=304, l2_mib=0),
     )
 }
 # Relatives without an entry of their own: the same instruction set family.

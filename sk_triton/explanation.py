@@ -62,6 +62,8 @@ class Explanation:
             branches = ", ".join(map(str, self.spec.branches[launch.start : launch.stop]))
             lines.append(f"{launch.task:<9} {branches}")
             lines.append(f"  config  {_show(launch.config)}")
+        if plan.resident is not None:
+            lines.append(f"resident  {_show(plan.resident)}")
         if plan.gate is not None:
             lines.append(f"gate      {_show(plan.gate)}")
         if plan.select is not None:

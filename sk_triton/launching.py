@@ -12,7 +12,7 @@ from .packing import PackCache, Packed, pack
 from .params import Branch, Gate
 from .plan import Plan
 from .replay import Record
-from .schedules import merged, recompute, store
+from .schedules import merged, recompute, resident, store
 from .spec import SKSpec
 from .steps import Step
 
@@ -20,6 +20,7 @@ _PREPARE: dict[str, Callable[..., list[Step]]] = {
     "store": store.prepare,
     "recompute": recompute.prepare,
     "merged": merged.prepare,
+    "resident": resident.prepare,
 }
 
 
@@ -53,7 +54,8 @@ def empty_output(x: Tensor, spec: SKSpec) -> Tensor:
 def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:
     """The steps, mostly kernel launches, that compute the unit's output.
 
-    Every tensor that they share is allocated here, without values: a call that is started again gets other memory.
+    Every tensor that they share is allocated here, without values: a call that is started again gets other memory,
+    except for what a launch names as `kept`.
 
     Args:
         x: ``[N, in_channels, H, W]``, channels adjacent in memory.

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .kernels.config import BorderConfig, BranchConfig, GateConfig, MergedConfig, SelectConfig
+    from .kernels.config import (
+        BorderConfig,
+        BranchConfig,
+        GateConfig,
+        MergedConfig,
+        ResidentConfig,
+        SelectConfig,
+    )
     from .kernels.geometry import ConvShape
     from .spec import BranchSpec
     from .tuning.lookup import Source
@@ -18,7 +25,8 @@ if TYPE_CHECKING:
 class BranchLaunch:
     """Branches `start` to `stop` in one launch, with the config and where it came from.
 
-    `task`: "store", "pool" or "select", what the launch does with the branches (:mod:`.kernels.branch_conv`).
+    `task`: "store", "pool" or "select", what the launch does with the branches (:mod:`.kernels.branch_conv`), or
+    "resident": both of the latter (:mod:`.kernels.unit_resident`).
     """
 
     start: int
@@ -44,14 +52,15 @@ class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store", "recompute" or "merged"; "torch" and "folded" or "merged"; or
-            "reference" and "eager".
+        backend, schedule: "triton" and "store", "recompute", "merged" or "resident"; "torch" and "folded" or "merged";
+            or "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None where there are none.
         sources: where the configs are from, one for each lookup.
         merged_launch: shapes and configs of the Triton schedule "merged", else None.
+        resident: config of the Triton schedule "resident", else None.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
         samples: how many samples pass through all steps of a schedule on the CPU together.
         merged: the kernel that holds those of all branches, for the CPU's schedule "merged".
@@ -67,6 +76,7 @@ class Plan:
     select: SelectConfig | None = None
     sources: tuple[Source, ...] = ()
     merged_launch: MergedLaunch | None = None
+    resident: ResidentConfig | None = None
     has_relu: bool = False
     gate_has_relu: bool = False
     allow_tf32: bool = False

@@ -148,7 +148,7 @@ class _Recording:
     Attributes:
         is_converted: whether x is copied so that its channels are adjacent.
         v: size, stride, dtype and device of the output.
-        packed: keeps alive what the kernels' other pointers point to.
+        packed, kept: keep alive what the kernels' other pointers point to.
     """
 
     is_converted: bool
@@ -156,6 +156,7 @@ class _Recording:
     workspace_bytes: int
     starts: tuple[_Start, ...]
     packed: Packed
+    kept: tuple[Tensor, ...] = ()
 
     def start(self, x: Tensor) -> Tensor:
         if self.is_converted:
@@ -176,7 +177,8 @@ def _recording(
     is_converted: bool, x: Tensor, v: Tensor, packed: Packed, steps: Sequence[Step], started: Sequence[Any]
 ) -> _Recording | None:
     """None where a step is no kernel launch, or is interpreted, or where x and a parameter share memory."""
-    fixed = {_storage(t) for t in packed.tensors()}
+    kept = tuple(tensor for step in steps for tensor in getattr(step, "kept", ()))
+    fixed = {_storage(t) for t in (*packed.tensors(), *kept)}
     origins = {_storage(x): (_X, x.data_ptr()), _storage(v): (_V, v.data_ptr())}
     if fixed & origins.keys():
         return None
@@ -205,7 +207,7 @@ def _recording(
             pointers.append((index, base, argument.data_ptr() - origin))
         starts.append(_Start(compiled[(*step.grid, 1, 1)[:3]], arguments, tuple(pointers)))
     layout = (v.shape, v.stride(), v.dtype, v.device)
-    return _Recording(is_converted, layout, workspace_bytes, tuple(starts), packed)
+    return _Recording(is_converted, layout, workspace_bytes, tuple(starts), packed, kept)
 
 
 def _storage(tensor: Tensor) -> int:

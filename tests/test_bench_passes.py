@@ -22,6 +22,7 @@ PASSES_IN_DESIGN = {
         "torch.compile": 9,
         "sk_triton, store": 6,
         "sk_triton, recompute": 3,
+        "sk_triton, resident": 2,
     },
     SEED: {
         "seed's class, eager": 19,

@@ -109,5 +109,5 @@ def test_launches_pass_the_jit():
     assert done.returncode == 0, done.stderr
     assert {line.removesuffix("_fwd_kernel") for line in done.stdout.split()} == {
         "branch_conv_stream", "branch_conv_column", "branch_conv_tap", "branch_conv_depthwise",
-        "border_sums", "merged_conv", "gate", "select",
+        "border_sums", "merged_conv", "gate", "select", "unit_resident",
     }  # fmt: skip

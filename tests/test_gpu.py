@@ -126,3 +126,56 @@ def test_device_is_supported():
 
     assert chip_of(torch.device("cuda")) is not None
     assert dispatch.has_triton()
+
+
+def resident_unit(channels=128):
+    layer = SelectiveKernel(channels, groups=32, split_input=False).cuda().half().eval()
+    randomize_norms(layer)
+    return layer
+
+
+@pytest.mark.parametrize(("channels", "size"), [(128, 56), (256, 28), (512, 14)])
+@pytest.mark.parametrize("n", [1, 3, 128])
+def test_resident_equals_itself_and_errs_like_eager(channels, size, n):
+    layer = resident_unit(channels)
+    x = torch.randn(n, channels, size, size, device="cuda", dtype=torch.half).to(
+        memory_format=torch.channels_last
+    )
+    with torch.no_grad():
+        with use_backend("triton", schedule="resident"):
+            first = layer(x)
+            # Calls after the first start the recorded kernel again.
+            assert all(torch.equal(first, layer(x)) for _ in range(200))
+        with use_backend("reference"):
+            assert_errs_like_eager(first, layer(x), copy.deepcopy(layer).double()(x.double()))
+
+
+def test_resident_on_two_streams_at_once():
+    layer = resident_unit()
+    x = torch.randn(32, 128, 56, 56, device="cuda", dtype=torch.half).to(memory_format=torch.channels_last)
+    with torch.no_grad(), use_backend("triton", schedule="resident"):
+        expected = layer(x)
+        streams = [torch.cuda.Stream() for _ in range(2)]
+        torch.cuda.synchronize()
+        found = []
+        for _ in range(20):
+            for stream in streams:
+                with torch.cuda.stream(stream):
+                    found.append(layer(x))
+        torch.cuda.synchronize()
+    assert all(torch.equal(v, expected) for v in found)
+
+
+def test_resident_under_a_cuda_graph():
+    layer = resident_unit()
+    x = torch.randn(4, 128, 56, 56, device="cuda", dtype=torch.half).to(memory_format=torch.channels_last)
+    with torch.no_grad(), use_backend("triton", schedule="resident"):
+        expected = layer(x)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            v = layer(x)
+        for _ in range(3):
+            v.fill_(float("nan"))
+            graph.replay()
+            assert torch.equal(v, expected)

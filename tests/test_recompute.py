@@ -87,7 +87,7 @@ def plan(spec, *, n=128, size=56, dtype=torch.float16):
 
 
 def test_it_is_taken_where_it_saves_passes_and_the_plan_says_why_not_elsewhere():
-    chosen = plan(paper_unit(128))
+    chosen = plan(paper_unit(256), n=8, size=224)
     assert (chosen.schedule, chosen.passes) == ("recompute", 3)
     assert dict(chosen.rejected)["store"] == "6 passes over memory, against 3"
     for other, reason in (
@@ -106,6 +106,7 @@ def test_a_schedule_that_cannot_run_raises_with_the_reason():
             "recompute", Workload(paper_unit(128, groups=1), 8, 28, 28, torch.float16, CHIPS["sm_90"])
         )
     with pytest.raises(
-        ValueError, match="schedule must be one of 'store', 'recompute', 'merged' with backend 'triton'"
+        ValueError,
+        match="schedule must be one of 'store', 'recompute', 'merged', 'resident' with backend 'triton'",
     ):
         use_backend("auto", schedule="store")

@@ -33,6 +33,17 @@ def test_recompute_schedule_moves_three_passes(stage, small):
     assert traffic.passes(rows, unit, ("partial", "attention")) <= small
 
 
+@pytest.mark.parametrize(("stage", "small"), [(1, 0.03), (2, 0.06), (3, 0.2)])
+def test_resident_schedule_moves_two_passes(stage, small):
+    full, spec, n, size = traffic.STAGES[stage]
+    rows, unit = traffic.count(spec, n, size, full, "resident")
+    touched = {row.tensor: row.touched / unit for row in rows}
+    assert {row.kernel for row in rows} == {"unit_resident"}
+    assert touched["x"] == touched["v"] == 1
+    assert traffic.passes(rows, unit) == 2
+    assert traffic.passes(rows, unit, ("partial", "attention")) <= small
+
+
 def test_seed_unit():
     rows, unit = traffic.count(seed_unit(16, groups=4), 1, 14, seed_unit(128))
     assert traffic.passes(rows, unit) == 6

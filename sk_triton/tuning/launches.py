@@ -11,7 +11,7 @@ from ..kernels.geometry import ConvShape
 from ..workload import Workload
 from . import space
 from .keys import SCHEDULE, conv_text, key, unit_text
-from .lookup import Found, Request, resolve
+from .lookup import Found, Request, Source, resolve
 
 
 def branch_config(workload: Workload, shape: ConvShape, task: str) -> Found:
@@ -81,6 +81,11 @@ def merged_config(workload: Workload, shape: ConvShape) -> Found:
         lambda config: analytic.branch_cost(config, shape, n, h, w, chip, "store"),
     )
     return resolve(request, chip)
+
+
+def resident_source(workload: Workload) -> Source:
+    """Of the configs of schedule "resident", which are not tuned: only whether to take the schedule is."""
+    return Source("unit_resident", f"analytic ({workload.chip.name})", "none: not tuned")
 
 
 def schedule_request(workload: Workload, candidates: Callable[[], Sequence[str]], expected: str) -> Request:

@@ -1,0 +1,40 @@
+"""Prints, a JSON object a line, what the resident kernel is on the chips given: a script of its own, as
+kernels are compiled in a process that never interprets."""
+
+import json
+import sys
+
+import torch
+
+from sk_triton.bench import compile as bench_compile
+from sk_triton.bench.grid import paper_unit
+from sk_triton.bench.planned import planned_steps
+from sk_triton.chips import CHIPS
+from sk_triton.workload import Workload
+
+compiled = []
+build = bench_compile.triton.compile
+
+
+def keep(*args, **kwargs):
+    compiled.append(build(*args, **kwargs))
+    return compiled[-1]
+
+
+bench_compile.triton.compile = keep
+for chip in sys.argv[1:]:
+    for channels, size in ((128, 56), (512, 14)):
+        workload = Workload(paper_unit(channels), 128, size, size, torch.float16, CHIPS[chip])
+        _, (launch,), _ = planned_steps("resident", workload)
+        used = bench_compile.compile_launch(launch, chip)
+        row = {
+            "chip": chip,
+            "channels": channels,
+            "spills": used.spills,
+            "registers": used.registers,
+            "shared": used.shared,
+            "matrix": used.matrix,
+            "is_cooperative": compiled[-1].metadata.launch_cooperative_grid,
+            "ptx": compiled[-1].asm["ptx"],
+        }
+        print(json.dumps(row), flush=True)

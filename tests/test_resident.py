@@ -1,0 +1,291 @@
+"""Whole units through schedule "resident", interpreted as one program, and when it is taken."""
+
+import dataclasses
+import json
+import math
+import os
+import random
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sk_triton import SelectiveKernel, SKConv, dispatch, plans, use_backend
+from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.chips import CHIPS, UNHOISTED_LOOPS
+from sk_triton.workload import Workload
+
+from .test_store import compare
+
+LAYERS = {
+    "seed": lambda: SKConv(16, M=2, G=4, r=4, L=8),
+    "seed, one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
+    "seed, three branches": lambda: SKConv(8, M=2, G=2, r=2, L=8),
+    "paper": lambda: SelectiveKernel(16, groups=4, split_input=False),
+    "paper, stride 2": lambda: SelectiveKernel(16, groups=4, split_input=False, stride=2),
+    "split, groups": lambda: SelectiveKernel(16, groups=4),
+    "dilation 2": lambda: SelectiveKernel(16, groups=4, dilation=2, split_input=False),
+    "16 channels per group": lambda: SelectiveKernel(32, groups=2, split_input=False),
+    "odd channels": lambda: SelectiveKernel(24, groups=8, split_input=False),
+    "depthwise": lambda: SelectiveKernel(16, groups=16, split_input=False),
+}
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, memory_format):
+    layer = LAYERS[name]().half()
+    x = torch.randn(2, layer.spec.in_channels, 7, 5).half().contiguous(memory_format=memory_format)
+    compare(layer, x, "resident")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("size", [(1, 1, 1), (1, 9, 3), (3, 2, 11)], ids=str)
+def test_sizes(size):
+    n, h, w = size
+    compare(LAYERS["paper"]().half(), torch.randn(n, 16, h, w).half(), "resident")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    "view",
+    [lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:, ::2], lambda x: x[:1].expand(2, -1, -1, -1)],
+    ids=["crop", "broadcast"],
+)
+def test_views(view):
+    compare(LAYERS["paper"]().half(), view(torch.randn(2, 16, 6, 5).half()), "resident")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("name", ["paper, stride 2", "16 channels per group"])
+def test_every_output_element_is_written(name, monkeypatch):
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+    compare(LAYERS[name]().half(), torch.randn(2, LAYERS[name]().spec.in_channels, 7, 5).half(), "resident")
+
+
+@pytest.mark.interpret
+def test_a_bad_value_stays_in_its_sample():
+    layer, x = LAYERS["paper"]().eval().half(), torch.randn(3, 16, 7, 5).half()
+    x[1, 2, 3, 4] = math.nan
+    with torch.no_grad(), use_backend("triton", schedule="resident"):
+        bad = layer(x).isnan().flatten(1).any(1)
+    assert bad.tolist() == [False, True, False]
+
+
+def prepared(n=3, size=5, *, lags=None):
+    """(the unit's launch on the CPU, its input, its output, what the reference gives)."""
+    from sk_triton import launching
+    from sk_triton.packing import pack
+
+    layer = SelectiveKernel(16, groups=4, split_input=False).eval().half()
+    x = torch.randn(n, 16, size, size).half().to(memory_format=torch.channels_last)
+    plan = plans.plan_schedule("resident", Workload(layer.spec, n, size, size, x.dtype, CHIPS["sm_90"]))
+    if lags is not None:
+        config = dataclasses.replace(plan.resident, GATE_LAG=lags[0], SELECT_LAG=lags[1])
+        plan = dataclasses.replace(plan, resident=config)
+    v = launching.empty_output(x, layer.spec)
+    with torch.no_grad():
+        packed = pack(plan, size, size, layer.branches(), layer.gate(), None)
+        (launch,) = launching.prepare(plan, x, v, packed, layer.spec)
+        with use_backend("reference"):
+            return launch, x, v, layer(x)
+
+
+def argument(launch, name):
+    return launch.arguments[launch.kernel.arg_names.index(name)]
+
+
+@pytest.mark.interpret
+def test_a_launch_leaves_its_counters_ready_for_the_next():
+    launch, _, v, expected = prepared()
+    state = argument(launch, "state_ptr")
+    for count in (1, 2, 3):
+        v.fill_(math.nan)
+        launch()
+        torch.testing.assert_close(v, expected, rtol=2e-2, atol=2e-3)
+        assert state.tolist() == [count, *[0] * (state.numel() - 1)]
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("lags", [(0, 0), (1, 1), (1, 2), (3, 3), (2, 7)], ids=str)
+def test_any_lag_gives_the_result(lags):
+    launch, _, v, expected = prepared(lags=lags)
+    launch()
+    torch.testing.assert_close(v, expected, rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("programs", [2, 3, 7])
+def test_several_programs_share_the_items(programs):
+    """Phase by phase, since the interpreter runs programs one after another and none may wait."""
+    launch, _, v, expected = prepared(lags=(1, 2))
+    launch()
+    whole = v.clone()
+    v.fill_(math.nan)
+    state, attention = argument(launch, "state_ptr"), argument(launch, "attention_ptr")
+    argument(launch, "partial_ptr").fill_(math.nan)
+    attention.zero_()
+    for phase in ("pool", "gate", "select"):
+        state.zero_()  # all three count as one launch
+        launch._replace(grid=(programs,), constexprs={**launch.constexprs, "PHASE": phase})()
+    assert torch.equal(v, whole)
+    torch.testing.assert_close(v, expected, rtol=2e-2, atol=2e-3)
+
+
+def test_a_lag_that_selects_before_the_gate_is_refused():
+    with pytest.raises(ValueError, match="selected after its gate, got GATE_LAG 2 and SELECT_LAG 1"):
+        prepared(lags=(2, 1))
+
+
+def walk(n, pool, gate, select, gate_lag, select_lag, per_turn, programs, rng):
+    """Runs a model of the kernel's list in random order of programs; returns whether all of it came to an end."""
+    step_items = pool + gate + select
+    total = (n + select_lag) * step_items
+    turns = -(-total // (programs * per_turn)) * per_turn
+    pooled, gated = [0] * n, [0] * n
+
+    def program(index):
+        for turn in range(turns):
+            item = (turn // per_turn * programs + index) * per_turn + turn % per_turn
+            step, place = divmod(item, step_items)
+            if place < pool:
+                if step < n:
+                    yield
+                    pooled[step] += 1
+            elif place < pool + gate:
+                if 0 <= step - gate_lag < n:
+                    while pooled[step - gate_lag] < pool:
+                        yield
+                    gated[step - gate_lag] += 1
+            elif 0 <= step - select_lag < n:
+                while gated[step - select_lag] < gate:
+                    yield
+
+    running = [program(i) for i in range(programs)]
+    for _ in range(200 * (total + programs)):
+        if not running:
+            return pooled == [pool] * n and gated == [gate] * n
+        current = rng.choice(running)
+        if next(current, "ended") == "ended":
+            running.remove(current)
+    return False
+
+
+def test_the_list_advances_in_any_order_of_programs():
+    rng = random.Random(0)
+    for _ in range(300):
+        gate_lag = rng.randint(0, 4)
+        sizes = [rng.randint(1, 5) for _ in range(4)]
+        assert walk(
+            *sizes, gate_lag, gate_lag + rng.randint(0, 4), rng.randint(1, 3), rng.randint(1, 12), rng
+        )
+    # What the launcher refuses would wait for itself.
+    assert not walk(2, 2, 1, 2, 3, 0, 1, 1, rng)
+
+
+def plan(spec, *, n=128, size=56, dtype=torch.float16, chip="sm_90"):
+    return plans.fastest_plan(Workload(spec, n, size, size, dtype, CHIPS[chip]))
+
+
+@pytest.mark.parametrize(("channels", "size"), [(128, 56), (256, 28), (512, 14)])
+@pytest.mark.parametrize("n", [1, 128])
+def test_it_is_taken_where_recomputing_pays(channels, size, n):
+    chosen = plan(paper_unit(channels), n=n, size=size)
+    assert (chosen.schedule, chosen.passes) == ("resident", 2)
+    assert "3 passes over memory, against 2" in dict(chosen.rejected)["recompute"]
+
+
+def test_elsewhere_the_plan_says_why_not():
+    large = plan(paper_unit(256), n=8, size=224)
+    assert large.schedule == "recompute"
+    assert "of L2; at most 50% hold" in dict(large.rejected)["resident"]
+    assert "have an L2 each" in dict(plan(paper_unit(128), chip="gfx942").rejected)["resident"]
+    assert "of sm_86's 6 MiB" in dict(plan(paper_unit(128), chip="sm_86").rejected)["resident"]
+    assert "short columns only" in dict(plan(paper_unit(128), chip="sm_80").rejected)["resident"]
+    assert "merged convolves once" in dict(plan(seed_unit(128)).rejected)["resident"]
+    for spec, size, dtype, reason in (
+        (paper_unit(1024), 7, torch.float16, "groups above 16 channels"),
+        (paper_unit(128), 56, torch.float32, "fp32 convolves"),
+        (paper_unit(64, groups=32, dilations=(1, 3)), 56, torch.float16, "no power of two"),
+    ):
+        with pytest.raises(RuntimeError, match=f"schedule 'resident' cannot run here: .*{reason}"):
+            plans.plan_schedule("resident", Workload(spec, 128, size, size, dtype, CHIPS["sm_90"]))
+
+
+@pytest.mark.parametrize("n", [1, 2, 16, 128, 1000])
+def test_programs_fit_on_the_processors(n):
+    for chip in CHIPS.values():
+        for channels, size in ((128, 56), (256, 28), (512, 14)):
+            workload = Workload(paper_unit(channels), n, size, size, torch.float16, chip)
+            if plans.refusal("resident", workload):
+                continue
+            config = plans.plan_schedule("resident", workload).resident
+            # 65536 registers, handed out eight to a thread of a warp.
+            assert config.programs_per_processor * config.branch.num_warps * 32 * 256 <= 65536
+            assert 0 <= config.GATE_LAG <= config.SELECT_LAG
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The kernel on each chip that runs it."""
+    script = Path(__file__).with_name("resident_machine_code.py")
+    env = {**os.environ, "TRITON_INTERPRET": "0"}
+    chips = ("sm_80", "sm_89", "sm_90", "sm_100", "sm_120")
+    done = subprocess.run(
+        [sys.executable, "-P", script, *chips], env=env, capture_output=True, text=True, timeout=900
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["chip"] for row in rows} == set(chips)
+    return rows
+
+
+needs_unhoisted_loops = pytest.mark.skipif(
+    dispatch.triton_version() < UNHOISTED_LOOPS, reason="the plan refuses this Triton"
+)
+
+
+@pytest.mark.compile
+@needs_unhoisted_loops
+def test_the_kernel_is_cooperative_and_does_not_spill(compiled):
+    for row in compiled:
+        assert row["is_cooperative"]
+        assert row["spills"] == 0, (row["chip"], row["channels"])
+        # Eight programs of the most registers that there are share 99 KiB at least.
+        assert row["registers"] <= 255
+        assert 8 * (row["shared"] + 1024) <= 99 * 1024
+        assert row["matrix"] > 0
+
+
+@pytest.mark.compile
+@needs_unhoisted_loops
+def test_memory_order_of_the_machine_code(compiled):
+    """A barrier, then one thread's release, where a tile is pooled; an acquire, then a barrier, where a gate waits."""
+    for row in compiled:
+        lines = [
+            line.strip()
+            for line in row["ptx"].splitlines()
+            if re.search(r"\b(bar\.sync|barrier\.sync|atom|red|ld\.global\.\S*acquire|ld\.volatile)", line)
+        ]
+        release = [i for i, line in enumerate(lines) if ".release." in line or ".acq_rel." in line]
+        acquire = [i for i, line in enumerate(lines) if ".acquire." in line]
+        assert len(release) == 2, lines  # a pooled tile, and a program that has finished
+        assert len(acquire) == 1, lines
+        assert all(".gpu." in lines[i] for i in (*release, *acquire))
+        assert "bar" in lines[release[0] - 1]
+        assert "bar" in lines[acquire[0] + 1]
+        words = [line for line in lines if "exch.b64" in line]
+        assert words
+        assert all(".gpu.relaxed." in line for line in words)
+        assert any(re.search(r"ld\.volatile\.global.*b64", line) for line in lines)
+        # No sum depends on the order of programs.
+        assert not re.search(r"(atom|red)\S*\.f(16|32|64)", row["ptx"])
