@@ -1,0 +1,291 @@
+"""Data and weight gradients of narrow branches in one launch; the branches' own gradients exist in registers only.
+
+Formulation. The tensor core does every move of data between threads. A product with a permutation matrix brings a row
+from the order of memory (a thread holds channels of one pixel) into the order of an accumulator (a thread holds pixels
+of one channel), and widens it to fp32 on the way. There the branch's gradient is built, once per pixel. Rounded, it is
+the left operand of the weight gradient; a second product, with a matrix that shifts runs, hands it to neighbouring runs
+and into the order that the data gradient wants. Derivation and counts: `kernels/README.md`.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiling import as_operand, in_image_order, load_weight_operand, part_elements, widen
+
+# Columns of a product: runs of a tile, of two outputs each, the halo included.
+RUNS: tl.constexpr = tl.constexpr(16)
+BLOCK: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def equal_to(rows, columns, dtype: tl.constexpr):
+    """The 0/1 matrix whose entry is 1 where `rows[i] == columns[j]`."""
+    # Not converted from a mask: Triton would take the product for one of bytes, and choose another order of its operands.
+    return tl.where(rows[:, None] == columns[None, :], 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def replaced(values, INDEX: tl.constexpr, value):
+    """The tuple `values` with another entry at INDEX."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (value if i == INDEX else values[i],)
+    return out
+
+
+@triton.jit
+def transposed(values):
+    """`values` transposed, in two steps: Triton would send the plain transposition of an accumulator through shared
+    memory, though it already is a right operand.
+    """
+    ROWS: tl.constexpr = values.shape[0]
+    COLUMNS: tl.constexpr = values.shape[1]
+    values = tl.permute(tl.reshape(values, [ROWS, COLUMNS // 2, 2]), (1, 2, 0))
+    return tl.reshape(values, [COLUMNS, ROWS])
+
+
+@triton.jit
+def input_points(x_ptr, offs, mask):
+    """The four points of every run, of channels 0 to 3 and 4 to 7: right operands `[RUNS, 16]`, columns (point, channel).
+
+    `offs` and `mask [RUNS, 32]`: columns (point, channel).
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # A thread's 8 adjacent elements are (half of the channels, pair, parity): each half is a right operand.
+    tile = tl.reshape(tl.load(x_ptr + offs, mask=mask, other=0.0), [RUNS, 4, 2, 2, 2])
+    low, high = tl.split(tl.reshape(tl.permute(tile, (0, 3, 1, 4, 2)), [RUNS, 16, 2]))
+    entry = tl.arange(0, 16)
+    to_accumulator = equal_to(entry, entry // 2 % 4 * 4 + entry // 8 * 2 + entry % 2, dtype)
+    return (
+        transposed(tl.dot(to_accumulator, tl.trans(low)).to(dtype)),
+        transposed(tl.dot(to_accumulator, tl.trans(high)).to(dtype)),
+    )
+
+
+@triton.jit
+def neighbours(dy, own_runs, left_runs, right_runs):
+    """Right operands of the data gradient from `dy [16, RUNS]`, rows (position, channel): the run's own two points, and
+    the two beyond it: position 0 of the next run, position 1 of the one before. [16, RUNS] each
+    """
+    dtype: tl.constexpr = dy.dtype
+    own = tl.dot(own_runs, transposed(dy)).to(dtype)
+    first, second = tl.split(tl.permute(tl.reshape(dy, [2, BLOCK, RUNS]), (1, 2, 0)))
+    right = tl.dot(right_runs, tl.trans(first)).to(dtype)
+    left = tl.dot(left_runs, tl.trans(second)).to(dtype)
+    beyond = tl.reshape(tl.permute(tl.join(right, left), (0, 2, 1)), [RUNS, 2 * BLOCK])
+    return transposed(own), transposed(beyond)
+
+
+@triton.jit
+def branch_gradients(
+    x_ptr, dv_ptr, y_ptr, w_ptr, gain_ptr, lift_ptr, norm_ptr, dx, dw, x_first, y_first, x_start, x_end, y_end,
+    H, W, CI_END, CO_END, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw, stride_norm,
+    DILATION: tl.constexpr, RUN_H: tl.constexpr, IS_EVEN_H: tl.constexpr, HAS_RELU: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
+):  # fmt: skip
+    """One branch's share of a tile: `dx`, a tuple of RUN_H accumulators `[16, RUNS]`, rows (position, input channel),
+    and `dw`, a tuple of accumulators `[16, 16]`, rows (position, output channel), columns (point, channel), one per
+    kernel row and half of the input channels.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    entry = tl.arange(0, 16)
+    run = tl.arange(0, RUNS)
+    x_run = x_first + run // DILATION * (2 * DILATION) + run % DILATION
+
+    # As read: a thread has four adjacent channels of a pixel.
+    point, channel = part_elements(BLOCK, 16, True)
+    x_read = x_run[:, None] + point[None, :] * DILATION  # [RUNS, 16]
+    mask_read = (x_read >= 0) & (x_read < W)
+    if HAS_CHANNEL_MASK:
+        mask_read &= (channel < CO_END)[None, :]
+    offs_dv = x_read * stride_dvw + channel[None, :]
+    offs_y = x_read * stride_yw + channel[None, :]
+    source = entry // 2 % 4
+    to_accumulator = equal_to(
+        entry, source % 2 * BLOCK + source // 2 * 4 + entry // 8 * 2 + entry % 2, dtype
+    )
+
+    # As computed: a thread has pixels of one channel.
+    co = entry % BLOCK
+    mask_co = co < CO_END
+    x_dy = x_run[None, :] + (entry // BLOCK * DILATION)[:, None]  # [16, RUNS]
+    in_image = (x_dy >= 0) & (x_dy < W)
+    gain = tl.load(gain_ptr + co, mask=mask_co, other=0.0)[:, None]
+    lift = tl.load(lift_ptr + co, mask=mask_co, other=0.0)
+    if HAS_NORM:
+        scale = tl.load(norm_ptr + co, mask=mask_co, other=0.0)[:, None]
+        shift = tl.load(norm_ptr + stride_norm + co, mask=mask_co, other=0.0)
+        slope = tl.load(norm_ptr + 2 * stride_norm + co, mask=mask_co, other=0.0)[:, None]
+        level = tl.load(norm_ptr + 3 * stride_norm + co, mask=mask_co, other=0.0)
+        lift += level
+        # Beyond the image dv and y are read as zero: what is left of the gradient must be zero as well.
+        level = tl.where(in_image, level[:, None], 0.0)
+        shift = tl.where(in_image, shift[:, None], float("-inf"))
+    if HAS_RELU:
+        lift = lift[:, None]
+        if not HAS_NORM:
+            lift = tl.broadcast_to(lift, [16, RUNS])
+    else:
+        lift = tl.where(in_image, lift[:, None], 0.0)
+
+    # Inputs of the tile's own pixels only: each pair of an input and an output pixel is counted in one tile.
+    quarter = tl.arange(0, 32)
+    ci = quarter % BLOCK
+    x_in = x_run[:, None] + (quarter // BLOCK - 1)[None, :] * DILATION  # [RUNS, 32]
+    mask_in = (x_in >= x_start) & (x_in < x_end)
+    if HAS_CHANNEL_MASK:
+        mask_in &= (ci < CI_END)[None, :]
+    offs_x = x_in * stride_xw + ci[None, :]
+
+    own_runs = equal_to(run, run, dtype)
+    left_runs = equal_to(run, run + DILATION, dtype)
+    right_runs = equal_to(run, run - DILATION, dtype)
+    weights = ()
+    for i in tl.static_range(6):
+        weights = weights + (load_weight_operand(w_ptr + i * 256, 16, 16),)
+
+    for first in tl.static_range(min(DILATION, RUN_H)):
+        # Every DILATION-th row: the gradient's row k is DILATION above the tile's own row k of them.
+        dys = ()
+        for k in tl.static_range((RUN_H - 1 - first) // DILATION + 3):
+            y_row = y_first + first + (k - 1) * DILATION
+            rows = tl.full([1, 1], y_row, tl.int32)
+            is_row = (rows >= 0) & (rows < H)
+            mask = mask_read
+            if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
+                mask = mask_read & is_row
+            grad = as_operand(tl.load(dv_ptr + y_row * stride_dvh + offs_dv, mask=mask, other=0.0), True)
+            conv = as_operand(tl.load(y_ptr + y_row * stride_yh + offs_y, mask=mask, other=0.0), True)
+            grad = tl.dot(to_accumulator, tl.trans(grad))  # [16, RUNS], as are all that follow
+            conv = tl.dot(to_accumulator, tl.trans(conv))
+            dy = gain * grad + lift
+            if HAS_NORM:
+                if HAS_RELU:
+                    dy = tl.where(scale * conv + shift > 0.0, dy, level)
+                dy += slope * conv
+            elif HAS_RELU:
+                dy = tl.where(conv > 0.0, dy, 0.0)
+            if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
+                dy = tl.where(is_row, dy, 0.0)
+            dy = dy.to(dtype)
+            dys = dys + (dy,)
+            own, beyond = neighbours(dy, own_runs, left_runs, right_runs)
+            for tap in tl.static_range(3):
+                if k - tap >= 0 and k - tap < (RUN_H - 1 - first) // DILATION + 1:
+                    acc = dx[first + (k - tap) * DILATION]
+                    acc = tl.dot(weights[2 * tap], own, acc)
+                    acc = tl.dot(weights[2 * tap + 1], beyond, acc)
+                    dx = replaced(dx, first + (k - tap) * DILATION, acc)
+            if k >= 2:
+                y_in = y_first + first + (k - 2) * DILATION
+                low, high = input_points(x_ptr + y_in * stride_xh, offs_x, mask_in if IS_EVEN_H else mask_in & (tl.full([1, 1], y_in, tl.int32) < y_end))
+                for ky in tl.static_range(3):
+                    dw = replaced(dw, 2 * ky, tl.dot(dys[k - ky], low, dw[2 * ky]))
+                    dw = replaced(dw, 2 * ky + 1, tl.dot(dys[k - ky], high, dw[2 * ky + 1]))
+    return dx, dw
+
+
+@triton.jit
+def reordered(dx, DILATION: tl.constexpr):
+    """Accumulators of runs whose pixels are DILATION apart in image order, or back: for 2 the two are one."""
+    if DILATION > 1:
+        out = ()
+        for r in tl.static_range(len(dx)):
+            out = out + (in_image_order(dx[r], 2, BLOCK, RUNS, DILATION),)
+        return out
+    else:
+        return dx
+
+
+@triton.jit(do_not_specialize=("H", "W", "TILES", "TILES_H", "TILES_W", "TILES_PER_PROGRAM", "BLOCKS"))
+def branch_grad_stream_kernel(
+    x_ptr, dv_ptr, y_ptr, w_ptr, gain_ptr, lift_ptr, norm_ptr, dx_ptr, partial_ptr,
+    H, W, C_IN, C_OUT, TILES, TILES_H, TILES_W, TILES_PER_PROGRAM, BLOCKS,
+    stride_xn, stride_xh, stride_xw, stride_dvn, stride_dvh, stride_dvw, stride_ym, stride_yn, stride_yh, stride_yw,
+    stride_dxn, stride_dxc, stride_dxh, stride_dxw, stride_norm,
+    M: tl.constexpr, DILATIONS: tl.constexpr, HALO: tl.constexpr, RUN_H: tl.constexpr,
+    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
+):  # fmt: skip
+    """`dx` of one channel block in TILES_PER_PROGRAM tiles, and what they add to the weight gradients.
+
+    A tile is RUN_H rows x (2 * RUNS - 2 * HALO) columns of one sample, read with HALO columns on either side. A channel
+    block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK.
+    """
+    OWN: tl.constexpr = 2 * RUNS - 2 * HALO
+    stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
+    stride_dvn, stride_dvh, stride_dvw = widen(stride_dvn, stride_dvh, stride_dvw, IS_LARGE)
+    stride_yn, stride_yh, stride_yw = widen(stride_yn, stride_yh, stride_yw, IS_LARGE)
+    stride_dxc, stride_dxh, stride_dxw = widen(stride_dxc, stride_dxh, stride_dxw, IS_LARGE)
+    pid = tl.program_id(0)
+    block = pid % BLOCKS
+    strip = pid // BLOCKS
+    ci0 = block * CHANNELS_CI
+    co0 = block * CHANNELS_CO
+    ci_end = tl.minimum(CHANNELS_CI, C_IN - ci0)
+    co_end = tl.minimum(CHANNELS_CO, C_OUT - co0)
+    entry = tl.arange(0, 16)
+    position = entry // BLOCK
+    channel = entry % BLOCK
+    x_out_first = 2 * tl.arange(0, RUNS)[None, :] + position[:, None]  # [16, RUNS]
+
+    dw = ()
+    for _ in tl.static_range(6 * M):
+        dw = dw + (tl.zeros([16, 16], tl.float32),)
+    first_tile = strip * TILES_PER_PROGRAM
+    for step in range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile)):
+        tile = first_tile + step
+        # Tiles of a column follow each other: rows that two of them read are still in the cache.
+        y_first = tile % TILES_H * RUN_H
+        x_start = tile // TILES_H % TILES_W * OWN
+        n = (tile // TILES_H // TILES_W).to(tl.int64)
+        x_first = x_start - HALO
+        x_end = tl.minimum(x_start + OWN, W)
+        y_end = tl.minimum(y_first + RUN_H, H)
+        dx = ()
+        for _ in tl.static_range(RUN_H):
+            dx = dx + (tl.zeros([16, RUNS], tl.float32),)
+        added = ()
+        for m in tl.static_range(M):
+            mine = ()
+            for i in tl.static_range(6):
+                mine = mine + (dw[6 * m + i],)
+            dx, mine = branch_gradients(
+                x_ptr + n * stride_xn + ci0,
+                dv_ptr + n * stride_dvn + co0,
+                y_ptr + m * stride_ym + n * stride_yn + co0,
+                w_ptr + (block * M + m) * (6 * 256),
+                gain_ptr + (n * M + m) * C_OUT + co0,
+                lift_ptr + (n * M + m) * C_OUT + co0,
+                norm_ptr + m * C_OUT + co0,
+                reordered(dx, DILATIONS[m]), mine, x_first, y_first, x_start, x_end, y_end,
+                H, W, ci_end, co_end, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw, stride_norm,
+                DILATIONS[m], RUN_H, IS_EVEN_H, HAS_RELU, HAS_NORM, HAS_CHANNEL_MASK,
+            )  # fmt: skip
+            dx = reordered(dx, DILATIONS[m])
+            added = added + mine
+        dw = added
+
+        x_out = x_out_first + x_first
+        offs_dx = x_out * stride_dxw + (channel * stride_dxc)[:, None]
+        mask_dx = (x_out >= x_start) & (x_out < x_end)
+        if HAS_CHANNEL_MASK:
+            mask_dx &= (channel < ci_end)[:, None]
+        dx_tile_ptr = dx_ptr + n * stride_dxn + ci0 * stride_dxc + y_first * stride_dxh
+        for r in tl.static_range(RUN_H):
+            value = dx[r].to(dx_ptr.dtype.element_ty)
+            tl.store(dx_tile_ptr + r * stride_dxh + offs_dx, value, mask=mask_dx if IS_EVEN_H else mask_dx & (tl.full([1, 1], y_first + r, tl.int32) < y_end))
+
+    # Every tap of the kernel row stands in the accumulator once per position: two summands, added in the second launch.
+    point = entry // 4
+    kx = point[None, :] - position[:, None]  # [16, 16]
+    offs_w = kx * (BLOCK * GROUP_CI) + (channel * GROUP_CI)[:, None]
+    partial_ptr += ((strip * 2 + position).to(tl.int64) * BLOCKS + block)[:, None] * (M * 9 * BLOCK * GROUP_CI)
+    for m in tl.static_range(M):
+        for ky in tl.static_range(3):
+            for half in tl.static_range(2):
+                ci = half * 4 + entry % 4
+                mask = (kx >= 0) & (kx < 3) & (channel < CHANNELS_CO)[:, None] & (ci < CHANNELS_CI)[None, :]
+                mask &= (channel // GROUP_CO)[:, None] == (ci // GROUP_CI)[None, :]
+                offs = ((m * 3 + ky) * 3) * (BLOCK * GROUP_CI) + offs_w + (ci % GROUP_CI)[None, :]
+                tl.store(partial_ptr + offs, dw[m * 6 + ky * 2 + half], mask=mask)
