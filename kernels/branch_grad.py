@@ -67,15 +67,16 @@ def pack_grad_weights(weights: Sequence[torch.Tensor], shape: ConvShape, dtype: 
     """Pack `weights[m] [c_out, c_in / groups, 3, 3]` for `branch_grad`, rounded to `dtype`.
 
     `[blocks][M][3][2][16][16]`, transposed and rotated: the entry for kernel row ky, input `(o, ci)` and gradient
-    `(h, co)` is the weight of row `2 - ky` and column `o - j + 2`, where point j of a run is `1 + h` in the first
-    matrix, and 3 and 0 in the second. Each matrix is in the order of the tensor core's registers.
+    `(half of co, h, co)` is the weight of row `2 - ky` and column `o - j + 2`, where point j of a run is `1 + h` in the
+    first matrix, and 3 and 0 in the second. Each matrix is in the order of the tensor core's registers.
     """
     blocks = grad_blocks(shape)
     group_ci, group_co = shape.c_in // shape.groups, shape.c_out // shape.groups
-    block, ky, part, o, ci, h, co = (
-        torch.arange(size).reshape([-1 if axis == i else 1 for i in range(7)])
-        for axis, size in enumerate((blocks.count, 3, 2, 2, BLOCK, 2, BLOCK))
+    block, ky, part, o, ci, half, h, co = (
+        torch.arange(size).reshape([-1 if axis == i else 1 for i in range(8)])
+        for axis, size in enumerate((blocks.count, 3, 2, 2, BLOCK, 2, 2, 4))
     )
+    co = half * 4 + co
     kx = o + 2 - torch.where(part == 0, 1 + h, 3 * (1 - h))
     group = block * blocks.groups + co // group_co
     mask = (kx >= 0) & (kx < 3) & (ci < blocks.ci) & (co < blocks.co) & (group < shape.groups)
@@ -151,6 +152,7 @@ def branch_grad(
         "GROUP_CI": shape.c_in // shape.groups,
         "GROUP_CO": shape.c_out // shape.groups,
         "IS_EVEN_H": h % config.RUN_H == 0,
+        "IS_PAIRED": shape.c_in == shape.c_out and 4 % (shape.c_in // shape.groups) == 0,
         "HAS_RELU": has_relu,
         "HAS_NORM": norm is not None,
         "HAS_CHANNEL_MASK": blocks.ci != BLOCK or blocks.co != BLOCK or blocks.count * blocks.groups != shape.groups,

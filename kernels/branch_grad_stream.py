@@ -45,47 +45,37 @@ def transposed(values):
 
 
 @triton.jit
-def input_points(x_ptr, offs, mask):
-    """The four points of every run, of channels 0 to 3 and 4 to 7: right operands `[RUNS, 16]`, columns (point, channel).
+def input_points(x_ptr, offs, mask, identity):
+    """The four points of every run, of channels 0 to 3 and 4 to 7: left operands `[16, RUNS]`.
 
-    `offs` and `mask [RUNS, 32]`: columns (point, channel).
+    `offs` and `mask [RUNS, 32]`: columns (point, channel). Row r holds point `r // 2 % 4` of channel
+    `r // 8 * 2 + r % 2`.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     # A thread's 8 adjacent elements are (half of the channels, pair, parity): each half is a right operand.
     tile = tl.reshape(tl.load(x_ptr + offs, mask=mask, other=0.0), [RUNS, 4, 2, 2, 2])
     low, high = tl.split(tl.reshape(tl.permute(tile, (0, 3, 1, 4, 2)), [RUNS, 16, 2]))
-    entry = tl.arange(0, 16)
-    to_accumulator = equal_to(entry, entry // 2 % 4 * 4 + entry // 8 * 2 + entry % 2, dtype)
-    return (
-        transposed(tl.dot(to_accumulator, tl.trans(low)).to(dtype)),
-        transposed(tl.dot(to_accumulator, tl.trans(high)).to(dtype)),
-    )
+    return tl.dot(identity, tl.trans(low)).to(dtype), tl.dot(identity, tl.trans(high)).to(dtype)
 
 
 @triton.jit
-def neighbours(dy, own_runs, left_runs, right_runs):
-    """Right operands of the data gradient from `dy [16, RUNS]`, rows (position, channel): the run's own two points, and
-    the two beyond it: position 0 of the next run, position 1 of the one before. [16, RUNS] each
-    """
-    dtype: tl.constexpr = dy.dtype
-    own = tl.dot(own_runs, transposed(dy)).to(dtype)
-    first, second = tl.split(tl.permute(tl.reshape(dy, [2, BLOCK, RUNS]), (1, 2, 0)))
-    right = tl.dot(right_runs, tl.trans(first)).to(dtype)
-    left = tl.dot(left_runs, tl.trans(second)).to(dtype)
-    beyond = tl.reshape(tl.permute(tl.join(right, left), (0, 2, 1)), [RUNS, 2 * BLOCK])
-    return transposed(own), transposed(beyond)
+def halves(values):
+    """`values [2 * n, RUNS]`, transposed, as two right operands `[RUNS, n]`."""
+    ROWS: tl.constexpr = values.shape[0]
+    first, second = tl.split(tl.permute(tl.reshape(values, [2, ROWS // 2, RUNS]), (1, 2, 0)))
+    return tl.trans(first), tl.trans(second)
 
 
 @triton.jit
 def branch_gradients(
     x_ptr, dv_ptr, y_ptr, w_ptr, gain_ptr, lift_ptr, norm_ptr, dx, dw, x_first, y_first, x_start, x_end, y_end,
     H, W, CI_END, CO_END, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw, stride_norm,
-    DILATION: tl.constexpr, RUN_H: tl.constexpr, IS_EVEN_H: tl.constexpr, HAS_RELU: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
+    DILATION: tl.constexpr, RUN_H: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_PAIRED: tl.constexpr,
+    HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
 ):  # fmt: skip
     """One branch's share of a tile: `dx`, a tuple of RUN_H accumulators `[16, RUNS]`, rows (position, input channel),
-    and `dw`, a tuple of accumulators `[16, 16]`, rows (position, output channel), columns (point, channel), one per
-    kernel row and half of the input channels.
+    and `dw`, a tuple of accumulators, one per kernel row and half of the input channels: rows as `input_points`, columns
+    (half of the output channels, position, channel), of one half where IS_PAIRED: no group has channels in both.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     entry = tl.arange(0, 16)
@@ -100,15 +90,16 @@ def branch_gradients(
         mask_read &= (channel < CO_END)[None, :]
     offs_dv = x_read * stride_dvw + channel[None, :]
     offs_y = x_read * stride_yw + channel[None, :]
-    source = entry // 2 % 4
+    thread = entry // 2 % 4
     to_accumulator = equal_to(
-        entry, source % 2 * BLOCK + source // 2 * 4 + entry // 8 * 2 + entry % 2, dtype
+        entry, thread // 2 * 8 + thread % 2 * 4 + entry // 8 * 2 + entry % 2, dtype
     )
 
-    # As computed: a thread has pixels of one channel.
-    co = entry % BLOCK
+    # As computed: a thread has pixels of two channels. Rows are (half of the channels, position, channel).
+    co = entry // 8 * 4 + entry % 4
+    position = entry // 4 % 2
     mask_co = co < CO_END
-    x_dy = x_run[None, :] + (entry // BLOCK * DILATION)[:, None]  # [16, RUNS]
+    x_dy = x_run[None, :] + (position * DILATION)[:, None]  # [16, RUNS]
     in_image = (x_dy >= 0) & (x_dy < W)
     gain = tl.load(gain_ptr + co, mask=mask_co, other=0.0)[:, None]
     lift = tl.load(lift_ptr + co, mask=mask_co, other=0.0)
@@ -166,10 +157,16 @@ def branch_gradients(
             elif HAS_RELU:
                 dy = tl.where(conv > 0.0, dy, 0.0)
             if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
-                dy = tl.where(is_row, dy, 0.0)
+                dy *= is_row.to(tl.float32)
             dy = dy.to(dtype)
-            dys = dys + (dy,)
-            own, beyond = neighbours(dy, own_runs, left_runs, right_runs)
+            columns = transposed(dy)
+            dys = dys + (halves(dy) if IS_PAIRED else (columns, columns),)
+            # What the data gradient reads: a run's own two points, and the two beyond it.
+            own = tl.dot(own_runs, columns).to(dtype)
+            beyond = tl.where(
+                (position == 0)[None, :], tl.dot(right_runs, columns), tl.dot(left_runs, columns)
+            )
+            own, beyond = transposed(own), transposed(beyond.to(dtype))
             for tap in tl.static_range(3):
                 if k - tap >= 0 and k - tap < (RUN_H - 1 - first) // DILATION + 1:
                     acc = dx[first + (k - tap) * DILATION]
@@ -178,10 +175,12 @@ def branch_gradients(
                     dx = replaced(dx, first + (k - tap) * DILATION, acc)
             if k >= 2:
                 y_in = y_first + first + (k - 2) * DILATION
-                low, high = input_points(x_ptr + y_in * stride_xh, offs_x, mask_in if IS_EVEN_H else mask_in & (tl.full([1, 1], y_in, tl.int32) < y_end))
+                low, high = input_points(
+                    x_ptr + y_in * stride_xh, offs_x, mask_in if IS_EVEN_H else mask_in & (tl.full([1, 1], y_in, tl.int32) < y_end), own_runs
+                )
                 for ky in tl.static_range(3):
-                    dw = replaced(dw, 2 * ky, tl.dot(dys[k - ky], low, dw[2 * ky]))
-                    dw = replaced(dw, 2 * ky + 1, tl.dot(dys[k - ky], high, dw[2 * ky + 1]))
+                    dw = replaced(dw, 2 * ky, tl.dot(low, dys[k - ky][0], dw[2 * ky]))
+                    dw = replaced(dw, 2 * ky + 1, tl.dot(high, dys[k - ky][1], dw[2 * ky + 1]))
     return dx, dw
 
 
@@ -205,7 +204,7 @@ def branch_grad_stream_kernel(
     stride_dxn, stride_dxc, stride_dxh, stride_dxw, stride_norm,
     M: tl.constexpr, DILATIONS: tl.constexpr, HALO: tl.constexpr, RUN_H: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
-    IS_EVEN_H: tl.constexpr, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_PAIRED: tl.constexpr, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """`dx` of one channel block in TILES_PER_PROGRAM tiles, and what they add to the weight gradients.
 
@@ -213,6 +212,7 @@ def branch_grad_stream_kernel(
     block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK.
     """
     OWN: tl.constexpr = 2 * RUNS - 2 * HALO
+    COLUMNS: tl.constexpr = 8 if IS_PAIRED else 16
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_dvn, stride_dvh, stride_dvw = widen(stride_dvn, stride_dvh, stride_dvw, IS_LARGE)
     stride_yn, stride_yh, stride_yw = widen(stride_yn, stride_yh, stride_yw, IS_LARGE)
@@ -231,7 +231,7 @@ def branch_grad_stream_kernel(
 
     dw = ()
     for _ in tl.static_range(6 * M):
-        dw = dw + (tl.zeros([16, 16], tl.float32),)
+        dw = dw + (tl.zeros([16, COLUMNS], tl.float32),)
     first_tile = strip * TILES_PER_PROGRAM
     for step in range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile)):
         tile = first_tile + step
@@ -260,7 +260,7 @@ def branch_grad_stream_kernel(
                 norm_ptr + m * C_OUT + co0,
                 reordered(dx, DILATIONS[m]), mine, x_first, y_first, x_start, x_end, y_end,
                 H, W, ci_end, co_end, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw, stride_norm,
-                DILATIONS[m], RUN_H, IS_EVEN_H, HAS_RELU, HAS_NORM, HAS_CHANNEL_MASK,
+                DILATIONS[m], RUN_H, IS_EVEN_H, IS_PAIRED, HAS_RELU, HAS_NORM, HAS_CHANNEL_MASK,
             )  # fmt: skip
             dx = reordered(dx, DILATIONS[m])
             added = added + mine
@@ -276,16 +276,17 @@ def branch_grad_stream_kernel(
             value = dx[r].to(dx_ptr.dtype.element_ty)
             tl.store(dx_tile_ptr + r * stride_dxh + offs_dx, value, mask=mask_dx if IS_EVEN_H else mask_dx & (tl.full([1, 1], y_first + r, tl.int32) < y_end))
 
-    # Every tap of the kernel row stands in the accumulator once per position: two summands, added in the second launch.
-    point = entry // 4
-    kx = point[None, :] - position[:, None]  # [16, 16]
-    offs_w = kx * (BLOCK * GROUP_CI) + (channel * GROUP_CI)[:, None]
-    partial_ptr += ((strip * 2 + position).to(tl.int64) * BLOCKS + block)[:, None] * (M * 9 * BLOCK * GROUP_CI)
+    # Every tap of a kernel row stands in its accumulators once per position: two summands, added in the second launch.
+    column = tl.arange(0, COLUMNS)
+    position = column // 4 % 2
+    kx = (entry // 2 % 4)[:, None] - position[None, :]  # [16, COLUMNS]
+    partial_ptr += ((strip * 2 + position).to(tl.int64) * BLOCKS + block)[None, :] * (M * 9 * BLOCK * GROUP_CI)
     for m in tl.static_range(M):
         for ky in tl.static_range(3):
             for half in tl.static_range(2):
-                ci = half * 4 + entry % 4
-                mask = (kx >= 0) & (kx < 3) & (channel < CHANNELS_CO)[:, None] & (ci < CHANNELS_CI)[None, :]
-                mask &= (channel // GROUP_CO)[:, None] == (ci // GROUP_CI)[None, :]
-                offs = ((m * 3 + ky) * 3) * (BLOCK * GROUP_CI) + offs_w + (ci % GROUP_CI)[None, :]
+                ci = half * 4 + entry // 8 * 2 + entry % 2
+                co = (half if IS_PAIRED else column // 8) * 4 + column % 4
+                mask = (kx >= 0) & (kx < 3) & (ci < CHANNELS_CI)[:, None] & (co < CHANNELS_CO)[None, :]
+                mask &= (ci // GROUP_CI)[:, None] == (co // GROUP_CO)[None, :]
+                offs = (((m * 3 + ky) * 3 + kx) * BLOCK + co[None, :]) * GROUP_CI + (ci % GROUP_CI)[:, None]
                 tl.store(partial_ptr + offs, dw[m * 6 + ky * 2 + half], mask=mask)
