@@ -96,9 +96,7 @@ def branch_grad(
     x: torch.Tensor,
     dv: torch.Tensor,
     y: torch.Tensor,
-    gain: torch.Tensor,
-    lift: torch.Tensor,
-    norm: torch.Tensor | None,
+    terms: torch.Tensor,
     w: torch.Tensor,
     dx: torch.Tensor,
     partial: torch.Tensor,
@@ -111,12 +109,11 @@ def branch_grad(
 
     The gradient of branch m's convolution is
     `dy = mask * (gain * dv + lift) + slope * y + level`, `mask = scale * y + shift > 0`,
-    all of a channel and gain and lift of a sample as well; without `norm`, `mask = y > 0` and the rest is zero; without
-    ReLU the mask is all ones. It is rounded to the dtype of x, never written.
+    all fp32: `terms [N, M, C_out, 6]`, contiguous, in this order: gain, lift, scale, shift, slope, level. With `terms [N, M,
+    C_out, 2]`, for branches without norm, `mask = y > 0`, slope and level are zero. Without ReLU the mask is all ones. It is rounded to the dtype of x, never written.
 
     `x [N, C_in, H, W]` and `dv [N, C_out, H, W]`, channels adjacent in memory (stride 1), other strides free; `y [M, N,
-    H, W, C_out]`, the convolutions' outputs, channels adjacent; `gain` and `lift [N, M, C_out]`, `norm [4, M, C_out]`
-    (scale, shift, slope, level) fp32, contiguous; `w` from `pack_grad_weights`; `dx [N, C_in, H, W]` of any strides;
+    H, W, C_out]`, the convolutions' outputs, channels adjacent; `w` from `pack_grad_weights`; `dx [N, C_in, H, W]` of any strides;
     `partial` fp32, contiguous, of `partial_shape`: pass it to `reduce_weight_grad`. Every entry that it reads is written.
 
     Raises:
@@ -136,11 +133,11 @@ def branch_grad(
         for t in (x, dv, y[0].permute(0, 3, 1, 2), dx)
     ]
     arguments = (
-        x, dv, y, w, gain, lift, gain if norm is None else norm, dx, partial,
-        h, width, shape.c_in, shape.c_out, tiles, tiles_h, tiles_w, config.TILES_PER_PROGRAM, blocks.count,
+        x, dv, y, w, terms, dx, partial,
+        h, width, shape.c_in, shape.c_out, tiles, tiles_h, tiles_w, config.TILES_PER_PROGRAM,
         x.stride(0), x.stride(2), x.stride(3), dv.stride(0), dv.stride(2), dv.stride(3),
         y.stride(0), y.stride(1), y.stride(2), y.stride(3),
-        dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3), len(shape.kernels) * shape.c_out,
+        dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3),
     )  # fmt: skip
     constexprs: dict[str, Any] = {
         "M": len(shape.kernels),
@@ -154,13 +151,13 @@ def branch_grad(
         "IS_EVEN_H": h % config.RUN_H == 0,
         "IS_PAIRED": shape.c_in == shape.c_out and 4 % (shape.c_in // shape.groups) == 0,
         "HAS_RELU": has_relu,
-        "HAS_NORM": norm is not None,
+        "HAS_NORM": terms.shape[3] == 6,
         "HAS_CHANNEL_MASK": blocks.ci != BLOCK or blocks.co != BLOCK or blocks.count * blocks.groups != shape.groups,
         "IS_LARGE": max(extents) >= 2**31,
     }
     return Launch(
         branch_grad_stream_kernel,
-        (cdiv(tiles, config.TILES_PER_PROGRAM) * blocks.count,),
+        (blocks.count, cdiv(tiles, config.TILES_PER_PROGRAM)),
         arguments,
         constexprs,
         {"num_warps": config.num_warps, "num_stages": config.num_stages},

@@ -68,8 +68,8 @@ def halves(values):
 
 @triton.jit
 def branch_gradients(
-    x_ptr, dv_ptr, y_ptr, w_ptr, gain_ptr, lift_ptr, norm_ptr, dx, dw, x_first, y_first, x_start, x_end, y_end,
-    H, W, CI_END, CO_END, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw, stride_norm,
+    x_ptr, dv_ptr, y_ptr, w_ptr, terms_ptr, dx, dw, x_first, y_first, x_start, x_end, y_end,
+    H, W, CI_END, CO_END, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw,
     DILATION: tl.constexpr, RUN_H: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_PAIRED: tl.constexpr,
     HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
 ):  # fmt: skip
@@ -77,6 +77,7 @@ def branch_gradients(
     and `dw`, a tuple of accumulators, one per kernel row and half of the input channels: rows as `input_points`, columns
     (half of the output channels, position, channel), of one half where IS_PAIRED: no group has channels in both.
     """
+    TERMS: tl.constexpr = 6 if HAS_NORM else 2
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     entry = tl.arange(0, 16)
     run = tl.arange(0, RUNS)
@@ -101,13 +102,13 @@ def branch_gradients(
     mask_co = co < CO_END
     x_dy = x_run[None, :] + (position * DILATION)[:, None]  # [16, RUNS]
     in_image = (x_dy >= 0) & (x_dy < W)
-    gain = tl.load(gain_ptr + co, mask=mask_co, other=0.0)[:, None]
-    lift = tl.load(lift_ptr + co, mask=mask_co, other=0.0)
+    gain = tl.load(terms_ptr + co * TERMS, mask=mask_co, other=0.0)[:, None]
+    lift = tl.load(terms_ptr + co * TERMS + 1, mask=mask_co, other=0.0)
     if HAS_NORM:
-        scale = tl.load(norm_ptr + co, mask=mask_co, other=0.0)[:, None]
-        shift = tl.load(norm_ptr + stride_norm + co, mask=mask_co, other=0.0)
-        slope = tl.load(norm_ptr + 2 * stride_norm + co, mask=mask_co, other=0.0)[:, None]
-        level = tl.load(norm_ptr + 3 * stride_norm + co, mask=mask_co, other=0.0)
+        scale = tl.load(terms_ptr + co * TERMS + 2, mask=mask_co, other=0.0)[:, None]
+        shift = tl.load(terms_ptr + co * TERMS + 3, mask=mask_co, other=0.0)
+        slope = tl.load(terms_ptr + co * TERMS + 4, mask=mask_co, other=0.0)[:, None]
+        level = tl.load(terms_ptr + co * TERMS + 5, mask=mask_co, other=0.0)
         lift += level
         # Beyond the image dv and y are read as zero: what is left of the gradient must be zero as well.
         level = tl.where(in_image, level[:, None], 0.0)
@@ -196,17 +197,18 @@ def reordered(dx, DILATION: tl.constexpr):
         return dx
 
 
-@triton.jit(do_not_specialize=("H", "W", "TILES", "TILES_H", "TILES_W", "TILES_PER_PROGRAM", "BLOCKS"))
+@triton.jit(do_not_specialize=("H", "W", "TILES", "TILES_H", "TILES_W", "TILES_PER_PROGRAM"))
 def branch_grad_stream_kernel(
-    x_ptr, dv_ptr, y_ptr, w_ptr, gain_ptr, lift_ptr, norm_ptr, dx_ptr, partial_ptr,
-    H, W, C_IN, C_OUT, TILES, TILES_H, TILES_W, TILES_PER_PROGRAM, BLOCKS,
+    x_ptr, dv_ptr, y_ptr, w_ptr, terms_ptr, dx_ptr, partial_ptr,
+    H, W, C_IN, C_OUT, TILES, TILES_H, TILES_W, TILES_PER_PROGRAM,
     stride_xn, stride_xh, stride_xw, stride_dvn, stride_dvh, stride_dvw, stride_ym, stride_yn, stride_yh, stride_yw,
-    stride_dxn, stride_dxc, stride_dxh, stride_dxw, stride_norm,
+    stride_dxn, stride_dxc, stride_dxh, stride_dxw,
     M: tl.constexpr, DILATIONS: tl.constexpr, HALO: tl.constexpr, RUN_H: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
     IS_EVEN_H: tl.constexpr, IS_PAIRED: tl.constexpr, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
-    """`dx` of one channel block in TILES_PER_PROGRAM tiles, and what they add to the weight gradients.
+    """`dx` of one channel block in TILES_PER_PROGRAM tiles, and what they add to the weight gradients. Programs:
+    channel blocks x strips of tiles.
 
     A tile is RUN_H rows x (2 * RUNS - 2 * HALO) columns of one sample, read with HALO columns on either side. A channel
     block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK.
@@ -217,13 +219,13 @@ def branch_grad_stream_kernel(
     stride_dvn, stride_dvh, stride_dvw = widen(stride_dvn, stride_dvh, stride_dvw, IS_LARGE)
     stride_yn, stride_yh, stride_yw = widen(stride_yn, stride_yh, stride_yw, IS_LARGE)
     stride_dxc, stride_dxh, stride_dxw = widen(stride_dxc, stride_dxh, stride_dxw, IS_LARGE)
-    pid = tl.program_id(0)
-    block = pid % BLOCKS
-    strip = pid // BLOCKS
+    block = tl.program_id(0)
+    first_tile = tl.program_id(1) * TILES_PER_PROGRAM
     ci0 = block * CHANNELS_CI
     co0 = block * CHANNELS_CO
     ci_end = tl.minimum(CHANNELS_CI, C_IN - ci0)
     co_end = tl.minimum(CHANNELS_CO, C_OUT - co0)
+    w_ptr += block * (M * 6 * 256)
     entry = tl.arange(0, 16)
     position = entry // BLOCK
     channel = entry % BLOCK
@@ -232,13 +234,11 @@ def branch_grad_stream_kernel(
     dw = ()
     for _ in tl.static_range(6 * M):
         dw = dw + (tl.zeros([16, COLUMNS], tl.float32),)
-    first_tile = strip * TILES_PER_PROGRAM
-    for step in range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile)):
-        tile = first_tile + step
-        # Tiles of a column follow each other: rows that two of them read are still in the cache.
-        y_first = tile % TILES_H * RUN_H
-        x_start = tile // TILES_H % TILES_W * OWN
-        n = (tile // TILES_H // TILES_W).to(tl.int64)
+    # Tiles of an image column follow each other: rows that two of them read are still in the cache.
+    n = (first_tile // (TILES_H * TILES_W)).to(tl.int64)
+    x_start = first_tile // TILES_H % TILES_W * OWN
+    y_first = first_tile % TILES_H * RUN_H
+    for _ in range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile)):
         x_first = x_start - HALO
         x_end = tl.minimum(x_start + OWN, W)
         y_end = tl.minimum(y_first + RUN_H, H)
@@ -254,12 +254,10 @@ def branch_grad_stream_kernel(
                 x_ptr + n * stride_xn + ci0,
                 dv_ptr + n * stride_dvn + co0,
                 y_ptr + m * stride_ym + n * stride_yn + co0,
-                w_ptr + (block * M + m) * (6 * 256),
-                gain_ptr + (n * M + m) * C_OUT + co0,
-                lift_ptr + (n * M + m) * C_OUT + co0,
-                norm_ptr + m * C_OUT + co0,
+                w_ptr + m * (6 * 256),
+                terms_ptr + ((n * M + m) * C_OUT + co0) * (6 if HAS_NORM else 2),
                 reordered(dx, DILATIONS[m]), mine, x_first, y_first, x_start, x_end, y_end,
-                H, W, ci_end, co_end, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw, stride_norm,
+                H, W, ci_end, co_end, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw,
                 DILATIONS[m], RUN_H, IS_EVEN_H, IS_PAIRED, HAS_RELU, HAS_NORM, HAS_CHANNEL_MASK,
             )  # fmt: skip
             dx = reordered(dx, DILATIONS[m])
@@ -276,11 +274,17 @@ def branch_grad_stream_kernel(
             value = dx[r].to(dx_ptr.dtype.element_ty)
             tl.store(dx_tile_ptr + r * stride_dxh + offs_dx, value, mask=mask_dx if IS_EVEN_H else mask_dx & (tl.full([1, 1], y_first + r, tl.int32) < y_end))
 
+        y_first += RUN_H
+        x_start = tl.where(y_first < H, x_start, x_start + OWN)
+        y_first = tl.where(y_first < H, y_first, 0)
+        n += (x_start >= W).to(tl.int64)
+        x_start = tl.where(x_start < W, x_start, 0)
+
     # Every tap of a kernel row stands in its accumulators once per position: two summands, added in the second launch.
     column = tl.arange(0, COLUMNS)
     position = column // 4 % 2
     kx = (entry // 2 % 4)[:, None] - position[None, :]  # [16, COLUMNS]
-    partial_ptr += ((strip * 2 + position).to(tl.int64) * BLOCKS + block)[None, :] * (M * 9 * BLOCK * GROUP_CI)
+    partial_ptr += ((tl.program_id(1) * 2 + position).to(tl.int64) * tl.num_programs(0) + block)[None, :] * (M * 9 * BLOCK * GROUP_CI)
     for m in tl.static_range(M):
         for ky in tl.static_range(3):
             for half in tl.static_range(2):
