@@ -10,38 +10,12 @@ and into the order that the data gradient wants. Derivation and counts: `kernels
 import triton
 import triton.language as tl
 
-from .tiling import as_operand, in_image_order, load_weight_operand, part_elements, widen
+from .grad_tiling import equal_to, load_terms, memory_rows, moved, replaced, row_gradient, transposed
+from .tiling import in_image_order, load_weight_operand, part_elements, widen
 
 # Columns of a product: runs of a tile, of two outputs each, the halo included.
 RUNS: tl.constexpr = tl.constexpr(16)
 BLOCK: tl.constexpr = tl.constexpr(8)
-
-
-@triton.jit
-def equal_to(rows, columns, dtype: tl.constexpr):
-    """The 0/1 matrix whose entry is 1 where `rows[i] == columns[j]`."""
-    # Not converted from a mask: Triton would take the product for one of bytes, and choose another order of its operands.
-    return tl.where(rows[:, None] == columns[None, :], 1.0, 0.0).to(dtype)
-
-
-@triton.jit
-def replaced(values, INDEX: tl.constexpr, value):
-    """The tuple `values` with another entry at INDEX."""
-    out = ()
-    for i in tl.static_range(len(values)):
-        out = out + (value if i == INDEX else values[i],)
-    return out
-
-
-@triton.jit
-def transposed(values):
-    """`values` transposed, in two steps: Triton would send the plain transposition of an accumulator through shared
-    memory, though it already is a right operand.
-    """
-    ROWS: tl.constexpr = values.shape[0]
-    COLUMNS: tl.constexpr = values.shape[1]
-    values = tl.permute(tl.reshape(values, [ROWS, COLUMNS // 2, 2]), (1, 2, 0))
-    return tl.reshape(values, [COLUMNS, ROWS])
 
 
 @triton.jit
@@ -55,7 +29,7 @@ def input_points(x_ptr, offs, mask, identity):
     # A thread's 8 adjacent elements are (half of the channels, pair, parity): each half is a right operand.
     tile = tl.reshape(tl.load(x_ptr + offs, mask=mask, other=0.0), [RUNS, 4, 2, 2, 2])
     low, high = tl.split(tl.reshape(tl.permute(tile, (0, 3, 1, 4, 2)), [RUNS, 16, 2]))
-    return tl.dot(identity, tl.trans(low)).to(dtype), tl.dot(identity, tl.trans(high)).to(dtype)
+    return moved(identity, tl.trans(low)), moved(identity, tl.trans(high))
 
 
 @triton.jit
@@ -77,7 +51,6 @@ def branch_gradients(
     and `dw`, a tuple of accumulators, one per kernel row and half of the input channels: rows as `input_points`, columns
     (half of the output channels, position, channel), of one half where IS_PAIRED: no group has channels in both.
     """
-    TERMS: tl.constexpr = 6 if HAS_NORM else 2
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     entry = tl.arange(0, 16)
     run = tl.arange(0, RUNS)
@@ -91,34 +64,17 @@ def branch_gradients(
         mask_read &= (channel < CO_END)[None, :]
     offs_dv = x_read * stride_dvw + channel[None, :]
     offs_y = x_read * stride_yw + channel[None, :]
-    thread = entry // 2 % 4
-    to_accumulator = equal_to(
-        entry, thread // 2 * 8 + thread % 2 * 4 + entry // 8 * 2 + entry % 2, dtype
-    )
+    # Rows of accumulators: (half of the channels, position, channel).
+    thread = memory_rows(16) // 4
+    to_accumulator = equal_to(entry, thread // 2 * 8 + thread % 2 * 4 + memory_rows(16) % 4, dtype)
 
-    # As computed: a thread has pixels of two channels. Rows are (half of the channels, position, channel).
+    # As computed: a thread has pixels of two channels.
     co = entry // 8 * 4 + entry % 4
     position = entry // 4 % 2
     mask_co = co < CO_END
     x_dy = x_run[None, :] + (position * DILATION)[:, None]  # [16, RUNS]
     in_image = (x_dy >= 0) & (x_dy < W)
-    gain = tl.load(terms_ptr + co * TERMS, mask=mask_co, other=0.0)[:, None]
-    lift = tl.load(terms_ptr + co * TERMS + 1, mask=mask_co, other=0.0)
-    if HAS_NORM:
-        scale = tl.load(terms_ptr + co * TERMS + 2, mask=mask_co, other=0.0)[:, None]
-        shift = tl.load(terms_ptr + co * TERMS + 3, mask=mask_co, other=0.0)
-        slope = tl.load(terms_ptr + co * TERMS + 4, mask=mask_co, other=0.0)[:, None]
-        level = tl.load(terms_ptr + co * TERMS + 5, mask=mask_co, other=0.0)
-        lift += level
-        # Beyond the image dv and y are read as zero: what is left of the gradient must be zero as well.
-        level = tl.where(in_image, level[:, None], 0.0)
-        shift = tl.where(in_image, shift[:, None], float("-inf"))
-    if HAS_RELU:
-        lift = lift[:, None]
-        if not HAS_NORM:
-            lift = tl.broadcast_to(lift, [16, RUNS])
-    else:
-        lift = tl.where(in_image, lift[:, None], 0.0)
+    terms = load_terms(terms_ptr, co, mask_co, in_image, HAS_RELU, HAS_NORM)
 
     # Inputs of the tile's own pixels only: each pair of an input and an output pixel is counted in one tile.
     quarter = tl.arange(0, 32)
@@ -132,10 +88,6 @@ def branch_gradients(
     own_runs = equal_to(run, run, dtype)
     left_runs = equal_to(run, run + DILATION, dtype)
     right_runs = equal_to(run, run - DILATION, dtype)
-    weights = ()
-    for i in tl.static_range(6):
-        weights = weights + (load_weight_operand(w_ptr + i * 256, 16, 16),)
-
     for first in tl.static_range(min(DILATION, RUN_H)):
         # Every DILATION-th row: the gradient's row k is DILATION above the tile's own row k of them.
         dys = ()
@@ -146,24 +98,17 @@ def branch_gradients(
             mask = mask_read
             if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
                 mask = mask_read & is_row
-            grad = as_operand(tl.load(dv_ptr + y_row * stride_dvh + offs_dv, mask=mask, other=0.0), True)
-            conv = as_operand(tl.load(y_ptr + y_row * stride_yh + offs_y, mask=mask, other=0.0), True)
-            grad = tl.dot(to_accumulator, tl.trans(grad))  # [16, RUNS], as are all that follow
-            conv = tl.dot(to_accumulator, tl.trans(conv))
-            dy = gain * grad + lift
-            if HAS_NORM:
-                if HAS_RELU:
-                    dy = tl.where(scale * conv + shift > 0.0, dy, level)
-                dy += slope * conv
-            elif HAS_RELU:
-                dy = tl.where(conv > 0.0, dy, 0.0)
+            dy = row_gradient(
+                dv_ptr + y_row * stride_dvh + offs_dv, y_ptr + y_row * stride_yh + offs_y, mask, to_accumulator, terms,
+                HAS_RELU, HAS_NORM,
+            )  # fmt: skip
             if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
                 dy *= is_row.to(tl.float32)
             dy = dy.to(dtype)
             columns = transposed(dy)
             dys = dys + (halves(dy) if IS_PAIRED else (columns, columns),)
             # What the data gradient reads: a run's own two points, and the two beyond it.
-            own = tl.dot(own_runs, columns).to(dtype)
+            own = moved(own_runs, columns)
             beyond = tl.where(
                 (position == 0)[None, :], tl.dot(right_runs, columns), tl.dot(left_runs, columns)
             )
@@ -171,8 +116,8 @@ def branch_gradients(
             for tap in tl.static_range(3):
                 if k - tap >= 0 and k - tap < (RUN_H - 1 - first) // DILATION + 1:
                     acc = dx[first + (k - tap) * DILATION]
-                    acc = tl.dot(weights[2 * tap], own, acc)
-                    acc = tl.dot(weights[2 * tap + 1], beyond, acc)
+                    acc = tl.dot(load_weight_operand(w_ptr + 2 * tap * 256, 16, 16), own, acc)
+                    acc = tl.dot(load_weight_operand(w_ptr + (2 * tap + 1) * 256, 16, 16), beyond, acc)
                     dx = replaced(dx, first + (k - tap) * DILATION, acc)
             if k >= 2:
                 y_in = y_first + first + (k - 2) * DILATION
