@@ -1,95 +1,20 @@
-"""Launchers of the backward kernels: data and weight gradients of all branches of a unit."""
+"""Launchers of the backward kernels: data and weight gradients of all branches of a unit. The config's type names them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .branch_grad_reduce import branch_grad_reduce_kernel
 from .branch_grad_stream import branch_grad_stream_kernel
-from .config import GradStreamConfig
+from .branch_grad_wide import branch_grad_data_kernel, branch_grad_weight_kernel
+from .config import GradConfig, GradStreamConfig, GradWideConfig
 from .geometry import ConvShape, cdiv
+from .grad_geometry import HALO, PIXELS, can_run_grad, grad_blocks, grad_tiles, wide_halo
 from .launch import Launch
 
-# Fixed by the formulation: runs of a tile's row, their halo, channels of a block.
-RUNS, HALO, BLOCK = 16, 2, 8
-
-
-def can_run_grad(shape: ConvShape, dtype: torch.dtype) -> str | None:
-    """Why no kernel computes the gradients of `shape` in `dtype`; None if one does."""
-    widths = shape.c_in // shape.groups, shape.c_out // shape.groups
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"x is {dtype}, and the gradients are computed in torch.float16 and torch.bfloat16"
-    if shape.stride != 1:
-        return f"the stride is {shape.stride}, and gradients need stride 1"
-    if shape.is_split:
-        return "split_input: the branches read channels of their own"
-    if max(widths) > BLOCK:
-        return f"a group has {max(widths)} channels, and gradients take at most {BLOCK}"
-    if set(shape.kernels) != {3} or not set(shape.dilations) <= {1, 2}:
-        return f"gradients need 3x3 kernels of dilation 1 or 2, got {shape.kernels} and {shape.dilations}"
-    if len(shape.kernels) > 2:
-        return f"{len(shape.kernels)} branches have more weight gradients than registers hold; at most 2"
-    return None
-
-
-@dataclass(frozen=True)
-class GradBlocks:
-    """Channel blocks of a backward launch: whole groups, padded to BLOCK channels."""
-
-    groups: int
-    ci: int
-    co: int
-    count: int
-
-
-def grad_blocks(shape: ConvShape) -> GradBlocks:
-    group_ci, group_co = shape.c_in // shape.groups, shape.c_out // shape.groups
-    groups = min(shape.groups, BLOCK // max(group_ci, group_co))
-    return GradBlocks(groups, groups * group_ci, groups * group_co, cdiv(shape.groups, groups))
-
-
-def grad_tiles(config: GradStreamConfig, h: int, w: int) -> tuple[int, int]:
-    """Tiles along height and width of an `h` x `w` image."""
-    return cdiv(h, config.RUN_H), cdiv(w, 2 * RUNS - 2 * HALO)
-
-
-def partial_shape(shape: ConvShape, config: GradStreamConfig, n: int, h: int, w: int) -> tuple[int, ...]:
-    """Shape of the fp32 workspace for images of `h` x `w` pixels: summands, channel blocks, and a block's weights."""
-    tiles_h, tiles_w = grad_tiles(config, h, w)
-    strips = cdiv(n * tiles_h * tiles_w, config.TILES_PER_PROGRAM)
-    taps = sum(k * k for k in shape.kernels)
-    return 2 * strips, grad_blocks(shape).count, taps, BLOCK, shape.c_in // shape.groups
-
-
-def pack_grad_weights(weights: Sequence[torch.Tensor], shape: ConvShape, dtype: torch.dtype) -> torch.Tensor:
-    """Pack `weights[m] [c_out, c_in / groups, 3, 3]` for `branch_grad`, rounded to `dtype`.
-
-    `[blocks][M][3][2][16][16]`, transposed and rotated: the entry for kernel row ky, input `(o, ci)` and gradient
-    `(half of co, h, co)` is the weight of row `2 - ky` and column `o - j + 2`, where point j of a run is `1 + h` in the
-    first matrix, and 3 and 0 in the second. Each matrix is in the order of the tensor core's registers.
-    """
-    blocks = grad_blocks(shape)
-    group_ci, group_co = shape.c_in // shape.groups, shape.c_out // shape.groups
-    block, ky, part, o, ci, half, h, co = (
-        torch.arange(size).reshape([-1 if axis == i else 1 for i in range(8)])
-        for axis, size in enumerate((blocks.count, 3, 2, 2, BLOCK, 2, 2, 4))
-    )
-    co = half * 4 + co
-    kx = o + 2 - torch.where(part == 0, 1 + h, 3 * (1 - h))
-    group = block * blocks.groups + co // group_co
-    mask = (kx >= 0) & (kx < 3) & (ci < blocks.ci) & (co < blocks.co) & (group < shape.groups)
-    mask = mask & (ci // group_ci == co // group_co)
-    index = (((group * group_co + co % group_co) * group_ci + ci % group_ci) * 3 + 2 - ky) * 3 + kx
-    index, mask = torch.where(mask, index, 0), mask.expand(torch.broadcast_shapes(mask.shape, index.shape))
-    packed = []
-    for weight in weights:
-        taken = weight.reshape(-1)[index.to(weight.device)]
-        taken = torch.where(mask.to(weight.device), taken, taken.new_zeros(()))
-        # (row half, row, column half, thread, parity) of each matrix, in the order of a thread's registers.
-        packed.append(taken.reshape(blocks.count, 1, 6, 2, 8, 2, 4, 2).permute(0, 1, 2, 4, 6, 5, 3, 7))
-    return torch.cat(packed, 1).to(dtype).reshape(-1)
+# Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size.
+ROWS_KY = {1: 1, 3: 3, 5: 2, 7: 1}
 
 
 def branch_grad(
@@ -103,9 +28,10 @@ def branch_grad(
     *,
     shape: ConvShape,
     has_relu: bool,
-    config: GradStreamConfig,
-) -> Launch:
-    """`dx` of all branches, and the summands of their weight gradients, from the gradient of the selected output.
+    config: GradConfig,
+) -> tuple[Launch, ...]:
+    """`dx` of all branches, and the summands of their weight gradients, from the gradient of the selected output: one
+    launch under GradStreamConfig; one for `dx` and one or more for each branch's weights under GradWideConfig.
 
     The gradient of branch m's convolution is
     `dy = mask * (gain * dv + lift) + slope * y + level`, `mask = scale * y + shift > 0`,
@@ -117,21 +43,25 @@ def branch_grad(
     `partial` fp32, contiguous, of `partial_shape`: pass it to `reduce_weight_grad`. Every entry that it reads is written.
 
     Raises:
-        ValueError: `shape` that no kernel runs (`can_run_grad`), or channels that are not adjacent.
+        ValueError: a `shape` that the kernels of `config` do not take (`can_run_grad`), or channels that are not adjacent.
     """
-    if (reason := can_run_grad(shape, x.dtype)) is not None:
+    if (reason := can_run_grad(shape, x.dtype, config, x.shape[3])) is not None:
         raise ValueError(f"shape: {reason}")
     for name, tensor, channels in (("x", x, x.stride(1)), ("dv", dv, dv.stride(1)), ("y", y, y.stride(4))):
         if channels != 1:
             raise ValueError(f"{name} must have adjacent channels (stride 1), got strides {tensor.stride()}")
+    launch = _stream if isinstance(config, GradStreamConfig) else _wide
+    return launch(x, dv, y, terms, w, dx, partial, shape, has_relu, config)
+
+
+def _stream(
+    x: torch.Tensor, dv: torch.Tensor, y: torch.Tensor, terms: torch.Tensor, w: torch.Tensor, dx: torch.Tensor,
+    partial: torch.Tensor, shape: ConvShape, has_relu: bool, config: GradStreamConfig,
+) -> tuple[Launch, ...]:  # fmt: skip
     n, _, h, width = x.shape
-    blocks = grad_blocks(shape)
+    blocks = grad_blocks(shape, config)
     tiles_h, tiles_w = grad_tiles(config, h, width)
     tiles = n * tiles_h * tiles_w
-    extents = [
-        (h - 1) * t.stride(2) + (width - 1) * t.stride(3) + (t.shape[1] - 1) * t.stride(1)
-        for t in (x, dv, y[0].permute(0, 3, 1, 2), dx)
-    ]
     arguments = (
         x, dv, y, w, terms, dx, partial,
         h, width, shape.c_in, shape.c_out, tiles, tiles_h, tiles_w, config.TILES_PER_PROGRAM,
@@ -139,39 +69,120 @@ def branch_grad(
         y.stride(0), y.stride(1), y.stride(2), y.stride(3),
         dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3),
     )  # fmt: skip
+    is_full = blocks.ci == blocks.co == blocks.size and blocks.count * blocks.groups == shape.groups
     constexprs: dict[str, Any] = {
         "M": len(shape.kernels),
         "DILATIONS": shape.dilations,
         "HALO": HALO,
+        "IS_EVEN_H": h % config.RUN_H == 0,
+        "IS_PAIRED": shape.c_in == shape.c_out and 4 % (shape.c_in // shape.groups) == 0,
+        "HAS_CHANNEL_MASK": not is_full,
+        **_common(shape, config, (x, dv, y[0].permute(0, 3, 1, 2), dx), has_relu, terms),
+        "GROUP_CI": shape.c_in // shape.groups,
+        "GROUP_CO": shape.c_out // shape.groups,
+    }
+    grid = (blocks.count, cdiv(tiles, config.TILES_PER_PROGRAM))
+    return (_prepared(branch_grad_stream_kernel, grid, arguments, constexprs, config, (config.TILES_PER_PROGRAM,)),)
+
+
+def _wide(
+    x: torch.Tensor, dv: torch.Tensor, y: torch.Tensor, terms: torch.Tensor, w: torch.Tensor, dx: torch.Tensor,
+    partial: torch.Tensor, shape: ConvShape, has_relu: bool, config: GradWideConfig,
+) -> tuple[Launch, ...]:  # fmt: skip
+    n, _, h, width = x.shape
+    blocks = grad_blocks(shape, config)
+    tiles_h, tiles_w = grad_tiles(config, h, width)
+    halo = wide_halo(shape, width)
+    data_tiles_w = cdiv(width, PIXELS - 2 * halo)
+    common = {
+        **_common(shape, config, (x, dv, y[0].permute(0, 3, 1, 2), dx), has_relu, terms),
+        "CHUNKS_CI": blocks.chunks_ci,
+        "CHUNKS_CO": blocks.chunks_co,
+    }
+    offsets = [0]
+    for kernel in shape.kernels:
+        offsets.append(offsets[-1] + blocks.chunks_co * kernel * kernel * 256)
+    pieces = blocks.count * blocks.chunks_ci
+    data = _prepared(
+        branch_grad_data_kernel,
+        (pieces, n * tiles_h * data_tiles_w),
+        (
+            dv, y, w, terms, dx, h, width, shape.c_in, shape.c_out, tiles_h, data_tiles_w,
+            dv.stride(0), dv.stride(2), dv.stride(3), y.stride(0), y.stride(1), y.stride(2), y.stride(3),
+            dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3),
+        ),
+        common
+        | {
+            "KERNELS": shape.kernels,
+            "DILATIONS": shape.dilations,
+            "W_OFFSETS": tuple(offsets),
+            "HALO": halo,
+            "IS_WHOLE_H": config.RUN_H >= h,
+        },
+        config,
+        (blocks.chunks_co,) * len(shape.kernels),
+    )  # fmt: skip
+    launches, tap = [data], 0
+    tiles = n * tiles_h * tiles_w
+    for m, (kernel, dilation) in enumerate(zip(shape.kernels, shape.dilations, strict=True)):
+        for first in range(0, kernel, ROWS_KY.get(kernel, 1)):
+            arguments = (
+                x, dv, y[m], terms[:, m], partial[:, :, tap:], h, width, shape.c_in, shape.c_out,
+                tiles, tiles_h, tiles_w, config.TILES_PER_PROGRAM,
+                x.stride(0), x.stride(2), x.stride(3), dv.stride(0), dv.stride(2), dv.stride(3),
+                y.stride(1), y.stride(2), y.stride(3), terms.stride(0), partial.stride(0), partial.stride(1),
+            )  # fmt: skip
+            constexprs = common | {
+                "KERNEL": kernel,
+                "DILATION": dilation,
+                "KY": first,
+                "ROWS_KY": min(ROWS_KY.get(kernel, 1), kernel - first),
+                "GROUP_CI": shape.c_in // shape.groups,
+                "GROUP_CO": shape.c_out // shape.groups,
+            }
+            grid = (pieces * blocks.chunks_co, cdiv(tiles, config.TILES_PER_PROGRAM))
+            trips = (config.TILES_PER_PROGRAM,)
+            launches.append(_prepared(branch_grad_weight_kernel, grid, arguments, constexprs, config, trips))
+        tap += kernel * kernel
+    return tuple(launches)
+
+
+def _common(
+    shape: ConvShape, config: GradConfig, images: Sequence[torch.Tensor], has_relu: bool, terms: torch.Tensor
+) -> dict[str, Any]:
+    """Constexprs that all kernels have; `images` are `[N, C, H, W]`."""
+    blocks = grad_blocks(shape, config)
+    extents = [sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in images]
+    return {
         "RUN_H": config.RUN_H,
         "CHANNELS_CI": blocks.ci,
         "CHANNELS_CO": blocks.co,
-        "GROUP_CI": shape.c_in // shape.groups,
-        "GROUP_CO": shape.c_out // shape.groups,
-        "IS_EVEN_H": h % config.RUN_H == 0,
-        "IS_PAIRED": shape.c_in == shape.c_out and 4 % (shape.c_in // shape.groups) == 0,
         "HAS_RELU": has_relu,
         "HAS_NORM": terms.shape[3] == 6,
-        "HAS_CHANNEL_MASK": blocks.ci != BLOCK or blocks.co != BLOCK or blocks.count * blocks.groups != shape.groups,
         "IS_LARGE": max(extents) >= 2**31,
     }
-    return Launch(
-        branch_grad_stream_kernel,
-        (blocks.count, cdiv(tiles, config.TILES_PER_PROGRAM)),
-        arguments,
-        constexprs,
-        {"num_warps": config.num_warps, "num_stages": config.num_stages},
-        (config.TILES_PER_PROGRAM,),
-    )
+
+
+def _prepared(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    config: GradConfig,
+    trips: tuple[int, ...],
+) -> Launch:
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return Launch(kernel, grid, arguments, constexprs, options, trips)
 
 
 def reduce_weight_grad(
-    partial: torch.Tensor, dw: Sequence[torch.Tensor], *, shape: ConvShape
+    partial: torch.Tensor, dw: Sequence[torch.Tensor], *, shape: ConvShape, config: GradConfig
 ) -> tuple[Launch, ...]:
     """Weight gradients `dw[m] [c_out, c_in / groups, k, k]` (contiguous) from the summands of `branch_grad`, a launch
     for each branch. The order of the summation is fixed.
     """
     terms, count, _, block_co, group_ci = partial.shape
+    blocks = grad_blocks(shape, config)
     launches, before = [], 0
     for kernel, out in zip(shape.kernels, dw, strict=True):
         entries = count * kernel * kernel * block_co * group_ci
@@ -179,10 +190,11 @@ def reduce_weight_grad(
             "TAPS": kernel * kernel,
             "TAPS_BEFORE": before,
             "STRIDE_BLOCK": partial.stride(1),
-            "GROUPS_PER_BLOCK": grad_blocks(shape).groups,
+            "GROUPS_PER_BLOCK": blocks.groups,
             "GROUP_CI": group_ci,
             "GROUP_CO": shape.c_out // shape.groups,
             "BLOCK_CO": block_co,
+            "CHUNKS_CO": blocks.chunks_co,
             "BLOCK_T": 32,
             "BLOCK_E": 32,
         }

@@ -9,7 +9,7 @@ def branch_grad_reduce_kernel(
     partial_ptr, dw_ptr,
     TERMS, ENTRIES, GROUPS, stride_term,
     TAPS: tl.constexpr, TAPS_BEFORE: tl.constexpr, STRIDE_BLOCK: tl.constexpr,
-    GROUPS_PER_BLOCK: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr, BLOCK_CO: tl.constexpr,
+    GROUPS_PER_BLOCK: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr, BLOCK_CO: tl.constexpr, CHUNKS_CO: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_E entries of one branch: the sum over `partial [TERMS, blocks, taps, BLOCK_CO, GROUP_CI]`, in the order of
@@ -20,8 +20,9 @@ def branch_grad_reduce_kernel(
     channel = entry // GROUP_CI % BLOCK_CO
     tap = entry // (GROUP_CI * BLOCK_CO) % TAPS
     block = entry // (GROUP_CI * BLOCK_CO * TAPS)
-    co = block * (GROUPS_PER_BLOCK * GROUP_CO) + channel
-    mask = (channel < GROUPS_PER_BLOCK * GROUP_CO) & (co < GROUPS * GROUP_CO) & (entry < ENTRIES)
+    in_block = block % CHUNKS_CO * BLOCK_CO + channel
+    co = block // CHUNKS_CO * (GROUPS_PER_BLOCK * GROUP_CO) + in_block
+    mask = (in_block < GROUPS_PER_BLOCK * GROUP_CO) & (co < GROUPS * GROUP_CO) & (entry < ENTRIES)
     offs = block * STRIDE_BLOCK + ((TAPS_BEFORE + tap) * BLOCK_CO + channel) * GROUP_CI + ci
     acc = tl.zeros([BLOCK_E], tl.float32)
     for first in range(0, TERMS, BLOCK_T):

@@ -114,3 +114,17 @@ class GradStreamConfig:
     TILES_PER_PROGRAM: int
     num_warps: int = 1
     num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class GradWideConfig:
+    """`branch_grad_data_kernel` and `branch_grad_weight_kernel`: tiles of RUN_H rows x 16 pixels; for weights, a program
+    walks TILES_PER_PROGRAM."""
+
+    RUN_H: int
+    TILES_PER_PROGRAM: int
+    num_warps: int = 1
+    num_stages: int = 1
+
+
+GradConfig = GradStreamConfig | GradWideConfig
