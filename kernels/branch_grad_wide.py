@@ -51,7 +51,6 @@ def branch_grad_data_kernel(
     for _ in tl.static_range(RUN_H):
         dx = dx + (tl.zeros([16, 16], tl.float32),)
     for m in tl.static_range(M):
-        HALF: tl.constexpr = KERNELS[m] // 2
         for chunk in range(CHUNKS_CO):
             co0 = block * CHANNELS_CO + chunk * 16
             co_end = tl.minimum(CHANNELS_CO - chunk * 16, C_OUT - co0)
@@ -80,10 +79,14 @@ def branch_grad_data_kernel(
                     pixels = moved(equal_to(entry, entry - (kx - KERNELS[m] // 2) * DILATIONS[m], dtype), columns)
                     pixels = transposed(pixels)
                     for ky in tl.static_range(KERNELS[m]):
-                        r = i - (ky - KERNELS[m] // 2) * DILATIONS[m]
-                        if r >= 0 and r < RUN_H:
+                        # Only expressions stay constants: a name for the row would not.
+                        if (
+                            i - (ky - KERNELS[m] // 2) * DILATIONS[m] >= 0
+                            and i - (ky - KERNELS[m] // 2) * DILATIONS[m] < RUN_H
+                        ):
                             weight = load_weight_operand(w_chunk_ptr + (ky * KERNELS[m] + kx) * 256, 16, 16)
-                            dx = replaced(dx, r, tl.dot(weight, pixels, dx[r]))
+                            acc = tl.dot(weight, pixels, dx[i - (ky - KERNELS[m] // 2) * DILATIONS[m]])
+                            dx = replaced(dx, i - (ky - KERNELS[m] // 2) * DILATIONS[m], acc)
     ci0 = block * CHANNELS_CI + piece % CHUNKS_CI * 16
     ci_end = tl.minimum(CHANNELS_CI - piece % CHUNKS_CI * 16, C_IN - ci0)
     own = (x_dy >= x_start) & (x_dy < tl.minimum(x_start + 16 - 2 * HALO, W))
@@ -161,9 +164,12 @@ def branch_grad_weight_kernel(
                 taps = tl.load(x_ptr + n * stride_xn + ci0 + y_in * stride_xh + offs_x, mask=mask, other=0.0)
                 pixels = moved(to_accumulator, tl.trans(as_operand(taps, True)))
                 for ky in tl.static_range(ROWS_KY):
-                    r = i - (KY + ky - KERNEL // 2) * DILATION
-                    if r >= 0 and r < RUN_H:
-                        dw = replaced(dw, ky * KERNEL + kx, tl.dot(pixels, dys[r], dw[ky * KERNEL + kx]))
+                    if (
+                        i - (KY + ky - KERNEL // 2) * DILATION >= 0
+                        and i - (KY + ky - KERNEL // 2) * DILATION < RUN_H
+                    ):
+                        dy = dys[i - (KY + ky - KERNEL // 2) * DILATION]
+                        dw = replaced(dw, ky * KERNEL + kx, tl.dot(pixels, dy, dw[ky * KERNEL + kx]))
 
     ci = chunk_ci * 16 + entry
     co = chunk_co * 16 + entry
