@@ -127,3 +127,27 @@ class ResidentConfig:
 
 
 BranchConfig = StreamConfig | ColumnConfig | TapConfig | DepthwiseConfig
+
+
+@dataclass(frozen=True)
+class GradStreamConfig:
+    """`branch_grad_stream_kernel`: tiles of RUN_H rows x 16 runs of two pixels; a program walks TILES_PER_PROGRAM."""
+
+    RUN_H: int
+    TILES_PER_PROGRAM: int
+    num_warps: int = 1
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
+class GradWideConfig:
+    """`branch_grad_data_kernel` and `branch_grad_weight_kernel`: tiles of RUN_H rows x 16 pixels; for weights, a program
+    walks TILES_PER_PROGRAM."""
+
+    RUN_H: int
+    TILES_PER_PROGRAM: int
+    num_warps: int = 1
+    num_stages: int = 1
+
+
+GradConfig = GradStreamConfig | GradWideConfig

@@ -1,0 +1,211 @@
+"""Launchers of the backward kernels: data and weight gradients of all branches of a unit. The config's type names them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .branch_grad_reduce import branch_grad_reduce_kernel
+from .branch_grad_stream import branch_grad_stream_kernel
+from .branch_grad_wide import branch_grad_data_kernel, branch_grad_weight_kernel
+from .config import GradConfig, GradStreamConfig, GradWideConfig
+from .geometry import ConvShape, cdiv
+from .grad_geometry import HALO, PIXELS, can_run_grad, grad_blocks, grad_tiles, wide_halo
+from .launch import Launch
+
+# Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size.
+ROWS_KY = {1: 1, 3: 3, 5: 2, 7: 1}
+
+
+def branch_grad(
+    x: torch.Tensor,
+    dv: torch.Tensor,
+    y: torch.Tensor,
+    terms: torch.Tensor,
+    w: torch.Tensor,
+    dx: torch.Tensor,
+    partial: torch.Tensor,
+    *,
+    shape: ConvShape,
+    has_relu: bool,
+    config: GradConfig,
+) -> tuple[Launch, ...]:
+    """`dx` of all branches, and the summands of their weight gradients, from the gradient of the selected output: one
+    launch under GradStreamConfig; one for `dx` and one or more for each branch's weights under GradWideConfig.
+
+    The gradient of branch m's convolution is
+    `dy = mask * (gain * dv + lift) + slope * y + level`, `mask = scale * y + shift > 0`,
+    all fp32: `terms [N, M, C_out, 6]`, contiguous, in this order: gain, lift, scale, shift, slope, level. With `terms [N, M,
+    C_out, 2]`, for branches without norm, `mask = y > 0`, slope and level are zero. Without ReLU the mask is all ones. It is rounded to the dtype of x, never written.
+
+    `x [N, C_in, H, W]` and `dv [N, C_out, H, W]`, channels adjacent in memory (stride 1), other strides free; `y [M, N,
+    H, W, C_out]`, the convolutions' outputs, channels adjacent; `w` from `pack_grad_weights`; `dx [N, C_in, H, W]` of any strides;
+    `partial` fp32, contiguous, of `partial_shape`: pass it to `reduce_weight_grad`. Every entry that it reads is written.
+
+    Raises:
+        ValueError: a `shape` that the kernels of `config` do not take (`can_run_grad`), or channels that are not adjacent.
+    """
+    if (reason := can_run_grad(shape, x.dtype, config, x.shape[3])) is not None:
+        raise ValueError(f"shape: {reason}")
+    for name, tensor, channels in (("x", x, x.stride(1)), ("dv", dv, dv.stride(1)), ("y", y, y.stride(4))):
+        if channels != 1:
+            raise ValueError(f"{name} must have adjacent channels (stride 1), got strides {tensor.stride()}")
+    launch = _stream if isinstance(config, GradStreamConfig) else _wide
+    return launch(x, dv, y, terms, w, dx, partial, shape, has_relu, config)
+
+
+def _stream(
+    x: torch.Tensor, dv: torch.Tensor, y: torch.Tensor, terms: torch.Tensor, w: torch.Tensor, dx: torch.Tensor,
+    partial: torch.Tensor, shape: ConvShape, has_relu: bool, config: GradStreamConfig,
+) -> tuple[Launch, ...]:  # fmt: skip
+    n, _, h, width = x.shape
+    blocks = grad_blocks(shape, config)
+    tiles_h, tiles_w = grad_tiles(config, h, width)
+    tiles = n * tiles_h * tiles_w
+    arguments = (
+        x, dv, y, w, terms, dx, partial,
+        h, width, shape.c_in, shape.c_out, tiles, tiles_h, tiles_w, config.TILES_PER_PROGRAM,
+        x.stride(0), x.stride(2), x.stride(3), dv.stride(0), dv.stride(2), dv.stride(3),
+        y.stride(0), y.stride(1), y.stride(2), y.stride(3),
+        dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3),
+    )  # fmt: skip
+    is_full = blocks.ci == blocks.co == blocks.size and blocks.count * blocks.groups == shape.groups
+    constexprs: dict[str, Any] = {
+        "M": len(shape.kernels),
+        "DILATIONS": shape.dilations,
+        "HALO": HALO,
+        "IS_EVEN_H": h % config.RUN_H == 0,
+        "IS_PAIRED": shape.c_in == shape.c_out and 4 % (shape.c_in // shape.groups) == 0,
+        "HAS_CHANNEL_MASK": not is_full,
+        **_common(shape, config, (x, dv, y[0].permute(0, 3, 1, 2), dx), has_relu, terms),
+        "GROUP_CI": shape.c_in // shape.groups,
+        "GROUP_CO": shape.c_out // shape.groups,
+    }
+    grid = (blocks.count, cdiv(tiles, config.TILES_PER_PROGRAM))
+    return (_prepared(branch_grad_stream_kernel, grid, arguments, constexprs, config, (config.TILES_PER_PROGRAM,)),)
+
+
+def _wide(
+    x: torch.Tensor, dv: torch.Tensor, y: torch.Tensor, terms: torch.Tensor, w: torch.Tensor, dx: torch.Tensor,
+    partial: torch.Tensor, shape: ConvShape, has_relu: bool, config: GradWideConfig,
+) -> tuple[Launch, ...]:  # fmt: skip
+    n, _, h, width = x.shape
+    blocks = grad_blocks(shape, config)
+    tiles_h, tiles_w = grad_tiles(config, h, width)
+    halo = wide_halo(shape, width)
+    data_tiles_w = cdiv(width, PIXELS - 2 * halo)
+    common = {
+        **_common(shape, config, (x, dv, y[0].permute(0, 3, 1, 2), dx), has_relu, terms),
+        "CHUNKS_CI": blocks.chunks_ci,
+        "CHUNKS_CO": blocks.chunks_co,
+    }
+    offsets = [0]
+    for kernel in shape.kernels:
+        offsets.append(offsets[-1] + blocks.chunks_co * kernel * kernel * 256)
+    pieces = blocks.count * blocks.chunks_ci
+    data = _prepared(
+        branch_grad_data_kernel,
+        (pieces, n * tiles_h * data_tiles_w),
+        (
+            dv, y, w, terms, dx, h, width, shape.c_in, shape.c_out, tiles_h, data_tiles_w,
+            dv.stride(0), dv.stride(2), dv.stride(3), y.stride(0), y.stride(1), y.stride(2), y.stride(3),
+            dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3),
+        ),
+        common
+        | {
+            "KERNELS": shape.kernels,
+            "DILATIONS": shape.dilations,
+            "W_OFFSETS": tuple(offsets),
+            "HALO": halo,
+            "IS_WHOLE_H": config.RUN_H >= h,
+        },
+        config,
+        (blocks.chunks_co,) * len(shape.kernels),
+    )  # fmt: skip
+    launches, tap = [data], 0
+    tiles = n * tiles_h * tiles_w
+    for m, (kernel, dilation) in enumerate(zip(shape.kernels, shape.dilations, strict=True)):
+        for first in range(0, kernel, ROWS_KY.get(kernel, 1)):
+            arguments = (
+                x, dv, y[m], terms[:, m], partial[:, :, tap:], h, width, shape.c_in, shape.c_out,
+                tiles, tiles_h, tiles_w, config.TILES_PER_PROGRAM,
+                x.stride(0), x.stride(2), x.stride(3), dv.stride(0), dv.stride(2), dv.stride(3),
+                y.stride(1), y.stride(2), y.stride(3), terms.stride(0), partial.stride(0), partial.stride(1),
+            )  # fmt: skip
+            constexprs = common | {
+                "KERNEL": kernel,
+                "DILATION": dilation,
+                "KY": first,
+                "ROWS_KY": min(ROWS_KY.get(kernel, 1), kernel - first),
+                "GROUP_CI": shape.c_in // shape.groups,
+                "GROUP_CO": shape.c_out // shape.groups,
+            }
+            grid = (pieces * blocks.chunks_co, cdiv(tiles, config.TILES_PER_PROGRAM))
+            trips = (config.TILES_PER_PROGRAM,)
+            launches.append(_prepared(branch_grad_weight_kernel, grid, arguments, constexprs, config, trips))
+        tap += kernel * kernel
+    return tuple(launches)
+
+
+def _common(
+    shape: ConvShape, config: GradConfig, images: Sequence[torch.Tensor], has_relu: bool, terms: torch.Tensor
+) -> dict[str, Any]:
+    """Constexprs that all kernels have; `images` are `[N, C, H, W]`."""
+    blocks = grad_blocks(shape, config)
+    extents = [sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in images]
+    return {
+        "RUN_H": config.RUN_H,
+        "CHANNELS_CI": blocks.ci,
+        "CHANNELS_CO": blocks.co,
+        "HAS_RELU": has_relu,
+        "HAS_NORM": terms.shape[3] == 6,
+        "IS_LARGE": max(extents) >= 2**31,
+    }
+
+
+def _prepared(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constexprs: dict[str, Any],
+    config: GradConfig,
+    trips: tuple[int, ...],
+) -> Launch:
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return Launch(kernel, grid, arguments, constexprs, options, trips)
+
+
+def reduce_weight_grad(
+    partial: torch.Tensor, dw: Sequence[torch.Tensor], *, shape: ConvShape, config: GradConfig
+) -> tuple[Launch, ...]:
+    """Weight gradients `dw[m] [c_out, c_in / groups, k, k]` (contiguous) from the summands of `branch_grad`, a launch
+    for each branch. The order of the summation is fixed.
+    """
+    terms, count, _, block_co, group_ci = partial.shape
+    blocks = grad_blocks(shape, config)
+    launches, before = [], 0
+    for kernel, out in zip(shape.kernels, dw, strict=True):
+        entries = count * kernel * kernel * block_co * group_ci
+        constexprs = {
+            "TAPS": kernel * kernel,
+            "TAPS_BEFORE": before,
+            "STRIDE_BLOCK": partial.stride(1),
+            "GROUPS_PER_BLOCK": blocks.groups,
+            "GROUP_CI": group_ci,
+            "GROUP_CO": shape.c_out // shape.groups,
+            "BLOCK_CO": block_co,
+            "CHUNKS_CO": blocks.chunks_co,
+            "BLOCK_T": 32,
+            "BLOCK_E": 32,
+        }
+        launches.append(
+            Launch(
+                branch_grad_reduce_kernel,
+                (cdiv(entries, 32),),
+                (partial, out, terms, entries, shape.groups, partial.stride(0)),
+                constexprs,
+                {"num_warps": 4},
+            )
+        )
+        before += kernel * kernel
+    return tuple(launches)

@@ -1,0 +1,241 @@
+"""Data and weight gradients of narrow branches in one launch; the branches' own gradients exist in registers only.
+
+Formulation. The tensor core does every move of data between threads. A product with a permutation matrix brings a row
+from the order of memory (a thread holds channels of one pixel) into the order of an accumulator (a thread holds pixels
+of one channel), and widens it to fp32 on the way. There the branch's gradient is built, once per pixel. Rounded, it is
+the left operand of the weight gradient; a second product, with a matrix that shifts runs, hands it to neighbouring runs
+and into the order that the data gradient wants. Derivation and counts: `kernels/README.md`.
+"""
+
+import triton
+import triton.language as tl
+
+from .grad_tiling import equal_to, load_terms, memory_rows, moved, replaced, row_gradient, transposed
+from .tiling import in_image_order, load_weight_operand, part_elements, widen
+
+# Columns of a product: runs of a tile, of two outputs each, the halo included.
+RUNS: tl.constexpr = tl.constexpr(16)
+BLOCK: tl.constexpr = tl.constexpr(8)
+
+
+@triton.jit
+def input_points(x_ptr, offs, mask, identity):
+    """The four points of every run, of channels 0 to 3 and 4 to 7: left operands `[16, RUNS]`.
+
+    `offs` and `mask [RUNS, 32]`: columns (point, channel). Row r holds point `r // 2 % 4` of channel
+    `r // 8 * 2 + r % 2`.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # A thread's 8 adjacent elements are (half of the channels, pair, parity): each half is a right operand.
+    tile = tl.reshape(tl.load(x_ptr + offs, mask=mask, other=0.0), [RUNS, 4, 2, 2, 2])
+    low, high = tl.split(tl.reshape(tl.permute(tile, (0, 3, 1, 4, 2)), [RUNS, 16, 2]))
+    return moved(identity, tl.trans(low)), moved(identity, tl.trans(high))
+
+
+@triton.jit
+def halves(values):
+    """`values [2 * n, RUNS]`, transposed, as two right operands `[RUNS, n]`."""
+    ROWS: tl.constexpr = values.shape[0]
+    first, second = tl.split(tl.permute(tl.reshape(values, [2, ROWS // 2, RUNS]), (1, 2, 0)))
+    return tl.trans(first), tl.trans(second)
+
+
+@triton.jit
+def branch_gradients(
+    x_ptr, dv_ptr, y_ptr, w_ptr, terms_ptr, dx, dw, x_first, y_first, x_start, x_end, y_end,
+    H, W, CI_END, CO_END, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw,
+    DILATION: tl.constexpr, RUN_H: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_PAIRED: tl.constexpr,
+    HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
+):  # fmt: skip
+    """One branch's share of a tile: `dx`, a tuple of RUN_H accumulators `[16, RUNS]`, rows (position, input channel),
+    and `dw`, a tuple of accumulators, one per kernel row and half of the input channels: rows as `input_points`, columns
+    (half of the output channels, position, channel), of one half where IS_PAIRED: no group has channels in both.
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    entry = tl.arange(0, 16)
+    run = tl.arange(0, RUNS)
+    x_run = x_first + run // DILATION * (2 * DILATION) + run % DILATION
+
+    # As read: a thread has four adjacent channels of a pixel.
+    point, channel = part_elements(BLOCK, 16, True)
+    x_read = x_run[:, None] + point[None, :] * DILATION  # [RUNS, 16]
+    mask_read = (x_read >= 0) & (x_read < W)
+    if HAS_CHANNEL_MASK:
+        mask_read &= (channel < CO_END)[None, :]
+    offs_dv = x_read * stride_dvw + channel[None, :]
+    offs_y = x_read * stride_yw + channel[None, :]
+    # Rows of accumulators: (half of the channels, position, channel).
+    thread = memory_rows(16) // 4
+    to_accumulator = equal_to(entry, thread // 2 * 8 + thread % 2 * 4 + memory_rows(16) % 4, dtype)
+
+    # As computed: a thread has pixels of two channels.
+    co = entry // 8 * 4 + entry % 4
+    position = entry // 4 % 2
+    mask_co = co < CO_END
+    x_dy = x_run[None, :] + (position * DILATION)[:, None]  # [16, RUNS]
+    in_image = (x_dy >= 0) & (x_dy < W)
+    terms = load_terms(terms_ptr, co, mask_co, in_image, HAS_RELU, HAS_NORM)
+
+    # Inputs of the tile's own pixels only: each pair of an input and an output pixel is counted in one tile.
+    quarter = tl.arange(0, 32)
+    ci = quarter % BLOCK
+    x_in = x_run[:, None] + (quarter // BLOCK - 1)[None, :] * DILATION  # [RUNS, 32]
+    mask_in = (x_in >= x_start) & (x_in < x_end)
+    if HAS_CHANNEL_MASK:
+        mask_in &= (ci < CI_END)[None, :]
+    offs_x = x_in * stride_xw + ci[None, :]
+
+    own_runs = equal_to(run, run, dtype)
+    left_runs = equal_to(run, run + DILATION, dtype)
+    right_runs = equal_to(run, run - DILATION, dtype)
+    for first in tl.static_range(min(DILATION, RUN_H)):
+        # Every DILATION-th row: the gradient's row k is DILATION above the tile's own row k of them.
+        dys = ()
+        for k in tl.static_range((RUN_H - 1 - first) // DILATION + 3):
+            y_row = y_first + first + (k - 1) * DILATION
+            rows = tl.full([1, 1], y_row, tl.int32)
+            is_row = (rows >= 0) & (rows < H)
+            mask = mask_read
+            if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
+                mask = mask_read & is_row
+            dy = row_gradient(
+                dv_ptr + y_row * stride_dvh + offs_dv, y_ptr + y_row * stride_yh + offs_y, mask, to_accumulator, terms,
+                HAS_RELU, HAS_NORM,
+            )  # fmt: skip
+            if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
+                dy *= is_row.to(tl.float32)
+            dy = dy.to(dtype)
+            columns = transposed(dy)
+            dys = dys + (halves(dy) if IS_PAIRED else (columns, columns),)
+            # What the data gradient reads: a run's own two points, and the two beyond it.
+            own = moved(own_runs, columns)
+            beyond = tl.where(
+                (position == 0)[None, :], tl.dot(right_runs, columns), tl.dot(left_runs, columns)
+            )
+            own, beyond = transposed(own), transposed(beyond.to(dtype))
+            for tap in tl.static_range(3):
+                if k - tap >= 0 and k - tap < (RUN_H - 1 - first) // DILATION + 1:
+                    acc = dx[first + (k - tap) * DILATION]
+                    acc = tl.dot(load_weight_operand(w_ptr + 2 * tap * 256, 16, 16), own, acc)
+                    acc = tl.dot(load_weight_operand(w_ptr + (2 * tap + 1) * 256, 16, 16), beyond, acc)
+                    dx = replaced(dx, first + (k - tap) * DILATION, acc)
+            if k >= 2:
+                y_in = y_first + first + (k - 2) * DILATION
+                low, high = input_points(
+                    x_ptr + y_in * stride_xh, offs_x, mask_in if IS_EVEN_H else mask_in & (tl.full([1, 1], y_in, tl.int32) < y_end), own_runs
+                )
+                for ky in tl.static_range(3):
+                    dw = replaced(dw, 2 * ky, tl.dot(low, dys[k - ky][0], dw[2 * ky]))
+                    dw = replaced(dw, 2 * ky + 1, tl.dot(high, dys[k - ky][1], dw[2 * ky + 1]))
+    return dx, dw
+
+
+@triton.jit
+def reordered(dx, DILATION: tl.constexpr):
+    """Accumulators of runs whose pixels are DILATION apart in image order, or back: for 2 the two are one."""
+    if DILATION > 1:
+        out = ()
+        for r in tl.static_range(len(dx)):
+            out = out + (in_image_order(dx[r], 2, BLOCK, RUNS, DILATION),)
+        return out
+    else:
+        return dx
+
+
+@triton.jit(do_not_specialize=("H", "W", "TILES", "TILES_H", "TILES_W", "TILES_PER_PROGRAM"))
+def branch_grad_stream_kernel(
+    x_ptr, dv_ptr, y_ptr, w_ptr, terms_ptr, dx_ptr, partial_ptr,
+    H, W, C_IN, C_OUT, TILES, TILES_H, TILES_W, TILES_PER_PROGRAM,
+    stride_xn, stride_xh, stride_xw, stride_dvn, stride_dvh, stride_dvw, stride_ym, stride_yn, stride_yh, stride_yw,
+    stride_dxn, stride_dxc, stride_dxh, stride_dxw,
+    M: tl.constexpr, DILATIONS: tl.constexpr, HALO: tl.constexpr, RUN_H: tl.constexpr,
+    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_PAIRED: tl.constexpr, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
+):  # fmt: skip
+    """`dx` of one channel block in TILES_PER_PROGRAM tiles, and what they add to the weight gradients. Programs:
+    channel blocks x strips of tiles.
+
+    A tile is RUN_H rows x (2 * RUNS - 2 * HALO) columns of one sample, read with HALO columns on either side. A channel
+    block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK.
+    """
+    OWN: tl.constexpr = 2 * RUNS - 2 * HALO
+    COLUMNS: tl.constexpr = 8 if IS_PAIRED else 16
+    stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
+    stride_dvn, stride_dvh, stride_dvw = widen(stride_dvn, stride_dvh, stride_dvw, IS_LARGE)
+    stride_yn, stride_yh, stride_yw = widen(stride_yn, stride_yh, stride_yw, IS_LARGE)
+    stride_dxc, stride_dxh, stride_dxw = widen(stride_dxc, stride_dxh, stride_dxw, IS_LARGE)
+    block = tl.program_id(0)
+    first_tile = tl.program_id(1) * TILES_PER_PROGRAM
+    ci0 = block * CHANNELS_CI
+    co0 = block * CHANNELS_CO
+    ci_end = tl.minimum(CHANNELS_CI, C_IN - ci0)
+    co_end = tl.minimum(CHANNELS_CO, C_OUT - co0)
+    w_ptr += block * (M * 6 * 256)
+    entry = tl.arange(0, 16)
+    position = entry // BLOCK
+    channel = entry % BLOCK
+    x_out_first = 2 * tl.arange(0, RUNS)[None, :] + position[:, None]  # [16, RUNS]
+
+    dw = ()
+    for _ in tl.static_range(6 * M):
+        dw = dw + (tl.zeros([16, COLUMNS], tl.float32),)
+    # Tiles of an image column follow each other: rows that two of them read are still in the cache.
+    n = (first_tile // (TILES_H * TILES_W)).to(tl.int64)
+    x_start = first_tile // TILES_H % TILES_W * OWN
+    y_first = first_tile % TILES_H * RUN_H
+    for _ in range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile)):
+        x_first = x_start - HALO
+        x_end = tl.minimum(x_start + OWN, W)
+        y_end = tl.minimum(y_first + RUN_H, H)
+        dx = ()
+        for _ in tl.static_range(RUN_H):
+            dx = dx + (tl.zeros([16, RUNS], tl.float32),)
+        added = ()
+        for m in tl.static_range(M):
+            mine = ()
+            for i in tl.static_range(6):
+                mine = mine + (dw[6 * m + i],)
+            dx, mine = branch_gradients(
+                x_ptr + n * stride_xn + ci0,
+                dv_ptr + n * stride_dvn + co0,
+                y_ptr + m * stride_ym + n * stride_yn + co0,
+                w_ptr + m * (6 * 256),
+                terms_ptr + ((n * M + m) * C_OUT + co0) * (6 if HAS_NORM else 2),
+                reordered(dx, DILATIONS[m]), mine, x_first, y_first, x_start, x_end, y_end,
+                H, W, ci_end, co_end, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw,
+                DILATIONS[m], RUN_H, IS_EVEN_H, IS_PAIRED, HAS_RELU, HAS_NORM, HAS_CHANNEL_MASK,
+            )  # fmt: skip
+            dx = reordered(dx, DILATIONS[m])
+            added = added + mine
+        dw = added
+
+        x_out = x_out_first + x_first
+        offs_dx = x_out * stride_dxw + (channel * stride_dxc)[:, None]
+        mask_dx = (x_out >= x_start) & (x_out < x_end)
+        if HAS_CHANNEL_MASK:
+            mask_dx &= (channel < ci_end)[:, None]
+        dx_tile_ptr = dx_ptr + n * stride_dxn + ci0 * stride_dxc + y_first * stride_dxh
+        for r in tl.static_range(RUN_H):
+            value = dx[r].to(dx_ptr.dtype.element_ty)
+            tl.store(dx_tile_ptr + r * stride_dxh + offs_dx, value, mask=mask_dx if IS_EVEN_H else mask_dx & (tl.full([1, 1], y_first + r, tl.int32) < y_end))
+
+        y_first += RUN_H
+        x_start = tl.where(y_first < H, x_start, x_start + OWN)
+        y_first = tl.where(y_first < H, y_first, 0)
+        n += (x_start >= W).to(tl.int64)
+        x_start = tl.where(x_start < W, x_start, 0)
+
+    # Every tap of a kernel row stands in its accumulators once per position: two summands, added in the second launch.
+    column = tl.arange(0, COLUMNS)
+    position = column // 4 % 2
+    kx = (entry // 2 % 4)[:, None] - position[None, :]  # [16, COLUMNS]
+    partial_ptr += ((tl.program_id(1) * 2 + position).to(tl.int64) * tl.num_programs(0) + block)[None, :] * (M * 9 * BLOCK * GROUP_CI)
+    for m in tl.static_range(M):
+        for ky in tl.static_range(3):
+            for half in tl.static_range(2):
+                ci = half * 4 + entry // 8 * 2 + entry % 2
+                co = (half if IS_PAIRED else column // 8) * 4 + column % 4
+                mask = (kx >= 0) & (kx < 3) & (ci < CHANNELS_CI)[:, None] & (co < CHANNELS_CO)[None, :]
+                mask &= (ci // GROUP_CI)[:, None] == (co // GROUP_CO)[None, :]
+                offs = (((m * 3 + ky) * 3 + kx) * BLOCK + co[None, :]) * GROUP_CI + (ci % GROUP_CI)[:, None]
+                tl.store(partial_ptr + offs, dw[m * 6 + ky * 2 + half], mask=mask)

@@ -1,0 +1,144 @@
+"""How the backward kernels cut images and channels, which shapes they take, and the order of their weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .config import GradConfig, GradStreamConfig
+from .geometry import ConvShape, cdiv
+
+RUNS, HALO = 16, 2
+"""Of `branch_grad_stream`: runs of two pixels that a tile's row has, and columns read beyond it on either side."""
+PIXELS = 16
+"""Of `branch_grad_wide`: pixels that a tile's row has."""
+
+
+def can_run_grad(shape: ConvShape, dtype: torch.dtype, config: GradConfig, w: int) -> str | None:
+    """Why no kernel computes the gradients of `shape` on images of `w` columns under `config`; None if one does."""
+    width = max(shape.c_in, shape.c_out) // shape.groups
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"x is {dtype}; gradients are computed in torch.float16 and torch.bfloat16"
+    if shape.stride != 1:
+        return f"the stride is {shape.stride}; gradients are computed for stride 1"
+    if shape.is_split:
+        return "split_input: every branch reads channels of its own"
+    if isinstance(config, GradStreamConfig):
+        if width > 8:
+            return f"a group has {width} channels; GradStreamConfig takes at most 8"
+        if set(shape.kernels) != {3} or not set(shape.dilations) <= {1, 2}:
+            return (
+                "GradStreamConfig takes 3x3 kernels of dilation 1 or 2, got kernels "
+                f"{shape.kernels} and dilations {shape.dilations}"
+            )
+        if len(shape.kernels) > 2:
+            return f"the weight gradients of {len(shape.kernels)} branches do not fit in registers; at most 2"
+    elif w > PIXELS and 2 * wide_halo(shape, w) >= PIXELS:
+        return f"a branch reads {wide_halo(shape, w)} columns beyond a pixel; at most {PIXELS // 2 - 1}"
+    return None
+
+
+@dataclass(frozen=True)
+class GradBlocks:
+    """Channel blocks of a backward launch: `groups` whole groups with `ci` inputs and `co` outputs, `count` of them, in
+    `chunks_ci` and `chunks_co` pieces of `size` channels."""
+
+    size: int
+    groups: int
+    ci: int
+    co: int
+    count: int
+    chunks_ci: int
+    chunks_co: int
+
+
+def grad_blocks(shape: ConvShape, config: GradConfig) -> GradBlocks:
+    group_ci, group_co = shape.c_in // shape.groups, shape.c_out // shape.groups
+    size = 8 if isinstance(config, GradStreamConfig) else 16
+    groups = max(1, min(shape.groups, size // max(group_ci, group_co)))
+    ci, co = groups * group_ci, groups * group_co
+    return GradBlocks(size, groups, ci, co, cdiv(shape.groups, groups), cdiv(ci, size), cdiv(co, size))
+
+
+def wide_halo(shape: ConvShape, w: int) -> int:
+    """Columns that a tile of `branch_grad_data_kernel` reads beyond its own; none where a row of `w` pixels fits."""
+    if w <= PIXELS:
+        return 0
+    return max(d * (k // 2) for k, d in zip(shape.kernels, shape.dilations, strict=True))
+
+
+def grad_tiles(config: GradConfig, h: int, w: int) -> tuple[int, int]:
+    """Tiles along height and width of an `h` x `w` image, those of the weight gradients under GradWideConfig."""
+    columns = 2 * RUNS - 2 * HALO if isinstance(config, GradStreamConfig) else PIXELS
+    return cdiv(h, config.RUN_H), cdiv(w, columns)
+
+
+def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) -> tuple[int, ...]:
+    """Shape of the fp32 workspace for `n` images of `h` x `w` pixels: summands, blocks of output channels, kernel taps of
+    all branches, channels of a block, input channels of a group."""
+    tiles_h, tiles_w = grad_tiles(config, h, w)
+    strips = cdiv(n * tiles_h * tiles_w, config.TILES_PER_PROGRAM)
+    blocks = grad_blocks(shape, config)
+    taps = sum(k * k for k in shape.kernels)
+    summands = 2 * strips if isinstance(config, GradStreamConfig) else strips
+    return summands, blocks.count * blocks.chunks_co, taps, blocks.size, shape.c_in // shape.groups
+
+
+def pack_grad_weights(
+    weights: Sequence[torch.Tensor], shape: ConvShape, config: GradConfig, dtype: torch.dtype
+) -> torch.Tensor:
+    """Pack `weights[m] [c_out, c_in / groups, k, k]` for `branch_grad` under `config`, rounded to `dtype`: transposed and
+    rotated, each 16 x 16 matrix in the order of the tensor core's registers.
+
+    GradStreamConfig: `[blocks][M][3][2]` matrices of input `(o, ci)` and gradient `(half of co, h, co)`: of kernel row
+    ky, the weight of row `2 - ky` and column `o - j + 2`, where point j of a run is `1 + h` in the first matrix, and 3
+    and 0 in the second. GradWideConfig: `[blocks][pieces of ci][M][pieces of co][k][k]` matrices of input and output
+    channels.
+    """
+    blocks = grad_blocks(shape, config)
+    device = weights[0].device
+    packed = []
+    for weight, kernel in zip(weights, shape.kernels, strict=True):
+        if isinstance(config, GradStreamConfig):
+            block, ky, part, o, ci, half, h, co = _axes((blocks.count, 3, 2, 2, 8, 2, 2, 4), device)
+            co = half * 4 + co
+            kx = 2 + o - torch.where(part == 0, 1 + h, 3 * (1 - h))
+            pieces = blocks.count
+        else:
+            sizes = (blocks.count, blocks.chunks_ci, blocks.chunks_co, kernel, kernel, 16, 16)
+            block, chunk_ci, chunk_co, ky, kx, ci, co = _axes(sizes, device)
+            ci, co = chunk_ci * 16 + ci, chunk_co * 16 + co
+            kx = kernel - 1 - kx
+            pieces = blocks.count * blocks.chunks_ci
+        taken = _taken(weight, shape, blocks, block, ci, co, kernel - 1 - ky, kx)
+        # (row half, row, column half, thread, parity) of each matrix, in the order of a thread's registers.
+        registers = taken.reshape(pieces, -1, 2, 8, 2, 4, 2).permute(0, 1, 3, 5, 4, 2, 6)
+        packed.append(registers.reshape(pieces, -1))
+    return torch.cat(packed, 1).to(dtype).reshape(-1)
+
+
+def _axes(sizes: tuple[int, ...], device: torch.device) -> list[torch.Tensor]:
+    """An index along each axis of an array of `sizes`, to be broadcast together."""
+    return [
+        torch.arange(size, device=device).reshape([-1 if axis == i else 1 for i in range(len(sizes))])
+        for axis, size in enumerate(sizes)
+    ]
+
+
+def _taken(
+    weight: torch.Tensor,
+    shape: ConvShape,
+    blocks: GradBlocks,
+    block: torch.Tensor,
+    ci: torch.Tensor,
+    co: torch.Tensor,
+    ky: torch.Tensor,
+    kx: torch.Tensor,
+) -> torch.Tensor:
+    """The weight of channels ci and co of a block at kernel row ky and column kx; zero where there is none."""
+    group_ci, group_co, kernel = shape.c_in // shape.groups, shape.c_out // shape.groups, weight.shape[2]
+    group = block * blocks.groups + co // group_co
+    mask = (kx >= 0) & (kx < kernel) & (ci < blocks.ci) & (co < blocks.co) & (group < shape.groups)
+    mask = mask & (ci // group_ci == co // group_co)
+    index = (((group * group_co + co % group_co) * group_ci + ci % group_ci) * kernel + ky) * kernel + kx
+    return torch.where(mask, weight.reshape(-1)[torch.where(mask, index, 0)], weight.new_zeros(()))

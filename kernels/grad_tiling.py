@@ -1,0 +1,95 @@
+"""Device helpers of the backward kernels: the gradient of a branch's convolution, built in registers a row at a time.
+
+Rows are read with adjacent channels and brought into the layout of an accumulator, in which a thread holds pixels of one
+or two channels, by products with 0/1 matrices: exact, and conversions to fp32 come with them.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiling import as_operand
+
+
+@triton.jit
+def equal_to(rows, columns, dtype: tl.constexpr):
+    """The 0/1 matrix whose entry is 1 where `rows[i] == columns[j]`."""
+    # Not converted from a mask: Triton would take the product for one of bytes, and choose another order of its operands.
+    return tl.where(rows[:, None] == columns[None, :], 1.0, 0.0).to(dtype)
+
+
+@triton.jit
+def replaced(values, INDEX: tl.constexpr, value):
+    """The tuple `values` with another entry at INDEX."""
+    out = ()
+    for i in tl.static_range(len(values)):
+        out = out + (value if i == INDEX else values[i],)
+    return out
+
+
+@triton.jit
+def transposed(values):
+    """`values` transposed, in two steps: Triton would send the plain transposition of an accumulator through shared
+    memory, though it already is a right operand.
+    """
+    ROWS: tl.constexpr = values.shape[0]
+    COLUMNS: tl.constexpr = values.shape[1]
+    values = tl.permute(tl.reshape(values, [ROWS, COLUMNS // 2, 2]), (1, 2, 0))
+    return tl.reshape(values, [COLUMNS, ROWS])
+
+
+@triton.jit
+def moved(matrix, values):
+    """`matrix @ values` for a 0/1 matrix of which a row has at most one 1: exact."""
+    return tl.dot(matrix, values).to(values.dtype)
+
+
+@triton.jit
+def memory_rows(SIZE: tl.constexpr):
+    """Which of a thread quad's 16 elements, in the order of reading, stands in row r of a right operand that was loaded
+    with `as_operand(tile, True)`. [SIZE]
+    """
+    row = tl.arange(0, SIZE)
+    return row // 2 % 4 * 4 + row // 8 * 2 + row % 2
+
+
+@triton.jit
+def load_terms(terms_ptr, co, mask_co, in_image, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr):
+    """What `row_gradient` needs of the channels `co` of one sample and branch: see `branch_grad.branch_grad`.
+
+    Beyond the image the gradient is zero: `in_image` has the shape of a row's gradient.
+    """
+    TERMS: tl.constexpr = 6 if HAS_NORM else 2
+    gain = tl.load(terms_ptr + co * TERMS, mask=mask_co, other=0.0)[:, None]
+    lift = tl.load(terms_ptr + co * TERMS + 1, mask=mask_co, other=0.0)[:, None]
+    if HAS_NORM:
+        scale = tl.load(terms_ptr + co * TERMS + 2, mask=mask_co, other=0.0)[:, None]
+        shift = tl.load(terms_ptr + co * TERMS + 3, mask=mask_co, other=0.0)[:, None]
+        slope = tl.load(terms_ptr + co * TERMS + 4, mask=mask_co, other=0.0)[:, None]
+        level = tl.load(terms_ptr + co * TERMS + 5, mask=mask_co, other=0.0)[:, None]
+        lift += level
+        if HAS_RELU:
+            # dv and y are read as zero there.
+            return gain, lift, scale, tl.where(in_image, shift, float("-inf")), slope, tl.where(in_image, level, 0.0)
+        else:
+            return gain, tl.where(in_image, lift, 0.0), slope
+    else:
+        if HAS_RELU:
+            return gain, lift
+        else:
+            return gain, tl.where(in_image, lift, 0.0)
+
+
+@triton.jit
+def row_gradient(dv_ptrs, y_ptrs, mask, to_accumulator, terms, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr):
+    """The gradient of a branch's convolution for one row of pixels, in fp32. [16, pixels]"""
+    grad = as_operand(tl.load(dv_ptrs, mask=mask, other=0.0), True)
+    dy = terms[0] * tl.dot(to_accumulator, tl.trans(grad)) + terms[1]
+    if HAS_RELU or HAS_NORM:
+        conv = tl.dot(to_accumulator, tl.trans(as_operand(tl.load(y_ptrs, mask=mask, other=0.0), True)))
+        if HAS_RELU and HAS_NORM:
+            dy = tl.where(terms[2] * conv + terms[3] > 0.0, dy, terms[5]) + terms[4] * conv
+        elif HAS_NORM:
+            dy += terms[2] * conv
+        else:
+            dy = tl.where(conv > 0.0, dy, 0.0)
+    return dy

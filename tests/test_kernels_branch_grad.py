@@ -1,0 +1,265 @@
+"""The backward kernels of the branches, interpreted, against float64 autograd."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from sk_triton.bench.traffic import Meter
+from sk_triton.kernels.config import GradStreamConfig, GradWideConfig
+from sk_triton.kernels.geometry import ConvShape
+from sk_triton.kernels.grad_geometry import can_run_grad, pack_grad_weights, partial_shape
+
+from .interpreter import exact_bfloat16
+from .tolerances import assert_errs_like_eager
+
+pytestmark = pytest.mark.interpret
+
+STREAM = GradStreamConfig(RUN_H=4, TILES_PER_PROGRAM=2)
+WIDE = GradWideConfig(RUN_H=3, TILES_PER_PROGRAM=2)
+
+# name: (branches, config, N, H, W)
+CASES = {
+    "stream": (ConvShape(8, 8, 2, (3, 3), (1, 2)), STREAM, 2, 5, 7),
+    "stream, two tiles, even rows": (ConvShape(12, 12, 3, (3,), (2,)), GradStreamConfig(3, 1), 1, 3, 30),
+    "stream, one pixel": (ConvShape(8, 8, 2, (3, 3), (2, 1)), STREAM, 2, 1, 1),
+    "stream, one branch": (ConvShape(16, 16, 8, (3,), (2,)), GradStreamConfig(3, 4), 1, 4, 5),
+    "stream, 8 channels per group": (ConvShape(16, 16, 2, (3, 3), (1, 2)), GradStreamConfig(2, 3), 2, 3, 5),
+    "stream, 3 channels per group": (ConvShape(9, 9, 3, (3,), (1,)), STREAM, 1, 5, 5),
+    "stream, channel multiplier": (ConvShape(12, 24, 6, (3, 3), (2, 1)), GradStreamConfig(1, 4), 1, 5, 5),
+    "stream, depthwise": (ConvShape(12, 12, 12, (3, 3), (1, 2)), GradStreamConfig(2, 1), 1, 3, 6),
+    "wide, 16 channels per group": (ConvShape(32, 32, 2, (3, 3), (1, 2)), WIDE, 2, 4, 3),
+    "wide, whole images": (ConvShape(16, 16, 1, (3, 3), (1, 2)), GradWideConfig(4, 2), 2, 4, 5),
+    "wide, 32 channels per group": (ConvShape(32, 32, 1, (3,), (1,)), WIDE, 1, 2, 5),
+    "wide, dense, more outputs": (ConvShape(20, 40, 1, (3,), (2,)), WIDE, 1, 2, 18),
+    "wide, three branches": (ConvShape(16, 16, 4, (3, 5, 1), (1, 1, 1)), WIDE, 1, 4, 6),
+    "wide, 7x7 and dilation 3": (ConvShape(12, 12, 4, (7, 3), (1, 3)), WIDE, 1, 2, 17),
+    "wide, one pixel": (ConvShape(32, 32, 2, (3,), (2,)), WIDE, 1, 1, 1),
+}
+DTYPES = [torch.float16, torch.bfloat16]
+
+
+def make(shape, n, h, w, dtype):
+    """x, dv `[N, C, H, W]`, y `[M, N, H, W, C]`, weights, attention `[N, M, C]`, g `[N, C]`, norm statistics `[6, M, C]`."""
+    m, c = len(shape.kernels), shape.c_out
+    x, dv = (
+        torch.randn(n, channels, h, w).to(dtype).to(memory_format=torch.channels_last) for channels in (shape.c_in, c)
+    )
+    y = (torch.randn(m, n, h, w, c) + 0.5).to(dtype)
+    fan_in = shape.c_in // shape.groups
+    weights = [(torch.randn(c, fan_in, k, k) / (k * math.sqrt(fan_in))).to(dtype) for k in shape.kernels]
+    mean, weight, bias, dbias, dweight = torch.randn(5, m, c) * 0.3
+    statistics = torch.stack([mean, torch.rand(m, c) + 0.5, weight + 1, bias, dbias, dweight])
+    return x, dv, y, weights, torch.randn(n, m, c).softmax(1), torch.randn(n, c) * 0.1, statistics
+
+
+def terms_of(attention, g, statistics, *, has_norm):
+    """What `branch_grad` takes, from design.md section 3b."""
+    lift = g[:, None].expand_as(attention)
+    if not has_norm:
+        return torch.stack([attention, lift], -1)
+    mean, rstd, weight, bias, dbias, dweight = statistics
+    scale = weight * rstd
+    slope = -scale * rstd * dweight
+    norm = (scale, bias - mean * scale, slope, -scale * dbias - slope * mean)
+    return torch.stack([scale * attention, scale * lift, *(t.expand_as(attention) for t in norm)], -1)
+
+
+def run(x, dv, y, weights, terms, shape, config, *, has_relu):
+    """dx and the weight gradients, from launches into NaN-filled buffers with guards around dx."""
+    from sk_triton.kernels.branch_grad import branch_grad, reduce_weight_grad
+
+    n, c, h, w = x.shape
+    guarded = torch.full((n + 2, c, h + 2, w + 2), math.nan, dtype=x.dtype).to(memory_format=torch.channels_last)
+    dx = guarded[1:-1, :, 1:-1, 1:-1]
+    partial = torch.full(partial_shape(shape, config, n, h, w), math.nan)
+    dw = [torch.full(weight.shape, math.nan) for weight in weights]
+    packed = pack_grad_weights(weights, shape, config, x.dtype)
+    launches = branch_grad(
+        x, dv, y, terms, packed, dx, partial, shape=shape, has_relu=has_relu, config=config
+    ) + reduce_weight_grad(partial, dw, shape=shape, config=config)
+    for launch in launches:
+        tensors = [t for t in launch.arguments if isinstance(t, torch.Tensor)]
+        is_small = sum(t.untyped_storage().nbytes() for t in tensors) < 2**22
+        with (
+            exact_bfloat16() if x.dtype == torch.bfloat16 else contextlib.nullcontext(),
+            Meter({str(i): t for i, t in enumerate(tensors)}).watch() if is_small else contextlib.nullcontext(),
+        ):
+            launch()
+    assert guarded.isfinite().sum() <= dx.numel(), "the kernel wrote outside of dx"
+    return dx, dw
+
+
+def eager(x, dv, y, weights, attention, g, statistics, shape, dtype, *, has_relu, has_norm):
+    """Gradients of x and the weights by autograd in `dtype`, the branches' own gradients by the formula of the design."""
+    gradients = []
+    for m in range(len(shape.kernels)):
+        conv = y[m].permute(0, 3, 1, 2).double()
+        dy = attention[:, m, :, None, None].double() * dv.double() + g[..., None, None].double()
+        if has_norm:
+            mean, rstd, weight, bias, dbias, dweight = (t[m, :, None, None].double() for t in statistics)
+            normed = (conv - mean) * rstd
+            mask = weight * normed + bias > 0 if has_relu else 1.0
+            dy = weight * rstd * (mask * dy - dbias - normed * dweight)
+        elif has_relu:
+            dy = (conv > 0) * dy
+        gradients.append(dy.to(dtype))
+    inputs = [x.to(dtype).requires_grad_(), *(weight.to(dtype).requires_grad_() for weight in weights)]
+    branches = [
+        F.conv2d(inputs[0], inputs[1 + m], None, 1, d * (k // 2), d, shape.groups)
+        for m, (k, d) in enumerate(zip(shape.kernels, shape.dilations, strict=True))
+    ]
+    dx, *dw = torch.autograd.grad(branches, inputs, gradients)
+    return dx, dw
+
+
+def check(case, *, has_relu=True, has_norm=True, make=make, change=lambda x, dv: (x, dv), dtype=torch.float16):
+    shape, config, *size = case
+    x, dv, y, weights, attention, g, statistics = make(shape, *size, dtype)
+    x, dv = change(x, dv)
+    terms = terms_of(attention, g, statistics, has_norm=has_norm)
+    dx, dw = run(x, dv, y, weights, terms, shape, config, has_relu=has_relu)
+    settings = {"has_relu": has_relu, "has_norm": has_norm}
+    ours_dx, ours_dw = eager(x, dv, y, weights, attention, g, statistics, shape, dtype, **settings)
+    exact_dx, exact_dw = eager(x, dv, y, weights, attention, g, statistics, shape, torch.float64, **settings)
+    assert_errs_like_eager(dx, ours_dx, exact_dx)
+    for kernel, ours, exact in zip(dw, ours_dw, exact_dw, strict=True):
+        assert_errs_like_eager(kernel.to(dtype), ours, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_matches_float64(name, dtype):
+    check(CASES[name], dtype=dtype)
+
+
+@pytest.mark.parametrize("name", ["stream", "wide, 16 channels per group"])
+@pytest.mark.parametrize(("has_relu", "has_norm"), [(True, False), (False, True), (False, False)])
+def test_linear_branches_and_branches_without_norm(name, has_relu, has_norm):
+    check(CASES[name], has_relu=has_relu, has_norm=has_norm)
+
+
+@pytest.mark.parametrize("name", ["stream, 8 channels per group", "wide, 16 channels per group"])
+@pytest.mark.parametrize("view", ["crop", "every other pixel", "channels", "broadcast"])
+def test_strided_inputs(name, view):
+    shape, config, n, h, w = CASES[name]
+
+    def change(x, dv):
+        if view == "crop":
+            return tuple(F.pad(t, (1, 2, 1, 1), value=math.nan)[:, :, 1:-1, 1:-2] for t in (x, dv))
+        if view == "every other pixel":
+            return tuple(t.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, :, ::2, ::2] for t in (x, dv))
+        if view == "channels":
+            wider = (torch.cat([t, t], 1).to(memory_format=torch.channels_last) for t in (x, dv))
+            return tuple(t[:, 3 : 3 + x.shape[1]] for t in wider)
+        return x[:1].expand(n, -1, -1, -1), dv[:, :, :1, :1].expand(-1, -1, h, w)
+
+    check((shape, config, n, h, w), change=change)
+
+
+@pytest.mark.parametrize("name", ["stream, 8 channels per group", "wide, 16 channels per group"])
+@pytest.mark.parametrize("axis", [0, 2, 3], ids=["N", "H", "W"])
+def test_strides_beyond_31_bits(name, axis):
+    """A view that spans more than 2^31 elements of a buffer of which little is ever touched."""
+    shape, config, *_ = CASES[name]
+
+    def change(x, dv):
+        strides = list(dv.stride())
+        strides[axis] = 2**31 + 16
+        last = sum((size - 1) * stride for size, stride in zip(dv.shape, strides, strict=True))
+        far = torch.empty(last + 1, dtype=dv.dtype).as_strided(dv.shape, strides)
+        return x, far.copy_(dv)
+
+    check((shape, config, 2, 3, 2), change=change)
+
+
+@pytest.mark.parametrize("name", ["stream", "wide, 16 channels per group"])
+def test_repeated_runs_are_equal_to_the_bit(name):
+    shape, config, *size = CASES[name]
+    x, dv, y, weights, *rest = make(shape, *size, torch.float16)
+    terms = terms_of(*rest, has_norm=True)
+    first, second = (run(x, dv, y, weights, terms, shape, config, has_relu=True) for _ in range(2))
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+@pytest.mark.parametrize("name", ["stream", "wide, 16 channels per group"])
+def test_a_bad_gradient_stays_in_its_sample(name):
+    shape, config, *size = CASES[name]
+    x, dv, y, weights, *rest = make(shape, *size, torch.float16)
+    terms = terms_of(*rest, has_norm=True)
+    clean, _ = run(x, dv, y, weights, terms, shape, config, has_relu=True)
+    dv[1, 0, 2, 2] = math.nan
+    y[:, 1, 2, 2, 0] = 9
+    dx, dw = run(x, dv, y, weights, terms, shape, config, has_relu=True)
+    assert torch.equal(dx[0], clean[0])
+    assert dx[1].isnan().any()
+    assert all(gradient.isnan().any() for gradient in dw)
+
+
+@pytest.mark.parametrize(
+    ("name", "x", "dv", "others"),
+    [("stream", 1, 1, 3), ("stream, one branch", 1, 1, 2), ("wide, whole images", 2, 3, 5)],
+)
+def test_passes_over_memory(name, x, dv, others):
+    """Distinct bytes of each launch in units of one activation: `others` are the convolutions' outputs and dx."""
+    from sk_triton.kernels.branch_grad import branch_grad
+
+    shape, config, n, h, w = CASES[name]
+    tensors = make(shape, n, h, w, torch.float16)
+    packed = pack_grad_weights(tensors[3], shape, config, torch.float16)
+    dx, partial = torch.empty_like(tensors[0]), torch.empty(partial_shape(shape, config, n, h, w))
+    terms = terms_of(*tensors[4:], has_norm=True)
+    launches = branch_grad(*tensors[:3], terms, packed, dx, partial, shape=shape, has_relu=True, config=config)
+    found = {"x": 0.0, "dv": 0.0, "y": 0.0, "dx": 0.0}
+    for launch in launches:
+        with Meter(dict(zip(found, (*tensors[:3], dx), strict=True)) | _rest(launch, (*tensors[:3], dx))).watch() as rows:
+            launch()
+        for row in rows:
+            if row.tensor in found:
+                found[row.tensor] += row.touched / (dx.numel() * 2)
+    assert (found["x"], found["dv"], found["y"] + found["dx"]) == (x, dv, others)
+
+
+def _rest(launch, tensors):
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    others = [t for t in launch.arguments if isinstance(t, torch.Tensor)]
+    return {str(i): t for i, t in enumerate(others) if t.untyped_storage().data_ptr() not in storages}
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "config", "w", "reason"),
+    [
+        (ConvShape(16, 16, 4, (3,), (1,)), torch.float32, STREAM, 8, "x is torch.float32"),
+        (ConvShape(16, 16, 4, (3,), (1,), stride=2), torch.float16, WIDE, 8, "the stride is 2"),
+        (ConvShape(16, 16, 4, (3,), (1,), is_split=True), torch.float16, WIDE, 8, "split_input"),
+        (ConvShape(32, 32, 2, (3,), (1,)), torch.float16, STREAM, 8, "a group has 16 channels"),
+        (ConvShape(16, 16, 4, (5,), (1,)), torch.float16, STREAM, 8, "3x3 kernels of dilation 1 or 2"),
+        (ConvShape(16, 16, 4, (3, 3, 3), (1, 2, 1)), torch.float16, STREAM, 8, "3 branches"),
+        (ConvShape(16, 16, 4, (3,), (8,)), torch.float16, WIDE, 17, "reads 8 columns beyond a pixel"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused(shape, dtype, config, w, reason):
+    from sk_triton.kernels.branch_grad import branch_grad
+
+    assert reason in can_run_grad(shape, dtype, config, w)
+    x = torch.empty(1, 16, 2, w, dtype=dtype)
+    with pytest.raises(ValueError, match=f"shape: .*{reason}"):
+        branch_grad(x, x, x, x, x, x, x, shape=shape, has_relu=True, config=config)
+
+
+@pytest.mark.parametrize("name", ["x", "dv", "y"])
+def test_channels_that_are_not_adjacent_are_refused(name):
+    from sk_triton.kernels.branch_grad import branch_grad
+
+    shape, config, *size = CASES["stream"]
+    tensors = dict(zip(("x", "dv", "y"), make(shape, *size, torch.float16)[:3], strict=True))
+    if name == "y":
+        tensors["y"] = tensors["y"].permute(0, 1, 4, 2, 3).contiguous().permute(0, 1, 3, 4, 2)
+    else:
+        tensors[name] = tensors[name].contiguous()
+    unused = tensors["x"]
+    with pytest.raises(ValueError, match=f"{name} must have adjacent channels"):
+        branch_grad(**tensors, terms=unused, w=unused, dx=unused, partial=unused, shape=shape, has_relu=True, config=config)
