@@ -6,6 +6,7 @@ from .backend import use_backend
 from .dispatch import can_run_triton
 from .explanation import explain
 from .layers import SelectiveKernel, SKConv
+from .save import save_for_backward
 from .spec import BranchSpec, SKSpec
 
 __version__ = version("sk-triton")
@@ -18,5 +19,6 @@ __all__ = [
     "__version__",
     "can_run_triton",
     "explain",
+    "save_for_backward",
     "use_backend",
 ]

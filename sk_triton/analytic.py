@@ -21,6 +21,7 @@ from .kernels.config import (
     DepthwiseConfig,
     GateConfig,
     MergedConfig,
+    ReductionConfig,
     SelectConfig,
     StreamConfig,
     TapConfig,
@@ -108,6 +109,13 @@ def select_config(pixels: int, c: int) -> SelectConfig:
     """Config for an output of `pixels` pixels and `c` channels: about 4096 elements per program."""
     block_c = min(128, next_power_of_2(c))
     return SelectConfig(BLOCK_P=min(4096 // block_c, max(1, next_power_of_2(pixels))), BLOCK_C=block_c)
+
+
+def reduction_config(pixels: int, c: int) -> ReductionConfig:
+    """Config for sums over the `pixels` pixels of a sample: up to 16384 elements per program, 2048 at a time."""
+    block_c = min(64, next_power_of_2(c))
+    block_p = min(2048 // block_c, next_power_of_2(pixels))
+    return ReductionConfig(BLOCK_P=block_p, BLOCK_C=block_c, STEPS=min(8, cdiv(pixels, block_p)))
 
 
 def _shares_row(shape: ConvShape) -> bool:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .kernels.config import BorderConfig, BranchConfig, GateConfig, MergedConfig, SelectConfig
+    from .kernels.config import (
+        BorderConfig,
+        BranchConfig,
+        GateConfig,
+        MergedConfig,
+        ReductionConfig,
+        SelectConfig,
+    )
     from .kernels.geometry import ConvShape
     from .spec import BranchSpec
 
@@ -43,12 +50,13 @@ class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store", "recompute" or "merged"; "torch" and "folded" or "merged"; or
-            "reference" and "eager".
+        backend, schedule: "triton" and "store", "recompute", "merged" or "train"; "torch" and "folded" or "merged";
+            or "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None where there are none.
+        reduction: config of the launches of "train" that reduce over pixels, else None.
         merged_launch: shapes and configs of the Triton schedule "merged", else None.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
         samples: how many samples pass through all steps of a schedule on the CPU together.
@@ -63,6 +71,7 @@ class Plan:
     branch_launches: tuple[BranchLaunch, ...] = ()
     gate: GateConfig | None = None
     select: SelectConfig | None = None
+    reduction: ReductionConfig | None = None
     merged_launch: MergedLaunch | None = None
     has_relu: bool = False
     gate_has_relu: bool = False

@@ -1,0 +1,69 @@
+"""Device helpers of training: the norm between a convolution and its activation, and sums that keep the variance."""
+
+import triton
+import triton.language as tl
+
+from .tiling import relu
+
+
+@triton.jit
+def load_norm(mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, offs, mask, HAS_NORM: tl.constexpr):
+    """Mean, 1 / deviation, weight and bias of a batch norm, `[1, BLOCK_C]` each; 0, 1, 1, 0 without one."""
+    if HAS_NORM:
+        mean = tl.load(mean_ptr + offs, mask=mask, other=0.0)[None, :]
+        rstd = tl.load(rstd_ptr + offs, mask=mask, other=0.0)[None, :]
+        gamma = tl.load(gamma_ptr + offs, mask=mask, other=0.0)[None, :]
+        beta = tl.load(beta_ptr + offs, mask=mask, other=0.0)[None, :]
+        return mean, rstd, gamma, beta
+    else:
+        return 0.0, 1.0, 1.0, 0.0
+
+
+@triton.jit
+def normalized(y, mean, rstd, HAS_NORM: tl.constexpr):
+    """`(y - mean) * rstd` in fp32: the mean is subtracted first, so that a large one costs no digits."""
+    y = y.to(tl.float32)
+    if HAS_NORM:
+        y = (y - mean) * rstd
+    return y
+
+
+@triton.jit
+def activated(y_hat, gamma, beta, HAS_NORM: tl.constexpr, HAS_RELU: tl.constexpr):
+    """A branch's output from its normalized convolution."""
+    u = y_hat
+    if HAS_NORM:
+        u = y_hat * gamma + beta
+    if HAS_RELU:
+        u = relu(u)
+    return u
+
+
+@triton.jit
+def activation_mask(y_hat, gamma, beta, mask, HAS_NORM: tl.constexpr, HAS_RELU: tl.constexpr):
+    """Where the activation hands gradients on, among the elements of `mask`.
+
+    `~(u <= 0)`, not `u > 0`: a NaN passes, as it does in `torch.relu`.
+    """
+    if HAS_RELU:
+        u = activated(y_hat, gamma, beta, HAS_NORM, False)
+        return mask & ~(u <= 0.0)
+    else:
+        return mask
+
+
+@triton.jit
+def fold_moments(pivot, total, squares, count):
+    """Mean and centred second moment of the values of all lanes of axis 0, by channel. `[BLOCK_C]` each
+
+    A lane holds `count [lanes, 1]` values as the sum and the sum of squares of their distances from `pivot`, one of
+    them: however large the mean is, only the spread is squared.
+    """
+    size = tl.maximum(tl.sum(count, axis=0), 1.0)[None, :]
+    own = tl.maximum(count, 1.0)
+    lane_mean = tl.where(count > 0, pivot + total / own, 0.0)
+    lane_m2 = squares - total * total / own
+    mean = tl.sum(lane_mean * count, axis=0)[None, :] / size
+    away = lane_mean - mean
+    m2 = tl.sum(lane_m2 + count * away * away, axis=0)
+    return tl.sum(mean, axis=0), m2
