@@ -9,6 +9,7 @@ is as high as the image, the rows beyond it, their masks and their products fall
 import triton
 import triton.language as tl
 
+from .norm import lane_moments, store_moments
 from .tiling import (
     SIZES,
     as_operand,
@@ -179,6 +180,10 @@ def branch_conv_column_fwd_kernel(
                 mask_a = (co < co_end)[:, None]
             a = tl.load(attention_ptr + offs_a, mask=mask_a, other=0.0)
         values = ()
+        total = tl.zeros([BLOCK_CO, BLOCK_P], tl.float32)
+        squares = tl.zeros([BLOCK_CO, BLOCK_P], tl.float32)
+        count = tl.zeros([BLOCK_CO, BLOCK_P], tl.float32)
+        pivot = count
         for r in tl.static_range(RUN_H):
             acc = outputs[r]
             if HAS_RELU:
@@ -194,9 +199,18 @@ def branch_conv_column_fwd_kernel(
                 values = values + (acc.to(dtype),)
             else:
                 u = acc.to(dtype)
-                if TASK == "store":
+                if TASK != "pool":
                     tl.store(out_ptr + r * stride_oh + offs_out, u, mask=mask_r)
-                if POOL_BY_DOT:
+                if TASK == "train":
+                    value = u.to(tl.float32)
+                    if r == 0:
+                        pivot = value
+                    else:
+                        away = tl.where(mask_r, value - pivot, 0.0)
+                        total += away
+                        squares += away * away
+                    count += tl.where(mask_r, 1.0, 0.0)
+                elif POOL_BY_DOT:
                     # An output below the image sees part of it; one that overflows must not meet the product as
                     # infinity.
                     if not IS_EVEN_H:
@@ -208,9 +222,17 @@ def branch_conv_column_fwd_kernel(
                     pool += tl.where(mask_r, acc, 0.0)
         if TASK == "select":
             selection = values
+        elif TASK == "train":
+            mean, m2 = lane_moments(pivot, total, squares, count)
+            moments_ptr = partial_ptr + m * 3 * stride_partial_n + co0
+            sample_tile = tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS
+            store_moments(
+                moments_ptr + sample_tile * stride_partial_t, mean, m2, count, co, co < co_end,
+                stride_partial_n, 1, BLOCK_CO,
+            )  # fmt: skip
         elif POOL_BY_DOT:
             pool = pool_rows(pool, values, mask_p, RUN_H, BLOCK_CO, BLOCK_P, BLOCK_POOL)
-        if TASK == "store":
+        if TASK == "store" or TASK == "train":
             out_ptr += stride_om
     if TASK == "select":
         for r in tl.static_range(RUN_H):
@@ -218,7 +240,7 @@ def branch_conv_column_fwd_kernel(
             if not IS_EVEN_H:
                 mask_r = mask_out & (y + r < H)[None, :]
             tl.store(out_ptr + r * stride_oh + offs_out, selection[r], mask=mask_r)
-    else:
+    elif TASK != "train":
         if not POOL_BY_DOT:
             pool = tl.where(mask_p[None, :], pool, 0.0)
         sums = fold_pool(pool, 1, BLOCK_CO, BLOCK_N, POOL_BY_DOT)

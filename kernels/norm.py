@@ -53,17 +53,37 @@ def activation_mask(y_hat, gamma, beta, mask, HAS_NORM: tl.constexpr, HAS_RELU: 
 
 
 @triton.jit
-def fold_moments(pivot, total, squares, count):
-    """Mean and centred second moment of the values of all lanes of axis 0, by channel. `[BLOCK_C]` each
+def lane_moments(pivot, total, squares, count):
+    """Mean and centred second moment of the values of each lane, 0 where there are none.
 
-    A lane holds `count [lanes, 1]` values as the sum and the sum of squares of their distances from `pivot`, one of
-    them: however large the mean is, only the spread is squared.
+    A lane holds `count` values as the sum and the sum of squares of their distances from `pivot`, one of them: however
+    large the mean is, only the spread is squared.
     """
-    size = tl.maximum(tl.sum(count, axis=0), 1.0)[None, :]
     own = tl.maximum(count, 1.0)
-    lane_mean = tl.where(count > 0, pivot + total / own, 0.0)
-    lane_m2 = squares - total * total / own
-    mean = tl.sum(lane_mean * count, axis=0)[None, :] / size
-    away = lane_mean - mean
-    m2 = tl.sum(lane_m2 + count * away * away, axis=0)
-    return tl.sum(mean, axis=0), m2
+    return tl.where(count > 0, pivot + total / own, 0.0), squares - total * total / own
+
+
+@triton.jit
+def join_moments(mean, m2, count, AXIS: tl.constexpr):
+    """Mean, centred second moment and number of the values of all lanes along an axis (Chan et al. 1979)."""
+    size = tl.sum(count, axis=AXIS)
+    joined = tl.sum(mean * count, axis=AXIS) / tl.maximum(size, 1.0)
+    away = mean - tl.expand_dims(joined, AXIS)
+    return joined, tl.sum(m2 + count * away * away, axis=AXIS), size
+
+
+@triton.jit
+def store_moments(
+    moments_ptr, mean, m2, count, offs_c, mask_c, stride_part,
+    RUN_W: tl.constexpr, BLOCK_CO: tl.constexpr,
+):  # fmt: skip
+    """Write count, mean and centred second moment of a tile's lanes `[RUN_W * BLOCK_CO, lanes]`, by channel."""
+    mean, m2, count = join_moments(mean, m2, count, 1)
+    if RUN_W > 1:
+        mean = tl.reshape(mean, [RUN_W, BLOCK_CO])
+        m2 = tl.reshape(m2, [RUN_W, BLOCK_CO])
+        count = tl.reshape(count, [RUN_W, BLOCK_CO])
+        mean, m2, count = join_moments(mean, m2, count, 0)
+    tl.store(moments_ptr + offs_c, count, mask=mask_c)
+    tl.store(moments_ptr + stride_part + offs_c, mean, mask=mask_c)
+    tl.store(moments_ptr + 2 * stride_part + offs_c, m2, mask=mask_c)

@@ -77,7 +77,7 @@ def fastest_plan(workload: Workload) -> Plan:
 def plan_store(workload: Workload) -> Plan:
     """The plan of schedule "store", which runs every unit."""
     launches = [
-        _branch_launch(workload, start, stop, shape, "store")
+        branch_launch(workload, start, stop, shape, "store")
         for start, stop, shape in conv_shapes(workload.spec)
     ]
     return _plan("store", workload, len(launches), 2 * workload.spec.num_branches + 1, tuple(launches))
@@ -88,7 +88,7 @@ def _plan_recompute(workload: Workload) -> Plan | str:
     shapes = conv_shapes(workload.spec)
     if len(shapes) > 1:
         return "the branches differ in groups, and one launch must hold them all to select"
-    launches = tuple(_branch_launch(workload, *shapes[0], task) for task in ("pool", "select"))
+    launches = tuple(branch_launch(workload, *shapes[0], task) for task in ("pool", "select"))
     for launch in launches:
         if not can_run(launch.task, launch.shape, launch.config):
             return (
@@ -159,7 +159,8 @@ def conv_shapes(spec: SKSpec) -> list[tuple[int, int, ConvShape]]:
     return shapes
 
 
-def _branch_launch(workload: Workload, start: int, stop: int, shape: ConvShape, task: str) -> BranchLaunch:
+def branch_launch(workload: Workload, start: int, stop: int, shape: ConvShape, task: str) -> BranchLaunch:
+    """Branches `start` to `stop` in a launch that does `task`, as ``tuning.branch_config`` would have it."""
     config, source = tuning.branch_config(
         shape,
         workload.n,

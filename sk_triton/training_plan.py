@@ -6,8 +6,9 @@ from dataclasses import replace
 from functools import lru_cache
 
 from . import analytic
+from .kernels.config import DepthwiseConfig
 from .plan import Plan
-from .plans import eager_passes, plan_store
+from .plans import branch_launch, eager_passes, plan_store
 from .spec import SKSpec
 from .workload import Workload
 
@@ -23,16 +24,25 @@ def plan_training(workload: Workload) -> Plan:
     height, width = workload.output_size
     m = spec.num_branches
     is_library = _widest(spec) > MAX_KERNEL_CHANNELS
-    reads = m if is_library else len(store.branch_launches)
-    # Convolutions stored (and copied, where the library made them), read for statistics, pooled, selected.
+    # The depthwise kernel takes no moments; where it or the library convolves, statistics are a pass of their own.
+    launches = tuple(
+        launch
+        if isinstance(launch.config, DepthwiseConfig)
+        else branch_launch(workload, launch.start, launch.stop, launch.shape, "train")
+        for launch in store.branch_launches
+        if not is_library
+    )
+    measured = sum(launch.stop - launch.start for launch in launches if launch.task == "train")
+    reads = m if is_library else len(launches)
+    # Convolutions are stored (and copied, where the library made them), pooled and selected.
     stored = (3 if is_library else 1) * m
-    output_passes = stored + (m if spec.branch_norm else 0) + m + m + 1
+    output_passes = stored + (m - measured if spec.branch_norm else 0) + 2 * m + 1
     return replace(
         store,
         schedule="train",
         passes=(reads + 2 * workload.is_converted) * workload.input_passes + output_passes,
         rejected=(("reference", f"the kernels can run; eager's forward takes {eager_passes(spec)} passes"),),
-        branch_launches=() if is_library else store.branch_launches,
+        branch_launches=launches,
         gate=None,
         reduction=analytic.reduction_config(height * width, spec.out_channels),
     )

@@ -8,8 +8,10 @@ import torch
 
 from sk_triton.bench.traffic import Meter
 from sk_triton.kernels.config import ReductionConfig, SelectConfig
+from sk_triton.kernels.geometry import tiles
 
 from .interpreter import exact_bfloat16
+from .test_kernels_branch_conv import CASES, make
 from .tolerances import assert_same
 
 pytestmark = pytest.mark.interpret
@@ -56,17 +58,11 @@ def statistics(y):
     from sk_triton.kernels.batch_stats import combine_moments_fwd, moment_tiles, tile_moments_fwd
 
     m, n, h, w, c = y.shape
-    tiles = moment_tiles(n * h * w, CONFIG)
-    tile_mean, tile_m2, count = nans(m, tiles, c), nans(m, tiles, c), nans(m, tiles)
-    launch(
-        tile_moments_fwd(y, tile_mean, tile_m2, count, config=CONFIG),
-        y=y, tile_mean=tile_mean, tile_m2=tile_m2, count=count,
-    )  # fmt: skip
+    count = moment_tiles(n * h * w, CONFIG)
+    moments = nans(m, 3, count, c)
+    launch(tile_moments_fwd(y, moments, config=CONFIG), y=y, moments=moments)
     mean, var = nans(m, c), nans(m, c)
-    launch(
-        combine_moments_fwd(tile_mean, tile_m2, count, mean, var, pixels=n * h * w),
-        tile_mean=tile_mean, tile_m2=tile_m2, count=count, mean=mean, var=var,
-    )  # fmt: skip
+    launch(combine_moments_fwd(moments, mean, var, pixels=n * h * w), moments=moments, mean=mean, var=var)
     return mean, var
 
 
@@ -98,8 +94,8 @@ def test_pooled_moments(shape, dtype, has_norm, has_relu):
 
     m, n, h, w, c = shape
     y, norm = torch.randn(shape).to(dtype), norm_tensors(m, c)
-    tiles = math.ceil(h * w / (CONFIG.BLOCK_P * CONFIG.STEPS))
-    active, pooled = nans(tiles, n, m, c), nans(tiles, n, m, c)
+    count = math.ceil(h * w / (CONFIG.BLOCK_P * CONFIG.STEPS))
+    active, pooled = nans(count, n, m, c), nans(count, n, m, c)
     launch(
         pooled_moments_fwd(y, *norm.values(), active, pooled, has_norm=has_norm, has_relu=has_relu, config=CONFIG),
         y=y, active=active, pooled=pooled, **norm,
@@ -145,8 +141,8 @@ def test_backward_sums_and_gradients(shape, dtype, has_norm, has_relu):
 
     m, n, h, w, c = shape
     y, norm, dv = torch.randn(shape).to(dtype), norm_tensors(m, c), gradient(shape, dtype)
-    tiles = math.ceil(h * w / (CONFIG.BLOCK_P * CONFIG.STEPS))
-    grad, scaled = nans(tiles, n, m, c), nans(tiles, n, m, c)
+    count = math.ceil(h * w / (CONFIG.BLOCK_P * CONFIG.STEPS))
+    grad, scaled = nans(count, n, m, c), nans(count, n, m, c)
     flags = {"has_norm": has_norm, "has_relu": has_relu}
     launch(
         select_bwd(dv, y, *norm.values(), grad, scaled, **flags, config=CONFIG),
@@ -179,3 +175,49 @@ def test_unequally_spaced_gradients_are_refused():
 
     with pytest.raises(ValueError, match="adjacent channels and equally spaced pixels"):
         pixel_stride(torch.empty(2, 4, 3, 3))
+
+
+MEASURED = [
+    "stream", "stream, two samples per tile", "stream, 1x1 and dilation 3", "stream, split input", "stream, stride 2",
+    "column", "column, whole height", "column, two samples per tile", "tap, 3 to 7 with runs", "tap, wide groups",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_convolutions_take_the_moments_of_what_they_store(name):
+    from sk_triton.kernels.batch_stats import combine_moments_fwd
+    from sk_triton.kernels.branch_conv import branch_conv_fwd, branch_train_fwd
+    from sk_triton.kernels.packing import pack_branch_weights
+
+    shape, config, n, h_in, w_in = CASES[name]
+    dtype = torch.float16
+    x, weights, _ = make(shape, n, h_in, w_in, dtype)
+    shift = 30 + torch.randn(len(shape.kernels), shape.c_out)
+    (h, w), m, c = shape.output_size(h_in, w_in), len(shape.kernels), shape.c_out
+    packed = pack_branch_weights(weights, shape, config, dtype)
+    count = math.prod(tiles(shape, config, h, w))
+    stored, y = nans(m, n, h, w, c).to(dtype), nans(m, n, h, w, c).to(dtype)
+    partial = nans(n, count, c)
+    moments = nans(m, 3, -(-n // config.BLOCK_N) * count, c)
+    settings = {"shape": shape, "allow_tf32": False, "config": config}
+    branch_conv_fwd(x, packed, shift, stored, partial, has_relu=False, **settings)()
+    launch(
+        branch_train_fwd(x, packed, shift, y, moments, **settings),
+        x=x, packed=packed, shift=shift, y=y, moments=moments,
+    )  # fmt: skip
+    assert torch.equal(y, stored)
+    assert (moments[:, 0].sum(1) == n * h * w).all()
+    mean, var = nans(m, c), nans(m, c)
+    combine_moments_fwd(moments, mean, var, pixels=n * h * w)()
+    exact_var, exact_mean = torch.var_mean(y.double(), (1, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=1e-11)
+
+
+def test_a_depthwise_config_takes_no_moments():
+    from sk_triton.kernels.branch_conv import branch_train_fwd
+
+    shape, config, *size = CASES["depthwise"]
+    x, weights, shift = make(shape, *size, torch.float32)
+    with pytest.raises(ValueError, match="config must not be a DepthwiseConfig to train"):
+        branch_train_fwd(x, weights[0], shift, x, x, shape=shape, allow_tf32=False, config=config)

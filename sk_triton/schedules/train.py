@@ -17,7 +17,7 @@ from ..dispatch import workload_of
 from ..distributed import gather_moments, sum_over
 from ..gate_training import GateNorm, GateState, GateTensors, gate_bwd, gate_fwd
 from ..kernels.batch_stats import combine_moments_fwd, moment_tiles, tile_moments_fwd
-from ..kernels.branch_conv import branch_conv_fwd
+from ..kernels.branch_conv import branch_conv_fwd, branch_train_fwd
 from ..kernels.geometry import cdiv, tiles
 from ..kernels.norm_bwd import norm_bwd
 from ..kernels.packing import pack_branch_weights
@@ -79,9 +79,9 @@ def forward(x: Tensor, unit: TrainingUnit, *, save: str) -> list[Tensor]:
     spec, plan = unit.spec, plan_training(workload_of(x, unit.spec))
     out_format = memory_format(x)
     x = with_adjacent_channels(x)
-    y = convolve(x, unit, plan)
+    y, moments = convolve(x, unit, plan)
     m, n, h, w, c = y.shape
-    mean, var, count, unbiased = _statistics(y, unit, plan)
+    mean, var, count, unbiased = _statistics(y, moments, unit, plan)
     rstd = _rstd(var, unit)
     norm = _norm(mean, rstd, unit)
     active, pooled = _reduce(pooled_moments_fwd, (y, *norm), unit, plan, (n, m, c), h * w)
@@ -110,7 +110,7 @@ def backward(dv: Tensor, x: Tensor, unit: TrainingUnit, saved: Saved, needs: lis
     in_format = memory_format(x)
     x = with_adjacent_channels(x)
     dv = with_spaced_pixels(dv)
-    y = saved.y if saved.y.numel() else convolve(x, unit, plan)
+    y = saved.y if saved.y.numel() else convolve(x, unit, plan)[0]
     m, n, h, w, c = y.shape
     norm = _norm(saved.mean, saved.rstd, unit)
     grad, scaled = _reduce(select_bwd, (dv, y, *norm), unit, plan, (n, m, c), h * w)
@@ -148,43 +148,51 @@ def backward(dv: Tensor, x: Tensor, unit: TrainingUnit, saved: Saved, needs: lis
     return found
 
 
-def convolve(x: Tensor, unit: TrainingUnit, plan: Plan) -> Tensor:
-    """The branches' convolutions with their biases, ``[M, N, H', W', C]``, of an input with adjacent channels."""
+def convolve(x: Tensor, unit: TrainingUnit, plan: Plan) -> tuple[Tensor, list[tuple[slice, Tensor]]]:
+    """The branches' convolutions with their biases, of an input with adjacent channels.
+
+    Returns:
+        y ``[M, N, H', W', C]``, and for each launch that takes them its branches and their moments by tiles.
+    """
     spec, tensors = unit.spec, unit.tensors
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
     y = x.new_empty((spec.num_branches, n, h, w, spec.out_channels))
     if not plan.branch_launches:
-        for m, x_m in enumerate(_inputs(x, spec)):
-            bias, conv = tensors.biases[m], spec.branches[m]
-            y_m = F.conv2d(
-                x_m,
-                tensors.weights[m].to(x.dtype),
-                None if bias is None else bias.to(x.dtype),
-                spec.stride,
-                conv.padding,
-                conv.dilation,
-                conv.groups,
-            )
-            y[m].copy_(y_m.permute(0, 2, 3, 1))
-        return y
+        _convolve_by_library(x, unit, y)
+    found = []
     for launch in plan.branch_launches:
         members = slice(launch.start, launch.stop)
         weights = [weight.float() for weight in tensors.weights[members]]
         biases = [bias.float() for bias in tensors.biases[members] if bias is not None]
         tile_count = math.prod(tiles(launch.shape, launch.config, h, w))
-        branch_conv_fwd(
-            x[:, launch.start * spec.branch_in_channels :] if spec.split_input else x,
-            pack_branch_weights(weights, launch.shape, launch.config, x.dtype),
-            torch.stack(biases) if biases else None,
-            y[members],
-            x.new_empty((n, tile_count, spec.out_channels), dtype=torch.float32),
-            shape=launch.shape,
-            has_relu=False,
-            allow_tf32=plan.allow_tf32,
-            config=launch.config,
-        )()
-    return y
+        x_in = x[:, launch.start * spec.branch_in_channels :] if spec.split_input else x
+        packed = pack_branch_weights(weights, launch.shape, launch.config, x.dtype)
+        shift = torch.stack(biases) if biases else None
+        settings: dict[str, Any] = {
+            "shape": launch.shape,
+            "allow_tf32": plan.allow_tf32,
+            "config": launch.config,
+        }
+        if launch.task == "train":
+            sample_tiles = cdiv(n, launch.config.BLOCK_N) * tile_count
+            size = (launch.stop - launch.start, 3, sample_tiles, spec.out_channels)
+            moments = x.new_empty(size, dtype=torch.float32)
+            branch_train_fwd(x_in, packed, shift, y[members], moments, **settings)()
+            found.append((members, moments))
+        else:
+            partial = x.new_empty((n, tile_count, spec.out_channels), dtype=torch.float32)
+            branch_conv_fwd(x_in, packed, shift, y[members], partial, has_relu=False, **settings)()
+    return y, found
+
+
+def _convolve_by_library(x: Tensor, unit: TrainingUnit, y: Tensor) -> None:
+    for m, (x_m, conv) in enumerate(zip(_inputs(x, unit.spec), unit.spec.branches, strict=True)):
+        weight, bias = unit.tensors.weights[m].to(x.dtype), unit.tensors.biases[m]
+        if bias is not None:
+            bias = bias.to(x.dtype)
+        y_m = F.conv2d(x_m, weight, bias, unit.spec.stride, conv.padding, conv.dilation, conv.groups)
+        y[m].copy_(y_m.permute(0, 2, 3, 1))
 
 
 def branch_backward(
@@ -266,7 +274,9 @@ def _inputs(x: Tensor, spec: SKSpec) -> list[Tensor]:
     return [x] * spec.num_branches
 
 
-def _statistics(y: Tensor, unit: TrainingUnit, plan: Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _statistics(
+    y: Tensor, found: list[tuple[slice, Tensor]], unit: TrainingUnit, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean and variance ``[M, C]`` that the norms take, values behind them ``[M]``, and the unbiased variance."""
     m, n, h, w, c = y.shape
     pixels = n * h * w
@@ -276,11 +286,13 @@ def _statistics(y: Tensor, unit: TrainingUnit, plan: Plan) -> tuple[Tensor, Tens
     count = mean.new_full((m,), pixels)
     if "b" in kinds:
         assert plan.reduction is not None
-        tile_count = moment_tiles(pixels, plan.reduction)
-        tile_mean = mean.new_empty((m, tile_count, c))
-        tile_m2, tile_pixels = torch.empty_like(tile_mean), mean.new_empty((m, tile_count))
-        tile_moments_fwd(y, tile_mean, tile_m2, tile_pixels, config=plan.reduction)()
-        combine_moments_fwd(tile_mean, tile_m2, tile_pixels, mean, var, pixels=pixels)()
+        measured = {i for members, _ in found for i in range(members.start, members.stop)}
+        for i in {*range(m)} - measured:
+            moments = mean.new_empty((1, 3, moment_tiles(pixels, plan.reduction), c))
+            tile_moments_fwd(y[i : i + 1], moments, config=plan.reduction)()
+            found = [*found, (slice(i, i + 1), moments)]
+        for members, moments in found:
+            combine_moments_fwd(moments, mean[members], var[members], pixels=pixels)()
         own_mean, own_var = mean.clone(), var.clone()
         for name in sorted({*unit.norms.groups.split(",")[:m]} - {""}):
             members = [i for i, group in enumerate(unit.norms.groups.split(",")[:m]) if group == name]
