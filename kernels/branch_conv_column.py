@@ -206,10 +206,13 @@ def branch_conv_column_fwd_kernel(
                     if r == 0:
                         pivot = value
                     else:
-                        away = tl.where(mask_r, value - pivot, 0.0)
+                        away = value - pivot
+                        if not IS_EVEN_H:
+                            away = tl.where(mask_r, away, 0.0)
                         total += away
                         squares += away * away
-                    count += tl.where(mask_r, 1.0, 0.0)
+                    if not IS_EVEN_H:
+                        count += tl.where(mask_r, 1.0, 0.0)
                 elif POOL_BY_DOT:
                     # An output below the image sees part of it; one that overflows must not meet the product as
                     # infinity.
@@ -223,6 +226,8 @@ def branch_conv_column_fwd_kernel(
         if TASK == "select":
             selection = values
         elif TASK == "train":
+            if IS_EVEN_H:
+                count += tl.where(mask_out, RUN_H * 1.0, 0.0)
             mean, m2 = lane_moments(pivot, total, squares, count)
             moments_ptr = partial_ptr + m * 3 * stride_partial_n + co0
             sample_tile = tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS

@@ -238,10 +238,13 @@ def branch_conv_stream_fwd_kernel(
                         if r == 0:
                             pivot = value
                         else:
-                            away = tl.where(mask_r, value - pivot, 0.0)
+                            away = value - pivot
+                            if not IS_EVEN_H[m]:
+                                away = tl.where(mask_r, away, 0.0)
                             total += away
                             squares += away * away
-                        count += tl.where(mask_r, 1.0, 0.0)
+                        if not IS_EVEN_H[m]:
+                            count += tl.where(mask_r, 1.0, 0.0)
                     elif POOL_BY_DOT:
                         # Outputs beyond the image see part of it; one that overflows must not meet the product as
                         # infinity.
@@ -252,6 +255,8 @@ def branch_conv_stream_fwd_kernel(
                         pool += tl.where(mask_r, acc, 0.0)
                 out_block_ptr += stride_om
                 if TASK == "train":
+                    if IS_EVEN_H[m]:
+                        count = tl.where(mask_out, RUN_H * 1.0, 0.0)
                     mean, m2 = lane_moments(pivot, total, squares, count)
                     offs_c = tl.arange(0, BLOCK_CO)
                     moments_ptr = partial_ptr + m * 3 * stride_partial_n + co0

@@ -60,7 +60,8 @@ def lane_moments(pivot, total, squares, count):
     large the mean is, only the spread is squared.
     """
     own = tl.maximum(count, 1.0)
-    return tl.where(count > 0, pivot + total / own, 0.0), squares - total * total / own
+    mean, m2 = pivot + total / own, squares - total * total / own
+    return tl.where(count > 0, mean, 0.0), tl.where(count > 0, m2, 0.0)
 
 
 @triton.jit
