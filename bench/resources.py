@@ -122,11 +122,12 @@ def _branches_first(found: list[Launch]) -> list[Launch]:
 def measure_all(cases: list[Case], targets: list[str], workers: int) -> Iterator[list[Row]]:
     """`measure` for every pair, in order, in `workers` new processes, where kernels are compiled, not interpreted."""
     pairs = [(case, target) for target in targets for case in cases]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _compile_here) as pool:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), compile_here) as pool:
         yield from pool.map(measure, *zip(*pairs, strict=True))
 
 
-def _compile_here() -> None:
+def compile_here() -> None:
+    """Start of a process that compiles kernels."""
     # Before Triton is imported: it reads the switch when a kernel, or a function of its own library, is defined.
     os.environ["TRITON_INTERPRET"] = "0"
 
