@@ -154,7 +154,6 @@ def _schedule_reason() -> str:
     )
 
 
-@torch.compiler.assume_constant_result
 def _device_reason(device: torch.device, dtype: torch.dtype) -> str:
     if not has_triton():
         return "Triton is not installed (pip install triton)"
@@ -174,6 +173,10 @@ def _device_reason(device: torch.device, dtype: torch.dtype) -> str:
     if torch.version.hip and triton_version() < (3, 5):
         return f"Triton {'.'.join(map(str, triton_version()))} does not compile the kernels for AMD; 3.5 and later do"
     return ""
+
+
+# What ``torch.compiler.assume_constant_result`` does; that imports Dynamo, and with it Triton, at once.
+_device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache
