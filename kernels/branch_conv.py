@@ -38,6 +38,31 @@ def branch_conv_fwd(
     return _launch("store", x, w, shift, None, u, partial, u.shape[2:4], shape, has_relu, allow_tf32, config)
 
 
+def branch_train_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    shift: torch.Tensor | None,
+    y: torch.Tensor,
+    moments: torch.Tensor,
+    *,
+    shape: ConvShape,
+    allow_tf32: bool,
+    config: BranchConfig,
+) -> Launch:
+    """The convolutions themselves, `y[m] = conv_m(x) + shift[m]`, and the moments of their tiles over the batch.
+
+    `y [M, N, H, W, C_out]`, channels adjacent; `moments [M, 3, tiles, C_out]` fp32 receives number, mean and centred
+    second moment of each tile's rounded values, with `cdiv(N, BLOCK_N) * TILES_H * TILES_W` tiles; the rest as
+    `branch_conv_fwd`.
+
+    Raises:
+        ValueError: a config whose kernel takes no moments.
+    """
+    if isinstance(config, DepthwiseConfig):
+        raise ValueError(f"config must not be a DepthwiseConfig to train, got {config}")
+    return _launch("train", x, w, shift, None, y, moments[0], y.shape[2:4], shape, False, allow_tf32, config)
+
+
 def branch_pool_fwd(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -138,7 +163,7 @@ def _launch(
             x.stride(0), x.stride(2), x.stride(3), *out_strides, *partial_strides,
         )  # fmt: skip
     else:
-        if task != "store":
+        if task not in ("store", "train"):
             raise ValueError(f"config must be a StreamConfig or a ColumnConfig to {task}, got {config}")
         constexprs["SPACINGS"] = layout.spacings
         channels: tuple[int, ...]
@@ -146,6 +171,7 @@ def _launch(
             kernel, trips, channels = branch_conv_depthwise_fwd_kernel, (), (shape.c_out,)
         else:
             constexprs |= {
+                "TASK": task,
                 "SPANS": layout.spans,
                 "IS_EVEN_W": _even_rows(layout, config, w_out),
                 "BLOCKS_PER_GROUP": layout.blocks_per_group,

@@ -9,6 +9,7 @@ is as high as the image, the rows beyond it, their masks and their products fall
 import triton
 import triton.language as tl
 
+from .norm import lane_moments, store_moments
 from .tiling import (
     SIZES,
     as_operand,
@@ -182,6 +183,10 @@ def column_tile(
             RUN_H, ROWS, UNROLL, BLOCK_CI, BLOCK_CO, BLOCK_P, HAS_SHIFT, HAS_CHANNEL_MASK, PRECISION,
         )  # fmt: skip
         values = ()
+        total = tl.zeros([BLOCK_CO, BLOCK_P], tl.float32)
+        squares = tl.zeros([BLOCK_CO, BLOCK_P], tl.float32)
+        count = tl.zeros([BLOCK_CO, BLOCK_P], tl.float32)
+        pivot = count
         for r in tl.static_range(RUN_H):
             acc = outputs[r]
             if HAS_RELU:
@@ -197,9 +202,21 @@ def column_tile(
                 values = values + (acc.to(dtype),)
             else:
                 u = acc.to(dtype)
-                if TASK == "store":
+                if TASK != "pool":
                     tl.store(out_ptr + r * stride_oh + offs_out, u, mask=mask_r)
-                if POOL_BY_DOT:
+                if TASK == "train":
+                    value = u.to(tl.float32)
+                    if r == 0:
+                        pivot = value
+                    else:
+                        away = value - pivot
+                        if not IS_EVEN_H:
+                            away = tl.where(mask_r, away, 0.0)
+                        total += away
+                        squares += away * away
+                    if not IS_EVEN_H:
+                        count += tl.where(mask_r, 1.0, 0.0)
+                elif POOL_BY_DOT:
                     # An output below the image sees part of it; one that overflows must not meet the product as
                     # infinity.
                     if not IS_EVEN_H:
@@ -211,9 +228,17 @@ def column_tile(
                     pool += tl.where(mask_r, acc, 0.0)
         if TASK == "select":
             selection = values
+        elif TASK == "train":
+            if IS_EVEN_H:
+                count += tl.where(mask_out, RUN_H * 1.0, 0.0)
+            mean, m2 = lane_moments(pivot, total, squares, count)
+            store_moments(
+                partial_ptr + m * 3 * stride_partial_n + co0, mean, m2, count, co, co < co_end,
+                stride_partial_n, 1, BLOCK_CO,
+            )  # fmt: skip
         elif POOL_BY_DOT:
             pool = pool_rows(pool, values, mask_p, RUN_H, BLOCK_CO, BLOCK_P, BLOCK_POOL)
-        if TASK == "store":
+        if TASK == "store" or TASK == "train":
             out_ptr += stride_om
     if TASK == "select":
         for r in tl.static_range(RUN_H):
@@ -221,7 +246,7 @@ def column_tile(
             if not IS_EVEN_H:
                 mask_r = mask_out & (y + r < H)[None, :]
             tl.store(out_ptr + r * stride_oh + offs_out, selection[r], mask=mask_r)
-    else:
+    elif TASK != "train":
         if not POOL_BY_DOT:
             pool = tl.where(mask_p[None, :], pool, 0.0)
         sums = fold_pool(pool, 1, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
@@ -250,6 +275,8 @@ def branch_conv_column_fwd_kernel(
 ):  # fmt: skip
     """One tile of one channel block: `column_tile`."""
     block, tile, tile_h, tile_w, block_n = locate_tile(tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W)
+    if TASK == "train":  # moments of tiles of all samples
+        partial_ptr += tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS * stride_partial_t
     column_tile(
         x_ptr, w_ptr, shift_ptr, attention_ptr, 0, out_ptr, partial_ptr,
         block, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,

@@ -9,6 +9,7 @@ product with the pixel mask that pools it. Derivation and instruction counts: `k
 import triton
 import triton.language as tl
 
+from .norm import lane_moments, store_moments
 from .tiling import (
     SIZES,
     as_operand,
@@ -125,7 +126,8 @@ def stream_tile(
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Every branch of one tile: TASK "store" writes `u[m]` and the tile's pooled sums over branches and pixels, "pool"
-    the sums alone, "select" writes `v`, the sum of the branches weighted by the attention.
+    the sums alone, "select" writes `v`, the sum of the branches weighted by the attention, "train" writes `u[m]` and
+    the moments of each branch's tile to `partial`, which points to the tile's there: `[M, 3, C]`.
 
     A tile is BLOCK_N samples x BLOCK_H column runs (RUN_H outputs each) x BLOCK_W row runs (RUN_W outputs each);
     `block_n`, `tile_h` and `tile_w` say which, `tile` is its number within a sample. A channel block is CHANNELS_CI
@@ -188,6 +190,11 @@ def stream_tile(
                 if HAS_CHANNEL_MASK:
                     mask_out &= (co < co_end)[:, None]
                 pooled = pooled_pixels(x, mask_p, W, RUN_W, SPACINGS_W[m], BLOCK_POOL)
+            if TASK == "train":
+                total = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+                squares = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+                count = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
+                pivot = count
             added = ()
             for r in tl.static_range(RUN_H):
                 acc = stream_output(
@@ -206,9 +213,21 @@ def stream_tile(
                         in_image = y + r * SPACINGS_H[m] < H
                         mask_r = mask_out & in_image[None, :]
                         pooled_r = pooled & in_image[:, None]
-                    if TASK == "store":
+                    if TASK != "pool":
                         tl.store(out_block_ptr + r * SPACINGS_H[m] * stride_oh + offs_out, u, mask=mask_r)
-                    if POOL_BY_DOT:
+                    if TASK == "train":
+                        value = u.to(tl.float32)
+                        if r == 0:
+                            pivot = value
+                        else:
+                            away = value - pivot
+                            if not IS_EVEN_H[m]:
+                                away = tl.where(mask_r, away, 0.0)
+                            total += away
+                            squares += away * away
+                        if not IS_EVEN_H[m]:
+                            count += tl.where(mask_r, 1.0, 0.0)
+                    elif POOL_BY_DOT:
                         # Outputs beyond the image see part of it; one that overflows must not meet the product as
                         # infinity.
                         if not (IS_EVEN_H[m] and IS_EVEN_W[m]):
@@ -218,6 +237,15 @@ def stream_tile(
                         pool += tl.where(mask_r, acc, 0.0)
             selection = added
             out_block_ptr += stride_om
+            if TASK == "train":
+                if IS_EVEN_H[m]:
+                    count = tl.where(mask_out, RUN_H * 1.0, 0.0)
+                mean, m2 = lane_moments(pivot, total, squares, count)
+                offs_c = tl.arange(0, BLOCK_CO)
+                store_moments(
+                    partial_ptr + m * 3 * stride_partial_n + co0, mean, m2, count, offs_c, offs_c < co_end,
+                    stride_partial_n, RUN_W, BLOCK_CO,
+                )  # fmt: skip
         if TASK == "select":
             y = run_h * RUN_H
             x_out = (run_w * RUN_W)[None, :] + position[:, None]
@@ -232,7 +260,7 @@ def stream_tile(
                 if not IS_EVEN_H[0]:
                     mask_r = mask_out & (y + r < H)[None, :]
                 tl.store(out_block_ptr + r * stride_oh + offs_out, selection[r].to(dtype), mask=mask_r)
-        else:
+        elif TASK != "train":
             sums = fold_pool(pool, RUN_W, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
             offs_n = tl.arange(0, BLOCK_N)
             offs_c = tl.arange(0, BLOCK_CO)
@@ -263,6 +291,8 @@ def branch_conv_stream_fwd_kernel(
     channel_program, tile, tile_h, tile_w, block_n = locate_tile(
         tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W
     )
+    if TASK == "train":  # moments of tiles of all samples
+        partial_ptr += tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS * stride_partial_t
     stream_tile(
         x_ptr, w_ptr, shift_ptr, attention_ptr, 0, out_ptr, partial_ptr,
         channel_program, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,

@@ -8,22 +8,23 @@ kernel.
 import triton
 import triton.language as tl
 
+from .norm import store_moments
 from .tiling import SIZES, fold_pool, locate_tile, pooled_pixels, relu, run_origin, widen
 
 
 @triton.jit
 def tap_branch(
-    x_ptr, w_ptr, shift_ptr, u_ptr, pool,
+    x_ptr, w_ptr, shift_ptr, u_ptr, moments_ptr, pool,
     sample, y, run_w, N_LEFT, H_IN, W_IN, H, W, CI_END, CO_END,
-    stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw,
-    KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr, SPACING: tl.constexpr, SPAN: tl.constexpr,
-    IS_EVEN_W: tl.constexpr, K_CHUNKS: tl.constexpr,
+    stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw, stride_part,
+    TASK: tl.constexpr, KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
+    SPACING: tl.constexpr, SPAN: tl.constexpr, IS_EVEN_W: tl.constexpr, K_CHUNKS: tl.constexpr,
     RUN_W: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_POOL: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
     POOL_BY_DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One branch of one tile: stores `u` and returns `pool` with the tile's sums added."""
+    """One branch of one tile: stores `u`; adds the tile's sums to `pool`, which it returns, or stores its moments."""
     HALF: tl.constexpr = KERNEL // 2
     TAPS_W: tl.constexpr = 1 if RUN_W > 1 else KERNEL
     BLOCK_M: tl.constexpr = RUN_W * BLOCK_CO
@@ -67,7 +68,23 @@ def tap_branch(
     if HAS_CHANNEL_MASK:
         mask_out &= (co < CO_END)[:, None]
     tl.store(u_ptr + offs_u, u, mask=mask_out)
-    if POOL_BY_DOT:
+    if TASK == "train":
+        count = tl.where(mask_out, 1.0, 0.0)
+        mean = tl.where(mask_out, u.to(tl.float32), 0.0)
+        offs_c = tl.arange(0, BLOCK_CO)
+        store_moments(
+            moments_ptr,
+            mean,
+            tl.zeros_like(mean),
+            count,
+            offs_c,
+            offs_c < CO_END,
+            stride_part,
+            RUN_W,
+            BLOCK_CO,
+        )
+        return pool
+    elif POOL_BY_DOT:
         # Outputs beyond the image see part of it; one that overflows must not meet the product as infinity.
         if not IS_EVEN_W:
             u = tl.where(mask_out, u, 0.0)
@@ -83,7 +100,7 @@ def branch_conv_tap_fwd_kernel(
     N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
     stride_xn, stride_xh, stride_xw, stride_um, stride_un, stride_uh, stride_uw,
     stride_partial_n, stride_partial_t,
-    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, SPACINGS: tl.constexpr, SPANS: tl.constexpr,
+    TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, SPACINGS: tl.constexpr, SPANS: tl.constexpr,
     W_OFFSETS: tl.constexpr, IS_EVEN_W: tl.constexpr, STRIDE: tl.constexpr,
     BLOCKS_PER_GROUP: tl.constexpr, K_CHUNKS: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, SPLIT_CI: tl.constexpr,
@@ -93,7 +110,8 @@ def branch_conv_tap_fwd_kernel(
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every branch of one tile: `u[m]` and the tile's pooled sums over branches and pixels.
+    """Every branch of one tile: `u[m]` and, by TASK as in `branch_conv_stream_fwd_kernel`, the tile's pooled sums over
+    branches and pixels ("store") or each branch's moments ("train").
 
     A tile is BLOCK_N samples x BLOCK_H rows x BLOCK_W row runs (RUN_W outputs each). Its BLOCK_CO outputs belong to
     whole groups (CHANNELS_CO outputs of CHANNELS_CI inputs), or are one of a group's BLOCKS_PER_GROUP blocks.
@@ -119,7 +137,10 @@ def branch_conv_tap_fwd_kernel(
 
     x_ptr += n0 * stride_xn + ci0
     u_ptr += n0 * stride_un + co0
-    partial_ptr += n0 * stride_partial_n + tile.to(tl.int64) * stride_partial_t
+    if TASK == "train":
+        partial_ptr += tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS * stride_partial_t + co0
+    else:
+        partial_ptr += n0 * stride_partial_n + tile.to(tl.int64) * stride_partial_t
     pool = tl.zeros([RUN_W * BLOCK_CO, BLOCK_POOL if POOL_BY_DOT else BLOCK_P], tl.float32)
     for m in tl.static_range(len(KERNELS)):
         pool = tap_branch(
@@ -127,14 +148,16 @@ def branch_conv_tap_fwd_kernel(
             w_ptr + block * W_OFFSETS[len(KERNELS)] + W_OFFSETS[m],
             shift_ptr + m * C_OUT + co0,
             u_ptr,
+            partial_ptr + m * 3 * stride_partial_n,
             pool,
             sample, y, run_w, n_left, H_IN, W_IN, H, W, ci_end, co_end,
-            stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw,
-            KERNELS[m], DILATIONS[m], STRIDE, SPACINGS[m], SPANS[m], IS_EVEN_W[m], K_CHUNKS,
+            stride_xn, stride_xh, stride_xw, stride_un, stride_uh, stride_uw, stride_partial_n,
+            TASK, KERNELS[m], DILATIONS[m], STRIDE, SPACINGS[m], SPANS[m], IS_EVEN_W[m], K_CHUNKS,
             RUN_W, BLOCK_CI, BLOCK_CO, BLOCK_P, BLOCK_POOL,
             HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, POOL_BY_DOT, PRECISION,
         )  # fmt: skip
         u_ptr += stride_um
-    sums = fold_pool(pool, RUN_W, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
-    mask = (offs_n < n_left)[:, None] & (offs_c < co_end)[None, :]
-    tl.store(partial_ptr + offs_n[:, None] * stride_partial_n + co0 + offs_c[None, :], sums, mask=mask)
+    if TASK == "store":
+        sums = fold_pool(pool, RUN_W, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
+        mask = (offs_n < n_left)[:, None] & (offs_c < co_end)[None, :]
+        tl.store(partial_ptr + offs_n[:, None] * stride_partial_n + co0 + offs_c[None, :], sums, mask=mask)

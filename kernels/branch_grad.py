@@ -82,7 +82,11 @@ def _stream(
         "GROUP_CO": shape.c_out // shape.groups,
     }
     grid = (blocks.count, cdiv(tiles, config.TILES_PER_PROGRAM))
-    return (_prepared(branch_grad_stream_kernel, grid, arguments, constexprs, config, (config.TILES_PER_PROGRAM,)),)
+    return (
+        _prepared(
+            branch_grad_stream_kernel, grid, arguments, constexprs, config, (config.TILES_PER_PROGRAM,)
+        ),
+    )
 
 
 def _wide(
@@ -117,7 +121,7 @@ def _wide(
             "DILATIONS": shape.dilations,
             "W_OFFSETS": tuple(offsets),
             "HALO": halo,
-            "IS_WHOLE_H": config.RUN_H >= h,
+            "IS_WHOLE_H": h <= config.RUN_H,
         },
         config,
         (blocks.chunks_co,) * len(shape.kernels),
@@ -152,7 +156,10 @@ def _common(
 ) -> dict[str, Any]:
     """Constexprs that all kernels have; `images` are `[N, C, H, W]`."""
     blocks = grad_blocks(shape, config)
-    extents = [sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True)) for t in images]
+    extents = [
+        sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
+        for t in images
+    ]
     return {
         "RUN_H": config.RUN_H,
         "CHANNELS_CI": blocks.ci,

@@ -122,7 +122,10 @@ def branch_gradients(
             if k >= 2:
                 y_in = y_first + first + (k - 2) * DILATION
                 low, high = input_points(
-                    x_ptr + y_in * stride_xh, offs_x, mask_in if IS_EVEN_H else mask_in & (tl.full([1, 1], y_in, tl.int32) < y_end), own_runs
+                    x_ptr + y_in * stride_xh,
+                    offs_x,
+                    mask_in if IS_EVEN_H else mask_in & (tl.full([1, 1], y_in, tl.int32) < y_end),
+                    own_runs,
                 )
                 for ky in tl.static_range(3):
                     dw = replaced(dw, 2 * ky, tl.dot(low, dys[k - ky][0], dw[2 * ky]))
@@ -217,7 +220,11 @@ def branch_grad_stream_kernel(
         dx_tile_ptr = dx_ptr + n * stride_dxn + ci0 * stride_dxc + y_first * stride_dxh
         for r in tl.static_range(RUN_H):
             value = dx[r].to(dx_ptr.dtype.element_ty)
-            tl.store(dx_tile_ptr + r * stride_dxh + offs_dx, value, mask=mask_dx if IS_EVEN_H else mask_dx & (tl.full([1, 1], y_first + r, tl.int32) < y_end))
+            tl.store(
+                dx_tile_ptr + r * stride_dxh + offs_dx,
+                value,
+                mask=mask_dx if IS_EVEN_H else mask_dx & (tl.full([1, 1], y_first + r, tl.int32) < y_end),
+            )
 
         y_first += RUN_H
         x_start = tl.where(y_first < H, x_start, x_start + OWN)
@@ -229,7 +236,9 @@ def branch_grad_stream_kernel(
     column = tl.arange(0, COLUMNS)
     position = column // 4 % 2
     kx = (entry // 2 % 4)[:, None] - position[None, :]  # [16, COLUMNS]
-    partial_ptr += ((tl.program_id(1) * 2 + position).to(tl.int64) * tl.num_programs(0) + block)[None, :] * (M * 9 * BLOCK * GROUP_CI)
+    partial_ptr += ((tl.program_id(1) * 2 + position).to(tl.int64) * tl.num_programs(0) + block)[None, :] * (
+        M * 9 * BLOCK * GROUP_CI
+    )
     for m in tl.static_range(M):
         for ky in tl.static_range(3):
             for half in tl.static_range(2):

@@ -61,7 +61,9 @@ def branch_grad_data_kernel(
                 terms_ptr + ((n * M + m) * C_OUT + co0) * (6 if HAS_NORM else 2), entry, entry < co_end, in_image,
                 HAS_RELU, HAS_NORM,
             )  # fmt: skip
-            w_chunk_ptr = w_ptr + piece * W_OFFSETS[M] + W_OFFSETS[m] + chunk * (KERNELS[m] * KERNELS[m] * 256)
+            w_chunk_ptr = (
+                w_ptr + piece * W_OFFSETS[M] + W_OFFSETS[m] + chunk * (KERNELS[m] * KERNELS[m] * 256)
+            )
             for i in tl.static_range(
                 0 if IS_WHOLE_H else -(KERNELS[m] // 2) * DILATIONS[m],
                 RUN_H if IS_WHOLE_H else RUN_H + KERNELS[m] // 2 * DILATIONS[m],
@@ -76,7 +78,9 @@ def branch_grad_data_kernel(
                 )  # fmt: skip
                 columns = transposed((dy * is_row.to(tl.float32)).to(dtype))
                 for kx in tl.static_range(KERNELS[m]):
-                    pixels = moved(equal_to(entry, entry - (kx - KERNELS[m] // 2) * DILATIONS[m], dtype), columns)
+                    pixels = moved(
+                        equal_to(entry, entry - (kx - KERNELS[m] // 2) * DILATIONS[m], dtype), columns
+                    )
                     pixels = transposed(pixels)
                     for ky in tl.static_range(KERNELS[m]):
                         # Only expressions stay constants: a name for the row would not.
@@ -154,12 +158,19 @@ def branch_grad_weight_kernel(
                 mask_read & (rows < H), to_accumulator, terms, HAS_RELU, HAS_NORM,
             )  # fmt: skip
             dys = dys + (transposed((dy * (rows < H).to(tl.float32)).to(dtype)),)
-        for i in tl.static_range((KY - KERNEL // 2) * DILATION, RUN_H + (KY + ROWS_KY - 1 - KERNEL // 2) * DILATION):
+        for i in tl.static_range(
+            (KY - KERNEL // 2) * DILATION, RUN_H + (KY + ROWS_KY - 1 - KERNEL // 2) * DILATION
+        ):
             y_in = y_first + i
             rows = tl.full([1, 1], y_in, tl.int32)
             for kx in tl.static_range(KERNEL):
                 x_in = x_dy + (kx - HALF) * DILATION
-                mask = ((x_in >= 0) & (x_in < W))[:, None] & (channel < ci_end)[None, :] & (rows >= 0) & (rows < H)
+                mask = (
+                    ((x_in >= 0) & (x_in < W))[:, None]
+                    & (channel < ci_end)[None, :]
+                    & (rows >= 0)
+                    & (rows < H)
+                )
                 offs_x = (x_in * stride_xw)[:, None] + channel[None, :]
                 taps = tl.load(x_ptr + n * stride_xn + ci0 + y_in * stride_xh + offs_x, mask=mask, other=0.0)
                 pixels = moved(to_accumulator, tl.trans(as_operand(taps, True)))
@@ -173,8 +184,14 @@ def branch_grad_weight_kernel(
 
     ci = chunk_ci * 16 + entry
     co = chunk_co * 16 + entry
-    mask = (entry < ci_end)[:, None] & (entry < co_end)[None, :] & ((ci // GROUP_CI)[:, None] == (co // GROUP_CO)[None, :])
-    partial_ptr += tl.program_id(1).to(tl.int64) * stride_strip + (block * CHUNKS_CO + chunk_co) * stride_block
+    mask = (
+        (entry < ci_end)[:, None]
+        & (entry < co_end)[None, :]
+        & ((ci // GROUP_CI)[:, None] == (co // GROUP_CO)[None, :])
+    )
+    partial_ptr += (
+        tl.program_id(1).to(tl.int64) * stride_strip + (block * CHUNKS_CO + chunk_co) * stride_block
+    )
     offs = entry[None, :] * GROUP_CI + (ci % GROUP_CI)[:, None]
     for tap in tl.static_range(ROWS_KY * KERNEL):
         tl.store(partial_ptr + (KY * KERNEL + tap) * (16 * GROUP_CI) + offs, dw[tap], mask=mask)

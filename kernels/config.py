@@ -86,6 +86,16 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
+class ReductionConfig:
+    """Kernels that reduce over pixels: STEPS blocks of BLOCK_P pixels x BLOCK_C channels per program."""
+
+    BLOCK_P: int
+    BLOCK_C: int
+    STEPS: int
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
 class MergedConfig(StreamConfig):
     """`merged_conv_fwd_kernel`: as `StreamConfig`, of one sample; a program walks TILES_PER_PROGRAM tiles."""
 

@@ -187,12 +187,14 @@ def tiles(
 
 
 def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
-    """Whether a kernel does `task` ("store", "pool" or "select") under `config`.
+    """Whether a kernel does `task` ("store", "train", "pool" or "select") under `config`.
 
     To select, a tile's row runs must be brought into the same order in every branch.
     """
     if task == "store":
         return True
+    if task == "train":
+        return not isinstance(config, DepthwiseConfig)
     if not isinstance(config, StreamConfig | ColumnConfig):
         return False
     spacings = blocking(shape, config).spacings if task == "select" and row_run(config) > 1 else ()

@@ -69,7 +69,14 @@ def load_terms(terms_ptr, co, mask_co, in_image, HAS_RELU: tl.constexpr, HAS_NOR
         lift += level
         if HAS_RELU:
             # dv and y are read as zero there.
-            return gain, lift, scale, tl.where(in_image, shift, float("-inf")), slope, tl.where(in_image, level, 0.0)
+            return (
+                gain,
+                lift,
+                scale,
+                tl.where(in_image, shift, float("-inf")),
+                slope,
+                tl.where(in_image, level, 0.0),
+            )
         else:
             return gain, tl.where(in_image, lift, 0.0), slope
     else:
@@ -80,7 +87,9 @@ def load_terms(terms_ptr, co, mask_co, in_image, HAS_RELU: tl.constexpr, HAS_NOR
 
 
 @triton.jit
-def row_gradient(dv_ptrs, y_ptrs, mask, to_accumulator, terms, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr):
+def row_gradient(
+    dv_ptrs, y_ptrs, mask, to_accumulator, terms, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr
+):
     """The gradient of a branch's convolution for one row of pixels, in fp32. [16, pixels]"""
     grad = as_operand(tl.load(dv_ptrs, mask=mask, other=0.0), True)
     dy = terms[0] * tl.dot(to_accumulator, tl.trans(grad)) + terms[1]

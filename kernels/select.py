@@ -7,15 +7,17 @@ import triton.language as tl
 from .config import SelectConfig
 from .geometry import cdiv
 from .launch import Launch
+from .norm import activated, load_norm, normalized
 from .tiling import widen
 
 
 @triton.jit(do_not_specialize=("PIXELS", "TILES"))
 def select_fwd_kernel(
-    u_ptr, attention_ptr, v_ptr,
+    u_ptr, attention_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, v_ptr,
     PIXELS, C, TILES,
     stride_um, stride_un, stride_up, stride_vn, stride_vc, stride_vp,
-    M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, IS_LARGE: tl.constexpr,
+    M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RELU: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_P pixels x BLOCK_C channels of one sample."""
     stride_up, stride_vc, stride_vp = widen(stride_up, stride_vc, stride_vp, IS_LARGE)
@@ -32,16 +34,30 @@ def select_fwd_kernel(
     for m in tl.static_range(M):
         a = tl.load(attention_ptr + m * C + c, mask=mask_c, other=0.0)
         u = tl.load(u_ptr + offs_u, mask=mask, other=0.0)
-        acc += u.to(tl.float32) * a[None, :]
+        mean, rstd, gamma, beta = load_norm(
+            mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, m * C + c, mask_c, HAS_NORM
+        )
+        u = activated(normalized(u, mean, rstd, HAS_NORM), gamma, beta, HAS_NORM, HAS_RELU)
+        acc += u * a[None, :]
         u_ptr += stride_um
     offs_v = (p * stride_vp)[:, None] + (c * stride_vc)[None, :]
     tl.store(v_ptr + n * stride_vn + offs_v, acc.to(v_ptr.dtype.element_ty), mask=mask)
 
 
-def select_fwd(u: torch.Tensor, attention: torch.Tensor, v: torch.Tensor, *, config: SelectConfig) -> Launch:
+def select_fwd(
+    u: torch.Tensor,
+    attention: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    norm: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+    has_relu: bool = False,
+    config: SelectConfig,
+) -> Launch:
     """Write `v [N, C, H, W]` = sum over m of `attention [N, M, C]` (fp32) times `u [M, N, H, W, C]` (contiguous).
 
-    `v` is contiguous in NCHW or channels_last: its pixels are equally spaced.
+    In training `u` holds the branches' convolutions, and the sum is over `act((u - mean) * rstd * gamma + beta)` with
+    `norm = (mean, rstd, gamma, beta)`, each `[M, C]` fp32, or None. `v` is contiguous in NCHW or channels_last: its
+    pixels are equally spaced.
     """
     m, n, h, w, c = u.shape
     if h > 1 and v.stride(2) != w * v.stride(3):
@@ -52,13 +68,15 @@ def select_fwd(u: torch.Tensor, attention: torch.Tensor, v: torch.Tensor, *, con
     last_pixel = h * w - 1
     extent = max(last_pixel * u.stride(3), last_pixel * v.stride(3) + (c - 1) * v.stride(1)) + c
     arguments = (
-        u, attention, v, h * w, c, tiles,
+        u, attention, *(norm or (attention,) * 4), v, h * w, c, tiles,
         u.stride(0), u.stride(1), u.stride(3), v.stride(0), v.stride(1), v.stride(3),
     )  # fmt: skip
     constexprs = {
         "M": m,
         "BLOCK_P": config.BLOCK_P,
         "BLOCK_C": config.BLOCK_C,
+        "HAS_NORM": norm is not None,
+        "HAS_RELU": has_relu,
         "IS_LARGE": extent >= 2**31,
     }
     grid = (n * tiles, cdiv(c, config.BLOCK_C))

@@ -6,6 +6,7 @@ from .backend import use_backend
 from .dispatch import can_run_triton
 from .explanation import explain
 from .layers import SelectiveKernel, SKConv
+from .save import save_for_backward
 from .spec import BranchSpec, SKSpec
 from .tuning.ranks import sync_configs
 
@@ -19,6 +20,7 @@ __all__ = [
     "__version__",
     "can_run_triton",
     "explain",
+    "save_for_backward",
     "sync_configs",
     "use_backend",
 ]

@@ -22,6 +22,7 @@ from .kernels.config import (
     DepthwiseConfig,
     GateConfig,
     MergedConfig,
+    ReductionConfig,
     ResidentConfig,
     SelectConfig,
     StreamConfig,
@@ -77,7 +78,7 @@ def branch_config(
     *,
     task: str = "store",
 ) -> BranchConfig:
-    """Config for the branches of `shape` on a batch of `n` outputs of `h` x `w` pixels, to "store", "pool" or "select".
+    """Config for the branches of `shape` on a batch of `n` outputs of `h` x `w` pixels, to "store", "train", "pool" or "select".
 
     One that stores where no kernel does the task: `kernels.geometry.can_run` tells.
     """
@@ -127,6 +128,18 @@ def select_config(pixels: int, c: int) -> SelectConfig:
     return SelectConfig(BLOCK_P=min(4096 // block_c, max(1, next_power_of_2(pixels))), BLOCK_C=block_c)
 
 
+def reduction_config(pixels: int, c: int) -> ReductionConfig:
+    """Config for sums over the `pixels` pixels of a sample: up to 16384 elements per program, 1024 at a time.
+
+    One warp: what its threads share at the end are sums of four pixels, where more would go through shared memory.
+    """
+    block_c = min(64, next_power_of_2(c))
+    block_p = min(1024 // block_c, next_power_of_2(pixels))
+    return ReductionConfig(
+        BLOCK_P=block_p, BLOCK_C=block_c, STEPS=min(16, cdiv(pixels, block_p)), num_warps=1
+    )
+
+
 def _shares_row(shape: ConvShape) -> bool:
     """Whether neighbouring outputs of a run read the same input pixels but one, so that runs along a row pay."""
     return all(step == 1 for step in blocking(shape, TapConfig(16, 16, 1, 1)).steps)
@@ -155,6 +168,9 @@ def _stream_candidates(
         # The sums of two branches are alive together.
         longest = min(longest, 7)
         is_paired = is_paired and chip.name in PAIRED_SELECT_CHIPS
+    elif task == "train":
+        # Of each branch, three sums of every output of a run are alive.
+        is_paired = False
     return [
         StreamConfig(
             BLOCK_CI=block,
@@ -182,6 +198,8 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
     group = max(shape.c_in, shape.c_out) // shape.groups
     block = max(16, next_power_of_2(group))
     candidates: list[BranchConfig] = []
+    # Selecting keeps two branches' outputs alive, training three sums of each.
+    is_scarce = task in ("select", "train")
     for run_h, pixels, block_n, block_w in product(
         (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), _pixel_counts(chip), (1, 2), (8, 16)
     ):
@@ -191,13 +209,13 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
         registers = run_h * block * pixels // 32
         is_whole = run_h == h and shape.stride == 1 and pixels == block_n * block_w
         # A long column pays where it is the whole image; elsewhere the usual lengths do.
-        most = COLUMN_REGISTERS[block, task == "select" or chip.name in SPILLING_CHIPS]
-        if block == 32 and task == "select" and chip.name in SPILLING_CHIPS:
+        most = COLUMN_REGISTERS[block, is_scarce or chip.name in SPILLING_CHIPS]
+        if block == 32 and is_scarce and chip.name in SPILLING_CHIPS:
             most //= 2
         if registers > most or (not is_whole and (run_h > 8 or run_h in (3, 5, 6))):
             continue
         if block == 32:
-            is_unrolled = task != "select" and chip.name not in SPILLING_UNROLLED_CHIPS
+            is_unrolled = not is_scarce and chip.name not in SPILLING_UNROLLED_CHIPS
         else:
             is_unrolled = registers <= UNROLLED_REGISTERS and chip.name not in SPILLING_CHIPS
             # The rows between those of a strided output are held as well, and pooling or selecting takes registers too.
@@ -210,7 +228,7 @@ def _column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[
                 BLOCK_H=pixels // block_n // block_w,
                 BLOCK_W=block_w,
                 RUN_H=run_h,
-                ROWS=8 if task != "select" and (is_unrolled or block == 32) else 4,
+                ROWS=8 if not is_scarce and (is_unrolled or block == 32) else 4,
                 UNROLL=is_unrolled,
             )
         )
@@ -322,7 +340,7 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
             tiles_of_one.append(replace(config, UNROLL=False))
     if not tiles_of_one:
         return None
-    branch = min(tiles_of_one, key=lambda config: _cost(config, shape, n, h, w, chip, "select"))
+    branch = min(tiles_of_one, key=lambda config: branch_cost(config, shape, n, h, w, chip, "select"))
     block_d = max(16, next_power_of_2(workload.spec.gate_width))
     if block_d > MAX_RESIDENT_DESCRIPTOR:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -10,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, training
 from .backend import current_schedule
 from .chips import CHIPS, chip_of, pinned
 from .environment import triton_version
@@ -21,8 +22,10 @@ from .plans import eager_passes, fastest_plan, plan_schedule
 from .precision import allows_tf32
 from .reasons import state_reason, tracing_reason, unit_reason
 from .replay import Record
+from .save import Save
 from .schedules import cpu_folded, cpu_merged
 from .spec import SKSpec
+from .training_plan import plan_training
 from .tuning.ranks import pinning_reason
 from .workload import Workload
 
@@ -34,12 +37,9 @@ _KERNELS = "the kernels"
 
 def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[bool, str]:
     """Whether the Triton kernels can run the unit on `x`; if not, the reason (else "")."""
-    reason = (
-        tracing_reason(_KERNELS)
-        or _device_reason(x)
-        or unit_reason(spec, _KERNELS)
-        or state_reason(x, branches, gate, _KERNELS)
-    )
+    reason = _inference_reason(x, branches, gate, spec)
+    if reason and training.is_training(x, branches, gate):
+        reason = _training_reason(x, branches, gate, spec)
     return not reason, reason
 
 
@@ -63,21 +63,36 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
         return _reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes the reference', reason)
     if backend == "auto" and not torch.compiler.is_compiling() and is_interpreted():
         return _reference_plan(x.dtype, spec, 'TRITON_INTERPRET is set, where "auto" takes the reference')
-    can_run, reason = can_run_triton(x, branches, gate, spec)
-    if can_run and backend == "auto":
+    reason = _inference_reason(x, branches, gate, spec)
+    if reason and training.is_training(x, branches, gate):
+        reason = _training_reason(x, branches, gate, spec)
+        if not reason:
+            return _training_plan(x, spec)
+    if not reason and backend == "auto":
         reason = slower_reason(spec)
     if not reason:
-        n, _, h_in, w_in = x.shape
-        chip = chip_of(x.device)
-        assert chip is not None
-        if chip.gpu and pinning_reason():
-            chip = pinned(chip)
-        workload = Workload(spec, n, h_in, w_in, x.dtype, chip, allows_tf32(), x.stride(1) != 1)
+        workload = workload_of(x, spec)
         schedule = current_schedule()
         return plan_schedule(schedule, workload) if schedule is not None else fastest_plan(workload)
     if backend == "triton":
         raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
     return _reference_plan(x.dtype, spec, reason)
+
+
+def workload_of(x: Tensor, spec: SKSpec) -> Workload:
+    """What a call with `x`, on a device that the kernels support, has to compute."""
+    n, _, h_in, w_in = x.shape
+    chip = chip_of(x.device)
+    assert chip is not None
+    if chip.gpu and pinning_reason():
+        chip = pinned(chip)
+    return Workload(spec, n, h_in, w_in, x.dtype, chip, allows_tf32(), x.stride(1) != 1)
+
+
+def _training_plan(x: Tensor, spec: SKSpec) -> Plan:
+    if torch.compiler.is_compiling():  # the operator plans when it runs
+        return Plan("triton", "train", math.nan, x.dtype)
+    return plan_training(workload_of(x, spec))
 
 
 def run(
@@ -88,8 +103,11 @@ def run(
     spec: SKSpec,
     cache: PackCache | None,
     record: Record | None = None,
+    save: Save = "branches",
 ) -> Tensor:
     """Run a plan whose backend is "triton" or "torch"; `record` takes note of launches that can be started again."""
+    if plan.schedule == "train":
+        return training.run(x, branches, gate, spec, save)
     if plan.backend == "triton":
         from . import launching  # imports Triton
 
@@ -110,25 +128,58 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _device_reason(x: Tensor) -> str:
+def _inference_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> str:
+    return (
+        tracing_reason(_KERNELS)
+        or _device_reason(x.device, x.dtype)
+        or unit_reason(spec, _KERNELS)
+        or state_reason(x, branches, gate, _KERNELS)
+    )
+
+
+def _training_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> str:
+    return (
+        tracing_reason(_KERNELS, is_operator=True)
+        or _device_reason(x.device, x.dtype)
+        or unit_reason(spec, _KERNELS)
+        or state_reason(x, branches, gate, _KERNELS, is_training=True)
+        or _schedule_reason()
+    )
+
+
+def _schedule_reason() -> str:
+    schedule = None if torch.compiler.is_compiling() else current_schedule()
+    if schedule is None:
+        return ""
+    return (
+        f"schedule {schedule!r} is for inference, but gradients are enabled or a norm uses batch statistics "
+        "(layer.eval() with torch.no_grad())"
+    )
+
+
+def _device_reason(device: torch.device, dtype: torch.dtype) -> str:
     if not has_triton():
         return "Triton is not installed (pip install triton)"
-    if x.dtype not in DTYPES:
-        return f"x has dtype {x.dtype}; the kernels take float16, bfloat16 and float32"
-    if is_interpreted() and x.dtype == torch.bfloat16:
+    if dtype not in DTYPES:
+        return f"x has dtype {dtype}; the kernels take float16, bfloat16 and float32"
+    if is_interpreted() and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bit patterns of bfloat16; take float16 or float32 there"
-    if x.device.type == "cpu":
+    if device.type == "cpu":
         if not is_interpreted():
             return 'x is on "cpu"; the kernels need a GPU, or TRITON_INTERPRET=1 to run interpreted'
         return ""
-    if x.device.type != "cuda":
-        return f'x is on "{x.device.type}"; the kernels run on CUDA and ROCm GPUs'
-    if chip_of(x.device) is None:
-        name = torch.cuda.get_device_name(x.device)
+    if device.type != "cuda":
+        return f'x is on "{device.type}"; the kernels run on CUDA and ROCm GPUs'
+    if chip_of(device) is None:
+        name = torch.cuda.get_device_name(device)
         return f"{name} is not supported; supported are {', '.join(CHIPS)}"
     if torch.version.hip and triton_version() < (3, 5):
         return f"Triton {'.'.join(map(str, triton_version()))} does not compile the kernels for AMD; 3.5 and later do"
     return ""
+
+
+# What ``torch.compiler.assume_constant_result`` does; that imports Dynamo, and with it Triton, at once.
+_device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @lru_cache

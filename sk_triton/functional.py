@@ -13,6 +13,7 @@ from .checks import check_input, check_params
 from .packing import PackCache
 from .params import Branch, Gate
 from .replay import Record
+from .save import Save, check_save, scoped_save
 from .spec import SKSpec
 
 
@@ -24,6 +25,7 @@ def sk_conv(
     *,
     cache: PackCache | None = None,
     record: Record | None = None,
+    save: Save | None = None,
 ) -> Tensor:
     """Selective-kernel convolution (Li et al., CVPR 2019), equivalent to ``sk_triton.reference.sk_conv``.
 
@@ -36,13 +38,16 @@ def sk_conv(
         spec: the unit's description.
         cache: packed weights to reuse from call to call with the same parameters; None packs them anew.
         record: called with the launches of a call that can be started again, see :mod:`.replay`.
+        save: what schedule "train" saves for the backward pass, see :func:`.save.save_for_backward`, which goes before
+            it; None is "branches". The reference saves what its operators save.
 
     Returns:
         ``[N, out_channels, H', W']`` in the memory format of x.
 
     Raises:
         TypeError: x is no tensor, or dtypes are mixed or not floating.
-        ValueError: wrong rank, channels, sizes, shapes or devices, or parts that ``spec`` does not describe.
+        ValueError: wrong rank, channels, sizes, shapes or devices, parts that ``spec`` does not describe, or batch
+            statistics of one value per channel.
         RuntimeError: ``use_backend("triton")`` or ``use_backend("torch")`` where it cannot run; the message holds
             the reason.
     """
@@ -51,15 +56,16 @@ def sk_conv(
     check_params(x, branches, gate, spec, autocast)
     if autocast is not None:
         x = x.to(autocast)
+    save = scoped_save() or check_save(save or "branches")
     plan = dispatch.choose(x, branches, gate, spec, backend=current_backend())
     if plan.backend == "reference" or x.shape[0] == 0:
         v = reference.sk_conv(x, branches, gate, spec)
         # A norm or an activation of the user's may leave the autocast dtype.
         return v if autocast is None else v.to(autocast)
     if autocast is None:
-        return dispatch.run(plan, x, branches, gate, spec, cache, record)
+        return dispatch.run(plan, x, branches, gate, spec, cache, record, save)
     with torch.autocast(x.device.type, enabled=False):  # sums stay in float32
-        return dispatch.run(plan, x, branches, gate, spec, cache)
+        return dispatch.run(plan, x, branches, gate, spec, cache, save=save)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

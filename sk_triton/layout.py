@@ -23,3 +23,12 @@ def with_adjacent_channels(x: Tensor) -> Tensor:
     x = x.contiguous(memory_format=torch.channels_last)
     # The stride of a single channel is arbitrary.
     return x.as_strided(x.shape, (x.stride(0), 1, x.stride(2), x.stride(3)))
+
+
+def with_spaced_pixels(dv: Tensor) -> Tensor:
+    """dv itself where its channels are adjacent and its pixels equally spaced, else a channels_last copy."""
+    _, _, height, width = dv.shape
+    pixel_stride = dv.stride(3) if width > 1 else dv.stride(2)
+    if dv.stride(1) == 1 and pixel_stride > 0 and (height == 1 or dv.stride(2) == width * pixel_stride):
+        return dv
+    return with_adjacent_channels(dv.contiguous(memory_format=torch.channels_last))

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         BranchConfig,
         GateConfig,
         MergedConfig,
+        ReductionConfig,
         ResidentConfig,
         SelectConfig,
     )
@@ -52,13 +53,14 @@ class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store", "recompute", "merged" or "resident"; "torch" and "folded" or "merged";
-            or "reference" and "eager".
+        backend, schedule: "triton" and "store", "recompute", "merged", "resident" or "train"; "torch" and "folded" or
+            "merged"; or "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None where there are none.
         sources: where the configs are from, one for each lookup.
+        reduction: config of the launches of "train" that reduce over pixels, else None.
         merged_launch: shapes and configs of the Triton schedule "merged", else None.
         resident: config of the Triton schedule "resident", else None.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
@@ -75,6 +77,7 @@ class Plan:
     gate: GateConfig | None = None
     select: SelectConfig | None = None
     sources: tuple[Source, ...] = ()
+    reduction: ReductionConfig | None = None
     merged_launch: MergedLaunch | None = None
     resident: ResidentConfig | None = None
     has_relu: bool = False

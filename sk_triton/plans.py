@@ -124,7 +124,7 @@ def _unmeasured_reason(workload: Workload) -> str:
 def plan_store(workload: Workload) -> Plan:
     """The plan of schedule "store", which runs every unit."""
     branches = [
-        _branch_launch(workload, start, stop, shape, "store")
+        branch_launch(workload, start, stop, shape, "store")
         for start, stop, shape in conv_shapes(workload.spec)
     ]
     plan = _plan("store", workload, len(branches), 2 * workload.spec.num_branches + 1, tuple(branches))
@@ -137,7 +137,7 @@ def _plan_recompute(workload: Workload) -> Plan | str:
     shapes = conv_shapes(workload.spec)
     if len(shapes) > 1:
         return "the branches differ in groups, and one launch must hold them all to select"
-    branches = tuple(_branch_launch(workload, *shapes[0], task) for task in ("pool", "select"))
+    branches = tuple(branch_launch(workload, *shapes[0], task) for task in ("pool", "select"))
     for launch in branches:
         if not can_run(launch.task, launch.shape, launch.config):
             return (
@@ -243,7 +243,8 @@ def conv_shapes(spec: SKSpec) -> list[tuple[int, int, ConvShape]]:
     return shapes
 
 
-def _branch_launch(workload: Workload, start: int, stop: int, shape: ConvShape, task: str) -> BranchLaunch:
+def branch_launch(workload: Workload, start: int, stop: int, shape: ConvShape, task: str) -> BranchLaunch:
+    """Branches `start` to `stop` in a launch that does `task`, with the config that is looked up for it."""
     config, source = launches.branch_config(workload, shape, task)
     return BranchLaunch(start, stop, shape, config, source, task)
 

@@ -21,9 +21,11 @@ _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 _PLAIN = (Tensor, nn.Parameter)
 
 
-def tracing_reason(who: str) -> str:
-    """A transformation of PyTorch's is active; asked before sizes are looked at."""
+def tracing_reason(who: str, *, is_operator: bool = False) -> str:
+    """A transformation of PyTorch's is active; asked before sizes are looked at. `is_operator`: compiling is none."""
     if torch.compiler.is_compiling():
+        if is_operator:
+            return ""
         return f"torch.compile is tracing; {who} are not registered as operators yet"
     if torch.jit.is_tracing():
         return f"torch.jit is tracing; {who} are not registered as operators"
@@ -43,37 +45,42 @@ def unit_reason(spec: SKSpec, who: str) -> str:
     return ""
 
 
-def norm_reason(norm: object, who: str) -> str:
+def norm_reason(norm: object, who: str, *, is_training: bool = False) -> str:
     """The norm does not fold into the convolution before it; the reason lacks its subject, the norm's name."""
     if type(norm) not in FOLDABLE_NORMS:
-        return f"is a {type(norm).__name__}; {who} fold BatchNorm2d and SyncBatchNorm"
+        verb = "compute" if is_training else "fold"
+        return f"is a {type(norm).__name__}; {who} {verb} BatchNorm2d and SyncBatchNorm"
+    if is_training:
+        return ""
     assert isinstance(norm, nn.Module)
     if norm.training or norm._buffers["running_mean"] is None or norm._buffers["running_var"] is None:
         return f"uses batch statistics; {who} are for inference (layer.eval())"
     return ""
 
 
-def state_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, who: str) -> str:
-    """A part of the unit, or the call, is not one of plain inference."""
+def state_reason(
+    x: Tensor, branches: Sequence[Branch], gate: Gate, who: str, *, is_training: bool = False
+) -> str:
+    """A part of the unit, or the call, is not one of plain inference; with `is_training`, nor one of training."""
     # Asked at every call: nothing is formatted before there is a reason.
     for m, branch in enumerate(branches):
-        if reason := _part_reason(branch.norm, branch.act, who) or _branch_reason(branch, who):
+        if reason := _part_reason(branch.norm, branch.act, who, is_training) or _branch_reason(branch, who):
             return f"branches[{m}].{reason}"
-    if reason := _part_reason(gate.norm, gate.act, who):
+    if reason := _part_reason(gate.norm, gate.act, who, is_training):
         return f"gate.{reason}"
-    tensors = [x, *_tensors(branches, gate)]
+    tensors = [x, *tensors_of(branches, gate)]
     for tensor in tensors:
         if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
             name = "x" if tensor is x else "a parameter"
             kind = type(tensor).__name__ if tensor.layout is torch.strided else tensor.layout
             return f"{name} is a {kind}; {who} take plain strided tensors"
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if not is_training and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return f"gradients are enabled; {who} are forward only (torch.no_grad() or torch.inference_mode())"
     return ""
 
 
-def _part_reason(norm: object, act: object, who: str) -> str:
-    if norm is not None and (reason := norm_reason(norm, who)):
+def _part_reason(norm: object, act: object, who: str, is_training: bool) -> str:
+    if norm is not None and (reason := norm_reason(norm, who, is_training=is_training)):
         return f"norm {reason}"
     for name, module in (("norm", norm), ("act", act)):
         if isinstance(module, nn.Module) and (module._forward_hooks or module._forward_pre_hooks):
@@ -90,11 +97,12 @@ def _branch_reason(branch: Branch, who: str) -> str:
     if type(drop) not in _DROPS:
         return f"drop is a {type(drop).__name__}; {who} know it for no identity"
     if drop.training:  # type: ignore[attr-defined]
-        return f"drop is active; {who} are for inference (layer.eval())"
+        return f"drop is active; {who} have no random numbers (layer.eval())"
     return ""
 
 
-def _tensors(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
+def tensors_of(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
+    """Parameters and buffers of a unit."""
     tensors = [gate.reduce_weight, gate.reduce_bias, *gate.select_weight, *(gate.select_bias or ())]
     norms = [gate.norm]
     for branch in branches:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import KW_ONLY, dataclass, field
+import json
+from dataclasses import KW_ONLY, dataclass, field, fields
+from functools import lru_cache
 
 
 def require_int(name: str, value: object, minimum: int = 1) -> None:
@@ -126,6 +128,7 @@ class SKSpec:
         num_branches: M.
         branch_in_channels: channels that each branch reads: ``in_channels``, over M with ``split_input``.
         weight_shapes: shape of each branch's weight, ``[out_channels, branch_in_channels / groups, k, k]``.
+        encoded: the spec as text, for operators, which take no objects: :meth:`decode`.
 
     Raises:
         TypeError: an argument of the wrong type.
@@ -150,6 +153,7 @@ class SKSpec:
     num_branches: int = field(init=False, repr=False, compare=False)
     branch_in_channels: int = field(init=False, repr=False, compare=False)
     weight_shapes: tuple[tuple[int, int, int, int], ...] = field(init=False, repr=False, compare=False)
+    encoded: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_int("in_channels", self.in_channels)
@@ -184,6 +188,17 @@ class SKSpec:
         object.__setattr__(self, "num_branches", M)
         object.__setattr__(self, "branch_in_channels", branch_in)
         object.__setattr__(self, "weight_shapes", shapes)
+        values = {item.name: getattr(self, item.name) for item in fields(self) if item.init}
+        values["branches"] = [(b.kernel_size, b.dilation, b.groups) for b in self.branches]
+        object.__setattr__(self, "encoded", json.dumps(values))
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def decode(encoded: str) -> SKSpec:
+        """The spec of an ``encoded`` text."""
+        values = json.loads(encoded)
+        values["branches"] = tuple(BranchSpec(*branch) for branch in values["branches"])
+        return SKSpec(**values)
 
     @property
     def is_linear(self) -> bool:

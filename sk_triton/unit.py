@@ -10,15 +10,22 @@ from . import functional
 from .packing import PackCache
 from .params import Branch, Gate
 from .replay import Replays
+from .save import Save
 from .spec import SKSpec
 
 Unit = TypeVar("Unit", bound="SKUnit")
 
 
 class SKUnit(nn.Module):
-    """What both layers share: the forward through :func:`sk_triton.functional.sk_conv` and the cache."""
+    """What both layers share: the forward through :func:`sk_triton.functional.sk_conv` and the cache.
+
+    Attributes:
+        save: "branches" or "input", what this layer saves for the backward pass where the kernels train it; None, the
+            default, is "branches". See :func:`sk_triton.save_for_backward`, which goes before it.
+    """
 
     spec: SKSpec
+    save: Save | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +47,7 @@ class SKUnit(nn.Module):
             return v
         record = self._replays.recorder(self, x)
         return functional.sk_conv(
-            x, self.branches(), self.gate(), self.spec, cache=self._cache, record=record
+            x, self.branches(), self.gate(), self.spec, cache=self._cache, record=record, save=self.save
         )
 
     def fuse(self: Unit) -> Unit:

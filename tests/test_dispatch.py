@@ -49,10 +49,9 @@ def test_can_run_interpreted(x):
     [
         (lambda m, x: (m.double(), x.double()), "x has dtype torch.float64; the kernels take float16"),
         (lambda m, x: (m.bfloat16(), x.bfloat16()), "interpreter multiplies the bit patterns of bfloat16"),
-        (lambda m, x: (m.train(), x), r"branches\[0\].norm uses batch statistics; .*layer.eval\(\)"),
         (lambda m, x: (layer(act_layer=nn.SiLU), x), "branch_act is SiLU; the kernels compute relu and identity"),
         (lambda m, x: (layer(norm_layer=nn.InstanceNorm2d), x), r"branches\[0\].norm is a InstanceNorm2d"),
-        (lambda m, x: (layer(drop_layer=nn.Dropout).train(), x), "batch statistics"),
+        (lambda m, x: (layer(drop_layer=nn.Dropout).train(), x), "drop is active"),
         (lambda m, x: (m, x.to("meta")), 'x is on "meta"'),
         (lambda m, x: (m, x.as_subclass(type("Sub", (torch.Tensor,), {}))), "x is a Sub; the kernels take"),
     ],
@@ -73,7 +72,7 @@ def test_active_drop_is_refused(x):
         if dispatch.is_interpreted():
             assert (
                 reason(module, x)
-                == "branches[1].drop is active; the kernels are for inference (layer.eval())"
+                == "branches[1].drop is active; the kernels have no random numbers (layer.eval())"
             )
 
 
@@ -140,19 +139,20 @@ def test_default_dtype_does_not_matter(x):
 
 
 @pytest.mark.interpret
-def test_gradients_are_refused_and_inference_is_not(x):
+def test_gradients_take_the_schedule_of_training_and_no_other(x):
     module = layer()
-    with (
-        use_backend("triton"),
-        pytest.raises(RuntimeError, match="gradients are enabled; the kernels are forward only"),
-    ):
+    with use_backend("triton"):
+        assert "schedule  train" in str(explain(module, x))
+        assert module(x).requires_grad
+    why = "schedule 'store' is for inference, but gradients are enabled"
+    with use_backend("triton", schedule="store"), pytest.raises(RuntimeError, match=why):
         module(x)
     for parameter in module.parameters():
         parameter.requires_grad_(False)
     with use_backend("triton"):
+        assert "schedule  train" not in str(explain(module, x))
         assert not module(x).requires_grad
-        with pytest.raises(RuntimeError, match="gradients are enabled"):
-            module(x.requires_grad_())
+        assert module(x.requires_grad_()).requires_grad
 
 
 @pytest.mark.interpret
@@ -188,7 +188,7 @@ def test_auto_leaves_wide_groups_to_the_library(x, monkeypatch):
             self.stride = tensor.stride
 
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
-    monkeypatch.setattr(dispatch, "can_run_triton", lambda *args: (True, ""))
+    monkeypatch.setattr(dispatch, "_inference_reason", lambda *args: "")
     monkeypatch.setattr(dispatch, "chip_of", lambda device: SM_90)
     plan = choose(wide, "auto")
     assert plan.backend == "reference"
@@ -286,17 +286,15 @@ def test_small_batches_get_shorter_runs():
 
 
 def test_amd_needs_triton_3_5(monkeypatch):
-    class FakeRocm:
-        dtype, device = torch.float16, torch.device("cuda")
-
+    rocm = torch.device("cuda"), torch.float16
     monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
     monkeypatch.setattr(dispatch, "chip_of", lambda device: CHIPS["gfx942"])
     monkeypatch.setattr(torch.version, "hip", "6.4")
     monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 4))
-    assert dispatch._device_reason(FakeRocm()) == (
+    assert dispatch._device_reason(*rocm) == (
         "Triton 3.4 does not compile the kernels for AMD; 3.5 and later do"
     )
     monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 5))
-    assert dispatch._device_reason(FakeRocm()) == ""
+    assert dispatch._device_reason(*rocm) == ""
     assert not dispatch.allows_tf32()

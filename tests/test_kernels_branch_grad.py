@@ -45,7 +45,8 @@ def make(shape, n, h, w, dtype):
     """x, dv `[N, C, H, W]`, y `[M, N, H, W, C]`, weights, attention `[N, M, C]`, g `[N, C]`, norm statistics `[6, M, C]`."""
     m, c = len(shape.kernels), shape.c_out
     x, dv = (
-        torch.randn(n, channels, h, w).to(dtype).to(memory_format=torch.channels_last) for channels in (shape.c_in, c)
+        torch.randn(n, channels, h, w).to(dtype).to(memory_format=torch.channels_last)
+        for channels in (shape.c_in, c)
     )
     y = (torch.randn(m, n, h, w, c) + 0.5).to(dtype)
     fan_in = shape.c_in // shape.groups
@@ -72,7 +73,9 @@ def run(x, dv, y, weights, terms, shape, config, *, has_relu):
     from sk_triton.kernels.branch_grad import branch_grad, reduce_weight_grad
 
     n, c, h, w = x.shape
-    guarded = torch.full((n + 2, c, h + 2, w + 2), math.nan, dtype=x.dtype).to(memory_format=torch.channels_last)
+    guarded = torch.full((n + 2, c, h + 2, w + 2), math.nan, dtype=x.dtype).to(
+        memory_format=torch.channels_last
+    )
     dx = guarded[1:-1, :, 1:-1, 1:-1]
     partial = torch.full(partial_shape(shape, config, n, h, w), math.nan)
     dw = [torch.full(weight.shape, math.nan) for weight in weights]
@@ -85,7 +88,9 @@ def run(x, dv, y, weights, terms, shape, config, *, has_relu):
         is_small = sum(t.untyped_storage().nbytes() for t in tensors) < 2**22
         with (
             exact_bfloat16() if x.dtype == torch.bfloat16 else contextlib.nullcontext(),
-            Meter({str(i): t for i, t in enumerate(tensors)}).watch() if is_small else contextlib.nullcontext(),
+            Meter({str(i): t for i, t in enumerate(tensors)}).watch()
+            if is_small
+            else contextlib.nullcontext(),
         ):
             launch()
     assert guarded.isfinite().sum() <= dx.numel(), "the kernel wrote outside of dx"
@@ -115,7 +120,9 @@ def eager(x, dv, y, weights, attention, g, statistics, shape, dtype, *, has_relu
     return dx, dw
 
 
-def check(case, *, has_relu=True, has_norm=True, make=make, change=lambda x, dv: (x, dv), dtype=torch.float16):
+def check(
+    case, *, has_relu=True, has_norm=True, make=make, change=lambda x, dv: (x, dv), dtype=torch.float16
+):
     shape, config, *size = case
     x, dv, y, weights, attention, g, statistics = make(shape, *size, dtype)
     x, dv = change(x, dv)
@@ -212,10 +219,14 @@ def test_passes_over_memory(name, x, dv, others):
     packed = pack_grad_weights(tensors[3], shape, config, torch.float16)
     dx, partial = torch.empty_like(tensors[0]), torch.empty(partial_shape(shape, config, n, h, w))
     terms = terms_of(*tensors[4:], has_norm=True)
-    launches = branch_grad(*tensors[:3], terms, packed, dx, partial, shape=shape, has_relu=True, config=config)
+    launches = branch_grad(
+        *tensors[:3], terms, packed, dx, partial, shape=shape, has_relu=True, config=config
+    )
     found = {"x": 0.0, "dv": 0.0, "y": 0.0, "dx": 0.0}
     for launch in launches:
-        with Meter(dict(zip(found, (*tensors[:3], dx), strict=True)) | _rest(launch, (*tensors[:3], dx))).watch() as rows:
+        with Meter(
+            dict(zip(found, (*tensors[:3], dx), strict=True)) | _rest(launch, (*tensors[:3], dx))
+        ).watch() as rows:
             launch()
         for row in rows:
             if row.tensor in found:
@@ -262,4 +273,13 @@ def test_channels_that_are_not_adjacent_are_refused(name):
         tensors[name] = tensors[name].contiguous()
     unused = tensors["x"]
     with pytest.raises(ValueError, match=f"{name} must have adjacent channels"):
-        branch_grad(**tensors, terms=unused, w=unused, dx=unused, partial=unused, shape=shape, has_relu=True, config=config)
+        branch_grad(
+            **tensors,
+            terms=unused,
+            w=unused,
+            dx=unused,
+            partial=unused,
+            shape=shape,
+            has_relu=True,
+            config=config,
+        )

@@ -37,3 +37,23 @@ def assert_errs_like_eager(actual: Tensor, eager: Tensor, exact: Tensor) -> None
     allowed = ERROR_FACTOR * max((eager.double() - exact).abs().max().item(), ulp)
     error = (actual.double() - exact).abs().max().item()
     assert error <= allowed, f"error {error:.3e} above {allowed:.3e} in {actual.dtype}"
+
+
+def assert_typical_errors_like_eager(samples: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """The error rule on the root mean square over many results: where a norm over a handful of samples amplifies every
+    rounding, the largest error of any one tensor is a matter of chance. A wrong gradient is wrong by far more.
+
+    Each sample is ``(actual, eager, exact)``, and counts in units of its largest exact value.
+    """
+    sums, size = [0.0, 0.0], 0
+    for actual, eager, exact in samples:
+        assert actual.dtype == eager.dtype
+        assert actual.shape == eager.shape == exact.shape
+        assert torch.equal(actual.isfinite(), exact.isfinite()), "finite where float64 is not, or the reverse"
+        scale = max(exact.abs().max().item(), torch.finfo(actual.dtype).tiny)
+        for i, value in enumerate((actual, eager)):
+            sums[i] += ((value.double() - exact) / scale).square().sum().item()
+        size += exact.numel()
+    error, allowed = ((total / size) ** 0.5 for total in sums)
+    allowed = ERROR_FACTOR * max(allowed, torch.finfo(samples[0][0].dtype).eps)
+    assert error <= allowed, f"typical error {error:.3e} above {allowed:.3e} in {samples[0][0].dtype}"

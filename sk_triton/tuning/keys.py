@@ -55,6 +55,7 @@ KINDS = {
         Kind("branch_store", FORWARD, "branch_conv", _BRANCH, "store"),
         Kind("branch_pool", FORWARD, "branch_conv", _BRANCH, "pool"),
         Kind("branch_select", FORWARD, "branch_conv", _BRANCH, "select"),
+        Kind("branch_train", FORWARD, "branch_conv", _BRANCH, "train"),
         Kind("gate", FORWARD, "gate", (GateConfig,)),
         Kind("select", FORWARD, "select", (SelectConfig,)),
         Kind("border_sums", FORWARD, "border_sums", (BorderConfig,)),

@@ -1,0 +1,117 @@
+"""Statistics of the branches' convolutions over a batch: by tiles, then combined in a fixed order."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import ReductionConfig
+from .geometry import cdiv
+from .launch import Launch
+from .norm import join_moments, lane_moments
+
+
+@triton.jit(do_not_specialize=("ROWS", "TILES"))
+def tile_moments_fwd_kernel(
+    y_ptr, moments_ptr,
+    ROWS, C, TILES, stride_ym,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """One branch over a tile of STEPS * BLOCK_P pixels, for BLOCK_C channels."""
+    tile = tl.program_id(0)
+    m = tl.program_id(2).to(tl.int64)
+    offs_p = tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = c < C
+    first = tile.to(tl.int64) * (STEPS * BLOCK_P)
+    left = tl.minimum(ROWS - first, STEPS * BLOCK_P).to(tl.int32)
+    y_ptr += m * stride_ym + first * C
+    offs = offs_p[:, None] * C + c[None, :]
+    pivot = tl.load(y_ptr + offs, mask=(offs_p < left)[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
+    total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    squares = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+    for step in range(1, STEPS):
+        mask = (step * BLOCK_P + offs_p < left)[:, None] & mask_c[None, :]
+        y = tl.load(y_ptr + step * BLOCK_P * C + offs, mask=mask, other=0.0).to(tl.float32)
+        away = tl.where(mask, y - pivot, 0.0)
+        total += away
+        squares += away * away
+    count = tl.maximum((left - offs_p + BLOCK_P - 1) // BLOCK_P, 0).to(tl.float32)
+    count = tl.broadcast_to(count[:, None], [BLOCK_P, BLOCK_C])
+    mean, m2 = lane_moments(pivot, total, squares, count)
+    mean, m2, count = join_moments(mean, m2, count, 0)
+    moments_ptr += (m * 3 * TILES + tile) * C + c
+    stride_part = TILES.to(tl.int64) * C
+    tl.store(moments_ptr, count, mask=mask_c)
+    tl.store(moments_ptr + stride_part, mean, mask=mask_c)
+    tl.store(moments_ptr + 2 * stride_part, m2, mask=mask_c)
+
+
+@triton.jit(do_not_specialize=("ROWS", "TILES"))
+def combine_moments_fwd_kernel(
+    moments_ptr, mean_ptr, var_ptr,
+    ROWS, C, TILES,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Mean and biased variance of one branch from the moments of its tiles, BLOCK_T tiles at a time."""
+    m = tl.program_id(1).to(tl.int64)
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = c < C
+    stride_part = TILES.to(tl.int64) * C
+    count_ptr = moments_ptr + m * 3 * stride_part
+    # From one tile's mean on: a large mean costs no digits.
+    pivot = tl.load(count_ptr + stride_part + c, mask=mask_c, other=0.0)[None, :]
+    total = tl.zeros([BLOCK_C], tl.float32)
+    for t0 in range(0, TILES, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        offs = t.to(tl.int64)[:, None] * C + c[None, :]
+        mask = (t < TILES)[:, None] & mask_c[None, :]
+        count = tl.load(count_ptr + offs, mask=mask, other=0.0)
+        tile_mean = tl.load(count_ptr + stride_part + offs, mask=mask, other=0.0)
+        total += tl.sum(tl.where(mask, count * (tile_mean - pivot), 0.0), axis=0)
+    mean = pivot + (total / ROWS)[None, :]
+    m2 = tl.zeros([BLOCK_C], tl.float32)
+    for t0 in range(0, TILES, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        offs = t.to(tl.int64)[:, None] * C + c[None, :]
+        mask = (t < TILES)[:, None] & mask_c[None, :]
+        count = tl.load(count_ptr + offs, mask=mask, other=0.0)
+        away = tl.load(count_ptr + stride_part + offs, mask=mask, other=0.0) - mean
+        within = tl.load(count_ptr + 2 * stride_part + offs, mask=mask, other=0.0)
+        m2 += tl.sum(tl.where(mask, within + count * away * away, 0.0), axis=0)
+    tl.store(mean_ptr + m * C + c, tl.sum(mean, axis=0), mask=mask_c)
+    tl.store(var_ptr + m * C + c, m2 / ROWS, mask=mask_c)
+
+
+def moment_tiles(pixels: int, config: ReductionConfig) -> int:
+    """Tiles that `tile_moments_fwd` cuts `pixels` pixels of all samples into."""
+    return cdiv(pixels, config.BLOCK_P * config.STEPS)
+
+
+def tile_moments_fwd(y: torch.Tensor, moments: torch.Tensor, *, config: ReductionConfig) -> Launch:
+    """Write `moments [M, 3, TILES, C]` fp32: number, mean and centred second moment of each tile's values of a channel.
+
+    `y [M, N, H, W, C]` is contiguous; TILES is `moment_tiles(N * H * W, config)`.
+    """
+    m, n, h, w, c = y.shape
+    tiles = moments.shape[2]
+    arguments = (y, moments, n * h * w, c, tiles, y.stride(0))
+    constexprs = {"BLOCK_P": config.BLOCK_P, "BLOCK_C": config.BLOCK_C, "STEPS": config.STEPS}
+    grid = (tiles, cdiv(c, config.BLOCK_C), m)
+    options = {"num_warps": config.num_warps}
+    return Launch(tile_moments_fwd_kernel, grid, arguments, constexprs, options, (config.STEPS - 1,))
+
+
+def combine_moments_fwd(
+    moments: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, *, pixels: int
+) -> Launch:
+    """Write `mean` and biased `var`, `[M, C]` fp32, over `pixels` pixels from `moments [M, 3, TILES, C]`."""
+    m, _, tiles, c = moments.shape
+    block_t = 256
+    return Launch(
+        combine_moments_fwd_kernel,
+        (cdiv(c, 8), m),
+        (moments, mean, var, pixels, c, tiles),
+        {"BLOCK_T": block_t, "BLOCK_C": 8},
+        {"num_warps": 4},
+        (cdiv(tiles, block_t),) * 2,
+    )

@@ -1,0 +1,141 @@
+"""The unit in training as operators of ``torch.library``: opaque to ``torch.compile``, with fake kernels and autograd.
+
+Running statistics are no business of the operators, which change none of their inputs: see :mod:`.training`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layout import memory_format
+from .spec import SKSpec
+from .training import NormSettings, UnitTensors
+
+# Outputs of the forward operator that its gradient reads: all after v, mean, var, gate_mean and gate_var.
+FIRST_SAVED = 5
+
+
+@torch.library.custom_op("sk_triton::unit_fwd", mutates_args=())
+def unit_fwd(
+    x: Tensor,
+    params: Sequence[Tensor],
+    running: Sequence[Tensor],
+    has: Sequence[bool],
+    spec: str,
+    kinds: str,
+    epsilons: Sequence[float],
+    groups: str,
+    save: str,
+) -> list[Tensor]:
+    """A unit in training.
+
+    Args:
+        x: ``[N, in_channels, H, W]``.
+        params: those of ``UnitTensors.flat()`` that the unit `has`.
+        running: mean and variance of each norm of kind "r".
+        spec: ``SKSpec.encoded``.
+        kinds, epsilons, groups: :class:`.training.NormSettings`.
+        save: "branches" or "input".
+
+    Returns:
+        v; mean and unbiased variance ``[M, C]`` of the branches over the batch, and ``[d]`` of the gate; then what the
+        gradient needs: :class:`.schedules.train.Saved`.
+    """
+    from .schedules import train
+
+    unit = _unit(params, running, has, spec, kinds, epsilons, groups)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        return train.forward(x, unit, save=save)
+
+
+@torch.library.custom_op("sk_triton::unit_bwd", mutates_args=())
+def unit_bwd(
+    dv: Tensor,
+    x: Tensor,
+    params: Sequence[Tensor],
+    running: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    has: Sequence[bool],
+    spec: str,
+    kinds: str,
+    epsilons: Sequence[float],
+    groups: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """Gradients of x and of the parameters, of those that `needs` names; arguments as :func:`unit_fwd`."""
+    from .schedules import train
+
+    unit = _unit(params, running, has, spec, kinds, epsilons, groups)
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
+        return train.backward(dv, x, unit, train.Saved(*saved), list(needs))
+
+
+@unit_fwd.register_fake
+def _(x, params, running, has, spec, kinds, epsilons, groups, save):  # type: ignore[no-untyped-def]
+    unit = SKSpec.decode(spec)
+    n, _, h_in, w_in = x.shape
+    h, w = unit.output_size(h_in, w_in)
+    m, c, d = unit.num_branches, unit.out_channels, unit.gate_width
+
+    def sums(*size: Any) -> Tensor:
+        return x.new_empty(size, dtype=torch.float32)
+
+    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    y = x.new_empty((m, n, h, w, c) if save == "branches" else (0,))
+    statistics = [sums(m, c), sums(m, c), sums(d), sums(d)]
+    branches = [sums(m, c), sums(m, c), sums(m), sums(n, m, c), sums(n, m, c)]
+    gate = [sums(n, c), sums(n, d), sums(d), sums(d), sums(), sums(n, m, c)]
+    return [v, *statistics, y, *branches, *gate]
+
+
+@unit_bwd.register_fake
+def _(dv, x, params, running, saved, has, spec, kinds, epsilons, groups, needs):  # type: ignore[no-untyped-def]
+    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))]
+    grads += [torch.empty_like(param) for param in params]
+    return [grad for grad, is_needed in zip(grads, needs, strict=True) if is_needed]
+
+
+def _unit(
+    params: Sequence[Tensor],
+    running: Sequence[Tensor],
+    has: Sequence[bool],
+    spec: str,
+    kinds: str,
+    epsilons: Sequence[float],
+    groups: str,
+) -> Any:
+    from .schedules.train import TrainingUnit
+
+    remaining = iter(params)
+    tensors = UnitTensors.from_flat([next(remaining) if present else None for present in has])
+    return TrainingUnit(
+        SKSpec.decode(spec), tensors, tuple(running), NormSettings(kinds, list(epsilons), groups)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x, params, running, *ctx.static, _ = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.counts = len(params), len(running)
+    ctx.save_for_backward(x, *params, *running, *output[FIRST_SAVED:])
+
+
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    num_params, num_running = ctx.counts
+    needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[1]]
+    dv = grads[0]
+    if dv is None or not any(needs):
+        return None, [None] * num_params, [None] * num_running, *(None,) * 6
+    x, *rest = ctx.saved_tensors
+    params, rest = rest[:num_params], rest[num_params:]
+    found = iter(unit_bwd(dv, x, params, rest[:num_running], rest[num_running:], *ctx.static, needs))
+    dx, *dparams = [next(found) if is_needed else None for is_needed in needs]
+    return dx, dparams, [None] * num_running, *(None,) * 6
+
+
+unit_fwd.register_autograd(_backward, setup_context=_setup_context)

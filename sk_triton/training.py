@@ -1,0 +1,173 @@
+"""A unit in training: which calls need it, its parameters as one list of tensors, and the norms' running statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .distributed import sync_group
+from .params import Branch, Gate
+from .reasons import tensors_of
+from .save import Save
+from .spec import SKSpec
+
+
+class UnitTensors(NamedTuple):
+    """The parameters of a unit with M branches, each None where the unit has none.
+
+    Attributes:
+        weights, biases, gammas, betas: M each: of the convolutions and of their norms.
+        reduce_weight, reduce_bias, gate_gamma, gate_beta, select_weight, select_bias: as ``GateTensors``.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    gammas: tuple[Tensor | None, ...]
+    betas: tuple[Tensor | None, ...]
+    reduce_weight: Tensor
+    reduce_bias: Tensor | None
+    gate_gamma: Tensor | None
+    gate_beta: Tensor | None
+    select_weight: Tensor
+    select_bias: Tensor | None
+
+    def flat(self) -> list[Tensor | None]:
+        """All in the order of the fields."""
+        return [*self.weights, *self.biases, *self.gammas, *self.betas, *self[4:]]
+
+    @classmethod
+    def from_flat(cls, values: Sequence[Any]) -> UnitTensors:
+        """The inverse of :meth:`flat`."""
+        m = (len(values) - 6) // 4
+        parts = [tuple(values[i * m : (i + 1) * m]) for i in range(4)]
+        return cls(*parts, *values[4 * m :])
+
+
+class NormSettings(NamedTuple):
+    """The norms of the M branches, then the gate's.
+
+    Attributes:
+        kinds: a letter for each: "b" for batch statistics, "r" for running ones, "-" for no norm.
+        epsilons: 0 where there is no norm.
+        groups: names of the process groups that share a batch, joined by commas; "" within this process.
+    """
+
+    kinds: str
+    epsilons: list[float]
+    groups: str
+
+
+def is_training(x: Tensor, branches: Sequence[Branch], gate: Gate) -> bool:
+    """Whether a call needs gradients, or a norm takes the statistics of the batch."""
+    if any(_uses_batch(norm) for norm in _norms(branches, gate)):
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors_of(branches, gate)))
+
+
+def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: Save) -> Tensor:
+    """The unit's output, differentiable; updates the running statistics of norms in training mode.
+
+    Raises:
+        ValueError: batch statistics of a single value per channel, as ``nn.BatchNorm2d``.
+    """
+    from .ops import unit_fwd
+
+    norms = _norms(branches, gate)
+    settings = norm_settings(norms)
+    _check_batch(x, spec, settings)
+    tensors = unit_tensors(branches, gate).flat()
+    running = [
+        statistic
+        for norm, kind in zip(norms, settings.kinds, strict=True)
+        if kind == "r"
+        for statistic in (norm.running_mean, norm.running_var)
+    ]
+    v, mean, var, gate_mean, gate_var, *_ = unit_fwd(
+        x,
+        [t for t in tensors if t is not None],
+        running,
+        [t is not None for t in tensors],
+        spec.encoded,
+        *settings,
+        save,
+    )
+    with torch.no_grad():
+        for norm, batch_mean, batch_var in zip(
+            norms, (*mean.unbind(0), gate_mean), (*var.unbind(0), gate_var), strict=True
+        ):
+            if _uses_batch(norm):
+                _update_running(norm, batch_mean, batch_var)
+    return v
+
+
+def unit_tensors(branches: Sequence[Branch], gate: Gate) -> UnitTensors:
+    """The parameters as they are now; those of the gate in their canonical shapes."""
+
+    def parameters(name: str) -> tuple[Tensor | None, ...]:
+        return tuple([getattr(branch.norm, name, None) for branch in branches])
+
+    select_weight, select_bias = gate.select_weight, gate.select_bias
+    return UnitTensors(
+        tuple([branch.weight for branch in branches]),
+        tuple([branch.bias for branch in branches]),
+        parameters("weight"),
+        parameters("bias"),
+        gate.reduce_weight.flatten(1),
+        gate.reduce_bias,
+        getattr(gate.norm, "weight", None),
+        getattr(gate.norm, "bias", None),
+        torch.cat([w.flatten(1) for w in select_weight])
+        if len(select_weight) > 1
+        else select_weight[0].flatten(1),
+        None if select_bias is None else torch.cat(select_bias) if len(select_bias) > 1 else select_bias[0],
+    )
+
+
+def norm_settings(norms: Sequence[Any]) -> NormSettings:
+    """How the norms act now."""
+    return NormSettings(
+        "".join(["-" if norm is None else "b" if _uses_batch(norm) else "r" for norm in norms]),
+        [0.0 if norm is None else norm.eps for norm in norms],
+        ",".join([sync_group(norm) for norm in norms]),
+    )
+
+
+def _norms(branches: Sequence[Branch], gate: Gate) -> list[Any]:
+    return [*[branch.norm for branch in branches], gate.norm]
+
+
+def _uses_batch(norm: Any) -> bool:
+    """Whether a norm takes the statistics of the batch; False for what is no batch norm."""
+    if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        return False
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def _check_batch(x: Tensor, spec: SKSpec, settings: NormSettings) -> None:
+    height, width = spec.output_size(x.shape[2], x.shape[3])
+    branch_size = [x.shape[0], spec.out_channels, height, width]
+    gate_size = [x.shape[0], spec.gate_width, 1, 1]
+    groups = settings.groups.split(",")
+    for i, (kind, group) in enumerate(zip(settings.kinds, groups, strict=True)):
+        size = branch_size if i < spec.num_branches else gate_size
+        values = size[0] * size[2] * size[3]
+        if kind == "b" and values == 1 and not group:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+
+
+def _update_running(norm: Any, mean: Tensor, var: Tensor) -> None:
+    """The update of ``nn.BatchNorm2d``, from the mean and the unbiased variance ``[C]`` of a batch."""
+    if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
+        return
+    momentum: Any = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:  # the average over all batches; on the device, where the count is
+            momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+    if momentum is None:
+        momentum = 0.0
+    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+    norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)

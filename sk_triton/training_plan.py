@@ -1,0 +1,54 @@
+"""The plan of schedule "train": which convolutions, with which configs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+
+from . import analytic
+from .kernels.config import DepthwiseConfig
+from .plan import Plan
+from .plans import branch_launch, eager_passes, plan_store
+from .spec import SKSpec
+from .workload import Workload
+
+# Channels per group up to which the convolution is bound by memory, so that the kernels' is taken in training.
+MAX_KERNEL_CHANNELS = 64
+
+
+@lru_cache(maxsize=1024)
+def plan_training(workload: Workload) -> Plan:
+    """The plan of schedule "train", which runs every unit: without branch launches where the library convolves."""
+    spec = workload.spec
+    store = plan_store(workload)
+    height, width = workload.output_size
+    m = spec.num_branches
+    is_library = _widest(spec) > MAX_KERNEL_CHANNELS
+    # The depthwise kernel takes no moments; where it or the library convolves, statistics are a pass of their own.
+    launches = tuple(
+        launch
+        if isinstance(launch.config, DepthwiseConfig)
+        else branch_launch(workload, launch.start, launch.stop, launch.shape, "train")
+        for launch in store.branch_launches
+        if not is_library
+    )
+    measured = sum(launch.stop - launch.start for launch in launches if launch.task == "train")
+    reads = m if is_library else len(launches)
+    # Convolutions are stored (and copied, where the library made them), pooled and selected.
+    stored = (3 if is_library else 1) * m
+    output_passes = stored + (m - measured if spec.branch_norm else 0) + 2 * m + 1
+    return replace(
+        store,
+        schedule="train",
+        passes=(reads + 2 * workload.is_converted) * workload.input_passes + output_passes,
+        rejected=(("reference", f"the kernels can run; eager's forward takes {eager_passes(spec)} passes"),),
+        branch_launches=launches,
+        gate=None,
+        sources=tuple(launch.source for launch in launches),
+        reduction=analytic.reduction_config(height * width, spec.out_channels),
+    )
+
+
+def _widest(spec: SKSpec) -> int:
+    """Channels of the widest group of any branch."""
+    return max(max(spec.branch_in_channels, spec.out_channels) // branch.groups for branch in spec.branches)

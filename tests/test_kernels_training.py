@@ -1,0 +1,223 @@
+"""The training kernels, interpreted, against float64."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+from sk_triton.bench.traffic import Meter
+from sk_triton.kernels.config import ReductionConfig, SelectConfig
+from sk_triton.kernels.geometry import tiles
+
+from .interpreter import exact_bfloat16
+from .test_kernels_branch_conv import CASES, make
+from .tolerances import assert_same
+
+pytestmark = pytest.mark.interpret
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+SHAPES = pytest.mark.parametrize("shape", [(2, 3, 5, 7, 20), (3, 1, 1, 9, 1)], ids=str)
+CONFIG = ReductionConfig(BLOCK_P=8, BLOCK_C=16, STEPS=3)
+
+
+def launch(prepared, **tensors):
+    """Run a launch whose outputs start as NaN, allowing it its own tensors alone."""
+    dtype = next(iter(tensors.values())).dtype
+    exact = exact_bfloat16() if dtype == torch.bfloat16 else contextlib.nullcontext()
+    with exact, Meter(tensors).watch():
+        prepared()
+
+
+def nans(*size):
+    return torch.full(size, math.nan)
+
+
+def norm_tensors(m, c):
+    return {
+        "mean": torch.randn(m, c), "rstd": torch.rand(m, c) + 0.5, "gamma": torch.randn(m, c),
+        "beta": torch.randn(m, c),
+    }  # fmt: skip
+
+
+def y_hat_and_mask(y, norm, has_norm, has_relu):
+    """In float64, `[M, N, H, W, C]`."""
+    y = y.double()
+    mean, rstd, gamma, beta = (t.double()[:, None, None, None] for t in norm.values())
+    y_hat = (y - mean) * rstd if has_norm else y
+    u = y_hat * gamma + beta if has_norm else y
+    return y_hat, (u > 0 if has_relu else torch.ones_like(u, dtype=torch.bool)).double(), u
+
+
+FLAGS = pytest.mark.parametrize(
+    ("has_norm", "has_relu"), [(True, True), (True, False), (False, True), (False, False)]
+)
+
+
+def statistics(y):
+    from sk_triton.kernels.batch_stats import combine_moments_fwd, moment_tiles, tile_moments_fwd
+
+    m, n, h, w, c = y.shape
+    count = moment_tiles(n * h * w, CONFIG)
+    moments = nans(m, 3, count, c)
+    launch(tile_moments_fwd(y, moments, config=CONFIG), y=y, moments=moments)
+    mean, var = nans(m, c), nans(m, c)
+    launch(combine_moments_fwd(moments, mean, var, pixels=n * h * w), moments=moments, mean=mean, var=var)
+    return mean, var
+
+
+@DTYPES
+@SHAPES
+@pytest.mark.parametrize("offset", [0, 1000])
+def test_batch_statistics(shape, dtype, offset):
+    """A large mean costs no more of the variance than it takes to say the mean in fp32."""
+    y = (offset + torch.randn(shape)).to(dtype)
+    mean, var = statistics(y)
+    exact_var, exact_mean = torch.var_mean(y.double(), (1, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var.double(), exact_var, rtol=6e-5 if offset else 2e-6, atol=1e-12)
+
+
+def test_statistics_of_a_channel_with_a_bad_value():
+    y = torch.randn(1, 2, 3, 4, 3)
+    y[0, 1, 2, 3, 1] = math.nan
+    y[0, 0, 0, 0, 2] = math.inf
+    mean, var = statistics(y)
+    assert mean.isfinite().tolist() == var.isfinite().tolist() == [[True, False, False]]
+
+
+@DTYPES
+@SHAPES
+@FLAGS
+def test_pooled_moments(shape, dtype, has_norm, has_relu):
+    from sk_triton.kernels.pooled_moments import pooled_moments_fwd
+
+    m, n, h, w, c = shape
+    y, norm = torch.randn(shape).to(dtype), norm_tensors(m, c)
+    count = math.ceil(h * w / (CONFIG.BLOCK_P * CONFIG.STEPS))
+    active, pooled = nans(count, n, m, c), nans(count, n, m, c)
+    launch(
+        pooled_moments_fwd(y, *norm.values(), active, pooled, has_norm=has_norm, has_relu=has_relu, config=CONFIG),
+        y=y, active=active, pooled=pooled, **norm,
+    )  # fmt: skip
+    y_hat, mask, _ = y_hat_and_mask(y, norm, has_norm, has_relu)
+    assert_same(active.sum(0), mask.sum((2, 3)).transpose(0, 1).float())
+    assert_same(pooled.sum(0), (mask * y_hat).sum((2, 3)).transpose(0, 1).float())
+
+
+@DTYPES
+@SHAPES
+@FLAGS
+def test_select_of_unnormalized_branches(shape, dtype, has_norm, has_relu, memory_format):
+    from sk_triton.kernels.select import select_fwd
+
+    m, n, h, w, c = shape
+    y, norm, attention = torch.randn(shape).to(dtype), norm_tensors(m, c), torch.rand(n, m, c)
+    v = nans(n, c, h, w).to(dtype).contiguous(memory_format=memory_format)
+    launch(
+        select_fwd(
+            y, attention, v, norm=tuple(norm.values()) if has_norm else None, has_relu=has_relu,
+            config=SelectConfig(16, 16),
+        ),
+        y=y, attention=attention, v=v, **norm,
+    )  # fmt: skip
+    _, mask, u = y_hat_and_mask(y, norm, has_norm, has_relu)
+    assert_same(v, torch.einsum("nmc,mnhwc->nchw", attention.double(), mask * u).to(dtype))
+
+
+def gradient(shape, dtype):
+    """`dv [N, C, H, W]` with adjacent channels, of a wider tensor."""
+    _, n, h, w, c = shape
+    dv = torch.randn(n, c + 3, h, w).to(dtype).contiguous(memory_format=torch.channels_last)
+    return dv[:, 3:]
+
+
+@DTYPES
+@SHAPES
+@FLAGS
+def test_backward_sums_and_gradients(shape, dtype, has_norm, has_relu):
+    from sk_triton.kernels.norm_bwd import norm_bwd
+    from sk_triton.kernels.select_bwd import select_bwd
+
+    m, n, h, w, c = shape
+    y, norm, dv = torch.randn(shape).to(dtype), norm_tensors(m, c), gradient(shape, dtype)
+    count = math.ceil(h * w / (CONFIG.BLOCK_P * CONFIG.STEPS))
+    grad, scaled = nans(count, n, m, c), nans(count, n, m, c)
+    flags = {"has_norm": has_norm, "has_relu": has_relu}
+    launch(
+        select_bwd(dv, y, *norm.values(), grad, scaled, **flags, config=CONFIG),
+        dv=dv, y=y, grad=grad, scaled=scaled, **norm,
+    )  # fmt: skip
+    y_hat, mask, _ = y_hat_and_mask(y, norm, has_norm, has_relu)
+    exact_dv = dv.double().permute(0, 2, 3, 1)[None]
+    assert_same(grad.sum(0), (mask * exact_dv).sum((2, 3)).transpose(0, 1).float())
+    assert_same(scaled.sum(0), (mask * exact_dv * y_hat).sum((2, 3)).transpose(0, 1).float())
+
+    attention, g, dbeta, dgamma = torch.rand(n, m, c), torch.randn(n, c), torch.randn(m, c), torch.randn(m, c)
+    dy = torch.full_like(y, math.nan)
+    launch(
+        norm_bwd(
+            dv, y, attention, g, *norm.values(), dbeta, dgamma, dy, **flags, config=SelectConfig(16, 16)
+        ),
+        dv=dv, y=y, attention=attention, g=g, dbeta=dbeta, dgamma=dgamma, dy=dy, **norm,
+    )  # fmt: skip
+    a = attention.double().transpose(0, 1)[:, :, None, None]
+    exact = mask * (a * exact_dv + g.double()[None, :, None, None])
+    if has_norm:
+        scale, db, dg = ((norm["gamma"] * norm["rstd"]).double(), dbeta.double(), dgamma.double())
+        scale, db, dg = (t[:, None, None, None] for t in (scale, db, dg))
+        exact = scale * (exact - db - y_hat * dg)
+    assert_same(dy, exact.to(dtype))
+
+
+def test_unequally_spaced_gradients_are_refused():
+    from sk_triton.kernels.select_bwd import pixel_stride
+
+    with pytest.raises(ValueError, match="adjacent channels and equally spaced pixels"):
+        pixel_stride(torch.empty(2, 4, 3, 3))
+
+
+MEASURED = [
+    "stream", "stream, two samples per tile", "stream, 1x1 and dilation 3", "stream, split input", "stream, stride 2",
+    "column", "column, whole height", "column, two samples per tile", "tap, 3 to 7 with runs", "tap, wide groups",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_convolutions_take_the_moments_of_what_they_store(name):
+    from sk_triton.kernels.batch_stats import combine_moments_fwd
+    from sk_triton.kernels.branch_conv import branch_conv_fwd, branch_train_fwd
+    from sk_triton.kernels.packing import pack_branch_weights
+
+    shape, config, n, h_in, w_in = CASES[name]
+    dtype = torch.float16
+    x, weights, _ = make(shape, n, h_in, w_in, dtype)
+    shift = 30 + torch.randn(len(shape.kernels), shape.c_out)
+    (h, w), m, c = shape.output_size(h_in, w_in), len(shape.kernels), shape.c_out
+    packed = pack_branch_weights(weights, shape, config, dtype)
+    count = math.prod(tiles(shape, config, h, w))
+    stored, y = nans(m, n, h, w, c).to(dtype), nans(m, n, h, w, c).to(dtype)
+    partial = nans(n, count, c)
+    moments = nans(m, 3, -(-n // config.BLOCK_N) * count, c)
+    settings = {"shape": shape, "allow_tf32": False, "config": config}
+    branch_conv_fwd(x, packed, shift, stored, partial, has_relu=False, **settings)()
+    launch(
+        branch_train_fwd(x, packed, shift, y, moments, **settings),
+        x=x, packed=packed, shift=shift, y=y, moments=moments,
+    )  # fmt: skip
+    assert torch.equal(y, stored)
+    assert (moments[:, 0].sum(1) == n * h * w).all()
+    mean, var = nans(m, c), nans(m, c)
+    combine_moments_fwd(moments, mean, var, pixels=n * h * w)()
+    exact_var, exact_mean = torch.var_mean(y.double(), (1, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=1e-11)
+
+
+def test_a_depthwise_config_takes_no_moments():
+    from sk_triton.kernels.branch_conv import branch_train_fwd
+
+    shape, config, *size = CASES["depthwise"]
+    x, weights, shift = make(shape, *size, torch.float32)
+    with pytest.raises(ValueError, match="config must not be a DepthwiseConfig to train"):
+        branch_train_fwd(x, weights[0], shift, x, x, shape=shape, allow_tf32=False, config=config)

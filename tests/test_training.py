@@ -1,0 +1,207 @@
+"""Units in training through the kernels, interpreted: results, gradients and running statistics against float64."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from torch import nn
+
+from sk_triton import SelectiveKernel, SKConv, functional, save_for_backward, use_backend
+
+from .tolerances import assert_same, assert_typical_errors_like_eager
+from .units import random_unit, randomize_norms, sizes, specs, tensors
+
+pytestmark = pytest.mark.interpret
+
+LAYERS = {
+    "seed": lambda: SKConv(16, M=2, G=4, r=4, L=8),
+    "seed, three branches, stride 2": lambda: SKConv(16, M=3, G=4, r=4, stride=2, L=8),
+    "one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
+    "paper": lambda: SelectiveKernel(16, groups=4, split_input=False),
+    "paper, stride 2": lambda: SelectiveKernel(16, groups=4, split_input=False, stride=2),
+    "timm's default": lambda: SelectiveKernel(16),
+    "out of in, no act": lambda: SelectiveKernel(16, 24, groups=2, split_input=False, act_layer=None),
+    "true 5x5 and 7x7": lambda: SelectiveKernel(8, kernel_size=(5, 7), keep_3x3=False, split_input=False),
+    "depthwise": lambda: SelectiveKernel(16, groups=16, split_input=False),
+    "library's convolution": lambda: SelectiveKernel(66, split_input=False),
+}
+
+
+def clone(layer, dtype=None):
+    layer = copy.deepcopy(layer)
+    return layer if dtype is None else layer.to(dtype)
+
+
+def step(layer, x, backend, weight):
+    """Output, gradients and buffers of one forward and backward pass."""
+    x = x.detach().clone().requires_grad_()
+    with use_backend(backend):
+        v = layer(x)
+    v.backward(weight.to(v.dtype))
+    found = {"v": v.detach(), "x": x.grad}
+    found |= {name: parameter.grad for name, parameter in layer.named_parameters()}
+    return found | {name: buffer for name, buffer in layer.named_buffers() if buffer.is_floating_point()}
+
+
+def compare(layer, *xs, layout=torch.contiguous_format):
+    """The error rule on everything that a training step computes, over steps on several inputs."""
+    samples = []
+    for x in xs:
+        h, w = layer.spec.output_size(*x.shape[2:])
+        weight = torch.randn(x.shape[0], layer.spec.out_channels, h, w).to(x.dtype)
+        weight = weight.contiguous(memory_format=layout)
+        exact = step(clone(layer, torch.float64), x.double(), "reference", weight)
+        eager = step(clone(layer), x, "reference", weight)
+        ours = step(clone(layer), x, "triton", weight)
+        assert ours["v"].stride() == eager["v"].stride()
+        for name, value in exact.items():
+            if "running" in name:
+                assert_same(ours[name], eager[name])
+            else:
+                samples.append((ours[name], eager[name], value))
+    assert_typical_errors_like_eager(samples)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, dtype):
+    torch.manual_seed(2)  # no rounding takes a value of the gate across the kink of its ReLU
+    layer = LAYERS[name]()
+    randomize_norms(layer)
+    compare(layer.to(dtype), *torch.randn(2, 4, layer.spec.in_channels, 5, 3).to(dtype))
+
+
+@pytest.mark.parametrize("name", ["paper, stride 2", "timm's default"])
+def test_channels_last(name):
+    layer = LAYERS[name]()
+    xs = [x.contiguous(memory_format=torch.channels_last) for x in torch.randn(2, 4, 16, 5, 4)]
+    compare(layer, *xs, layout=torch.channels_last)
+
+
+@settings(max_examples=12)
+@given(specs(acts=("relu", "identity")), sizes)
+def test_any_unit(spec, size):
+    n, height, width = size
+    h, w = spec.output_size(height, width)
+    assume(n > 1 or not (spec.gate_norm or (spec.branch_norm and h * w == 1)))
+    unit = random_unit(spec, torch.float32, training=True)
+    x = torch.randn(n, spec.in_channels, height, width)
+    weight = torch.randn(n, spec.out_channels, h, w)
+
+    def run(dtype, backend):
+        branches, gate = copy.deepcopy(unit)
+        leaves = tensors(branches, gate)
+        for leaf in leaves:
+            leaf.data = leaf.data.to(dtype)
+        for part in (*branches, gate):
+            if part.norm is not None:
+                part.norm.to(dtype)
+        inner = x.to(dtype).requires_grad_()
+        with use_backend(backend):
+            v = functional.sk_conv(inner, branches, gate, spec)
+        return [v.detach(), *torch.autograd.grad(v, [inner, *leaves], weight.to(dtype))]
+
+    ours, eager = run(torch.float32, "triton"), run(torch.float32, "reference")
+    exact = run(torch.float64, "reference")
+    assert_typical_errors_like_eager(list(zip(ours, eager, exact, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"momentum": 0.3},
+        {"momentum": None},
+        {"eps": 0.1},
+        {"affine": False},
+        {"track_running_stats": False},
+    ],
+    ids=str,
+)
+def test_settings_of_the_norms(change):
+    layer = SelectiveKernel(
+        8, groups=2, split_input=False, norm_layer=lambda channels: nn.BatchNorm2d(channels, **change)
+    )
+    layer.attn.bn = nn.BatchNorm2d(8, **change)
+    ours, eager = clone(layer), clone(layer)
+    for i in range(3):
+        x = torch.randn(2, 8, 4, 3) + i
+        for module, backend in ((ours, "triton"), (eager, "reference")):
+            with use_backend(backend):
+                module(x).sum().backward()
+    assert ours.state_dict().keys() == eager.state_dict().keys()
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+    compare(layer, *torch.randn(2, 4, 8, 4, 3))
+
+
+@pytest.mark.parametrize("frozen", ["all", "one branch", "gate"])
+def test_frozen_norms(frozen):
+    layer = LAYERS["paper"]()
+    randomize_norms(layer)
+    if frozen == "all":
+        layer.eval()
+    else:
+        (layer.paths[1].bn if frozen == "one branch" else layer.attn.bn).eval()
+    compare(layer, *torch.randn(2, 4, 16, 5, 4))
+
+
+def test_a_single_value_per_channel_is_refused_as_in_eager():
+    layer = LAYERS["paper"]()
+    messages = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend), pytest.raises(ValueError, match="more than 1 value per channel") as error:
+            layer(torch.randn(1, 16, 5, 4))
+        messages.append(str(error.value).replace("torch.Size(", "").rstrip(")"))
+    assert messages[0] == messages[1]
+
+
+def test_statistics_are_taken_without_gradients_too():
+    layer = LAYERS["paper"]()
+    eager, x = clone(layer), torch.randn(2, 16, 5, 4)
+    with torch.no_grad():
+        with use_backend("triton"):
+            v = layer(x)
+        with use_backend("reference"):
+            torch.testing.assert_close(v, eager(x))
+    assert not v.requires_grad
+    torch.testing.assert_close(layer.state_dict(), eager.state_dict())
+
+
+@pytest.mark.parametrize("save", ["layer", "scope"])
+def test_saving_the_input_alone_changes_no_bit(save):
+    x, weight = torch.randn(2, 16, 7, 5), torch.randn(2, 16, 7, 5)
+    layer = LAYERS["paper"]()
+    expected = step(clone(layer), x, "triton", weight)
+    if save == "layer":
+        layer.save = "input"
+        found = step(layer, x, "triton", weight)
+    else:
+        layer.save = "branches"  # the scope goes before it
+        with save_for_backward("input"):
+            found = step(layer, x, "triton", weight)
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+@pytest.mark.parametrize(("save", "branches"), [("branches", 2), ("input", 0)])
+def test_what_is_saved(save, branches):
+    layer, x = LAYERS["paper"](), torch.randn(2, 16, 16, 16, requires_grad=True)
+    sizes = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t),
+        save_for_backward(save),
+        use_backend("triton"),
+    ):
+        layer(x)
+    assert sizes.count(x.numel()) == 1
+    assert sum(sizes) < (1 + branches + 0.5) * x.numel()
+
+
+def test_unknown_policies_are_refused():
+    with pytest.raises(ValueError, match="save must be one of 'branches', 'input', got 'all'"):
+        save_for_backward("all")
+    layer = LAYERS["paper"]()
+    layer.save = "x"
+    with pytest.raises(ValueError, match="save must be one of"):
+        layer(torch.randn(2, 16, 5, 4))

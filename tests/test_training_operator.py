@@ -1,0 +1,202 @@
+"""The training operator as a citizen of PyTorch: compilation, autocast, checkpoints, subsets of gradients, refusals."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from sk_triton import SelectiveKernel, SKConv, save_for_backward, training, use_backend
+
+from .tolerances import assert_same
+from .units import randomize_norms
+
+pytestmark = pytest.mark.interpret
+
+
+def paper():
+    return SelectiveKernel(8, groups=2, split_input=False)
+
+
+def gradients(layer, run, x, backend="triton"):
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad()
+    with use_backend(backend):
+        v = run(x)
+        v.square().sum().backward()
+    return [v.detach(), x.grad, *(p.grad for p in layer.parameters() if p.grad is not None)]
+
+
+def assert_all_same(found, expected):
+    assert len(found) == len(expected)
+    for one, other in zip(found, expected, strict=True):
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize("save", ["branches", "input"])
+@pytest.mark.parametrize("make", [paper, lambda: SKConv(8, M=2, G=2, r=2, L=4)], ids=["paper", "seed"])
+def test_opcheck(make, save):
+    from sk_triton.ops import unit_fwd
+
+    layer = make()
+    branches, gate = layer.branches(), layer.gate()
+    norms = [*(branch.norm for branch in branches), gate.norm]
+    tensors = training.unit_tensors(branches, gate).flat()
+    arguments = (
+        torch.randn(2, 8, 4, 3, requires_grad=True),
+        [t.detach().clone().requires_grad_() for t in tensors if t is not None],
+        [],
+        [t is not None for t in tensors],
+        layer.spec.encoded,
+        *training.norm_settings(norms),
+        save,
+    )
+    torch.library.opcheck(unit_fwd, arguments)
+
+
+@pytest.mark.parametrize("make", [paper, lambda: SKConv(8, M=2, G=2, r=2, L=4)], ids=["paper", "seed"])
+def test_compiles_without_breaks(make):
+    layer, x = make(), torch.randn(2, 8, 5, 4)
+    compiled = copy.deepcopy(layer)
+    torch._dynamo.reset()
+    function = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    expected = gradients(layer, layer, x)
+    assert_all_same(gradients(compiled, function, x), expected)
+    for name, buffer in layer.named_buffers():
+        torch.testing.assert_close(compiled.get_buffer(name), buffer)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16])
+def test_autocast(dtype):
+    layer, x = paper(), torch.randn(4, 8, 5, 4)
+    found = []
+    for backend in ("triton", "reference"):
+        module = copy.deepcopy(layer)
+        with torch.autocast("cpu", dtype):
+            found.append(gradients(module, module, x, backend))
+    for ours, eager in zip(*found, strict=True):
+        assert ours.dtype == eager.dtype
+        torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2 * eager.abs().max().item())
+
+
+def test_the_backward_pass_ignores_autocast():
+    layer, x = paper(), torch.randn(4, 8, 5, 4)
+    expected = gradients(layer, layer, x)
+    inner = x.clone().requires_grad_()
+    layer.zero_grad()
+    with use_backend("triton"):
+        loss = layer(inner).square().sum()
+    with torch.autocast("cpu", torch.float16):
+        loss.backward()
+    assert torch.equal(inner.grad, expected[1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant):
+    layer, x = paper(), torch.randn(2, 8, 5, 4)
+    expected = gradients(layer, layer, x)
+    assert_all_same(gradients(layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant), x), expected)
+
+
+def test_saving_the_input_updates_the_running_statistics_once():
+    layer, x = paper(), torch.randn(2, 8, 5, 4)
+    other = copy.deepcopy(layer)
+    gradients(layer, layer, x)
+    with save_for_backward("input"):
+        gradients(other, other, x)
+    assert other.attn.bn.num_batches_tracked == 1
+    torch.testing.assert_close(other.state_dict(), layer.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kept", ["x", "paths.1.conv.weight", "paths.0.bn.bias", "attn.fc_select.weight"])
+def test_any_subset_of_gradients(kept):
+    layer, x = paper(), torch.randn(2, 8, 5, 4)
+    whole = gradients(layer, layer, x)
+    names = ["v", "x", *(name for name, _ in layer.named_parameters())]
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(name == kept)
+    layer.zero_grad()
+    inner = x.clone().requires_grad_(kept == "x")
+    with use_backend("triton"):
+        layer(inner).square().sum().backward()
+    grads = {"x": inner.grad} | {name: parameter.grad for name, parameter in layer.named_parameters()}
+    assert [name for name, grad in grads.items() if grad is not None] == [kept]
+    assert_same(grads[kept], whole[names.index(kept)])
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        lambda dv: dv,
+        lambda dv: dv.contiguous(memory_format=torch.channels_last),
+        lambda dv: dv.transpose(2, 3).contiguous().transpose(2, 3),
+        lambda dv: torch.cat([dv, dv], 1)[:, ::2],
+        lambda dv: dv[:1, :1, :1, :1].expand_as(dv),
+        lambda dv: dv.contiguous(memory_format=torch.channels_last)[:, :, :1].expand_as(dv),
+        lambda dv: torch.cat([dv, dv], 3).contiguous(memory_format=torch.channels_last)[..., : dv.shape[3]],
+    ],
+    ids=["nchw", "channels_last", "transposed", "strided", "broadcast", "broadcast rows", "crop"],
+)
+def test_incoming_gradients_of_any_layout(spread):
+    layer, x = paper(), torch.randn(2, 8, 5, 4)
+    dv = spread(torch.randn(2, 8, 5, 4))
+    found = []
+    for gradient in (dv, dv.clone(memory_format=torch.contiguous_format)):
+        inner = x.clone().requires_grad_()
+        with use_backend("triton"):
+            found.append(torch.autograd.grad(layer(inner), [inner, *layer.parameters()], gradient))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "view", [lambda x: x[:, :, 1:, ::2], lambda x: x[:1].expand(2, -1, -1, -1), lambda x: x.transpose(2, 3)]
+)
+def test_views_of_the_input(view):
+    layer, x = paper(), torch.randn(2, 8, 6, 5)
+    found = gradients(layer, lambda x: layer(view(x)), x)
+    copied = gradients(layer, lambda x: layer(view(x).contiguous()), x)
+    assert_all_same(found, copied)
+
+
+def test_second_derivatives_are_refused():
+    layer, x = paper(), torch.randn(2, 8, 5, 4, requires_grad=True)
+    with use_backend("triton"):
+        (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"sk_triton.unit_bwd.* no autograd formula"):
+        dx.sum().backward()
+
+
+def test_transformations_are_refused():
+    layer, x = paper(), torch.randn(2, 8, 5, 4)
+    with use_backend("triton"), pytest.raises(RuntimeError, match=r"torch.func transformation is active"):
+        torch.func.grad(lambda x: layer(x).sum())(x)
+
+
+def test_deterministic_algorithms():
+    layer, x = paper(), torch.randn(2, 8, 5, 4)
+    expected = gradients(layer, layer, x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found = gradients(layer, layer, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_copies_train_alike(copied):
+    layer, x = paper(), torch.randn(2, 8, 5, 4)
+    randomize_norms(layer)
+    layer.save = "input"
+    other = copied(layer)
+    assert other.save == "input"
+    assert_all_same(gradients(other, other, x), gradients(layer, layer, x))
+
+
+def test_a_drop_layer_in_training_is_refused_with_the_reason():
+    layer = SelectiveKernel(8, groups=2, split_input=False, drop_layer=torch.nn.Dropout)
+    with use_backend("triton"), pytest.raises(RuntimeError, match="drop is active"):
+        layer(torch.randn(2, 8, 5, 4))

@@ -1,0 +1,76 @@
+"""What training costs: bytes counted by the interpreter, and kernels compiled for chips that need not be present."""
+
+import pytest
+import torch
+
+from sk_triton import functional, save_for_backward, use_backend
+from sk_triton.bench import training_resources
+from sk_triton.bench.grid import paper_unit
+from sk_triton.bench.traffic import Meter
+from sk_triton.kernels.launch import Launch
+
+from .units import random_unit
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Distinct bytes of 16-bit activations that launches touch, in units of T, while the fixture's list grows."""
+    run, rows = Launch.__call__, []
+
+    def metered(launch):
+        names = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+        tensors = {name: t for name, t in names if isinstance(t, torch.Tensor)}
+        with Meter(tensors).watch(launch.kernel.fn.__name__) as found:
+            run(launch)
+        activations = [name for name, t in tensors.items() if t.dtype == torch.float16 and t.dim() >= 4]
+        rows.append(
+            (launch.kernel.fn.__name__, sum(row.touched for row in found if row.tensor in activations))
+        )
+
+    monkeypatch.setattr(Launch, "__call__", metered)
+    return rows
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(
+    ("channels", "groups", "size"), [(16, 4, 14), (32, 2, 14)], ids=["stage 1", "stage 3"]
+)
+def test_passes_over_memory(passes, channels, groups, size):
+    spec = paper_unit(channels, groups=groups)
+    branches, gate = random_unit(spec, torch.float16, training=True)
+    x = torch.randn(2, channels, size, size).half().to(memory_format=torch.channels_last).requires_grad_()
+    unit = x.numel() * 2
+    with use_backend("triton"):
+        v = functional.sk_conv(x, branches, gate, spec)
+    forward = {name: count / unit for name, count in passes}
+    # x and both branches; both branches; both branches and v.
+    assert [round(count, 2) for count in forward.values() if count] == [3, 2, 3]
+    passes.clear()
+    v.backward(torch.randn_like(v))
+    # dv and both branches; once more with both gradients written: what the library reads and writes is not counted.
+    assert [round(count / unit, 2) for _, count in passes] == [3, 5]
+
+
+@pytest.mark.interpret
+def test_saving_the_input_costs_one_more_convolution(passes):
+    spec = paper_unit(16, groups=4)
+    branches, gate = random_unit(spec, torch.float16, training=True)
+    x = torch.randn(2, 16, 7, 7).half().to(memory_format=torch.channels_last).requires_grad_()
+    with use_backend("triton"), save_for_backward("input"):
+        v = functional.sk_conv(x, branches, gate, spec)
+    passes.clear()
+    v.backward(torch.randn_like(v))
+    assert [round(count / x.numel() / 2, 2) for _, count in passes] == [3, 3, 5]
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
+def test_no_training_kernel_spills(chip):
+    found = training_resources.measure_all(chip, workers=1)
+    assert {name for _, name in found} >= {
+        "branch_conv_stream",
+        "branch_conv_column",
+        "select_bwd",
+        "norm_bwd",
+    }
+    assert {key: used.spills for key, used in found.items() if used.spills} == {}
