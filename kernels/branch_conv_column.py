@@ -13,8 +13,8 @@ from .norm import lane_moments, store_moments
 from .tiling import (
     SIZES,
     as_operand,
+    branch_attention,
     fold_pool,
-    load_attention,
     load_weight_operand,
     locate_tile,
     part_elements,
@@ -163,16 +163,15 @@ def column_tile(
         mask_out &= (co < co_end)[:, None]
     pool = tl.zeros([BLOCK_CO, BLOCK_POOL if POOL_BY_DOT else BLOCK_P], tl.float32)
     selection = ()
-    # All branches' attention first: while it is waited for, nothing else takes registers.
+    # Where it must be waited for, all branches' attention comes first, while nothing else takes registers.
+    IS_TAGGED: tl.constexpr = attention_ptr.dtype.element_ty == tl.int64
     attention = ()
-    if TASK == "select":
+    if TASK == "select" and IS_TAGGED:
         for m in tl.static_range(M):
-            offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
-            mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
-            if BLOCK_N == 1:
-                offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
-                mask_a = (co < co_end)[:, None]
-            attention = attention + (load_attention(attention_ptr + offs_a, mask_a, tag),)
+            a = branch_attention(
+                attention_ptr, n0, sample, n_left, m, co0, co, co_end, C_OUT, tag, M, BLOCK_N
+            )
+            attention = attention + (a,)
     for m in tl.static_range(M):
         outputs = column_outputs(
             x_ptr + m * SPLIT_CI,
@@ -182,6 +181,13 @@ def column_tile(
             KERNELS[m], DILATIONS[m], STRIDE, PITCHES[m], STEPS_R[m], STEPS_K[m], IS_EVEN_H, IS_WHOLE_H,
             RUN_H, ROWS, UNROLL, BLOCK_CI, BLOCK_CO, BLOCK_P, HAS_SHIFT, HAS_CHANNEL_MASK, PRECISION,
         )  # fmt: skip
+        if TASK == "select":
+            if IS_TAGGED:
+                a = attention[m]
+            else:
+                a = branch_attention(
+                    attention_ptr, n0, sample, n_left, m, co0, co, co_end, C_OUT, tag, M, BLOCK_N
+                )
         values = ()
         total = tl.zeros([BLOCK_CO, BLOCK_P], tl.float32)
         squares = tl.zeros([BLOCK_CO, BLOCK_P], tl.float32)
@@ -195,7 +201,7 @@ def column_tile(
             if not IS_EVEN_H:
                 mask_r = mask_out & (y + r < H)[None, :]
             if TASK == "select":
-                acc *= attention[m]
+                acc *= a
                 if m > 0:
                     acc += selection[r].to(tl.float32)
                 # In 16 bits between branches, as eager adds them: half the registers.

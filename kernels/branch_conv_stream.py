@@ -13,9 +13,9 @@ from .norm import lane_moments, store_moments
 from .tiling import (
     SIZES,
     as_operand,
+    branch_attention,
     fold_pool,
     in_image_order,
-    load_attention,
     load_weight_operand,
     locate_tile,
     pooled_pixels,
@@ -161,16 +161,15 @@ def stream_tile(
         out_block_ptr = out_ptr + co0 * stride_oc
         pool = tl.zeros([BLOCK_M, BLOCK_POOL if POOL_BY_DOT else BLOCK_P], tl.float32)
         selection = ()
-        # All branches' attention first: while it is waited for, nothing else takes registers.
+        # Where it must be waited for, all branches' attention comes first, while nothing else takes registers.
+        IS_TAGGED: tl.constexpr = attention_ptr.dtype.element_ty == tl.int64
         attention = ()
-        if TASK == "select":
+        if TASK == "select" and IS_TAGGED:
             for m in tl.static_range(M):
-                offs_a = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
-                mask_a = (co < co_end)[:, None] & (sample < n_left)[None, :]
-                if BLOCK_N == 1:
-                    offs_a = (n0 * M + m) * C_OUT + co0 + co[:, None]
-                    mask_a = (co < co_end)[:, None]
-                attention = attention + (load_attention(attention_ptr + offs_a, mask_a, tag),)
+                a = branch_attention(
+                    attention_ptr, n0, sample, n_left, m, co0, co, co_end, C_OUT, tag, M, BLOCK_N
+                )
+                attention = attention + (a,)
         for m in tl.static_range(M):
             y = run_origin(run_h, RUN_H, SPACINGS_H[m])
             x = run_origin(run_w, RUN_W, SPACINGS_W[m])
@@ -183,7 +182,14 @@ def stream_tile(
                 KERNELS[m], DILATIONS[m], STRIDE, PITCHES[m], STEPS_R[m], STEPS_K[m], SPANS[m], IS_EVEN_H[m],
                 RUN_H, RUN_W, BLOCK_CI, BLOCK_CO, BLOCK_P, HAS_SHIFT, HAS_CHANNEL_MASK,
             )  # fmt: skip
-            if TASK != "select":
+            if TASK == "select":
+                if IS_TAGGED:
+                    a = attention[m]
+                else:
+                    a = branch_attention(
+                        attention_ptr, n0, sample, n_left, m, co0, co, co_end, C_OUT, tag, M, BLOCK_N
+                    )
+            else:
                 x_out = x[None, :] + position[:, None] * SPACINGS_W[m]  # [BLOCK_M, BLOCK_P]
                 offs_out = (sample * stride_on + y * stride_oh)[None, :] + x_out * stride_ow + co[:, None]
                 mask_out = mask_p[None, :] & (x_out < W)
@@ -201,7 +207,7 @@ def stream_tile(
                     rows, weights, start, r, KERNELS[m], STEPS_R[m], STEPS_K[m], RUN_W, HAS_RELU, PRECISION
                 )
                 if TASK == "select":
-                    acc = in_image_order(acc * attention[m], RUN_W, BLOCK_CO, BLOCK_P, SPACINGS_W[m])
+                    acc = in_image_order(acc * a, RUN_W, BLOCK_CO, BLOCK_P, SPACINGS_W[m])
                     if m > 0:
                         acc += selection[r]
                     added = added + (acc,)

@@ -201,6 +201,10 @@ def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
     return all(spacing & (spacing - 1) == 0 and config.BLOCK_W % spacing == 0 for spacing in spacings)
 
 
+# Work items of all samples: twice as many, and a round of programs, are still counted in 31 bits.
+MAX_ITEMS = 2**29
+
+
 @dataclass(frozen=True)
 class ResidentItems:
     """Work items of one sample in `unit_resident_fwd_kernel`: (tiles along height, along width) of the tiles to pool

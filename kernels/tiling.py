@@ -59,6 +59,21 @@ def load_attention(attention_ptr, mask, tag):
 
 
 @triton.jit
+def branch_attention(
+    attention_ptr, n0, sample, n_left, m: tl.constexpr, co0, co, co_end, C_OUT, tag,
+    M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Branch m's attention for the outputs of a tile. [channels, pixels], or [channels, 1] of a single sample"""
+    if BLOCK_N == 1:
+        offs = (n0 * M + m) * C_OUT + co0 + co[:, None]
+        mask = (co < co_end)[:, None]
+    else:
+        offs = ((n0 + sample) * M + m)[None, :] * C_OUT + co0 + co[:, None]
+        mask = (co < co_end)[:, None] & (sample < n_left)[None, :]
+    return load_attention(attention_ptr + offs, mask, tag)
+
+
+@triton.jit
 def store_tagged(word_ptr, values, mask, tag):
     """Write fp32 `values` as the words that `load_attention` waits for, each in one access."""
     bits = values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF

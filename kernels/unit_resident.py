@@ -14,7 +14,7 @@ from .branch_conv_column import column_tile
 from .branch_conv_stream import stream_tile
 from .config import ColumnConfig, ResidentConfig
 from .gate import gate_sample
-from .geometry import ConvShape, blocking, can_run, cdiv, next_power_of_2, resident_items
+from .geometry import MAX_ITEMS, ConvShape, blocking, can_run, cdiv, next_power_of_2, resident_items
 from .launch import Launch
 from .tiling import SIZES, locate_tile
 
@@ -207,6 +207,8 @@ def unit_resident_fwd(
         raise ValueError(f"config: BLOCK_D must hold the descriptor of {d} entries, got {config.BLOCK_D}")
     layout = blocking(shape, branch)
     items = resident_items(shape, config, h, w_out)
+    if n * items.step >= MAX_ITEMS:
+        raise ValueError(f"x must have fewer than {MAX_ITEMS} tiles, got {n * items.step} in {n} samples")
     is_column = isinstance(branch, ColumnConfig)
     extent_x = (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3) + shape.c_in * x.stride(1)
     extent_v = (h - 1) * v.stride(2) + (w_out - 1) * v.stride(3) + (c - 1) * v.stride(1) + 1

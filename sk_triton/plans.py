@@ -14,7 +14,7 @@ from .backend import SCHEDULES, Schedule
 from .chips import UNHOISTED_LOOPS
 from .environment import triton_version
 from .kernels.config import ColumnConfig
-from .kernels.geometry import ConvShape, can_run, resident_items
+from .kernels.geometry import MAX_ITEMS, ConvShape, can_run, resident_items
 from .kernels.merging import merged_shape
 from .plan import BranchLaunch, MergedLaunch, Plan
 from .spec import BranchSpec, SKSpec
@@ -204,8 +204,8 @@ def _plan_resident(workload: Workload) -> Plan | str:
             "groups above 16 channels, kernels above 5x5, dilations that are no power of two and descriptors above "
             f"{analytic.MAX_RESIDENT_DESCRIPTOR} entries have no tiles that one launch both pools and selects"
         )
-    if workload.n * resident_items(shape, config, *workload.output_size).step >= 2**30:
-        return f"a batch of {workload.n} samples has more than 2^30 tiles"
+    if workload.n * resident_items(shape, config, *workload.output_size).step >= MAX_ITEMS:
+        return f"a batch of {workload.n} samples has more than {MAX_ITEMS} tiles"
     if (held := analytic.resident_bytes(workload, config)) > analytic.L2_SHARE * chip.l2_mib * 2**20:
         return (
             f"the samples between pooling and selection take {held / 2**20:.1f} MiB of {chip.name}'s {chip.l2_mib} MiB "
