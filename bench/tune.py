@@ -143,6 +143,7 @@ class Request:
         return Origin(self.chip.gpu, self.chip.processors, self.chip.name, current.triton, current.kernels)
 
 
+UNKEPT = "not everything that was tuned could be kept, see the warning"
 INTERRUPT = "interrupted; what was tuned is kept, the next run goes on"
 
 
@@ -153,8 +154,11 @@ def tune_here(targets: list[Target], request: Request, console: Console) -> tupl
     earlier = {} if request.again else cache.read().get(request.origin, {})
     outcomes: list[Outcome] = []
 
+    unkept: list[Target] = []
+
     def keep(target: Target, entry: Entry) -> None:
-        cache.save(request.origin, {target.key: entry})
+        if not cache.save(request.origin, {target.key: entry}):
+            unkept.append(target)
 
     try:
         with (
@@ -175,7 +179,7 @@ def tune_here(targets: list[Target], request: Request, console: Console) -> tupl
         return outcomes, INTERRUPT
     except DeviceLostError as error:
         return outcomes, f"the GPU failed, which ends this run; the next one goes on: {error}"
-    return outcomes, ""
+    return outcomes, UNKEPT if unkept else ""
 
 
 @contextmanager

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sk_triton import SelectiveKernel, SKConv, dispatch, explain, use_backend
+from sk_triton import SelectiveKernel, SKConv, cli, dispatch, explain, use_backend
 from sk_triton.bench.grid import UNITS
 
 from .tolerances import assert_errs_like_eager
@@ -128,6 +128,7 @@ def test_device_is_supported():
     assert dispatch.has_triton()
 
 
+<<<<<<< ours
 def resident_unit(channels=128):
     layer = SelectiveKernel(channels, groups=32, split_input=False).cuda().half().eval()
     randomize_norms(layer)
@@ -179,3 +180,17 @@ def test_resident_under_a_cuda_graph():
             v.fill_(float("nan"))
             graph.replay()
             assert torch.equal(v, expected)
+=======
+def test_a_tuned_unit_says_so_and_computes_the_same(folder):
+    """Rivals are few and the unit is small: this tests the way there, not the gain."""
+    options = ("--shape", "8,64,14,14", "--candidates", "3", "--budget", "120s")
+    assert cli.main(["tune", *options]) == 0
+    layer = SelectiveKernel(64, groups=32, split_input=False, rd_channels=32).cuda().half().eval()
+    x = torch.randn(8, 64, 14, 14, device="cuda", dtype=torch.half).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        found = explain(layer, x)
+    assert "launches are tuned for it" in found.gpu
+    texts = [source.text for source in found.plan.sources]
+    assert all("tuned for" in text or "confirmed on" in text for text in texts), texts
+    compare(layer, x)
+>>>>>>> theirs

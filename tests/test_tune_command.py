@@ -162,6 +162,22 @@ def gpu(monkeypatch, folder):
     return made
 
 
+def test_a_run_whose_configs_cannot_be_kept_says_so(gpu, folder, monkeypatch, capsys):
+    class Compiled(Instant):
+        def submit(self, function, target, choice, settled, gpu):
+            future = Future()
+            future.set_result(Trial(choice, 1e-5, None))
+            return future
+
+    folder.write_text("a file where the folder should be")
+    monkeypatch.setattr(tune, "compiling_processes", Compiled)
+    with pytest.warns(RuntimeWarning, match="tuned configs are not kept"):
+        code, out, _ = run(*SMALL, capsys=capsys)
+    assert code == 1
+    assert "100.0%" in out
+    assert tune.UNKEPT in out
+
+
 @pytest.mark.compile
 def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu, folder, capsys):
     code, out, _ = run(*SMALL, "--budget", "2s", capsys=capsys)

@@ -137,6 +137,12 @@ def test_what_was_dropped_before_is_never_run():
     assert {trial.dropped for trial in outcome.entry.trials[1:]} == {"9 spills"}
 
 
+def test_an_analytic_choice_that_spills_is_still_what_the_others_must_beat():
+    spilling = [Trial(c, None, None, "11 spills" if i == 0 else "") for i, c in enumerate(FIRST.choices)]
+    (outcome,), _ = run(FakeMachine({GOOD: 50e-6}), assess=lambda target, settled: spilling)
+    assert (outcome.entry.choice, outcome.entry.analytic_seconds) == (GOOD, 100e-6)
+
+
 @pytest.mark.parametrize("fault", [{"wrong": {ANALYTIC: "error 9"}}, {"times": {ANALYTIC: "failed"}}])
 def test_where_the_analytic_choice_fails_nothing_is_kept_and_the_outcome_says_so(fault):
     (outcome,), kept = run(FakeMachine(**fault))
@@ -210,6 +216,20 @@ def test_a_lost_device_ends_the_run_and_the_next_one_gets_past_what_lost_it():
     again = FakeMachine()
     run(again, TARGETS, known=kept)
     assert again.begun == [target.key for target in TARGETS[1:]]
+
+
+def test_a_device_lost_while_it_measures_is_got_past_as_well():
+    class LosesItself(FakeMachine):
+        def times(self, choices):
+            found = super().times(choices)
+            self.is_lost = True
+            return dict.fromkeys(found, "RuntimeError: unspecified launch failure")
+
+    kept = {}
+    with pytest.raises(DeviceLostError):
+        run(LosesItself(), TARGETS, known=kept)
+    assert kept[FIRST.key].choice is None
+    assert "launch failure" in kept[FIRST.key].trials[0].dropped
 
 
 def rendered(table) -> str:

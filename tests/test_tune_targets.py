@@ -90,7 +90,7 @@ def test_candidates_are_compiled_and_predicted_and_what_spills_is_out():
     assert spilling.predicted is invalid.predicted is None
 
 
-SMALL = Workload(paper_unit(16, groups=4), 2, 5, 5, torch.float16, CHIPS["sm_90"])
+SMALL = Workload(paper_unit(8, groups=4), 1, 4, 4, torch.float16, CHIPS["sm_90"])
 
 
 @dataclass(frozen=True)

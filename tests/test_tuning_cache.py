@@ -14,7 +14,15 @@ import pytest
 
 from sk_triton.kernels.config import GateConfig
 from sk_triton.tuning import cache
-from sk_triton.tuning.entries import MAX_BYTES, SCHEMA, dump_config, dump_entry, load_sections
+from sk_triton.tuning.entries import (
+    MAX_BYTES,
+    SCHEMA,
+    Entry,
+    Trial,
+    dump_config,
+    dump_entry,
+    load_sections,
+)
 
 from .tuned import entry, origin, other_choice, requests, workload
 
@@ -304,6 +312,13 @@ def test_entries_that_this_version_does_not_understand_stay_in_the_file(folder):
         warnings.simplefilter("ignore")
         save(OTHER_KEY)
     assert set(content(folder)["sections"][0]["entries"]) == {KEY, OTHER_KEY, "forward/branch_future/x"}
+
+
+def test_what_a_driver_says_in_colours_and_lines_can_be_read_back(folder):
+    noisy = Trial(CHOICE, None, None, "\x1b[31mfailed\x1b[0m\nat line 1" + "!" * 1000)
+    cache.save(origin(), {KEY: Entry(None, 1e-4, 1e-4, (noisy,))})
+    (trial,) = cache.read()[origin()][KEY].trials
+    assert trial.dropped.startswith(" [31mfailed [0m at line 1!!!")
 
 
 def test_clearing_removes_what_is_not_to_be_kept(folder):

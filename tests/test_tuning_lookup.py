@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from sk_triton import SelectiveKernel, analytic, dispatch, explain, plans, use_backend
 from sk_triton.backend import SCHEDULES
 from sk_triton.bench.grid import CASES, seed_unit
-from sk_triton.chips import CHIPS, Chip, pinned
+from sk_triton.chips import CHIPS, Chip, chip_of, pinned
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.kernels.geometry import blocking, can_run, tiles
 from sk_triton.plans import fastest_plan, make_plan
@@ -99,7 +100,7 @@ def test_an_unknown_gpu_takes_its_architectures_configs_and_says_so(request_, mo
     assert lookup.describe(unknown) == (
         "NVIDIA H100 NVL (132 SMs), sm_90: nothing is tuned for it, the configs of sm_90 serve"
     )
-    assert lookup.describe(H100) == "NVIDIA H100 80GB HBM3 (132 SMs), sm_90: 1 tuned entries"
+    assert lookup.describe(H100) == "NVIDIA H100 80GB HBM3 (132 SMs), sm_90: 1 launches are tuned for it"
 
 
 @pytest.mark.parametrize("changes", [{"triton": "3.0.0"}, {"kernels": "0123456789abcdef"}])
@@ -227,7 +228,10 @@ def test_deterministic_algorithms_pin_the_packages_configs(request_, monkeypatch
     torch.use_deterministic_algorithms(True)
     try:
         assert chosen() == request_.analytic()
-        assert "1 of the user's are not used: deterministic algorithms are asked for" in lookup.describe(H100)
+        assert (
+            "1 that the user tuned are not used: deterministic algorithms are asked for"
+            in lookup.describe(H100)
+        )
     finally:
         torch.use_deterministic_algorithms(False)
     assert chosen() == other_choice(request_)
@@ -265,7 +269,7 @@ def test_explain_shows_level_and_key(folder, monkeypatch):
         assert request.key == key
         cache.save(origin(), {key: entry(other_choice(request))})
         text = str(explain(layer, x))
-    assert "gpu       NVIDIA H100 80GB HBM3 (132 SMs), sm_90: 1 tuned entries" in text
+    assert "gpu       NVIDIA H100 80GB HBM3 (132 SMs), sm_90: 1 launches are tuned for it" in text
     assert "source    gate: tuned for NVIDIA H100 80GB HBM3 (132 SMs)" in text
     assert f"  key     {key}" in text
     assert "source    select: analytic (sm_90)" in text
@@ -329,3 +333,15 @@ def test_recorded_calls_are_planned_anew_once_the_configs_change_or_are_pinned(f
         finally:
             torch.use_deterministic_algorithms(False)
     assert len(set(kinds)) == 3
+
+
+def test_a_device_counts_by_its_own_name_and_processors(monkeypatch):
+    facts = SimpleNamespace(major=9, minor=0, multi_processor_count=114, name="NVIDIA H100 PCIe")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
+    chip_of.cache_clear()
+    assert chip_of(torch.device("cuda", 0)) == Chip("sm_90", 114, "NVIDIA H100 PCIe")
+    chip_of.cache_clear()
+    facts.major = 5
+    assert chip_of(torch.device("cuda", 0)) is None
+    chip_of.cache_clear()

@@ -94,13 +94,21 @@ def tune(
 def _tune_one(target: Target, machine: Machine, trials: list[Trial], settled: Settled) -> Outcome:
     analytic = target.choices[0]
     machine.begin(target, settled)
-    trials = [trial if trial.dropped else replace(trial, dropped=_fault(machine, trial)) for trial in trials]
+    # The analytic choice is what runs today, spills or not: only a fault on the device takes it out.
+    trials = [
+        trial
+        if trial.dropped and trial.choice != analytic
+        else replace(trial, dropped=_fault(machine, trial))
+        for trial in trials
+    ]
     if trouble := machine.trouble():
-        return Outcome(target, Entry(None, 0.0, 0.0, tuple(trials)), trouble)
+        return _lost(target, trials, trouble)
     if dropped := next((trial.dropped for trial in trials if trial.choice == analytic), ""):
         return Outcome(target, None, f"the analytic choice: {dropped}")
     measured = machine.times([trial.choice for trial in trials if not trial.dropped])
     trials = [_with_time(trial, measured) for trial in trials]
+    if trouble := machine.trouble():
+        return _lost(target, trials, trouble)
     by_choice = {trial.choice: trial.measured for trial in trials if trial.measured is not None}
     if analytic not in by_choice:
         return Outcome(target, None, "the analytic choice could not be timed")
@@ -115,6 +123,10 @@ def _tune_one(target: Target, machine: Machine, trials: list[Trial], settled: Se
     if not _beats(best_again, before_again):
         return Outcome(target, kept, "faster once, but not when run again")
     return Outcome(target, Entry(best, before_again, best_again, tuple(trials)))
+
+
+def _lost(target: Target, trials: list[Trial], trouble: str) -> Outcome:
+    return Outcome(target, Entry(None, 0.0, 0.0, tuple(trials)), trouble)
 
 
 def _beats(seconds: float, analytic: float) -> bool:

@@ -138,7 +138,7 @@ def dump_entry(entry: Entry) -> dict[str, Any]:
                 "choice": _dump_choice(trial.choice),
                 "predicted_us": _microseconds(trial.predicted),
                 "measured_us": _microseconds(trial.measured),
-                "dropped": trial.dropped,
+                "dropped": _printable(trial.dropped),
             }
             for trial in entry.trials
         ],
@@ -282,6 +282,11 @@ def _load_seconds(raw: Any) -> float:
     if type(raw) not in (int, float) or not math.isfinite(raw) or raw < 0:
         raise ValueError(f"a time must be a finite number of microseconds, got {_shown(raw)}")
     return raw / 1e6
+
+
+def _printable(text: str) -> str:
+    """One line of what a compiler or a driver said."""
+    return "".join(c if c.isprintable() else " " for c in text)[:MAX_TEXT]
 
 
 def _shown(value: Any) -> str:

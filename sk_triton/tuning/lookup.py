@@ -121,9 +121,13 @@ def describe(chip: Chip) -> str:
     reason = pinning_reason()
     own, packaged = _of(user_sections(), chip), _of(contributed(chip.gpu, chip.processors), chip)
     count = len(packaged if reason else {**packaged, **own})
-    note = f"{count} tuned entries" if count else f"nothing is tuned for it, the configs of {chip.name} serve"
+    note = (
+        f"{count} launches are tuned for it"
+        if count
+        else f"nothing is tuned for it, the configs of {chip.name} serve"
+    )
     if reason and own:
-        note += f"; {len(own)} of the user's are not used: {reason}"
+        note += f"; {len(own)} that the user tuned are not used: {reason}"
     return f"{_title(chip)}, {chip.name}: {note}"
 
 
