@@ -1,4 +1,4 @@
-"""Launchers of the backward kernels: data and weight gradients of all branches of a unit. The config's type names them."""
+"""Launchers of the backward kernels: data and weight gradients of all branches; the config's type names them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,15 +35,17 @@ def branch_grad(
 
     The gradient of branch m's convolution is
     `dy = mask * (gain * dv + lift) + slope * y + level`, `mask = scale * y + shift > 0`,
-    all fp32: `terms [N, M, C_out, 6]`, contiguous, in this order: gain, lift, scale, shift, slope, level. With `terms [N, M,
-    C_out, 2]`, for branches without norm, `mask = y > 0`, slope and level are zero. Without ReLU the mask is all ones. It is rounded to the dtype of x, never written.
+    all fp32: `terms [N, M, C_out, 6]`, contiguous, holds gain, lift, scale, shift, slope and level. With
+    `terms [N, M, C_out, 2]`, for branches without norm, `mask = y > 0`, and slope and level are zero. Without ReLU the
+    mask is all ones. The gradient is rounded to the dtype of x and never written.
 
-    `x [N, C_in, H, W]` and `dv [N, C_out, H, W]`, channels adjacent in memory (stride 1), other strides free; `y [M, N,
-    H, W, C_out]`, the convolutions' outputs, channels adjacent; `w` from `pack_grad_weights`; `dx [N, C_in, H, W]` of any strides;
-    `partial` fp32, contiguous, of `partial_shape`: pass it to `reduce_weight_grad`. Every entry that it reads is written.
+    `x [N, C_in, H, W]` and `dv [N, C_out, H, W]`, channels adjacent in memory (stride 1), other strides free;
+    `y [M, N, H, W, C_out]`, the convolutions' outputs, channels adjacent; `w` from `pack_grad_weights`;
+    `dx [N, C_in, H, W]` of any strides; `partial` fp32, contiguous, of `partial_shape`: for `reduce_weight_grad`, which
+    reads only what is written here.
 
     Raises:
-        ValueError: a `shape` that the kernels of `config` do not take (`can_run_grad`), or channels that are not adjacent.
+        ValueError: a `shape` that the kernels of `config` do not take (`can_run_grad`), or channels not adjacent.
     """
     if (reason := can_run_grad(shape, x.dtype, config, x.shape[3])) is not None:
         raise ValueError(f"shape: {reason}")

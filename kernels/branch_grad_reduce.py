@@ -9,7 +9,8 @@ def branch_grad_reduce_kernel(
     partial_ptr, dw_ptr,
     TERMS, ENTRIES, GROUPS, stride_term,
     TAPS: tl.constexpr, TAPS_BEFORE: tl.constexpr, STRIDE_BLOCK: tl.constexpr,
-    GROUPS_PER_BLOCK: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr, BLOCK_CO: tl.constexpr, CHUNKS_CO: tl.constexpr,
+    GROUPS_PER_BLOCK: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
+    BLOCK_CO: tl.constexpr, CHUNKS_CO: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_E entries of one branch: the sum over `partial [TERMS, blocks, taps, BLOCK_CO, GROUP_CI]`, in the order of

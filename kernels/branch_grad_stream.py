@@ -25,7 +25,6 @@ def input_points(x_ptr, offs, mask, identity):
     `offs` and `mask [RUNS, 32]`: columns (point, channel). Row r holds point `r // 2 % 4` of channel
     `r // 8 * 2 + r % 2`.
     """
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     # A thread's 8 adjacent elements are (half of the channels, pair, parity): each half is a right operand.
     tile = tl.reshape(tl.load(x_ptr + offs, mask=mask, other=0.0), [RUNS, 4, 2, 2, 2])
     low, high = tl.split(tl.reshape(tl.permute(tile, (0, 3, 1, 4, 2)), [RUNS, 16, 2]))
@@ -48,8 +47,8 @@ def branch_gradients(
     HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
 ):  # fmt: skip
     """One branch's share of a tile: `dx`, a tuple of RUN_H accumulators `[16, RUNS]`, rows (position, input channel),
-    and `dw`, a tuple of accumulators, one per kernel row and half of the input channels: rows as `input_points`, columns
-    (half of the output channels, position, channel), of one half where IS_PAIRED: no group has channels in both.
+    and `dw`, a tuple of accumulators, one per kernel row and half of the input channels: rows as `input_points`,
+    columns (half of the output channels, position, channel), of one half where IS_PAIRED: no group has both.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     entry = tl.arange(0, 16)
@@ -153,7 +152,8 @@ def branch_grad_stream_kernel(
     stride_dxn, stride_dxc, stride_dxh, stride_dxw,
     M: tl.constexpr, DILATIONS: tl.constexpr, HALO: tl.constexpr, RUN_H: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
-    IS_EVEN_H: tl.constexpr, IS_PAIRED: tl.constexpr, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_PAIRED: tl.constexpr, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr,
+    HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """`dx` of one channel block in TILES_PER_PROGRAM tiles, and what they add to the weight gradients. Programs:
     channel blocks x strips of tiles.

@@ -1,5 +1,5 @@
-"""Gradients of branches that `branch_grad_stream` does not take: wide groups, large kernels, other dilations. Two kernels,
-of which each rebuilds the gradients of the branches' convolutions in its prologue.
+"""Gradients of branches that `branch_grad_stream` does not take: wide groups, large kernels, other dilations. Two
+kernels, of which each rebuilds the gradients of the branches' convolutions in its prologue.
 
 A tile is 16 pixels of some rows, channels come in blocks of 16; blocks of narrow groups are block-diagonal. As in
 `branch_grad_stream`, products with 0/1 matrices move data between threads.
@@ -23,9 +23,9 @@ def branch_grad_data_kernel(
     CHUNKS_CI: tl.constexpr, CHUNKS_CO: tl.constexpr,
     HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
-    """`dx` of 16 input channels of a tile of RUN_H rows x (16 - 2 * HALO) columns, read with HALO columns on either side.
+    """`dx` of 16 input channels of a tile: RUN_H rows x (16 - 2 * HALO) columns, read with HALO columns on either side.
 
-    A channel block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), in CHUNKS_CI and CHUNKS_CO pieces of 16.
+    A channel block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), in CHUNKS_CI and CHUNKS_CO pieces.
     IS_WHOLE_H: a tile has all rows of the image.
     """
     M: tl.constexpr = len(KERNELS)
@@ -113,8 +113,8 @@ def branch_grad_weight_kernel(
     CHUNKS_CI: tl.constexpr, CHUNKS_CO: tl.constexpr,
     HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
-    """What TILES_PER_PROGRAM tiles of RUN_H rows x 16 pixels add to the gradient of one branch's weights, of 16 input and
-    16 output channels, in kernel rows KY … KY + ROWS_KY - 1.
+    """What TILES_PER_PROGRAM tiles of RUN_H rows x 16 pixels add to the gradient of one branch's weights, of 16 input
+    and 16 output channels, in kernel rows KY to KY + ROWS_KY - 1.
     """
     HALF: tl.constexpr = KERNEL // 2
     dtype: tl.constexpr = x_ptr.dtype.element_ty

@@ -151,8 +151,8 @@ class GradStreamConfig:
 
 @dataclass(frozen=True)
 class GradWideConfig:
-    """`branch_grad_data_kernel` and `branch_grad_weight_kernel`: tiles of RUN_H rows x 16 pixels; for weights, a program
-    walks TILES_PER_PROGRAM."""
+    """`branch_grad_data_kernel` and `branch_grad_weight_kernel`: tiles of RUN_H rows x 16 pixels; for weights, a
+    program walks TILES_PER_PROGRAM."""
 
     RUN_H: int
     TILES_PER_PROGRAM: int

@@ -74,8 +74,8 @@ def grad_tiles(config: GradConfig, h: int, w: int) -> tuple[int, int]:
 
 
 def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) -> tuple[int, ...]:
-    """Shape of the fp32 workspace for `n` images of `h` x `w` pixels: summands, blocks of output channels, kernel taps of
-    all branches, channels of a block, input channels of a group."""
+    """Shape of the fp32 workspace for `n` images of `h` x `w` pixels: summands, blocks of output channels, kernel taps
+    of all branches, channels of a block, input channels of a group."""
     tiles_h, tiles_w = grad_tiles(config, h, w)
     strips = cdiv(n * tiles_h * tiles_w, config.TILES_PER_PROGRAM)
     blocks = grad_blocks(shape, config)
@@ -87,8 +87,8 @@ def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) 
 def pack_grad_weights(
     weights: Sequence[torch.Tensor], shape: ConvShape, config: GradConfig, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Pack `weights[m] [c_out, c_in / groups, k, k]` for `branch_grad` under `config`, rounded to `dtype`: transposed and
-    rotated, each 16 x 16 matrix in the order of the tensor core's registers.
+    """Pack `weights[m] [c_out, c_in / groups, k, k]` for `branch_grad` under `config`, rounded to `dtype`: transposed
+    and rotated, each 16 x 16 matrix in the order of the tensor core's registers.
 
     GradStreamConfig: `[blocks][M][3][2]` matrices of input `(o, ci)` and gradient `(half of co, h, co)`: of kernel row
     ky, the weight of row `2 - ky` and column `o - j + 2`, where point j of a run is `1 + h` in the first matrix, and 3

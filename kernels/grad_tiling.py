@@ -1,7 +1,7 @@
 """Device helpers of the backward kernels: the gradient of a branch's convolution, built in registers a row at a time.
 
-Rows are read with adjacent channels and brought into the layout of an accumulator, in which a thread holds pixels of one
-or two channels, by products with 0/1 matrices: exact, and conversions to fp32 come with them.
+Rows are read with adjacent channels and brought into the layout of an accumulator, in which a thread holds pixels of
+one or two channels, by products with 0/1 matrices: exact, and conversions to fp32 come with them.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .tiling import as_operand
 @triton.jit
 def equal_to(rows, columns, dtype: tl.constexpr):
     """The 0/1 matrix whose entry is 1 where `rows[i] == columns[j]`."""
-    # Not converted from a mask: Triton would take the product for one of bytes, and choose another order of its operands.
+    # Not converted from a mask: Triton would take the product for one of bytes and order its operands otherwise.
     return tl.where(rows[:, None] == columns[None, :], 1.0, 0.0).to(dtype)
 
 

@@ -128,7 +128,6 @@ def test_device_is_supported():
     assert dispatch.has_triton()
 
 
-<<<<<<< ours
 def resident_unit(channels=128):
     layer = SelectiveKernel(channels, groups=32, split_input=False).cuda().half().eval()
     randomize_norms(layer)
@@ -180,7 +179,8 @@ def test_resident_under_a_cuda_graph():
             v.fill_(float("nan"))
             graph.replay()
             assert torch.equal(v, expected)
-=======
+
+
 def test_a_tuned_unit_says_so_and_computes_the_same(folder):
     """Rivals are few and the unit is small: this tests the way there, not the gain."""
     options = ("--shape", "8,64,14,14", "--candidates", "3", "--budget", "120s")
@@ -193,4 +193,3 @@ def test_a_tuned_unit_says_so_and_computes_the_same(folder):
     texts = [source.text for source in found.plan.sources]
     assert all("tuned for" in text or "confirmed on" in text for text in texts), texts
     compare(layer, x)
->>>>>>> theirs

@@ -1,0 +1,30 @@
+"""Configs of the backward kernels from shapes alone."""
+
+from __future__ import annotations
+
+import torch
+
+from .chips import Chip
+from .kernels.config import GradConfig, GradStreamConfig, GradWideConfig
+from .kernels.geometry import ConvShape, cdiv
+from .kernels.grad_geometry import can_run_grad, grad_blocks, grad_tiles
+
+# Programs of one warp that a launch has per processor: as few as keep it busy, since each leaves its partial weight
+# gradients in memory. A processor holds 8 at 255 registers a thread.
+STREAM_PROGRAMS, WIDE_PROGRAMS = 16, 4
+
+
+def grad_config(
+    shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip
+) -> GradConfig | None:
+    """Config for the gradients of `shape` on `n` images of `h` x `w` pixels; None where `can_run_grad` refuses all."""
+    candidates: tuple[GradConfig, ...] = (GradStreamConfig(4, 1), GradWideConfig(4, 1))
+    for config in candidates:
+        if can_run_grad(shape, dtype, config, w) is None:
+            blocks = grad_blocks(shape, config)
+            tiles_h, tiles_w = grad_tiles(config, h, w)
+            pieces = blocks.count * blocks.chunks_ci * blocks.chunks_co
+            programs = STREAM_PROGRAMS if isinstance(config, GradStreamConfig) else WIDE_PROGRAMS
+            strips = max(1, programs * chip.processors // pieces)
+            return type(config)(config.RUN_H, cdiv(n * tiles_h * tiles_w, strips))
+    return None
