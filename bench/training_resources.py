@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def launches(stage: int, chip: str) -> list[Launch]:
     mean, rstd, gamma, beta = (sums(2, c) for _ in range(4))
     first, second = sums(9, n, 2, c), sums(9, n, 2, c)
     norm = (mean, rstd, gamma, beta)
-    flags = {"has_norm": True, "has_relu": True}
+    flags: dict[str, Any] = {"has_norm": True, "has_relu": True}
     return [
         branch_train_fwd(
             x, x.flatten(), None, y, moments, shape=conv.shape, allow_tf32=False, config=conv.config

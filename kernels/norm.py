@@ -60,7 +60,9 @@ def lane_moments(pivot, total, squares, count):
     large the mean is, only the spread is squared.
     """
     own = tl.maximum(count, 1.0)
-    mean, m2 = pivot + total / own, squares - total * total / own
+    mean = pivot + total / own
+    # Rounding must not leave a negative variance.
+    m2 = tl.maximum(squares - total * total / own, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(count > 0, mean, 0.0), tl.where(count > 0, m2, 0.0)
 
 

@@ -78,9 +78,10 @@ def branch_config(
     *,
     task: str = "store",
 ) -> BranchConfig:
-    """Config for the branches of `shape` on a batch of `n` outputs of `h` x `w` pixels, to "store", "train", "pool" or "select".
+    """Config for the branches of `shape` on a batch of `n` outputs of `h` x `w` pixels.
 
-    One that stores where no kernel does the task: `kernels.geometry.can_run` tells.
+    `task`: "store", "train", "pool" or "select". One that stores where no kernel does the task:
+    `kernels.geometry.can_run` tells.
     """
     candidates = branch_candidates(shape, h, dtype, allow_tf32, chip, task)
     candidates = candidates or tap_candidates(shape, dtype == torch.float32 and not allow_tf32, dtype)

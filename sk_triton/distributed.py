@@ -20,7 +20,7 @@ def sync_group(norm: Any) -> str:
     return group.group_name if dist.get_world_size(group) > 1 else ""
 
 
-def _group(name: str) -> Any:
+def _group(name: Any) -> Any:
     return dist.distributed_c10d._resolve_process_group(name)
 
 

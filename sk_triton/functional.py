@@ -15,6 +15,7 @@ from .params import Branch, Gate
 from .replay import Record
 from .save import Save, check_save, scoped_save
 from .spec import SKSpec
+from .training import check_empty_batch
 
 
 def sk_conv(
@@ -58,6 +59,8 @@ def sk_conv(
         x = x.to(autocast)
     save = scoped_save() or check_save(save or "branches")
     plan = dispatch.choose(x, branches, gate, spec, backend=current_backend())
+    if plan.schedule == "train" and x.shape[0] == 0:
+        check_empty_batch(branches, gate)
     if plan.backend == "reference" or x.shape[0] == 0:
         v = reference.sk_conv(x, branches, gate, spec)
         # A norm or an activation of the user's may leave the autocast dtype.

@@ -43,7 +43,7 @@ class GateState(NamedTuple):
         s: ``[N, C]``, the pooled features.
         h: ``[N, d]``, before the norm.
         mean, rstd: ``[d]``.
-        count: the samples behind the statistics, a tensor of no dimensions.
+        size: the samples behind the statistics, a tensor of no dimensions.
         attention: ``[N, M, C]``.
     """
 
@@ -51,7 +51,7 @@ class GateState(NamedTuple):
     h: Tensor
     mean: Tensor
     rstd: Tensor
-    count: Tensor
+    size: Tensor
     attention: Tensor
 
 
@@ -105,7 +105,7 @@ def gate_bwd(grad: Tensor, state: GateState, tensors: GateTensors, norm: GateNor
         sums = torch.stack([beta, gamma])
         if norm.group:
             sums = sum_over(sums, norm.group)
-        dbeta, dgamma = sums / state.count
+        dbeta, dgamma = sums / state.size
         dh = dz - dbeta - h_hat * dgamma
     if norm.kind != "none":
         dh = dh * (state.rstd if tensors.gamma is None else state.rstd * tensors.gamma.float())

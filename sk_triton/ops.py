@@ -75,7 +75,7 @@ def unit_bwd(
 
 
 @unit_fwd.register_fake
-def _(x, params, running, has, spec, kinds, epsilons, groups, save):  # type: ignore[no-untyped-def]
+def _(x, params, running, has, spec, kinds, epsilons, groups, save):
     unit = SKSpec.decode(spec)
     n, _, h_in, w_in = x.shape
     h, w = unit.output_size(h_in, w_in)
@@ -93,7 +93,7 @@ def _(x, params, running, has, spec, kinds, epsilons, groups, save):  # type: ig
 
 
 @unit_bwd.register_fake
-def _(dv, x, params, running, saved, has, spec, kinds, epsilons, groups, needs):  # type: ignore[no-untyped-def]
+def _(dv, x, params, running, saved, has, spec, kinds, epsilons, groups, needs):
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))]
     grads += [torch.empty_like(param) for param in params]
     return [grad for grad, is_needed in zip(grads, needs, strict=True) if is_needed]
@@ -108,7 +108,7 @@ def _unit(
     epsilons: Sequence[float],
     groups: str,
 ) -> Any:
-    from .schedules.train import TrainingUnit
+    from .training_branches import TrainingUnit
 
     remaining = iter(params)
     tensors = UnitTensors.from_flat([next(remaining) if present else None for present in has])

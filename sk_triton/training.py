@@ -42,8 +42,8 @@ class UnitTensors(NamedTuple):
     def from_flat(cls, values: Sequence[Any]) -> UnitTensors:
         """The inverse of :meth:`flat`."""
         m = (len(values) - 6) // 4
-        parts = [tuple(values[i * m : (i + 1) * m]) for i in range(4)]
-        return cls(*parts, *values[4 * m :])
+        weights, biases, gammas, betas = (tuple(values[i * m : (i + 1) * m]) for i in range(4))
+        return cls(weights, biases, gammas, betas, *values[4 * m :])
 
 
 class NormSettings(NamedTuple):
@@ -101,6 +101,18 @@ def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: S
             if _uses_batch(norm):
                 _update_running(norm, batch_mean, batch_var)
     return v
+
+
+def check_empty_batch(branches: Sequence[Branch], gate: Gate) -> None:
+    """Raise where an empty batch would leave the other processes of a group waiting.
+
+    Raises:
+        ValueError: a norm takes its statistics over the processes of a group.
+    """
+    if any(sync_group(norm) for norm in _norms(branches, gate)):
+        raise ValueError(
+            "x must have N >= 1 where SyncBatchNorm takes statistics over a process group, got an empty batch"
+        )
 
 
 def unit_tensors(branches: Sequence[Branch], gate: Gate) -> UnitTensors:

@@ -1,15 +1,16 @@
-"""One of two processes that train a unit on halves of a batch: run as a script by test_distributed.py."""
+"""One of two processes that train a unit together: run as a script by test_distributed.py."""
 
-import os
 import sys
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from sk_triton import SelectiveKernel, use_backend
 
-# Halves of unequal size, so that no average of averages passes for the average.
+# Parts of unequal size, so that no average of averages passes for the average.
 SPLIT = 4, 2
 
 
@@ -25,9 +26,8 @@ def batch():
     )
 
 
-def main(folder, rank):
-    os.environ.update(MASTER_ADDR="localhost", WORLD_SIZE="2", RANK=str(rank))
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def synchronized(rank):
+    """What a process computes of its part of the batch, and gradients on the joined batch."""
     layer = unit()
     # In this order, as DDP refuses SyncBatchNorm on a CPU; both share the parameters and buffers.
     model = nn.parallel.DistributedDataParallel(layer)
@@ -41,10 +41,24 @@ def main(folder, rank):
     found = {"v": v.detach(), "x": x.grad}
     # DDP averages over the processes; the sum is the gradient on the joined batch.
     found |= {name: 2 * parameter.grad for name, parameter in layer.named_parameters()}
-    found |= dict(layer.named_buffers())
+    return found | dict(layer.named_buffers())
+
+
+def sharded(rank):
+    """Gradients of sharded parameters on the whole batch, which both processes see."""
+    layer = fully_shard(unit(), mesh=init_device_mesh("cpu", (2,)))
+    x, weight = batch()
+    with use_backend("triton"):
+        layer(x).backward(weight)
+    return {name: parameter.grad.full_tensor() for name, parameter in layer.named_parameters()}
+
+
+def main(folder, rank, kind):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {"synchronized": synchronized, "sharded": sharded}[kind](rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -1,4 +1,4 @@
-"""Two processes that share a batch through SyncBatchNorm and DDP give what one process gives on the joined batch."""
+"""Two processes that train together, by SyncBatchNorm and DDP or by FSDP2, give what one process gives."""
 
 import copy
 import os
@@ -20,11 +20,12 @@ pytestmark = [
 ]
 
 
-def run_two(script, folder):
+def run_two(folder, kind):
+    script = Path(__file__).with_name("distributed_worker.py")
     env = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     processes = [
         subprocess.Popen(
-            [sys.executable, script, str(folder), str(rank)], env=env, stderr=subprocess.PIPE, text=True
+            [sys.executable, script, str(folder), str(rank), kind], env=env, stderr=subprocess.PIPE, text=True
         )
         for rank in range(2)
     ]
@@ -50,7 +51,7 @@ def single(dtype, backend):
 
 
 def test_two_processes_equal_one(tmp_path):
-    ranks = run_two(Path(__file__).with_name("distributed_worker.py"), tmp_path)
+    ranks = run_two(tmp_path, "synchronized")
     eager, exact = single(torch.float32, "reference"), single(torch.float64, "reference")
     samples = []
     for name, value in exact.items():
@@ -66,3 +67,10 @@ def test_two_processes_equal_one(tmp_path):
             assert torch.equal(ranks[0][name], ranks[1][name])
             samples.append((ranks[0][name], eager[name], value))
     assert_typical_errors_like_eager(samples)
+
+
+def test_sharded_parameters_train(tmp_path):
+    ranks, expected = run_two(tmp_path, "sharded"), single(torch.float32, "triton")
+    for rank in ranks:
+        for name, gradient in rank.items():
+            assert_same(gradient, expected[name])
