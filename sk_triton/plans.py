@@ -113,7 +113,7 @@ def _unmeasured_reason(workload: Workload) -> str:
     chip = workload.chip
     if analytic.has_short_columns(resident.branch_launches[0].config, chip):
         # Predicted for an A100: 204 µs against 194 in stage 1, 164 against 66 in stage 3.
-        return f"its kernel fits {chip.name}'s registers with short columns only, whose instructions cost more than a pass"
+        return f"it fits {chip.name}'s registers with short columns only, whose instructions cost more than a pass"
     # Its programs wait for one another: what no GPU has run is not what people get unasked.
     return (
         f"{resident.passes:g} passes over memory in one launch, but only where it was measured on the GPU itself "
