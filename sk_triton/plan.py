@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         BorderConfig,
         BranchConfig,
         GateConfig,
+        GradConfig,
         MergedConfig,
         ReductionConfig,
         ResidentConfig,
@@ -61,6 +62,7 @@ class Plan:
         branch_launches, gate, select: configs of the launches; empty and None where there are none.
         sources: where the configs are from, one for each lookup.
         reduction: config of the launches of "train" that reduce over pixels, else None.
+        gradient: config of the launches that compute the branches' gradients in "train", None where the library does.
         merged_launch: shapes and configs of the Triton schedule "merged", else None.
         resident: config of the Triton schedule "resident", else None.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
@@ -78,6 +80,7 @@ class Plan:
     select: SelectConfig | None = None
     sources: tuple[Source, ...] = ()
     reduction: ReductionConfig | None = None
+    gradient: GradConfig | None = None
     merged_launch: MergedLaunch | None = None
     resident: ResidentConfig | None = None
     has_relu: bool = False

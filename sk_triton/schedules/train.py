@@ -1,7 +1,7 @@
 """Schedule "train": the unit with batch statistics, and its gradient.
 
 Forward: convolve, statistics, pool, gate, select. Backward: one reduction, the gate's gradient, then the branches'
-(:func:`.training_branches.branch_backward`). Derivation: `kernels/README.md`.
+(:func:`.training_gradients.branch_backward`). Derivation: `kernels/README.md`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from ..kernels.select_bwd import select_bwd
 from ..layout import memory_format, with_adjacent_channels, with_spaced_pixels
 from ..plan import Plan
 from ..training import UnitTensors
-from ..training_branches import BranchNorm, TrainingUnit, branch_backward, convolve
+from ..training_branches import BranchNorm, TrainingUnit, convolve
+from ..training_gradients import Upstream, branch_backward
 from ..training_plan import plan_training
 
 
@@ -104,7 +105,12 @@ def backward(dv: Tensor, x: Tensor, unit: TrainingUnit, saved: Saved, needs: lis
     weights: list[Any] = [None] * m
     if any(parts):
         dx, weights = branch_backward(
-            x, dv, y, a, g, norm, *_batch_terms(dbeta, dgamma, saved.sizes, unit), unit, plan, parts
+            x,
+            y,
+            Upstream(dv, a, g, norm, *_batch_terms(dbeta, dgamma, saved.sizes, unit)),
+            unit,
+            plan,
+            parts,
         )
     grads = UnitTensors(
         weights=tuple(weights),
