@@ -44,16 +44,39 @@ _COSTS = {False: _Costs(250, 390, 145), True: _Costs(140, 270, 50)}  # by whethe
 # The small operators around a merged convolution; those of its gate cost twice as much.
 _MERGED_CALL_COST = 15_000_000
 _SCHEDULES = "the CPU's schedules"
+_NOT_TRITON = ("triton", 'x is on "cpu", where "auto" takes PyTorch\'s operators')
 
 
 def reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> str:
     """Why the CPU's schedules cannot run the unit on `x`; "" if they can."""
+    return _call_reason(x, spec) or state_reason(x, branches, gate, _SCHEDULES)
+
+
+def training_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> str:
+    """Why the CPU's schedule "train" cannot run the unit on `x`; "" if it can."""
+    reason = _call_reason(x, spec)
+    if not reason and not (spec.is_linear and not spec.gate_norm):
+        reason = (
+            f"the unit has norms or activations; in training {_SCHEDULES} run linear branches without norms"
+        )
+    return reason or state_reason(x, branches, gate, _SCHEDULES, is_training=True)
+
+
+def _call_reason(x: Tensor, spec: SKSpec) -> str:
     return (
         tracing_reason(_SCHEDULES)
         or ("" if x.device.type == "cpu" else f'x is on "{x.device.type}"; {_SCHEDULES} run on a CPU')
         or unit_reason(spec, _SCHEDULES)
-        or state_reason(x, branches, gate, _SCHEDULES)
     )
+
+
+def training_plan(x: Tensor, spec: SKSpec) -> Plan:
+    """The plan for an input that :func:`training_reason` accepts."""
+    m = spec.num_branches
+    # Forward: the input for each branch, which is written, pooled and selected.
+    reads = m * spec.in_channels * x.shape[2] * x.shape[3]
+    writes = spec.out_channels * math.prod(spec.output_size(*x.shape[2:]))
+    return Plan("torch", "train", reads / writes + 4 * m, x.dtype, rejected=(_NOT_TRITON,))
 
 
 def plan(x: Tensor, spec: SKSpec) -> Plan:
@@ -68,7 +91,6 @@ def _plan(
     spec: SKSpec, n: int, h_in: int, w_in: int, dtype: torch.dtype, is_channels_last: bool, threads: int
 ) -> Plan:
     h, w = spec.output_size(h_in, w_in)
-    not_triton = ("triton", 'x is on "cpu", where "auto" takes PyTorch\'s operators')
     m = spec.num_branches
     not_merged = _unmergeable_reason(spec)
     if not not_merged:
@@ -82,7 +104,7 @@ def _plan(
                 passes=2 * spec.in_channels * h_in * w_in / (spec.out_channels * h * w)
                 + (1 if merged_samples == n else 3),
                 dtype=dtype,
-                rejected=(not_triton, ("folded", balance)),
+                rejected=(_NOT_TRITON, ("folded", balance)),
                 samples=merged_samples,
                 merged=merged_branch(spec),
             )
@@ -92,7 +114,7 @@ def _plan(
         "folded",
         passes=m * (3 + 2 * (spec.branch_act == "relu")) + 2 + 3 * (m - 1),
         dtype=dtype,
-        rejected=(not_triton, ("merged", not_merged)),
+        rejected=(_NOT_TRITON, ("merged", not_merged)),
         samples=_folded_samples(n, spec.out_channels * h * w * dtype.itemsize, threads),
     )
 

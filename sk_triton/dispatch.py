@@ -23,7 +23,7 @@ from .precision import allows_tf32
 from .reasons import state_reason, tracing_reason, unit_reason
 from .replay import Record
 from .save import Save
-from .schedules import cpu_folded, cpu_merged
+from .schedules import cpu_folded, cpu_merged, cpu_train
 from .spec import SKSpec
 from .training_plan import plan_training
 from .tuning.ranks import pinning_reason
@@ -58,6 +58,10 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
         reason = cpu.reason(x, branches, gate, spec)
         if not reason:
             return cpu.plan(x, spec)
+        if training.is_training(x, branches, gate):
+            reason = cpu.training_reason(x, branches, gate, spec)
+            if not reason:
+                return cpu.training_plan(x, spec)
         if backend == "torch":
             raise RuntimeError(f'use_backend("torch") cannot run here: {reason}')
         return _reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes the reference', reason)
@@ -106,14 +110,14 @@ def run(
     save: Save = "branches",
 ) -> Tensor:
     """Run a plan whose backend is "triton" or "torch"; `record` takes note of launches that can be started again."""
-    if plan.schedule == "train":
+    if (plan.backend, plan.schedule) == ("triton", "train"):
         return training.run(x, branches, gate, spec, save)
     if plan.backend == "triton":
         from . import launching  # imports Triton
 
         return launching.run(plan, x, branches, gate, spec, cache, record)
     if plan.backend == "torch":
-        schedule = {"folded": cpu_folded, "merged": cpu_merged}[plan.schedule]
+        schedule = {"folded": cpu_folded, "merged": cpu_merged, "train": cpu_train}[plan.schedule]
         return schedule.run(plan, x, branches, gate, spec, cache)
     raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")
 

@@ -1,0 +1,117 @@
+"""Schedule "train", for the CPU and linear branches: one function with a backward pass of its own.
+
+Autograd would keep what every operator reads, and walk over the branches once for each operator's gradient. Here the
+input and the branches are kept, and a branch's gradient is written once, into memory that the next branch takes again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..folding import FoldedGate, attend, sum_dtype
+from ..layout import memory_format
+from ..packing import PackCache
+from ..params import Branch, Gate
+from ..plan import Plan
+from ..spec import SKSpec
+
+
+def run(
+    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
+) -> Tensor:
+    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
+    out_format = memory_format(x)
+    # PyTorch's convolution would convert weights to the format of its input in both passes.
+    weights = [branch.weight.to(plan.dtype).contiguous(memory_format=out_format) for branch in branches]
+    biases = [None if branch.bias is None else branch.bias.to(plan.dtype) for branch in branches]
+    sums = sum_dtype(plan.dtype)
+    select_bias = None if gate.select_bias is None else torch.cat(gate.select_bias).to(sums)
+    affine = FoldedGate(
+        gate.reduce_weight.flatten(1).to(sums),
+        None if gate.reduce_bias is None else gate.reduce_bias.to(sums),
+        torch.cat([w.flatten(1) for w in gate.select_weight]).to(sums),
+        select_bias,
+    )
+    return _LinearUnit.apply(spec, x, *weights, *biases, *affine)  # type: ignore[no-untyped-call]
+
+
+class _LinearUnit(torch.autograd.Function):
+    """From x, M weights, M biases and the four tensors of :class:`.folding.FoldedGate` to the unit's output."""
+
+    @staticmethod
+    def forward(ctx: Any, spec: SKSpec, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        m = spec.num_branches
+        us = []
+        for x_m, weight, bias, branch in zip(
+            _inputs(x, spec), parameters[:m], parameters[m : 2 * m], spec.branches, strict=True
+        ):
+            us.append(
+                F.conv2d(x_m, weight, bias, spec.stride, branch.padding, branch.dilation, branch.groups)
+            )
+        sums = sum_dtype(x.dtype)
+        s = us[0].mean((2, 3), dtype=sums)
+        for u in us[1:]:
+            s += u.mean((2, 3), dtype=sums)
+        # The gate's tensors are small: autograd differentiates it.
+        with torch.enable_grad():
+            ctx.inputs = [s.requires_grad_(), *map(_leaf, parameters[2 * m :])]
+            ctx.attention = attend(s, FoldedGate(*ctx.inputs[1:]), spec.gate_act == "relu")
+        a = ctx.attention.detach().to(x.dtype)[..., None, None]
+        v = us[0] * a[:, 0]
+        for i in range(1, m):
+            v.addcmul_(us[i], a[:, i])
+        ctx.spec = spec
+        ctx.save_for_backward(x, *parameters[:m], *us)
+        return v.contiguous(memory_format=memory_format(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
+        spec: SKSpec = ctx.spec
+        m = spec.num_branches
+        needs = ctx.needs_input_grad
+        x, *rest = ctx.saved_tensors
+        weights, us = rest[:m], rest[m:]
+        sums = sum_dtype(dv.dtype)
+        scratch = torch.empty_like(us[0])
+        da = torch.stack(
+            [torch.mul(dv, u, out=scratch).sum((2, 3), dtype=sums) for u in us], dim=1
+        )  # [N, M, C]
+        sources = [t for t in ctx.inputs if t is not None]
+        found = iter(torch.autograd.grad(ctx.attention, sources, da, retain_graph=True))
+        ds, *gate_grads = [None if t is None else next(found) for t in ctx.inputs]
+        assert ds is not None
+        pixels = dv.shape[2] * dv.shape[3]
+        a = ctx.attention.detach()
+        g = (ds / pixels).to(dv.dtype)[..., None, None]
+        dv_sum = dv.sum((2, 3), dtype=sums)
+        dxs, weight_grads, bias_grads = [], [], []
+        for i, (x_i, weight, branch) in enumerate(zip(_inputs(x, spec), weights, spec.branches, strict=True)):
+            du = torch.addcmul(g, a[:, i, :, None, None].to(dv.dtype), dv, out=scratch)
+            dx_i, weight_grad, _ = torch.ops.aten.convolution_backward(
+                du, x_i, weight, None, [spec.stride] * 2, [branch.padding] * 2, [branch.dilation] * 2, False,
+                [0, 0], branch.groups, [needs[1], needs[2 + i], False],
+            )  # fmt: skip
+            weight_grads.append(weight_grad)
+            bias_grads.append((a[:, i] * dv_sum + ds).sum(0).to(dv.dtype) if needs[2 + m + i] else None)
+            if needs[1] and (spec.split_input or not dxs):
+                dxs.append(dx_i)
+            elif needs[1]:
+                dxs[0] += dx_i
+        dx = dxs[0] if len(dxs) == 1 else torch.cat(dxs, dim=1) if dxs else None
+        return None, dx, *weight_grads, *bias_grads, *gate_grads
+
+
+def _inputs(x: Tensor, spec: SKSpec) -> Sequence[Tensor]:
+    """What each branch reads."""
+    return x.split(spec.branch_in_channels, dim=1) if spec.split_input else [x] * spec.num_branches
+
+
+def _leaf(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.detach().requires_grad_()

@@ -1,0 +1,156 @@
+"""The CPU's schedule "train": gradients against float64, and what autograd expects of an operator."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from torch.utils.checkpoint import checkpoint
+
+from sk_triton import SelectiveKernel, SKConv, dispatch, explain, functional, use_backend
+from sk_triton.params import Gate
+
+from .tolerances import assert_errs_like_eager
+from .units import random_unit, sizes, specs
+
+
+def gradients(layer, x, dv, backend):
+    """The output and the gradients of the input and of every parameter."""
+    x = x.detach().clone().requires_grad_()
+    layer.zero_grad()
+    with use_backend(backend):
+        v = layer(x)
+    v.backward(dv.to(v.dtype))
+    return [v.detach(), x.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("M", [1, 2, 3])
+def test_gradients_err_like_eager(M, stride, dtype, memory_format):
+    layer = SKConv(16, M, 4, 2, stride=stride).to(dtype)
+    x = torch.randn(3, 16, 7, 6).to(dtype).to(memory_format=memory_format)
+    dv = torch.randn(3, 16, *layer.spec.output_size(7, 6)).to(dtype)
+    ours, eager = (gradients(layer, x, dv, backend) for backend in ("torch", "reference"))
+    exact = gradients(copy.deepcopy(layer).double(), x.double(), dv.double(), "reference")
+    assert ours[0].stride() == eager[0].stride()
+    for ours_grad, eager_grad, exact_grad in zip(ours, eager, exact, strict=True):
+        assert_errs_like_eager(ours_grad, eager_grad, exact_grad)
+
+
+@settings(max_examples=25)
+@given(specs(acts=("identity",)), sizes)
+def test_any_linear_unit(spec, size):
+    assume(spec.is_linear and not spec.gate_norm)
+    n, h, w = size
+    branches, gate = random_unit(spec, torch.float64)
+    x = torch.randn(n, spec.in_channels, h, w, dtype=torch.float64)
+    leaves = [x, *(b.weight for b in branches), gate.reduce_weight, *gate.select_weight]
+    leaves += [t for t in (*(b.bias for b in branches), gate.reduce_bias) if t is not None]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    found = []
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            v = functional.sk_conv(x, branches, gate, spec)
+        found.append(torch.autograd.grad(v, leaves, torch.ones_like(v)))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_auto_takes_it_for_linear_units_and_says_why_not_for_others():
+    x = torch.randn(2, 8, 5, 4)
+    layer = SKConv(8, 2, 2, 2)
+    assert "schedule  train" in str(explain(layer, x))
+    normed = SelectiveKernel(8)
+    plan = dispatch.choose(x, normed.branches(), normed.gate(), normed.spec, backend="auto")
+    assert plan.backend == "reference"
+    assert "norms or activations" in dict(plan.rejected)["torch"]
+    with use_backend("torch"), pytest.raises(RuntimeError, match="norms or activations"):
+        normed(x)
+
+
+def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
+    layer, x = SKConv(8, 2, 2, 2), torch.randn(2, 8, 5, 4)
+    layer.convs[0].weight.requires_grad_(False)
+    layer(x).sum().backward()
+    assert layer.convs[0].weight.grad is None
+    assert layer.convs[0].bias.grad is not None
+    frozen = SKConv(8, 2, 2, 2).requires_grad_(False)
+    (dx,) = torch.autograd.grad(frozen(x.requires_grad_()).sum(), x)
+    assert dx.shape == x.shape
+
+
+def test_a_second_backward_needs_and_honours_retain_graph():
+    layer, x = SKConv(8, 2, 2, 2), torch.randn(2, 8, 5, 4)
+    v = layer(x).sum()
+    v.backward(retain_graph=True)
+    once = layer.convs[1].weight.grad.clone()
+    v.backward()
+    torch.testing.assert_close(layer.convs[1].weight.grad, 2 * once)
+    with pytest.raises(RuntimeError, match="second time"):
+        v.backward()
+
+
+def test_second_derivatives_are_refused():
+    layer, x = SKConv(8, 2, 2, 2), torch.randn(2, 8, 5, 4, requires_grad=True)
+    (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_a_gate_parameter_changed_between_the_passes_is_noticed():
+    layer, x = SKConv(8, 2, 2, 2), torch.randn(2, 8, 5, 4)
+    v = layer(x).sum()
+    with torch.no_grad():
+        layer.fc.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        v.backward()
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_under_a_checkpoint(use_reentrant):
+    layer, x = SKConv(8, 2, 2, 2), torch.randn(2, 8, 5, 4, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    v = checkpoint(layer, x, use_reentrant=use_reentrant).sum()
+    v.backward()
+    for grad, tensor in zip(expected, [x, *layer.parameters()], strict=True):
+        torch.testing.assert_close(tensor.grad, grad)
+
+
+def test_autocast_gives_gradients_in_the_parameters_dtype():
+    layer, x = SKConv(8, 2, 2, 2), torch.randn(2, 8, 5, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        v = layer(x)
+    assert v.dtype == torch.bfloat16
+    v.float().sum().backward()
+    assert all(p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def test_expanded_gradients():
+    layer, x = SKConv(8, 2, 2, 2), torch.randn(2, 8, 5, 4)
+    dv = torch.randn(1, 8, 1, 1).expand(2, 8, 5, 4)
+    ours = gradients(layer, x, dv, "torch")
+    dense = gradients(layer, x, dv.contiguous(), "torch")
+    for a, b in zip(ours, dense, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_without_biases():
+    from sk_triton import BranchSpec, SKSpec
+    from sk_triton.params import Branch
+
+    spec = SKSpec(
+        4, 4, (BranchSpec(3, 1, 2), BranchSpec(1, 1, 2)), gate_width=3, branch_bias=False, branch_norm=False,
+        branch_act="identity", gate_bias=False, gate_norm=False, gate_act="identity", select_bias=False,
+    )  # fmt: skip
+    branches = [Branch(torch.randn(shape, requires_grad=True)) for shape in spec.weight_shapes]
+    gate = Gate(torch.randn(3, 4, requires_grad=True), None, None, None, (torch.randn(8, 3),))
+    x = torch.randn(2, 4, 5, 5)
+    found = []
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            v = functional.sk_conv(x, branches, gate, spec)
+        found.append(torch.autograd.grad(v.square().sum(), [branches[0].weight, gate.reduce_weight]))
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
