@@ -59,7 +59,7 @@ def counted(launch: Launch, compiled: Callable[[Launch], Resources]) -> Resource
     for phase, count in items(launch).items():
         own = parts[phase].by_instruction
         for instruction in own.keys() | rest.keys():
-            totals[instruction] += (own[instruction] - rest[instruction]) * count / programs
+            totals[instruction] += (own[instruction] - rest[instruction]) * count / programs  # type: ignore[assignment]
     totals = Counter({instruction: count for instruction, count in totals.items() if count > 0})
     is_counted = all(parts[phase].instructions is not None for phase in ("none", "pool", "select"))
     return replace(whole, instructions=sum(totals.values()) if is_counted else None, by_instruction=totals)

@@ -52,8 +52,9 @@ def branch_grad(
     for name, tensor, channels in (("x", x, x.stride(1)), ("dv", dv, dv.stride(1)), ("y", y, y.stride(4))):
         if channels != 1:
             raise ValueError(f"{name} must have adjacent channels (stride 1), got strides {tensor.stride()}")
-    launch = _stream if isinstance(config, GradStreamConfig) else _wide
-    return launch(x, dv, y, terms, w, dx, partial, shape, has_relu, config)
+    if isinstance(config, GradStreamConfig):
+        return _stream(x, dv, y, terms, w, dx, partial, shape, has_relu, config)
+    return _wide(x, dv, y, terms, w, dx, partial, shape, has_relu, config)
 
 
 def _stream(

@@ -330,15 +330,15 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     elif group <= 16 and kernel <= 3:
         candidates = _column_candidates(shape, h, chip, "select")
     tiles_of_one: list[StreamConfig | ColumnConfig] = []
-    for config in candidates:
-        longest = 4 if has_short_columns(config, chip) else 7
-        if config.BLOCK_N > 1 or column_run(config) > longest or not can_run("select", shape, config):
+    for tile in candidates:
+        longest = 4 if has_short_columns(tile, chip) else 7
+        if tile.BLOCK_N > 1 or column_run(tile) > longest or not can_run("select", shape, tile):
             continue
         # One channel block, no loop unrolled: the kernel holds both tasks' code.
-        if isinstance(config, StreamConfig):
-            tiles_of_one.append(replace(config, BLOCKS_PER_PROGRAM=1))
-        elif isinstance(config, ColumnConfig):
-            tiles_of_one.append(replace(config, UNROLL=False))
+        if isinstance(tile, StreamConfig):
+            tiles_of_one.append(replace(tile, BLOCKS_PER_PROGRAM=1))
+        elif isinstance(tile, ColumnConfig):
+            tiles_of_one.append(replace(tile, UNROLL=False))
     if not tiles_of_one:
         return None
     branch = min(tiles_of_one, key=lambda config: branch_cost(config, shape, n, h, w, chip, "select"))

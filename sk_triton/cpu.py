@@ -52,14 +52,10 @@ def reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> s
     return _call_reason(x, spec) or state_reason(x, branches, gate, _SCHEDULES)
 
 
-def training_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> str:
-    """Why the CPU's schedule "train" cannot run the unit on `x`; "" if it can."""
-    reason = _call_reason(x, spec)
-    if not reason and not (spec.is_linear and not spec.gate_norm):
-        reason = (
-            f"the unit has norms or activations; in training {_SCHEDULES} run linear branches without norms"
-        )
-    return reason or state_reason(x, branches, gate, _SCHEDULES, is_training=True)
+def can_train(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> bool:
+    """Whether the CPU's schedule "train" can run the unit on `x`: linear branches, no norms at all."""
+    reason = _call_reason(x, spec) or state_reason(x, branches, gate, _SCHEDULES, is_training=True)
+    return spec.is_linear and not spec.gate_norm and not reason
 
 
 def _call_reason(x: Tensor, spec: SKSpec) -> str:
@@ -71,7 +67,7 @@ def _call_reason(x: Tensor, spec: SKSpec) -> str:
 
 
 def training_plan(x: Tensor, spec: SKSpec) -> Plan:
-    """The plan for an input that :func:`training_reason` accepts."""
+    """The plan for an input that :func:`can_train` accepts."""
     m = spec.num_branches
     # Forward: the input for each branch, which is written, pooled and selected.
     reads = m * spec.in_channels * x.shape[2] * x.shape[3]

@@ -58,10 +58,8 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
         reason = cpu.reason(x, branches, gate, spec)
         if not reason:
             return cpu.plan(x, spec)
-        if training.is_training(x, branches, gate):
-            reason = cpu.training_reason(x, branches, gate, spec)
-            if not reason:
-                return cpu.training_plan(x, spec)
+        if training.is_training(x, branches, gate) and cpu.can_train(x, branches, gate, spec):
+            return cpu.training_plan(x, spec)
         if backend == "torch":
             raise RuntimeError(f'use_backend("torch") cannot run here: {reason}')
         return _reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes the reference', reason)

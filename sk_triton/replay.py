@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .backend import current_backend, current_schedule
+from .kernels.launch import Launch
 from .layout import with_adjacent_channels
 from .packing import Packed
 from .precision import allows_tf32
@@ -185,7 +186,7 @@ def _recording(
     workspace_bytes = 0
     starts = []
     for step, compiled in zip(steps, started, strict=True):
-        if compiled is None or not hasattr(step, "grid"):
+        if compiled is None or not isinstance(step, Launch):
             return None
         arguments = [*step.arguments]
         arguments += [step.constexprs[name] for name in step.kernel.arg_names[len(arguments) :]]

@@ -117,7 +117,8 @@ def _through_library(
         has_relu=plan.has_relu,
         config=plan.select,
     )()
-    inputs, weights = [], []
+    inputs: list[Tensor] = []
+    weights: list[Tensor | None] = []
     for m, (x_m, conv) in enumerate(zip(inputs_of(x, spec), spec.branches, strict=True)):
         if not (needs[0] or needs[1 + m]):
             weights.append(None)

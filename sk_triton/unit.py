@@ -80,7 +80,7 @@ class SKUnit(nn.Module):
         """Fold every norm; the default has none."""
 
     def _replicate_for_data_parallel(self) -> SKUnit:
-        replica: SKUnit = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        replica: SKUnit = super()._replicate_for_data_parallel()
         # A replica has parameters of its own and runs in a thread of its own.
         replica._cache, replica._replays = PackCache(), Replays()
         return replica

@@ -158,7 +158,6 @@ def test_a_change_of_the_layer_is_seen(change, direct):
 
 def test_changes_that_no_kernel_runs_raise_as_in_a_planned_call(direct):
     for change, error, reason in (
-        (lambda layer: layer.paths[0].bn.train(), RuntimeError, "batch statistics"),
         (lambda layer: layer.paths[0].bn.register_forward_hook(print), RuntimeError, "forward hooks"),
         (lambda layer: setattr(layer.paths[0].conv, "dilation", (2, 2)), ValueError, "must stay as built"),
     ):
@@ -205,8 +204,16 @@ def test_bad_input_raises_though_a_good_one_was_recorded(direct):
         layer(image(2, 5, 5, channels=4))
     with pytest.raises(TypeError, match=r"x must be a torch\.Tensor"):
         layer(None)
-    with torch.enable_grad(), pytest.raises(RuntimeError, match="gradients are enabled"):
-        layer(image(2, 5, 5))
+
+
+def test_training_is_planned(direct):
+    layer, x = paper_layer(), image(2, 5, 5)
+    inferred = layer(x)
+    with torch.enable_grad():
+        assert layer(x).requires_grad
+    layer.paths[0].bn.train()
+    assert not torch.equal(layer(x), inferred)
+    assert not direct
 
 
 def test_a_shape_out_of_a_parameter_is_checked(direct):

@@ -38,7 +38,7 @@ def run(
         torch.cat([w.flatten(1) for w in gate.select_weight]).to(sums),
         select_bias,
     )
-    return _LinearUnit.apply(spec, x, *weights, *biases, *affine)  # type: ignore[no-untyped-call]
+    return _LinearUnit.apply(spec, x, *weights, *biases, *affine)
 
 
 class _LinearUnit(torch.autograd.Function):
@@ -51,6 +51,7 @@ class _LinearUnit(torch.autograd.Function):
         for x_m, weight, bias, branch in zip(
             _inputs(x, spec), parameters[:m], parameters[m : 2 * m], spec.branches, strict=True
         ):
+            assert weight is not None
             us.append(
                 F.conv2d(x_m, weight, bias, spec.stride, branch.padding, branch.dilation, branch.groups)
             )
@@ -91,7 +92,8 @@ class _LinearUnit(torch.autograd.Function):
         a = ctx.attention.detach()
         g = (ds / pixels).to(dv.dtype)[..., None, None]
         dv_sum = dv.sum((2, 3), dtype=sums)
-        dxs, weight_grads, bias_grads = [], [], []
+        dxs: list[Tensor] = []
+        weight_grads, bias_grads = [], []
         for i, (x_i, weight, branch) in enumerate(zip(_inputs(x, spec), weights, spec.branches, strict=True)):
             du = torch.addcmul(g, a[:, i, :, None, None].to(dv.dtype), dv, out=scratch)
             dx_i, weight_grad, _ = torch.ops.aten.convolution_backward(
