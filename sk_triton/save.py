@@ -28,7 +28,8 @@ def save_for_backward(save: Save) -> contextlib._GeneratorContextManager[None]:
 
     Args:
         save: "branches" saves the branches' convolutions, the input and small tensors; "input" the input and small
-            tensors alone, and convolves again in the backward pass. Results are the same bit for bit.
+            tensors alone, and convolves again in the backward pass. Results are the same bit for bit. On a CPU the
+            branches are always saved.
 
     Raises:
         ValueError: an unknown name.

@@ -409,7 +409,7 @@ def test_explain_names_times_bounds_configs_and_the_choice(command):
     assert code == 0
     assert all(name in out for name in (*sol.BOUNDS, "store", "select", "eager", "torch.compile", "floor"))
     assert "StreamConfig(" in out
-    assert "choice: resident: predicted" in out
+    assert "choice: recompute: predicted" in out
     assert "not measured: no results of H100 SXM are committed" in out
     _, wide, _ = command("--shape", "8,256,14,14", "--gpu", "h100", "--groups", "1")
     assert "choice: reference: a branch has 256 channels per group" in wide
@@ -461,7 +461,7 @@ def test_the_readme_table_has_a_row_per_stage():
     header, rule, *rows = explain.predicted_markdown().splitlines()
     assert len(rows) == 4
     assert {line.count("|") for line in (header, rule, *rows)} == {header.count("|")}
-    assert [row.split("|")[2].strip() for row in rows] == ["resident", "resident", "resident", "store"]
+    assert [row.split("|")[2].strip() for row in rows] == ["recompute", "recompute", "recompute", "store"]
     # 456 instructions of 64 threads and 2048 programs over two branches of 1024 x 7 x 7 outputs of 128 samples.
     assert float(rows[3].split("|")[4]) == pytest.approx(456 * 64 * 4096 / (2 * 128 * 1024 * 7**2), abs=0.05)
 

@@ -87,11 +87,11 @@ def test_budgets(text, seconds):
 def test_predictions_take_the_figures_of_the_product_or_of_a_relative(monkeypatch):
     monkeypatch.setattr(tune, "chip_of", lambda device: H100)
     assert tune._present(torch.device("cuda")) == (H100, find_gpu("H100 SXM"))
-    unknown = Chip("sm_90", 100, "NVIDIA H100 NVL")
+    unknown = Chip("sm_90", 100, 50, "NVIDIA H100 NVL")
     monkeypatch.setattr(tune, "chip_of", lambda device: unknown)
     chip, gpu = tune._present(torch.device("cuda"))
     assert (chip, gpu.chip, gpu.processors) == (unknown, "sm_90", 100)
-    assert tune._product("h100 pcie")[0] == Chip("sm_90", 114)
+    assert tune._product("h100 pcie")[0] == Chip("sm_90", 114, 50)
     assert CHIPS["sm_90"].processors == 132
 
 
@@ -108,7 +108,7 @@ def test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing(folder, ca
     ):
         assert kind in out
     assert out.count("(analytic)") == 6
-    assert "6 launches and schedules, 12 candidates, 0 out, 0 left by the budget" in out
+    assert "6 launches and schedules, 13 candidates, 0 out, 0 left by the budget" in out
     assert "for A100 80GB in" in out
     assert "Predicted, not measured" in out
     assert not folder.exists()
@@ -136,7 +136,7 @@ def test_a_dry_run_stops_at_the_budget_and_had_the_analytic_choices_first(monkey
     monkeypatch.setattr(tune, "compiling_processes", Instant)
     code, out, _ = run("--dry-run", "--gpu", "h100", *SMALL, "--budget", "0.2s", capsys=capsys)
     assert code == 0
-    assert "6 launches and schedules, 12 candidates, 0 out, 9 left by the budget" in out
+    assert "6 launches and schedules, 13 candidates, 0 out, 10 left by the budget" in out
     ranked = [line for line in out.splitlines() if "│    1 │" in line]
     assert len(ranked) == 3
     assert all("(analytic)" in line for line in ranked)

@@ -36,7 +36,8 @@ def test_every_launch_of_every_schedule_once_then_the_schedule():
     assert all(len(target.choices) <= 3 for target in found)
     linear = targets_of("a unit", workload(spec=seed_unit(128)), 3)
     assert {"border_sums", "merged_conv"} <= set(kinds(linear))
-    assert {kind for found in (found, linear) for kind in kinds(found)} == set(KINDS)
+    # Launches of training are looked up, but not tuned yet.
+    assert {kind for found in (found, linear) for kind in kinds(found)} == set(KINDS) - {"branch_train"}
     assert linear[-1].choices[0] == "merged"
 
 
@@ -109,7 +110,8 @@ def test_a_device_runs_checks_and_times_candidates(kind):
     device = Device(CPU, SHORT)
     target = next(t for t in targets_of("small", SMALL, 2) if t.kind == kind)
     device.begin(target, {})
-    assert [device.wrong(choice) for choice in target.choices] == ["", ""]
+    assert len(target.choices) >= 2
+    assert not any(device.wrong(choice) for choice in target.choices)
     times = device.times(target.choices)
     assert set(times) == set(target.choices)
     assert all(isinstance(seconds, float) and seconds > 0 for seconds in times.values())

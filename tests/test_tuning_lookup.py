@@ -30,7 +30,8 @@ def source(plan, kind):
 
 
 @pytest.fixture
-def request_(folder):
+def request_(folder, monkeypatch):
+    monkeypatch.setattr(lookup, "shipped", lambda chip: {})
     return requests("store", workload())["branch_store"]
 
 
@@ -95,7 +96,7 @@ def test_other_shapes_dtypes_and_gpus_do_not_take_the_entry(request_):
 
 
 def test_an_unknown_gpu_takes_its_architectures_configs_and_says_so(request_, monkeypatch):
-    unknown = Chip("sm_90", 132, "NVIDIA H100 NVL")
+    unknown = Chip("sm_90", 132, 50, "NVIDIA H100 NVL")
     tune(request_, other_choice(request_))
     assert lookup.describe(unknown) == (
         "NVIDIA H100 NVL (132 SMs), sm_90: nothing is tuned for it, the configs of sm_90 serve"
@@ -213,7 +214,7 @@ def test_deterministic_algorithms_pin_the_packages_configs(request_, monkeypatch
     """What a user's file says, or when it was written, must not change a deterministic result."""
     tune(request_, other_choice(request_))
     unit = SelectiveKernel(128, groups=32, rd_channels=32, split_input=False).eval()
-    monkeypatch.setattr(dispatch, "can_run_triton", lambda *args: (True, ""))
+    monkeypatch.setattr(dispatch, "_inference_reason", lambda *args: "")
     monkeypatch.setattr(dispatch, "chip_of", lambda device: H100)
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
     x = torch.empty(128, 128, 56, 56, dtype=torch.float16, device="meta")
@@ -340,7 +341,7 @@ def test_a_device_counts_by_its_own_name_and_processors(monkeypatch):
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     chip_of.cache_clear()
-    assert chip_of(torch.device("cuda", 0)) == Chip("sm_90", 114, "NVIDIA H100 PCIe")
+    assert chip_of(torch.device("cuda", 0)) == Chip("sm_90", 114, 50, "NVIDIA H100 PCIe")
     chip_of.cache_clear()
     facts.major = 5
     assert chip_of(torch.device("cuda", 0)) is None

@@ -29,7 +29,8 @@ from sk_triton.workload import Workload
 
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=sys.argv[2], rank=rank, world_size=2)
-chip = Chip("sm_90", 132, "NVIDIA H100 80GB HBM3")
+chip = Chip("sm_90", 132, 50, "NVIDIA H100 80GB HBM3")
+lookup.shipped = lambda name: {}
 
 def chosen():
     pinned = ranks.pinning_reason()

@@ -15,7 +15,7 @@ from sk_triton.tuning.keys import stamp
 from sk_triton.tuning.lookup import experiment
 from sk_triton.workload import Workload
 
-H100 = Chip("sm_90", 132, "NVIDIA H100 80GB HBM3")
+H100 = Chip("sm_90", 132, 50, "NVIDIA H100 80GB HBM3")
 UNIT = paper_unit(128)
 
 
