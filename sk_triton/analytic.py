@@ -325,7 +325,8 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     group = max(shape.c_in, shape.c_out) // shape.groups
     kernel = max(shape.kernels)
     candidates: list[BranchConfig] = []
-    if group <= 8 and kernel <= 5:
+    # Rows of 5x5 branches take more registers: they spill where columns must be short already.
+    if group <= 8 and kernel <= (3 if chip.name in SPILLING_RESIDENT_CHIPS[StreamConfig] else 5):
         candidates = _stream_candidates(shape, False, workload.dtype, chip, "select")
     elif group <= 16 and kernel <= 3:
         candidates = _column_candidates(shape, h, chip, "select")

@@ -47,8 +47,10 @@ def test_passes_over_memory(passes, channels, groups, size):
     assert [round(count, 2) for count in forward.values() if count] == [3, 2, 3]
     passes.clear()
     v.backward(torch.randn_like(v))
-    # dv and both branches; once more with both gradients written: what the library reads and writes is not counted.
-    assert [round(count / unit, 2) for _, count in passes] == [3, 5]
+    # dv and both branches; then x, dv, both branches and dx at once, or in wide groups dv, both branches and dx, and x,
+    # dv and a branch for each branch's weights. Sums of partial gradients touch no activation.
+    gradients = [5] if channels // groups <= 8 else [4, 3, 3]
+    assert [round(count / unit, 2) for _, count in passes if count] == [3, *gradients]
 
 
 @pytest.mark.interpret
@@ -60,7 +62,7 @@ def test_saving_the_input_costs_one_more_convolution(passes):
         v = functional.sk_conv(x, branches, gate, spec)
     passes.clear()
     v.backward(torch.randn_like(v))
-    assert [round(count / x.numel() / 2, 2) for _, count in passes] == [3, 3, 5]
+    assert [round(count / x.numel() / 2, 2) for _, count in passes if count] == [3, 3, 5]
 
 
 @pytest.mark.compile
