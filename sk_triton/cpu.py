@@ -69,10 +69,10 @@ def _call_reason(x: Tensor, spec: SKSpec) -> str:
 def training_plan(x: Tensor, spec: SKSpec) -> Plan:
     """The plan for an input that :func:`can_train` accepts."""
     m = spec.num_branches
-    # Forward: the input for each branch, which is written, pooled and selected.
+    # Forward: the input for each branch, which is written, read to pool, and read to be added to the output.
     reads = m * spec.in_channels * x.shape[2] * x.shape[3]
     writes = spec.out_channels * math.prod(spec.output_size(*x.shape[2:]))
-    return Plan("torch", "train", reads / writes + 4 * m, x.dtype, rejected=(_NOT_TRITON,))
+    return Plan("torch", "train", reads / writes + 2 * m + 2 + 3 * (m - 1), x.dtype, rejected=(_NOT_TRITON,))
 
 
 def plan(x: Tensor, spec: SKSpec) -> Plan:

@@ -18,7 +18,7 @@ from .environment import triton_version
 from .packing import PackCache
 from .params import Branch, Gate
 from .plan import Plan
-from .plans import eager_passes, fastest_plan, plan_schedule
+from .plans import MAX_KERNEL_CHANNELS, eager_passes, fastest_plan, plan_schedule
 from .precision import allows_tf32
 from .reasons import state_reason, tracing_reason, unit_reason
 from .replay import Record
@@ -30,8 +30,6 @@ from .tuning.ranks import pinning_reason
 from .workload import Workload
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Channels per group up to which the convolution is bound by memory, so that fusing it pays.
-MAX_AUTO_CHANNELS = 64
 _KERNELS = "the kernels"
 
 
@@ -187,10 +185,10 @@ _device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 @lru_cache
 def slower_reason(spec: SKSpec) -> str:
     """Why "auto" leaves a unit that the kernels could run to the reference."""
-    widest = max(max(spec.branch_in_channels, spec.out_channels) // branch.groups for branch in spec.branches)
-    if widest > MAX_AUTO_CHANNELS:
+    widest = spec.group_channels
+    if widest > MAX_KERNEL_CHANNELS:
         return (
-            f"a branch has {widest} channels per group; above {MAX_AUTO_CHANNELS} the library's convolution is "
+            f"a branch has {widest} channels per group; above {MAX_KERNEL_CHANNELS} the library's convolution is "
             'expected to be faster (use_backend("triton") runs the kernels all the same)'
         )
     return ""

@@ -22,6 +22,9 @@ from .tuning import cache, launches
 from .tuning.lookup import tuned
 from .workload import Workload
 
+# Channels per group up to which the convolution is bound by memory, so that fusing it pays.
+MAX_KERNEL_CHANNELS = 64
+
 
 def make_plan(schedule: Schedule, workload: Workload) -> Plan:
     """The plan of one schedule, made anew.

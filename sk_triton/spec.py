@@ -205,6 +205,13 @@ class SKSpec:
         """Whether the branches are bare convolutions: no norm and no activation."""
         return not self.branch_norm and self.branch_act == "identity"
 
+    @property
+    def group_channels(self) -> int:
+        """Channels of the widest group of any branch, inputs or outputs."""
+        return max(
+            max(self.branch_in_channels, self.out_channels) // branch.groups for branch in self.branches
+        )
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Height and width that the branches' convolutions give for an input of ``height`` x ``width``."""
         # "Same" padding makes kernel and dilation drop out of the usual formula.

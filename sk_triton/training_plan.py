@@ -11,13 +11,12 @@ from .chips import NARROW_PRODUCTS
 from .environment import triton_version
 from .kernels.config import DepthwiseConfig, GradConfig
 from .plan import BranchLaunch, Plan
-from .plans import branch_launch, eager_passes, plan_store
-from .spec import SKSpec
+from .plans import MAX_KERNEL_CHANNELS, branch_launch, eager_passes, plan_store
+from .tuning import cache
 from .workload import Workload
 
-# Channels per group up to which the convolution is bound by memory, so that the kernels' is taken in training.
-MAX_KERNEL_CHANNELS = 64
-# Likewise for the gradients: stage 4's 32 channels take 147 µs of an H100's issue slots, against 43 µs of memory.
+# Channels per group up to which the gradients come from the kernels: those of 32 are predicted to take 147 µs of an
+# H100's issue slots in stage 4, against 43 µs of memory.
 MAX_GRADIENT_CHANNELS = 16
 
 
@@ -28,7 +27,7 @@ def plan_training(workload: Workload) -> Plan:
     store = plan_store(workload)
     height, width = workload.output_size
     m = spec.num_branches
-    is_library = _widest(spec) > MAX_KERNEL_CHANNELS
+    is_library = spec.group_channels > MAX_KERNEL_CHANNELS
     # The depthwise kernel takes no moments; where it or the library convolves, statistics are a pass of their own.
     launches = tuple(
         launch
@@ -59,7 +58,7 @@ def _gradient_config(workload: Workload, launches: tuple[BranchLaunch, ...]) -> 
     """Config of the kernels that compute the branches' gradients, None where the library does."""
     if (
         len(launches) != 1
-        or _widest(workload.spec) > MAX_GRADIENT_CHANNELS
+        or workload.spec.group_channels > MAX_GRADIENT_CHANNELS
         or triton_version() < NARROW_PRODUCTS
     ):
         return None
@@ -67,6 +66,4 @@ def _gradient_config(workload: Workload, launches: tuple[BranchLaunch, ...]) -> 
     return grad_config(launches[0].shape, workload.n, height, width, workload.dtype, workload.chip)
 
 
-def _widest(spec: SKSpec) -> int:
-    """Channels of the widest group of any branch."""
-    return max(max(spec.branch_in_channels, spec.out_channels) // branch.groups for branch in spec.branches)
+cache.when_changed(plan_training.cache_clear)

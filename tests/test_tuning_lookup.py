@@ -17,6 +17,7 @@ from sk_triton.kernels.config import StreamConfig
 from sk_triton.kernels.geometry import blocking, can_run, tiles
 from sk_triton.plans import fastest_plan, make_plan
 from sk_triton.replay import _kind
+from sk_triton.training_plan import plan_training
 from sk_triton.tuning import cache, keys, launches, lookup, shipped, space
 from sk_triton.tuning.entries import dump_config, dump_sections
 from sk_triton.workload import Workload
@@ -143,6 +144,16 @@ def test_a_plan_that_is_remembered_is_made_anew_after_tuning_in_the_same_process
     assert plans.plan_schedule("store", workload()) is before
     tune(request_, other_choice(request_))
     assert plans.plan_schedule("store", workload()).branch_launches[0].config == other_choice(request_)
+
+
+def test_a_training_plan_is_made_anew_after_tuning_in_the_same_process(folder, monkeypatch):
+    monkeypatch.setattr(lookup, "shipped", lambda chip: {})
+    work = workload()
+    before = plan_training(work).select
+    request = requests("store", work)["select"]
+    assert before == request.analytic()
+    tune(request, other_choice(request))
+    assert plan_training(work).select == other_choice(request)
 
 
 def schedule_key(work):
