@@ -1,5 +1,6 @@
 """Settings shared by all tests."""
 
+import math
 import os
 import tempfile
 
@@ -61,3 +62,15 @@ def folder(tmp_path, monkeypatch):
     start_anew()
     yield tmp_path / "tuned"
     start_anew()
+
+
+@pytest.fixture
+def nan_in_new_memory(monkeypatch):
+    """Outputs and scratch memory start as NaN: what is read before it is written shows."""
+    empty, new_empty = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor):
+        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from sk_triton import dispatch
 from sk_triton.bench import resources
 from sk_triton.bench.grid import CASES, Case, paper_unit
+
+from .versions import needs_narrow_products
 
 pytestmark = pytest.mark.compile
 
@@ -21,7 +22,6 @@ UNITS = {
 }
 CHOSEN = [case for case in CASES if case.name in UNITS.get(case.precision, ())]
 TARGETS = resources.compilable_chips()
-IS_OLDEST = dispatch.triton_version() < (3, 5)
 LARGE = Case("over 2^31 elements", paper_unit(64, groups=16), 1, 8192, torch.float16)
 
 
@@ -32,9 +32,7 @@ def rows():
     return [row for found in (*measured, *large) for row in found]
 
 
-@pytest.mark.skipif(
-    IS_OLDEST, reason="Triton 3.4 spills in stages 3 and 4 and in dense units: kernels/README.md"
-)
+@needs_narrow_products
 @pytest.mark.parametrize("chip", TARGETS)
 def test_no_kernel_has_a_fault(rows, chip):
     """No spills, shared memory within the chip's limit, tensor cores where meant."""
@@ -63,7 +61,7 @@ def test_pooling_narrow_groups_needs_no_shared_memory(rows, chip):
     assert [row.resources.shared for row in pools] == [0]
 
 
-@pytest.mark.skipif(IS_OLDEST, reason="Triton 3.4 compiles them worse: kernels/README.md")
+@needs_narrow_products
 @pytest.mark.parametrize(("stage", "most"), [(1, 10), (2, 10), (3, 13.5), (4, 16)])
 def test_instructions_per_output_of_the_convolution(rows, stage, most):
     counts = {

@@ -8,14 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from sk_triton import dispatch
+from .versions import needs_narrow_products
 
-pytestmark = [
-    pytest.mark.compile,
-    pytest.mark.skipif(
-        dispatch.triton_version() < (3, 5), reason="compiled with narrow products, from Triton 3.5 on"
-    ),
-]
+pytestmark = [pytest.mark.compile, needs_narrow_products]
 CHIPS = ("sm_80", "sm_90", "sm_100")
 
 

@@ -24,6 +24,7 @@ from sk_triton.workload import Workload
 
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import random_unit, sizes, specs
+from .versions import HAS_NARROW_PRODUCTS, needs_narrow_products
 
 SM_90 = CHIPS["sm_90"]
 SEED = seed_unit(16, groups=4)
@@ -145,14 +146,7 @@ def test_empty_batch():
 
 
 @pytest.mark.interpret
-def test_scratch_memory_is_written_before_it_is_read(monkeypatch):
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def poison(tensor):
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+def test_scratch_memory_is_written_before_it_is_read(nan_in_new_memory):
     for name in ("stride 2", "norms", "depthwise"):
         compare(UNITS[name], torch.randn(2, UNITS[name].in_channels, 7, 5).half())
 
@@ -272,7 +266,7 @@ def test_moves_three_passes(full, spec, size):
 @pytest.fixture(scope="module")
 def compiled():
     """What the kernels of the seed units use on each chip."""
-    chips = ("sm_80", "sm_90", "sm_100", *(("gfx942",) if dispatch.triton_version() >= (3, 5) else ()))
+    chips = ("sm_80", "sm_90", "sm_100", *(("gfx942",) if HAS_NARROW_PRODUCTS else ()))
     script = Path(__file__).with_name("merged_resources.py")
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
@@ -285,13 +279,13 @@ def compiled():
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(dispatch.triton_version() < (3, 5), reason="Triton 3.4 spills: kernels/README.md")
+@needs_narrow_products
 def test_no_kernel_spills(compiled):
     assert not [(row["chip"], row["unit"], row["kernel"], row["spills"]) for row in compiled if row["spills"]]
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(dispatch.triton_version() < (3, 5), reason="counted with Triton 3.9: kernels/README.md")
+@needs_narrow_products
 def test_convolution_reads_rows_without_shared_memory(compiled):
     """A row's loads wait for no other row: no barrier stands between them, only before each store."""
     for row in compiled:
@@ -301,7 +295,7 @@ def test_convolution_reads_rows_without_shared_memory(compiled):
 
 
 @pytest.mark.compile
-@pytest.mark.skipif(dispatch.triton_version() < (3, 5), reason="counted with Triton 3.9: kernels/README.md")
+@needs_narrow_products
 def test_instructions_per_output(compiled):
     (row,) = [
         row

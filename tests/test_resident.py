@@ -13,29 +13,32 @@ from pathlib import Path
 import pytest
 import torch
 
-from sk_triton import SelectiveKernel, SKConv, dispatch, plans, use_backend
+from sk_triton import SelectiveKernel, plans, use_backend
 from sk_triton.bench.grid import paper_unit, seed_unit
-from sk_triton.chips import CHIPS, UNHOISTED_LOOPS
+from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
 
-from .test_store import compare
+from .versions import needs_unhoisted_loops
+from .whole_units import LAYERS, compare, image
 
-LAYERS = {
-    "seed": lambda: SKConv(16, M=2, G=4, r=4, L=8),
-    "seed, one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
-    "seed, three branches": lambda: SKConv(8, M=2, G=2, r=2, L=8),
-    "paper": lambda: SelectiveKernel(16, groups=4, split_input=False),
-    "paper, stride 2": lambda: SelectiveKernel(16, groups=4, split_input=False, stride=2),
-    "split, groups": lambda: SelectiveKernel(16, groups=4),
-    "dilation 2": lambda: SelectiveKernel(16, groups=4, dilation=2, split_input=False),
-    "16 channels per group": lambda: SelectiveKernel(32, groups=2, split_input=False),
-    "odd channels": lambda: SelectiveKernel(24, groups=8, split_input=False),
-    "depthwise": lambda: SelectiveKernel(16, groups=16, split_input=False),
-}
+pytestmark = needs_unhoisted_loops
+
+NAMES = (
+    "seed",
+    "seed, one branch",
+    "three branches",
+    "paper",
+    "paper, stride 2",
+    "split, groups",
+    "dilation 2",
+    "16 channels per group",
+    "odd channels",
+    "depthwise",
+)
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_layers(name, memory_format):
     layer = LAYERS[name]().half()
     x = torch.randn(2, layer.spec.in_channels, 7, 5).half().contiguous(memory_format=memory_format)
@@ -61,15 +64,9 @@ def test_views(view):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", ["paper, stride 2", "16 channels per group"])
-def test_every_output_element_is_written(name, monkeypatch):
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def poison(tensor):
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
-    compare(LAYERS[name]().half(), torch.randn(2, LAYERS[name]().spec.in_channels, 7, 5).half(), "resident")
+def test_every_output_element_is_written(name, nan_in_new_memory):
+    layer = LAYERS[name]().half()
+    compare(layer, image(layer, 2, 7, 5), "resident")
 
 
 @pytest.mark.interpret
@@ -254,13 +251,7 @@ def compiled():
     return rows
 
 
-needs_unhoisted_loops = pytest.mark.skipif(
-    dispatch.triton_version() < UNHOISTED_LOOPS, reason="the plan refuses this Triton"
-)
-
-
 @pytest.mark.compile
-@needs_unhoisted_loops
 def test_the_kernel_is_cooperative_and_does_not_spill(compiled):
     for row in compiled:
         assert row["is_cooperative"]
@@ -272,7 +263,6 @@ def test_the_kernel_is_cooperative_and_does_not_spill(compiled):
 
 
 @pytest.mark.compile
-@needs_unhoisted_loops
 def test_memory_order_of_the_machine_code(compiled):
     """A barrier, then one thread's release, where a tile is pooled; an acquire, then a barrier, where a gate waits."""
     for row in compiled:

@@ -13,40 +13,27 @@ from sk_triton.kernels.config import SelectConfig
 from .peers import SeedSKConv
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import random_unit, randomize_norms, sizes, specs
+from .whole_units import LAYERS, compare
 
 pytestmark = pytest.mark.interpret
 
-LAYERS = {
-    "seed": lambda: SKConv(16, M=2, G=4, r=4, L=8),
-    "seed, three branches, stride 2": lambda: SKConv(16, M=3, G=4, r=4, stride=2, L=8),
-    "seed, one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
-    "paper": lambda: SelectiveKernel(16, groups=4, split_input=False),
-    "paper, stride 2": lambda: SelectiveKernel(16, groups=4, split_input=False, stride=2),
-    "timm's default": lambda: SelectiveKernel(16),
-    "split, groups": lambda: SelectiveKernel(16, groups=4),
-    "out of in": lambda: SelectiveKernel(16, 24, groups=2, split_input=False),
-    "true 5x5": lambda: SelectiveKernel(16, groups=4, keep_3x3=False, split_input=False),
-    "dilation 2": lambda: SelectiveKernel(16, groups=4, dilation=2, split_input=False),
-    "depthwise": lambda: SelectiveKernel(16, groups=16, split_input=False),
-}
-
-
-def compare(layer, x, schedule="store"):
-    """The error rule on a layer and an input, and the memory format."""
-    layer.eval()
-    randomize_norms(layer)
-    with torch.no_grad():
-        exact = copy.deepcopy(layer).double()(x.double())
-        with use_backend("reference"):
-            eager = layer(x)
-        with use_backend("triton", schedule=schedule):
-            ours = layer(x)
-    assert ours.stride() == eager.stride()
-    assert_errs_like_eager(ours, eager, exact)
+NAMES = (
+    "seed",
+    "seed, three branches, stride 2",
+    "seed, one branch",
+    "paper",
+    "paper, stride 2",
+    "timm's default",
+    "split, groups",
+    "out of in",
+    "true 5x5",
+    "dilation 2",
+    "depthwise",
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_layers(name, dtype, memory_format):
     compare(
         LAYERS[name]().to(dtype),
@@ -150,15 +137,7 @@ def test_empty_batch():
         assert LAYERS["paper"]().eval()(torch.empty(0, 16, 7, 5)).shape == (0, 16, 7, 5)
 
 
-def test_every_output_element_is_written(monkeypatch):
-    """Outputs and scratch memory start as NaN; whatever is read before it is written shows."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def poison(tensor):
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+def test_every_output_element_is_written(nan_in_new_memory):
     for name in ("paper, stride 2", "seed", "depthwise"):
         compare(LAYERS[name](), torch.randn(2, 16, 7, 5))
 

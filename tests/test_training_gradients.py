@@ -14,12 +14,14 @@ from sk_triton.training_plan import plan_training
 from sk_triton.workload import Workload
 
 from .units import randomize_norms
+from .versions import needs_narrow_products
 
 
 def config_of(spec, size, dtype=torch.float16):
     return plan_training(Workload(spec, 128, size, size, dtype, CHIPS["sm_90"])).gradient
 
 
+@needs_narrow_products
 def test_kernels_take_what_memory_binds_and_the_library_the_rest():
     assert isinstance(config_of(paper_unit(128), 56), GradStreamConfig)
     assert isinstance(config_of(paper_unit(512), 14), GradWideConfig)
@@ -34,6 +36,7 @@ def test_kernels_take_what_memory_binds_and_the_library_the_rest():
 
 
 @pytest.mark.interpret
+@needs_narrow_products
 @pytest.mark.parametrize("groups", [4, 1], ids=["narrow", "wide"])
 @pytest.mark.parametrize("act_layer", [nn.ReLU, None], ids=["relu", "linear"])
 def test_both_ways_agree(groups, act_layer, monkeypatch):

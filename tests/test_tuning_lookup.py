@@ -23,6 +23,7 @@ from sk_triton.tuning.entries import dump_config, dump_sections
 from sk_triton.workload import Workload
 
 from .tuned import H100, entry, origin, other_choice, requests, workload
+from .versions import needs_narrow_products
 
 
 def source(plan, kind):
@@ -296,6 +297,7 @@ def test_a_shipped_entry_is_found_by_its_key(monkeypatch):
     assert store(replace(work, chip=CHIPS["sm_80"]))[1] == "analytic (sm_80)"
 
 
+@needs_narrow_products
 @pytest.mark.parametrize("chip", CHIPS)
 def test_shipped_files_are_current(chip):
     """A file made for other kernels would be ignored; regenerate with `sk-triton resources --write-configs`."""
@@ -312,6 +314,7 @@ def test_shipped_files_are_current(chip):
         assert keys.kind_of(name).name.startswith("branch_")
 
 
+@needs_narrow_products
 def test_shipped_content_is_read_back(tmp_path, monkeypatch):
     request = requests("store", workload())["branch_store"]
     content = shipped.shipped_content("sm_90", {request.key: request.analytic()}, "3.9.0")

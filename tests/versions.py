@@ -1,0 +1,17 @@
+"""What older Tritons cannot do; refused there by the plan with the same reasons."""
+
+import pytest
+
+from sk_triton.chips import NARROW_PRODUCTS, UNHOISTED_LOOPS
+from sk_triton.environment import triton_version
+
+HAS_NARROW_PRODUCTS = triton_version() >= NARROW_PRODUCTS
+
+needs_narrow_products = pytest.mark.skipif(
+    not HAS_NARROW_PRODUCTS,
+    reason="products of 8 columns come with Triton 3.5: kernels/README.md",
+)
+needs_unhoisted_loops = pytest.mark.skipif(
+    triton_version() < UNHOISTED_LOOPS,
+    reason="before Triton 3.9 the resident kernel spills: kernels/README.md",
+)

@@ -1,0 +1,47 @@
+"""Layers to run through a whole schedule, and how their results are judged."""
+
+import copy
+
+import torch
+
+from sk_triton import SelectiveKernel, SKConv, use_backend
+
+from .tolerances import assert_errs_like_eager
+from .units import randomize_norms
+
+LAYERS = {
+    "seed": lambda: SKConv(16, M=2, G=4, r=4, L=8),
+    "seed, one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
+    "seed, three branches, stride 2": lambda: SKConv(16, M=3, G=4, r=4, stride=2, L=8),
+    "paper": lambda: SelectiveKernel(16, groups=4, split_input=False),
+    "paper, stride 2": lambda: SelectiveKernel(16, groups=4, split_input=False, stride=2),
+    "timm's default": lambda: SelectiveKernel(16),
+    "split, groups": lambda: SelectiveKernel(16, groups=4),
+    "out of in": lambda: SelectiveKernel(16, 24, groups=2, split_input=False),
+    "three branches": lambda: SelectiveKernel(16, kernel_size=[3, 5, 3], groups=4, split_input=False),
+    "true 5x5": lambda: SelectiveKernel(16, groups=4, keep_3x3=False, split_input=False),
+    "dilation 2": lambda: SelectiveKernel(16, groups=4, dilation=2, split_input=False),
+    "16 channels per group": lambda: SelectiveKernel(32, groups=2, split_input=False),
+    "odd channels": lambda: SelectiveKernel(24, groups=8, split_input=False),
+    "depthwise": lambda: SelectiveKernel(16, groups=16, split_input=False),
+}
+
+
+def compare(layer, x, schedule="store"):
+    """The error rule on a layer and an input, and the memory format."""
+    layer.eval()
+    randomize_norms(layer)
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).double()(x.double())
+        with use_backend("reference"):
+            eager = layer(x)
+        with use_backend("triton", schedule=schedule):
+            ours = layer(x)
+    assert ours.stride() == eager.stride()
+    assert_errs_like_eager(ours, eager, exact)
+
+
+def image(layer, *sizes):
+    """A random input of a layer, ``[N, H, W]`` in size, in the dtype of its parameters."""
+    n, h, w = sizes
+    return torch.randn(n, layer.spec.in_channels, h, w).to(next(layer.parameters()).dtype)
