@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from .. import analytic
+from .. import analytic, analytic_merged
 from ..kernels.geometry import ConvShape
 from ..workload import Workload
 from . import space
@@ -65,7 +65,7 @@ def border_config(workload: Workload, shape: ConvShape) -> Found:
         "border_sums",
         _key(workload, "border_sums", conv_text(shape)),
         partial(space.border_configs, shape, h_in, w_in),
-        partial(analytic.border_config, shape, workload.n, h_in, w_in, chip),
+        partial(analytic_merged.border_config, shape, workload.n, h_in, w_in, chip),
     )
     return resolve(request, chip)
 
@@ -77,7 +77,7 @@ def merged_config(workload: Workload, shape: ConvShape) -> Found:
         "merged_conv",
         _key(workload, "merged_conv", conv_text(shape), workload.allow_tf32),
         partial(space.merged_configs, shape, h, w, dtype, chip),
-        partial(analytic.merged_config, shape, n, h, w, dtype, chip),
+        partial(analytic_merged.merged_config, shape, n, h, w, dtype, chip),
         lambda config: analytic.branch_cost(config, shape, n, h, w, chip, "store"),
     )
     return resolve(request, chip)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import analytic
+from .. import analytic, analytic_merged
 from ..chips import Chip
 from ..kernels.config import (
     BorderConfig,
@@ -98,7 +98,7 @@ def border_configs(shape: ConvShape, h: int, w: int) -> list[BorderConfig]:
 def merged_configs(shape: ConvShape, h: int, w: int, dtype: torch.dtype, chip: Chip) -> list[MergedConfig]:
     """Of the merged convolution, on outputs of `h` x `w` pixels."""
     found = []
-    for config in analytic.merged_candidates(shape, dtype, chip):
+    for config in analytic_merged.merged_candidates(shape, dtype, chip):
         count = math.prod(tiles(shape, config, h, w))
         walks = (*(1 << i for i in range(count.bit_length())), count)
         found += [replace(config, TILES_PER_PROGRAM=walk) for walk in dict.fromkeys(walks)]

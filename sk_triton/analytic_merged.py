@@ -1,0 +1,76 @@
+"""Configs of schedule "merged" from shapes alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import product
+
+import torch
+
+from .analytic import branch_cost, shares_row
+from .chips import NARROW_PRODUCTS, Chip
+from .environment import triton_version
+from .kernels.config import BorderConfig, MergedConfig
+from .kernels.geometry import ConvShape, blocking, cdiv, next_power_of_2, tiles
+from .kernels.merging import row_parts, strips
+
+# Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
+MAX_MERGED_CHANNELS = 16
+MAX_MERGED_REGISTERS = 120
+
+
+def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:
+    """Config for the pooled sums of the merged `shape` over `n` inputs of `h` x `w` pixels."""
+    columns = max(1, n) * cdiv(shape.c_in, 64) * cdiv(w, 64)
+    # Four programs keep one processor busy; a batch that gives fewer is cut into strips of rows, down to four rows.
+    programs_h = max(1, min(4 * chip.processors // columns, cdiv(h, 4)))
+    is_small = columns * programs_h < 2 * chip.processors
+    block_w = min(32 if is_small else 64, max(4, next_power_of_2(w)))
+    rows = cdiv(h, programs_h)
+    # 4096 sums a program spill in one warp; of 32 columns, two warps of 64 channels do as well before sm_90.
+    return BorderConfig(
+        BLOCK_C=32 if block_w == 32 else 64,
+        BLOCK_W=block_w,
+        ROWS=rows,
+        STRIPS_PER_PROGRAM=cdiv(len(strips(shape, h, rows)), programs_h),
+        num_warps=2 if block_w == 64 else 1,
+    )
+
+
+def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip) -> MergedConfig:
+    """Config for the merged `shape` on a batch of `n` outputs of `h` x `w` pixels."""
+    candidates = merged_candidates(shape, dtype, chip)
+    config = min(candidates, key=lambda candidate: branch_cost(candidate, shape, n, h, w, chip, "store"))
+    # A sample's weights are built once for all tiles of a program; a small batch is split to fill the chip.
+    tiles_h, tiles_w = tiles(shape, config, h, w)
+    programs = max(1, n * blocking(shape, config).blocks)
+    splits = max(1, min(tiles_h * tiles_w, 8 * chip.processors // programs))
+    return replace(config, TILES_PER_PROGRAM=cdiv(tiles_h * tiles_w, splits))
+
+
+def merged_candidates(shape: ConvShape, dtype: torch.dtype, chip: Chip) -> list[MergedConfig]:
+    """Tiles of the merged `shape`, one per program."""
+    block, run_w = _merged_block(shape)
+    registers = merged_registers(shape, dtype)
+    # What the weights leave: rows in flight, or pixels of a tile. Before sm_90 the compiler needs more for the same.
+    is_crowded = registers > 72 and (dtype == torch.float32 or chip.name in ("sm_80", "sm_86", "sm_89"))
+    pixels = 8 if (is_crowded or shape.stride > 1) and triton_version() >= NARROW_PRODUCTS else 16
+    longest = 4 if is_crowded or registers > 100 else 7
+    return [
+        MergedConfig(block, block, pixels // block_w, block_w, run_h, run_w)
+        for run_h, block_w in product((7, 4, 2, 1), (2, 4, 8, 16))
+        if run_h <= longest and block_w <= pixels
+    ]
+
+
+def merged_registers(shape: ConvShape, dtype: torch.dtype) -> int:
+    """Registers per thread of a warp that holds the weights of a channel block of the merged `shape`."""
+    block, run_w = _merged_block(shape)
+    config = MergedConfig(block, block, 1, 1, 1, run_w)
+    points = row_parts(shape, config, dtype)[-1]
+    return shape.kernels[0] * points * run_w * block * block * dtype.itemsize // 128
+
+
+def _merged_block(shape: ConvShape) -> tuple[int, int]:
+    """Channels of a block and outputs of a row run."""
+    return (8, 2) if max(shape.c_in, shape.c_out) // shape.groups <= 8 and shares_row(shape) else (16, 1)
