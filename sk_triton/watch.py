@@ -6,10 +6,9 @@ from collections.abc import Callable
 from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
-
-from .packing import fingerprint
 
 # What a part computes besides its tensors. Others compute the same whatever their settings: a unit with an activation
 # that has some is not run by kernels.
@@ -34,8 +33,9 @@ class Watch:
         # The layer's own hooks run around its forward; those of its parts never would.
         self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._children = [m._modules for m in modules if m._modules]
-        self._child_modules = self._list_children()
-        self._settings = [(m, get, get(m)) for m in modules for kind, get in _SETTINGS if isinstance(m, kind)]
+        self._expected_children = [{**children} for children in self._children]
+        self._parts = [(m, get) for m in modules for kind, get in _SETTINGS if isinstance(m, kind)]
+        self._expected_settings = self._list_settings()
         self._slots = [
             (own, name)
             for m in modules
@@ -47,24 +47,31 @@ class Watch:
         self.is_possible = not (
             any(t.is_inference() for t in tensors) or any(self._hooks) or any(map(is_parametrized, modules))
         )
-        self._fingerprint = fingerprint(tensors) if self.is_possible else []
-        # Addresses tell tensors apart only while their memory is alive.
-        self._kept = [t.detach() for t in tensors]
+        # They keep the memory alive: an address tells tensors apart no longer than that.
+        self._expected_tensors = [t.detach() for t in tensors]
+        self._expected_marks = _marks(tensors) if self.is_possible else []
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        if any(self._hooks) or self._list_children() != self._child_modules:
+        if any(self._hooks) or self._children != self._expected_children:
             return False
-        for module, get, expected in self._settings:
-            if get(module) != expected:
-                return False
+        if self._list_settings() != self._expected_settings:
+            return False
+        tensors = self._list_tensors()
         try:
-            return fingerprint(self._list_tensors()) == self._fingerprint
-        except RuntimeError:  # an inference tensor, or one without memory, has taken a parameter's place
+            # Address, shape and strides in one call: a tuple of each, per tensor, takes Python longer than launching.
+            return all(map(Tensor.is_set_to, tensors, self._expected_tensors)) and (
+                _marks(tensors) == self._expected_marks
+            )
+        except RuntimeError:  # an inference tensor, or one of another device, has taken a parameter's place
             return False
 
-    def _list_children(self) -> list[list[nn.Module | None]]:
-        return [list(own.values()) for own in self._children]
+    def _list_settings(self) -> list[Any]:
+        return [get(m) for m, get in self._parts]
 
     def _list_tensors(self) -> list[Tensor]:
         return [t for own, name in self._slots if (t := own.get(name)) is not None]
+
+
+def _marks(tensors: list[Tensor]) -> list[tuple[int, torch.dtype]]:
+    return [(t._version, t.dtype) for t in tensors]
