@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Literal, get_args
 
-import torch
+from .scoped import Scoped
 
 Backend = Literal["auto", "triton", "reference", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -17,18 +16,13 @@ Schedule = Literal["store", "recompute", "merged", "resident"]
 """Schedules of the Triton backend."""
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
-_scoped: ContextVar[Backend] = ContextVar("sk_triton_backend", default="auto")
+_backend: Scoped[Backend] = Scoped("backend", "auto")
 _schedule: ContextVar[Schedule | None] = ContextVar("sk_triton_schedule", default=None)
-# The latest scope of the whole process, for Dynamo alone: that of torch 2.8 cannot trace ContextVar.get, and
-# it guards a global, so a changed backend recompiles.
-_latest: Backend = "auto"
-_live: list[list[Backend]] = []
-_lock = threading.Lock()
 
 
 def current_backend() -> Backend:
     """The backend of the innermost :func:`use_backend` in this thread or task; "auto" outside of any."""
-    return _latest if torch.compiler.is_compiling() else _scoped.get()
+    return _backend.get()
 
 
 def current_schedule() -> Schedule | None:
@@ -60,19 +54,9 @@ def use_backend(
 
 @contextlib.contextmanager
 def _scope(name: Backend, schedule: Schedule | None) -> Iterator[None]:
-    global _latest
-    token = _scoped.set(name)
-    schedule_token = _schedule.set(schedule)
-    scope = [name]
-    with _lock:
-        _live.append(scope)
-        _latest = name
+    token = _schedule.set(schedule)
     try:
-        yield
+        with _backend.scope(name):
+            yield
     finally:
-        # By identity: scopes of other threads may have opened and closed in between.
-        with _lock:
-            _live[:] = [other for other in _live if other is not scope]
-            _latest = _live[-1][0] if _live else "auto"
-        _schedule.reset(schedule_token)
-        _scoped.reset(token)
+        _schedule.reset(token)

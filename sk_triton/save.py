@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Iterator
-from contextvars import ContextVar
 from typing import Literal, get_args
 
-import torch
+from .scoped import Scoped
 
 Save = Literal["branches", "input"]
 SAVES: tuple[Save, ...] = get_args(Save)
 
-_scoped: ContextVar[Save | None] = ContextVar("sk_triton_save", default=None)
-# For Dynamo alone, as in `backend`.
-_latest: Save | None = None
-_live: list[list[Save]] = []
-_lock = threading.Lock()
+_save: Scoped[Save | None] = Scoped("save", None)
 
 
 def save_for_backward(save: Save) -> contextlib._GeneratorContextManager[None]:
@@ -34,7 +27,7 @@ def save_for_backward(save: Save) -> contextlib._GeneratorContextManager[None]:
     Raises:
         ValueError: an unknown name.
     """
-    return _scope(check_save(save))
+    return _save.scope(check_save(save))
 
 
 def check_save(save: Save) -> Save:
@@ -50,22 +43,4 @@ def check_save(save: Save) -> Save:
 
 def scoped_save() -> Save | None:
     """The choice of the innermost :func:`save_for_backward` in this thread or task; None outside of any."""
-    return _latest if torch.compiler.is_compiling() else _scoped.get()
-
-
-@contextlib.contextmanager
-def _scope(save: Save) -> Iterator[None]:
-    global _latest
-    token = _scoped.set(save)
-    scope = [save]
-    with _lock:
-        _live.append(scope)
-        _latest = save
-    try:
-        yield
-    finally:
-        # By identity: scopes of other threads may have opened and closed in between.
-        with _lock:
-            _live[:] = [other for other in _live if other is not scope]
-            _latest = _live[-1][0] if _live else None
-        _scoped.reset(token)
+    return _save.get()

@@ -36,7 +36,10 @@ class UnitTensors(NamedTuple):
 
     def flat(self) -> list[Tensor | None]:
         """All in the order of the fields."""
-        return [*self.weights, *self.biases, *self.gammas, *self.betas, *self[4:]]
+        # Not `self[4:]`: Dynamo of torch 2.8 cannot trace slices of named tuples.
+        gate = (self.reduce_weight, self.reduce_bias, self.gate_gamma, self.gate_beta)
+        select = (self.select_weight, self.select_bias)
+        return [*self.weights, *self.biases, *self.gammas, *self.betas, *gate, *select]
 
     @classmethod
     def from_flat(cls, values: Sequence[Any]) -> UnitTensors:

@@ -65,7 +65,7 @@ def test_overlapping_threads_leave_nothing_behind():
         opened.wait()
     closed.set()
     thread.join()
-    assert backend._latest == "auto"
+    assert backend._backend._latest == "auto"
 
 
 def test_tasks_do_not_see_each_other():
