@@ -83,14 +83,17 @@ class Resources:
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile one launch as the JIT would specialise it for its arguments (tensors may be on the meta device)."""
     kernel, constexprs = launch.kernel, launch.constexprs
-    signature: dict[str, str] = {}
+    signature: dict[str, str | tuple[str, ...]] = {}
     aligned: dict[tuple[int, ...], list] = {}
     values = dict(constexprs)
     names = kernel.arg_names
     for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + _TRITON_TYPES[value.dtype]
+            signature[name] = _pointer(value)
             aligned[(i,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, tuple):
+            signature[name] = tuple(map(_pointer, value))
+            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
         elif kernel.params[i].do_not_specialize:
             signature[name] = "i64" if value >= 2**31 else "i32"
         elif value == 1:
@@ -111,6 +114,10 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     if target.startswith("gfx"):
         return _read_amdgcn(compiled, target)
     return _read_cubin(compiled, target, launch.trips)
+
+
+def _pointer(tensor: torch.Tensor) -> str:
+    return "*" + _TRITON_TYPES[tensor.dtype]
 
 
 def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources:

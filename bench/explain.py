@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sk_triton import dispatch, plans
+from sk_triton import plans
 from sk_triton.chips import CHIPS, Chip
 from sk_triton.environment import require
 
@@ -93,8 +93,6 @@ def problem_of(args: argparse.Namespace) -> Problem:
 
 def choice(problem: Problem, predictions: list[Prediction], chip: Chip) -> tuple[str, str]:
     """(what "auto" runs, why): the dispatcher's own choice, beside the predictions."""
-    if reason := dispatch.slower_reason(problem.spec):
-        return "reference", reason
     chosen = plans.fastest_plan(problem.on(chip)).schedule
     by_name = {prediction.schedule: prediction for prediction in predictions}
     others = ", ".join(f"{name} {_us(p.total)}" for name, p in by_name.items() if name != chosen)

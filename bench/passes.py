@@ -11,6 +11,8 @@ from itertools import groupby
 
 from sk_triton.spec import SKSpec
 
+CONVOLUTION = "convolution"
+"""What a step is called in which the library convolves."""
 SPLIT = "split"
 FUSE = "fuse"
 SELECT = "select"
@@ -87,11 +89,16 @@ def compiled(spec: SKSpec, source: str) -> Route:
     """`torch.compile`: the library's convolutions; norm, activation and sums fused into pooling and into selection."""
     m = spec.num_branches
     steps = (
-        Step("convolution", SPLIT, m, m),
+        Step(CONVOLUTION, SPLIT, m, m),
         Step("pool", FUSE, m, 0),
         Step("select", SELECT, m, 1),
     )
     return Route(source, "torch.compile", steps)
+
+
+def library(spec: SKSpec) -> Route:
+    """The library's convolutions; shifts and activations wherever a convolution is read: to pool, and to select."""
+    return Route("ours-library", "sk_triton, library", compiled(spec, "").steps)
 
 
 def store(spec: SKSpec) -> Route:
@@ -153,7 +160,7 @@ def _through_one_tensor(spec: SKSpec, copy: str) -> tuple[Step, ...]:
 
 def _eager_branches(spec: SKSpec) -> tuple[Step, ...]:
     m = spec.num_branches
-    steps = [Step("convolution", SPLIT, m, m)]
+    steps = [Step(CONVOLUTION, SPLIT, m, m)]
     if spec.branch_norm:
         steps.append(Step("norm", SPLIT, m, m))
     if spec.branch_act != "identity":

@@ -55,7 +55,8 @@ class Row:
             "fp32" if self.kernel == "gate" and self.case.dtype == torch.float32 else self.case.precision
         )
         uses_matrix = (
-            self.kernel not in ("select", "border_sums", "branch_conv_depthwise") and precision != "fp32"
+            self.kernel not in ("select", "pooled_sums", "border_sums", "branch_conv_depthwise")
+            and precision != "fp32"
         )
         if uses_matrix and not self.resources.matrix:
             found.append("no tensor-core instruction")

@@ -17,6 +17,7 @@ many warps there are to hide it.
 from __future__ import annotations
 
 import functools
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from sk_triton.chips import CHIPS, Chip
 from sk_triton.kernels.config import BranchConfig
 from sk_triton.kernels.geometry import cdiv
 from sk_triton.kernels.launch import Launch
+from sk_triton.library import Convolution
 from sk_triton.plan import Plan
 from sk_triton.spec import SKSpec
 from sk_triton.workload import Workload
@@ -40,7 +42,16 @@ from .gpus import Gpu
 from .phases import counted, has_phases
 from .planned import planned_steps
 from .processes import compiling_processes
-from .work import PlannedStep, Work, launch_work, memory_bytes, operator_work
+from .work import (
+    PlannedStep,
+    Work,
+    convolution_work,
+    launch_work,
+    library_work,
+    memory_bytes,
+    operator_work,
+    precision_of,
+)
 
 if TYPE_CHECKING:
     from .compile import Resources
@@ -69,6 +80,11 @@ class Problem:
         """Elements of the result, and of each branch."""
         height, width = self.spec.output_size(self.height, self.width)
         return self.n * self.spec.out_channels * height * width
+
+    @property
+    def multiplies(self) -> int:
+        """Multiply-adds of all branches' convolutions, those with the padding's zeros included."""
+        return self.outputs * sum(math.prod(shape[1:]) for shape in self.spec.weight_shapes)
 
     @property
     def tensor_bytes(self) -> int:
@@ -131,7 +147,7 @@ class Prediction:
 
     def seconds(self, bound: str) -> float | None:
         """The sum over the steps of one bound's time; None if a kernel does not state it, or nothing does."""
-        stated = [step.seconds[bound] for step in self.steps if step.work.programs or bound in (MEMORY, L2)]
+        stated = [step.seconds[bound] for step in self.steps if step.work.is_arithmetic or bound in (MEMORY, L2)]
         known = [time for time in stated if time is not None]
         return sum(known) if known and len(known) == len(stated) else None
 
@@ -147,7 +163,8 @@ def schedules_for(problem: Problem, chip: Chip) -> list[tuple[str, Plan, Sequenc
 def predict(problem: Problem, gpu: Gpu) -> list[Prediction]:
     """Every schedule's prediction, then `EAGER`, `COMPILED` and `FLOOR`.
 
-    Those three take their passes at copy bandwidth and one launch per operator or fused group, which flatters them.
+    Those three take their passes at copy bandwidth, convolutions at the dense rate of products where that takes longer,
+    and one launch per operator or fused group, which flatters them.
 
     Raises:
         ValueError: a program of a kernel does not fit on the GPU's processors.
@@ -161,10 +178,17 @@ def predict(problem: Problem, gpu: Gpu) -> list[Prediction]:
         (COMPILED, passes.compiled(problem.spec, "").steps),
         (FLOOR, (passes.Step("copy", passes.SPLIT, 1, 1),)),
     ):
-        sizes = [(operator.name, float(operator.passes * problem.tensor_bytes)) for operator in operators]
-        steps_of = tuple(times(Work(label, size, size), gpu) for label, size in sizes)
+        steps_of = tuple(times(_operator(operator, problem, gpu), gpu) for operator in operators)
         found.append(Prediction(name, steps_of, is_ours=False))
     return found
+
+
+def _operator(operator: passes.Step, problem: Problem, gpu: Gpu) -> Work:
+    size = float(operator.passes * problem.tensor_bytes)
+    if operator.name != passes.CONVOLUTION:
+        return Work(operator.name, size, size)
+    precision = precision_of(problem.dtype, problem.allow_tf32)
+    return library_work(operator.name, problem.multiplies, precision, gpu, size, size)
 
 
 def predict_steps(steps: Sequence[PlannedStep], gpu: Gpu) -> tuple[Step, ...]:
@@ -177,6 +201,8 @@ def predict_steps(steps: Sequence[PlannedStep], gpu: Gpu) -> tuple[Step, ...]:
     for step, moved in zip(steps, memory_bytes(steps, gpu.l2_bytes), strict=True):
         if isinstance(step, Launch):
             work = launch_work(step, _counted(step, gpu.chip), gpu, moved)
+        elif isinstance(step, Convolution):
+            work = convolution_work(step, gpu, moved)
         else:
             work = operator_work(step, moved)
         predicted.append(times(work, gpu))
@@ -236,6 +262,8 @@ def compiled(launch: Launch, chip: str) -> Resources:
     for i, value in enumerate(launch.arguments):
         if isinstance(value, Tensor):
             kinds.append(value.dtype)
+        elif isinstance(value, tuple):
+            kinds.append(tuple(tensor.dtype for tensor in value))
         else:
             fixed = () if launch.kernel.params[i].do_not_specialize else (value == 1, value % 16 == 0)
             kinds.append((value >= 2**31, *fixed))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from sk_triton import SKSpec
 from sk_triton.backend import SCHEDULES
 from sk_triton.environment import require
+from sk_triton.library import Convolution
 
 from .grid import paper_unit
+from .planned import unit_parameters
 
 
 @dataclass
@@ -40,20 +42,22 @@ class Meter:
     An access outside of every tensor's storage raises ``IndexError``: on a GPU it would be a fault, or worse, nothing.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        storages: dict[int, str] = {}
-        for name, tensor in tensors.items():
-            storages.setdefault(tensor.untyped_storage().data_ptr(), name)
-        self._tensors = {name: tensors[name] for name in storages.values()}
+    def __init__(self, tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
+        self._storages: dict[int, tuple[str, int]] = {}
+        """Name and size of each storage, by its address."""
+        for name, value in tensors.items():
+            for tensor in (value,) if isinstance(value, Tensor) else value:
+                storage = tensor.untyped_storage()
+                self._storages.setdefault(storage.data_ptr(), (name, storage.nbytes()))
         self._rows: dict[str, Traffic] = {}
-        self._touched: dict[str, np.ndarray] = {}
+        self._touched: dict[int, np.ndarray] = {}
 
     @contextlib.contextmanager
     def watch(self, kernel: str = "") -> Iterator[list[Traffic]]:
         """Count what runs inside; the list that is handed out is filled at the end, one row per tensor used."""
         from triton.runtime.interpreter import InterpreterBuilder
 
-        self._rows = {name: Traffic(kernel, name) for name in self._tensors}
+        self._rows = {name: Traffic(kernel, name) for name, _ in self._storages.values()}
         self._touched = {}
         load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
 
@@ -74,19 +78,17 @@ class Meter:
             yield result
         finally:
             InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
-        for name, row in self._rows.items():
-            if row.requested:
-                row.touched = int(self._touched[name].sum())
-                result.append(row)
+        for address, touched in self._touched.items():
+            self._rows[self._storages[address][0]].touched += int(touched.sum())
+        result.extend(row for row in self._rows.values() if row.requested)
 
     def _count(self, ptrs: Any, mask: Any, *, is_write: bool) -> None:
         size = ptrs.get_element_ty().primitive_bitwidth // 8
         addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data].astype(np.int64).reshape(-1)
         found = 0
-        for name, tensor in self._tensors.items():
-            storage = tensor.untyped_storage()
-            offsets = addresses - storage.data_ptr()
-            offsets = offsets[(offsets >= 0) & (offsets + size <= storage.nbytes())]
+        for address, (name, nbytes) in self._storages.items():
+            offsets = addresses - address
+            offsets = offsets[(offsets >= 0) & (offsets + size <= nbytes)]
             if not offsets.size:
                 continue
             found += offsets.size
@@ -95,7 +97,7 @@ class Meter:
                 row.written += offsets.size * size
             else:
                 row.read += offsets.size * size
-            touched = self._touched.setdefault(name, np.zeros(storage.nbytes(), bool))
+            touched = self._touched.setdefault(address, np.zeros(nbytes, bool))
             for byte in range(size):
                 touched[offsets + byte] = True
         if found != addresses.size:
@@ -117,7 +119,7 @@ def count(
     from sk_triton.chips import CHIPS
     from sk_triton.kernels.launch import Launch
     from sk_triton.launching import empty_output, prepare
-    from sk_triton.packing import Packed
+    from sk_triton.packing import pack
     from sk_triton.workload import Workload
 
     if not dispatch.is_interpreted():
@@ -133,37 +135,24 @@ def count(
             replace(launch, config=other.config)
             for launch, other in zip(plan.branch_launches, planned.branch_launches, strict=True)
         ]
-        plan = replace(plan, branch_launches=tuple(launches), resident=planned.resident)
+        plan = replace(
+            plan, branch_launches=tuple(launches), resident=planned.resident, reduction=planned.reduction
+        )
     generator = torch.Generator().manual_seed(0)
 
-    def random(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+    def random(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator).to(dtype)
 
-    from sk_triton.kernels.packing import pack_branch_weights
-
-    m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
     x = random(n, spec.in_channels, size, size).to(memory_format=torch.channels_last)
-    packed = Packed(
-        weights=tuple(
-            pack_branch_weights(
-                [random(*shape) for shape in spec.weight_shapes[launch.start : launch.stop]],
-                launch.shape,
-                launch.config,
-                dtype,
-            )
-            for launch in plan.branch_launches
-        ),
-        shifts=tuple(random(la.stop - la.start, c, dtype=torch.float32) for la in plan.branch_launches),
-        reduce_weight=random(d, c),
-        gate_scale=random(d, dtype=torch.float32),
-        gate_shift=random(d, dtype=torch.float32),
-        select_weight=random(m, c, d),
-        select_bias=None,
-    )
+    packed = pack(plan, size, size, *unit_parameters(spec, random), None)
     v = empty_output(x, spec)
     steps = prepare(plan, x, v, packed, spec)
     rows: list[Traffic] = []
     for step in steps:
+        if isinstance(step, Convolution):
+            step()
+            rows.extend(_of_library(step))
+            continue
         if not isinstance(step, Launch):
             raise ValueError(
                 f"spec on {size} x {size} pixels needs a step outside the kernels, which is not counted"
@@ -173,7 +162,7 @@ def count(
         labels = {**_LABELS, "out_ptr": "v" if task == "select" else "u"}
         # A pointer that the task does not follow repeats another tensor, which keeps its own name.
         tensors = {
-            labels.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor)
+            labels.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor | tuple)
         }
         kernel = step.kernel.fn.__name__.removesuffix("_fwd_kernel")
         with Meter(tensors).watch(kernel if task == "store" else f"{kernel}, {task}") as found:
@@ -182,7 +171,21 @@ def count(
     return rows, v.numel() * v.element_size()
 
 
-_LABELS = {"w_ptr": "branch weights", "reduce_ptr": "reduce weight", "select_ptr": "select weight"}
+def _of_library(step: Convolution) -> list[Traffic]:
+    """A convolution outside of the interpreter: each tensor once, and the copy of an input that is a slice."""
+    rows = [Traffic("library", "x"), Traffic("library", "branch weights"), Traffic("library", "u")]
+    x, weight, y = (tensor.numel() * tensor.element_size() for tensor in (step.x, step.weight, step.y))
+    rows[0].read, rows[0].written = x + step.copied_bytes // 2, step.copied_bytes // 2
+    rows[1].read, rows[2].written = weight, y
+    for row in rows:
+        row.touched = row.requested
+    return rows
+
+
+_LABELS = {
+    "w_ptr": "branch weights", "reduce_ptr": "reduce weight", "select_ptr": "select weight",
+    "u_ptrs": "u", "y_ptrs": "u",
+}  # fmt: skip
 
 
 def passes(rows: list[Traffic], unit: int, tensors: tuple[str, ...] = ("x", "u", "v")) -> float:

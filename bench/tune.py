@@ -108,11 +108,6 @@ def run(args: argparse.Namespace) -> int:
         for target in targets_of(title(problem), problem.on(chip), args.candidates):
             by_key.setdefault(target.key, target)  # units may share a launch: a gate of the same size
     targets = list(by_key.values())
-    for problem in problems:
-        if reason := dispatch.slower_reason(problem.spec):
-            console.print(f"{title(problem)}: not tuned: {reason}", markup=False, highlight=False)
-    if not targets:
-        return BAD_USAGE
     if device is None or args.dry_run:
         return dry_run(targets, gpu, args.budget or DRY_BUDGET_SECONDS, args.workers, console)
     request = Request(device, chip, gpu, args.budget or BUDGET_SECONDS, args.again, args.workers)

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from sk_triton.kernels.geometry import cdiv
-from sk_triton.kernels.launch import Launch
+from sk_triton.kernels.launch import Launch, flat
+from sk_triton.library import Convolution
 
 from .gpus import Gpu
 from .phases import as_branch_launches, gate_bytes, has_phases
@@ -28,8 +29,8 @@ L2_SHARE = 0.5
 SECTOR = 32
 """Bytes that L2 hands out at a time."""
 
-PlannedStep = Launch | Callable[[], object]
-"""A kernel launch, or a `functools.partial` of another operator on its tensors."""
+PlannedStep = Launch | Convolution | Callable[[], object]
+"""A kernel launch, the library's convolution, or a `functools.partial` of another operator on its tensors."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,43 @@ class Work:
     shared_bytes: float | None = None
     warp_instructions: float | None = None
     is_counted: bool = True
+
+    @property
+    def is_arithmetic(self) -> bool:
+        """Whether more than its bytes is known, or should be."""
+        return self.programs > 0 or self.flop is not None
+
+
+def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """The name of a product's precision, as `Gpu.matrix_flop_per_s` has it."""
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    return names.get(dtype, "tf32" if allow_tf32 else "fp32")
+
+
+def library_work(name: str, multiplies: float, precision: str, gpu: Gpu, moved: float, touched: float) -> Work:
+    """Of the library's convolutions: `multiplies` multiply-adds at the GPU's dense rate, or without a rate for the
+    precision one instruction for each 32 (64 on AMD). How the library cuts its tiles is not known.
+
+    `moved`, `touched`: bytes of memory, and of L2.
+    """
+    has_rate = precision in gpu.matrix_flop_per_s
+    return Work(
+        name,
+        moved,
+        touched,
+        flop={precision: 2.0 * multiplies} if has_rate else {},
+        warp_flop={},
+        warp_instructions=0.0 if has_rate else multiplies / gpu.warp,
+    )
+
+
+def convolution_work(step: Convolution, gpu: Gpu, memory: float) -> Work:
+    """Of a step of the library's; `memory` is its share of `memory_bytes`, to which copies of its input come."""
+    precision = precision_of(step.x.dtype, step.allow_tf32)
+    touched = float(sum(footprint(step).values())) + step.copied_bytes
+    return library_work(
+        step_name(step), step.multiplies, precision, gpu, memory + step.copied_bytes, touched
+    )
 
 
 def operator_work(step: PlannedStep, memory: float) -> Work:
@@ -259,6 +297,8 @@ def step_name(step: PlannedStep) -> str:
     """The kernel's name as the resources table has it, or the operator's."""
     if isinstance(step, Launch):
         return step.kernel.fn.__name__.removesuffix("_fwd_kernel")
+    if isinstance(step, Convolution):
+        return f"the library's {step.branch}"
     return getattr(getattr(step, "func", step), "__name__", "operator")
 
 
@@ -284,11 +324,15 @@ def _padded(axis: list[Tensor], m: int) -> Tensor:
 
 def _tensors(step: PlannedStep) -> Iterable[Tensor]:
     if isinstance(step, Launch):
-        handed: Iterable[Any] = step.arguments
+        handed: Iterable[Any] = flat(step.arguments)
+    elif isinstance(step, Convolution):
+        handed = (step.x, step.weight, step.y)
     elif isinstance(step, functools.partial):
         handed = (*step.args, *step.keywords.values())
     else:
-        raise TypeError(f"a step must be a Launch or a functools.partial of an operator, got {step!r}")
+        raise TypeError(
+            f"a step must be a Launch, a Convolution or a functools.partial of an operator, got {step!r}"
+        )
     return [value for value in handed if isinstance(value, Tensor)]
 
 

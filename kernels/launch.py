@@ -1,10 +1,13 @@
 """A kernel launch, prepared but not run: so that it can be run, compiled for an absent chip, or counted."""
 
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 
 class Launch(NamedTuple):
     """`kernel[grid](*arguments, **constexprs, **options)`; calling it runs it.
+
+    An argument may be a tuple of tensors, of which the kernel reads each at an address of its own.
 
     `options` holds num_warps, num_stages and what else the compiler takes; `trips`, how often each run-time loop of the
     kernel runs, in source order, 0 where nobody knows; `kept`, those of the tensors that later launches go on using, at
@@ -27,3 +30,12 @@ class Launch(NamedTuple):
     def compile_options(self) -> dict[str, Any]:
         """Options for Triton's compiler. Fused multiply-adds are asked for: Triton 3.10 leaves them out by default."""
         return {**self.options, "enable_fp_fusion": True}
+
+
+def flat(arguments: Iterable[Any]) -> Iterator[Any]:
+    """A launch's arguments, the members of a tuple one by one."""
+    for argument in arguments:
+        if isinstance(argument, tuple):
+            yield from argument
+        else:
+            yield argument

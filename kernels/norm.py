@@ -1,4 +1,4 @@
-"""Device helpers of training: the norm between a convolution and its activation, and sums that keep the variance."""
+"""Device helpers: what stands between a convolution and its activation, and sums that keep the variance."""
 
 import triton
 import triton.language as tl
@@ -25,6 +25,15 @@ def normalized(y, mean, rstd, HAS_NORM: tl.constexpr):
     y = y.to(tl.float32)
     if HAS_NORM:
         y = (y - mean) * rstd
+    return y
+
+
+@triton.jit
+def shifted(y, shift_ptr, offs, mask, HAS_SHIFT: tl.constexpr):
+    """A convolution in fp32, with its channels' shifts added: a bias, or what is left of a norm folded into weights."""
+    y = y.to(tl.float32)
+    if HAS_SHIFT:
+        y += tl.load(shift_ptr + offs, mask=mask, other=0.0)[None, :]
     return y
 
 

@@ -6,6 +6,7 @@ by ``sk-triton resources``; none of them is a measured time.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -47,6 +48,9 @@ SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
 SPILLING_UNROLLED_CHIPS = ("sm_80", "gfx942")
 # Chips whose compiler does not spill where a program selects two channel blocks, one after the other.
 PAIRED_SELECT_CHIPS = ("sm_80", "sm_120")
+# Warps per processor that keep memory busy, and tiles of a sample past which the gate would walk long.
+BUSY_WARPS = 16
+MAX_POOLED_TILES = 32
 
 
 @lru_cache(maxsize=4096)
@@ -122,6 +126,23 @@ def reduction_config(pixels: int, c: int) -> ReductionConfig:
     return ReductionConfig(
         BLOCK_P=block_p, BLOCK_C=block_c, STEPS=min(16, cdiv(pixels, block_p)), num_warps=1
     )
+
+
+def pooled_sums_config(n: int, pixels: int, c: int, chip: Chip) -> ReductionConfig:
+    """Config for the pooled sums of `n` samples: as above, in shorter programs where those leave processors idle."""
+    config = reduction_config(pixels, c)
+
+    def tiles(steps: int) -> int:
+        return cdiv(pixels, config.BLOCK_P * steps)
+
+    steps = config.STEPS
+    while (
+        steps > 1
+        and n * tiles(steps) * cdiv(c, config.BLOCK_C) < BUSY_WARPS * chip.processors
+        and tiles(cdiv(steps, 2)) <= MAX_POOLED_TILES
+    ):
+        steps = cdiv(steps, 2)
+    return replace(config, STEPS=steps)
 
 
 def shares_row(shape: ConvShape) -> bool:

@@ -18,7 +18,7 @@ from .environment import triton_version
 from .packing import PackCache
 from .params import Branch, Gate
 from .plan import Plan
-from .plans import MAX_KERNEL_CHANNELS, eager_passes, fastest_plan, plan_schedule
+from .plans import eager_passes, fastest_plan, plan_schedule
 from .precision import allows_tf32
 from .reasons import state_reason, tracing_reason, unit_reason
 from .replay import Record
@@ -44,7 +44,7 @@ def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSp
 def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, backend: str) -> Plan:
     """The plan for a call under `backend`: "auto", "triton", "torch" or "reference".
 
-    "auto" takes the kernels on a GPU where they can run and are expected to pay. On a CPU it takes the CPU's schedules
+    "auto" takes the kernels on a GPU where they can run. On a CPU it takes the CPU's schedules
     where they can run, even with ``TRITON_INTERPRET=1``; "triton" then runs the kernels through Triton's interpreter.
 
     Raises:
@@ -68,8 +68,6 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
         reason = _training_reason(x, branches, gate, spec)
         if not reason:
             return _training_plan(x, spec)
-    if not reason and backend == "auto":
-        reason = slower_reason(spec)
     if not reason:
         workload = workload_of(x, spec)
         schedule = current_schedule()
@@ -180,18 +178,6 @@ def _device_reason(device: torch.device, dtype: torch.dtype) -> str:
 
 # What ``torch.compiler.assume_constant_result`` does; that imports Dynamo, and with it Triton, at once.
 _device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@lru_cache
-def slower_reason(spec: SKSpec) -> str:
-    """Why "auto" leaves a unit that the kernels could run to the reference."""
-    widest = spec.group_channels
-    if widest > MAX_KERNEL_CHANNELS:
-        return (
-            f"a branch has {widest} channels per group; above {MAX_KERNEL_CHANNELS} the library's convolution is "
-            'expected to be faster (use_backend("triton") runs the kernels all the same)'
-        )
-    return ""
 
 
 @lru_cache(maxsize=1024)

@@ -62,6 +62,9 @@ class Explanation:
             branches = ", ".join(map(str, self.spec.branches[launch.start : launch.stop]))
             lines.append(f"{launch.task:<9} {branches}")
             lines.append(f"  config  {_show(launch.config)}")
+        if plan.schedule == "library":
+            lines.append(f"convolve  by the library: {', '.join(map(str, self.spec.branches))}")
+            lines.append(f"pool      {_show(plan.reduction)}")
         if plan.resident is not None:
             lines.append(f"resident  {_show(plan.resident)}")
         if plan.gate is not None:

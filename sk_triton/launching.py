@@ -12,7 +12,7 @@ from .packing import PackCache, Packed, pack
 from .params import Branch, Gate
 from .plan import Plan
 from .replay import Record
-from .schedules import merged, recompute, resident, store
+from .schedules import library, merged, recompute, resident, store
 from .spec import SKSpec
 from .steps import Step
 
@@ -21,6 +21,7 @@ _PREPARE: dict[str, Callable[..., list[Step]]] = {
     "recompute": recompute.prepare,
     "merged": merged.prepare,
     "resident": resident.prepare,
+    "library": library.prepare,
 }
 
 

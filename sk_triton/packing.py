@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -21,8 +21,9 @@ class Packed:
     """A unit's parameters, packed for one plan.
 
     Attributes:
-        weights: one flat tensor for each branch launch of the plan, norms folded in.
-        shifts: ``[M, C]`` fp32 for each branch launch, or None where nothing is added.
+        weights: one flat tensor for each branch launch of the plan, norms folded in; for schedule "library" one for each
+            branch, ``[C, C_branch_in / groups, k, k]`` in channels_last.
+        shifts: ``[M, C]`` fp32 for each branch launch, or None where nothing is added; for "library" one for all.
         reduce_weight, gate_scale, gate_shift: ``[d, C]``, ``[d]``, ``[d]``: ``z = act((W1 s) * scale + shift)``.
         select_weight, select_bias: ``[M, C, d]``, and ``[M, C]`` fp32 or None.
     """
@@ -140,6 +141,9 @@ def pack(
         fields = (merged.conv.BLOCK_CI, merged.conv.BLOCK_CO, merged.conv.RUN_W, merged.border.ROWS)
         key = (plan.dtype, merged.branches, fields, h, w)
         return remember(cache, key, branches, gate, lambda: _pack_merged(plan, merged, h, w, branches, gate))
+    if plan.schedule == "library":
+        key = (plan.dtype, plan.schedule)
+        return remember(cache, key, branches, gate, lambda: _pack_library(plan, branches, gate))
     layouts = tuple([_layout(launch) for launch in plan.branch_launches])
     return remember(cache, (plan.dtype, layouts), branches, gate, lambda: _pack(plan, branches, gate))
 
@@ -194,14 +198,9 @@ def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
             weights.append(weights[index])
             shifts.append(shifts[index])
             continue
-        scaled, shift, has_shift = [], [], False
-        for branch in branches[launch.start : launch.stop]:
-            scale, added = fold_norm(branch.norm, branch.bias, branch.weight.shape[0], branch.weight)
-            scaled.append(branch.weight.float() * scale[:, None, None, None])
-            shift.append(added)
-            has_shift |= branch.norm is not None or branch.bias is not None
+        scaled, shift = _fold(branches[launch.start : launch.stop])
         weights.append(pack_branch_weights(scaled, launch.shape, launch.config, plan.dtype))
-        shifts.append(torch.stack(shift) if has_shift else None)
+        shifts.append(shift)
     width = gate.reduce_weight.shape[0]
     gate_scale, gate_shift = fold_norm(gate.norm, gate.reduce_bias, width, gate.reduce_weight)
     select_weight = torch.cat([w.flatten(1) for w in gate.select_weight])
@@ -217,6 +216,24 @@ def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
         select_weight=select_weight.to(plan.dtype).reshape(len(branches), -1, width),
         select_bias=select_bias,
     )
+
+
+def _fold(branches: Sequence[Branch]) -> tuple[list[Tensor], Tensor | None]:
+    """Weights in fp32 with the norms' scales in them, and the shifts ``[M, C]``, None where nothing is added."""
+    scaled, shifts, has_shift = [], [], False
+    for branch in branches:
+        scale, shift = fold_norm(branch.norm, branch.bias, branch.weight.shape[0], branch.weight)
+        scaled.append(branch.weight.float() * scale[:, None, None, None])
+        shifts.append(shift)
+        has_shift |= branch.norm is not None or branch.bias is not None
+    return scaled, torch.stack(shifts) if has_shift else None
+
+
+@torch.no_grad()
+def _pack_library(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
+    scaled, shift = _fold(branches)
+    weights = [weight.to(plan.dtype, memory_format=torch.channels_last) for weight in scaled]
+    return replace(_pack(plan, branches, gate), weights=tuple(weights), shifts=(shift,))
 
 
 @dataclass(frozen=True)

@@ -54,14 +54,14 @@ class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store", "recompute", "merged", "resident" or "train"; "torch" and "folded" or
-            "merged"; or "reference" and "eager".
+        backend, schedule: "triton" and "store", "recompute", "merged", "resident", "library" or "train"; "torch" and
+            "folded" or "merged"; or "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None where there are none.
         sources: where the configs are from, one for each lookup.
-        reduction: config of the launches of "train" that reduce over pixels, else None.
+        reduction: config of the launches of "train" and "library" that reduce over pixels, else None.
         gradient: config of the launches that compute the branches' gradients in "train", None where the library does.
         merged_launch: shapes and configs of the Triton schedule "merged", else None.
         resident: config of the Triton schedule "resident", else None.

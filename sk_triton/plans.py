@@ -22,7 +22,7 @@ from .tuning import cache, launches
 from .tuning.lookup import tuned
 from .workload import Workload
 
-# Channels per group up to which the convolution is bound by memory, so that fusing it pays.
+# Channels per group up to which the convolution is bound by memory, so that fusing it pays; above, it is the library's.
 MAX_KERNEL_CHANNELS = 64
 
 
@@ -71,7 +71,26 @@ def fastest_plan(workload: Workload) -> Plan:
 
 
 def expected_plan(workload: Workload) -> Plan:
-    """The plan that is expected to be fastest: the fewest passes among the schedules that memory binds."""
+    """The plan that is expected to be fastest: the library's convolution in wide groups, else the fewest passes."""
+    library = _plan_library(workload)
+    widest = workload.spec.group_channels
+    if widest <= MAX_KERNEL_CHANNELS:
+        plan = _expected_kernels(workload)
+        return plan.rejecting(
+            "library", f"{library.passes:g} passes over memory, against {plan.passes:g}: it fuses no convolution"
+        )
+    slower = (
+        f"a branch has {widest} channels per group; above {MAX_KERNEL_CHANNELS} the library's convolution is expected "
+        "to be faster"
+    )
+    for name in SCHEDULES:
+        if name != library.schedule:
+            library = library.rejecting(name, refusal(name, workload) or slower)
+    return library
+
+
+def _expected_kernels(workload: Workload) -> Plan:
+    """Of the schedules that convolve by kernels, the plan of the fewest passes among those that memory binds."""
     store = plan_store(workload)
     merged = _plan_merged(workload)
     if not isinstance(merged, str):
@@ -222,11 +241,24 @@ def _plan_resident(workload: Workload) -> Plan | str:
     return replace(plan, resident=config, gate=None, sources=(source,))
 
 
+def _plan_library(workload: Workload) -> Plan:
+    """The plan of schedule "library", which runs every unit."""
+    spec = workload.spec
+    m = spec.num_branches
+    # A branch's slice of the input is copied before the library reads it.
+    reads = 3 if spec.split_input and m > 1 else m
+    plan = _plan("library", workload, reads, 3 * m + 1, ())
+    pool, pool_source = launches.pooled_sums_config(workload)
+    select, select_source = launches.select_config(workload)
+    return replace(plan, reduction=pool, select=select, sources=(pool_source, *plan.sources, select_source))
+
+
 _PLANNERS: dict[Schedule, Callable[[Workload], Plan | str]] = {
     "store": plan_store,
     "recompute": _plan_recompute,
     "merged": _plan_merged,
     "resident": _plan_resident,
+    "library": _plan_library,
 }
 
 

@@ -131,15 +131,20 @@ def _kind(x: Any) -> Hashable | None:
 
 
 class _Start(NamedTuple):
-    """One kernel to start. `pointers`: (index of an argument, what it points into, by how many bytes)."""
+    """One kernel to start.
+
+    `pointers`: (index of an argument, what it points into, by how many bytes); `tuples`: (index, the same two for each
+    member) of arguments that are tuples of pointers.
+    """
 
     run: Callable[..., object]
     arguments: list[Any]
     pointers: tuple[tuple[int, int, int], ...]
+    tuples: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
 
 
 # What a pointer points into.
-_X, _V, _WORKSPACE = range(3)
+_X, _V, _WORKSPACE, _FIXED = range(4)
 
 
 @dataclass(frozen=True)
@@ -165,11 +170,14 @@ class _Recording:
         size, stride, dtype, device = self.v
         v = torch.empty_strided(size, stride, dtype=dtype, device=device)
         workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
-        bases = (x.data_ptr(), v.data_ptr(), workspace.data_ptr())
-        for run, template, pointers in self.starts:
+        # The last one is that of addresses that stay.
+        bases = (x.data_ptr(), v.data_ptr(), workspace.data_ptr(), 0)
+        for run, template, pointers, tuples in self.starts:
             arguments = template.copy()
             for index, base, offset in pointers:
                 arguments[index] = bases[base] + offset
+            for index, members in tuples:
+                arguments[index] = tuple([bases[base] + offset for base, offset in members])
             run(*arguments)
         return v
 
@@ -184,29 +192,38 @@ def _recording(
     if fixed & origins.keys():
         return None
     workspace_bytes = 0
+
+    def place(tensor: Tensor) -> tuple[int, int]:
+        """What a tensor's address points into, and by how many bytes."""
+        nonlocal workspace_bytes
+        storage = _storage(tensor)
+        if storage in fixed:
+            return _FIXED, tensor.data_ptr()
+        if storage not in origins:
+            # What the call's launches share becomes a part of one workspace.
+            origins[storage] = (_WORKSPACE, storage - workspace_bytes)
+            size = tensor.untyped_storage().nbytes()
+            workspace_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+        base, origin = origins[storage]
+        return base, tensor.data_ptr() - origin
+
     starts = []
     for step, compiled in zip(steps, started, strict=True):
         if compiled is None or not isinstance(step, Launch):
             return None
         arguments = [*step.arguments]
         arguments += [step.constexprs[name] for name in step.kernel.arg_names[len(arguments) :]]
-        pointers = []
+        pointers, tuples = [], []
         for index, argument in enumerate(arguments):
-            if not isinstance(argument, Tensor):
-                continue
-            storage = _storage(argument)
-            if storage in fixed:
-                arguments[index] = argument.data_ptr()
-                continue
-            if storage not in origins:
-                # What the call's launches share becomes a part of one workspace.
-                origins[storage] = (_WORKSPACE, storage - workspace_bytes)
-                size = argument.untyped_storage().nbytes()
-                workspace_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
-            base, origin = origins[storage]
-            arguments[index] = None
-            pointers.append((index, base, argument.data_ptr() - origin))
-        starts.append(_Start(compiled[(*step.grid, 1, 1)[:3]], arguments, tuple(pointers)))
+            if isinstance(argument, Tensor):
+                base, offset = place(argument)
+                arguments[index] = offset if base == _FIXED else None
+                if base != _FIXED:
+                    pointers.append((index, base, offset))
+            elif isinstance(argument, tuple) and index < len(step.arguments):
+                arguments[index] = None
+                tuples.append((index, tuple(map(place, argument))))
+        starts.append(_Start(compiled[(*step.grid, 1, 1)[:3]], arguments, tuple(pointers), tuple(tuples)))
     layout = (v.shape, v.stride(), v.dtype, v.device)
     return _Recording(is_converted, layout, workspace_bytes, tuple(starts), packed, kept)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from .kernels.branch_conv import branch_conv_fwd, branch_train_fwd
 from .kernels.geometry import cdiv, tiles
 from .kernels.packing import pack_branch_weights
+from .library import inputs_of
 from .plan import Plan
 from .spec import SKSpec
 from .training import NormSettings, UnitTensors
@@ -82,8 +83,3 @@ def _convolve_by_library(x: Tensor, unit: TrainingUnit, y: Tensor) -> None:
         y[m].copy_(y_m.permute(0, 2, 3, 1))
 
 
-def inputs_of(x: Tensor, spec: SKSpec) -> list[Tensor]:
-    """What each branch reads."""
-    if spec.split_input:
-        return list(x.split(spec.branch_in_channels, 1))
-    return [x] * spec.num_branches

@@ -10,8 +10,9 @@ from torch import Tensor
 from .kernels.branch_grad import branch_grad, reduce_weight_grad
 from .kernels.grad_geometry import pack_grad_weights, partial_shape
 from .kernels.norm_bwd import norm_bwd
+from .library import inputs_of
 from .plan import Plan
-from .training_branches import BranchNorm, TrainingUnit, inputs_of
+from .training_branches import BranchNorm, TrainingUnit
 
 Gradients = tuple["Tensor | None", list["Tensor | None"]]
 

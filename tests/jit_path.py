@@ -26,6 +26,13 @@ class AbsentDevice:
         return GPUTarget("cuda", 90, 32)
 
 
+def small_tensor(argument):
+    """A tensor in memory in place of one that has none, alone or in a tuple."""
+    if isinstance(argument, tuple):
+        return tuple(map(small_tensor, argument))
+    return torch.empty(64, dtype=argument.dtype) if isinstance(argument, torch.Tensor) else argument
+
+
 CHOSEN = {
     ("stage 1", "fp16"),
     ("stage 3", "fp16"),
@@ -41,12 +48,8 @@ for case in CASES:
         for schedule in resources.schedules(small, "sm_90"):
             _, launches = resources.launches(small, "sm_90", schedule)
             for launch in launches:
-                arguments = [
-                    torch.empty(64, dtype=a.dtype) if isinstance(a, torch.Tensor) else a
-                    for a in launch.arguments
-                ]
                 compiled = launch.kernel.warmup(
-                    *arguments, grid=launch.grid, **launch.constexprs, **launch.compile_options
+                    *map(small_tensor, launch.arguments), grid=launch.grid, **launch.constexprs, **launch.compile_options
                 )
                 assert compiled.metadata.num_warps == launch.options["num_warps"]
                 assert compiled.metadata.enable_fp_fusion

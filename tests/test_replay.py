@@ -34,8 +34,7 @@ class Compiled:
             count = len(launch.arguments)
             assert dict(zip(names[count:], arguments[count:], strict=True)) == launch.constexprs
             tensors = [
-                at(argument, like) if isinstance(like, torch.Tensor) else argument
-                for argument, like in zip(arguments, launch.arguments, strict=False)
+                at(argument, like) for argument, like in zip(arguments, launch.arguments, strict=False)
             ]
             self.direct.append(launch.kernel)
             launch.kernel[launch.grid](*tensors, **launch.constexprs, **launch.compile_options)
@@ -44,7 +43,11 @@ class Compiled:
 
 
 def at(address, like):
-    """The tensor at an address that has the dtype, shape and strides of another."""
+    """The tensor at an address that has the dtype, shape and strides of another; of a tuple's members each."""
+    if isinstance(like, tuple):
+        return tuple(at(member, tensor) for member, tensor in zip(address, like, strict=True))
+    if not isinstance(like, torch.Tensor):
+        return address
     assert address % 16 == like.data_ptr() % 16
     extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
     buffer = (ctypes.c_char * (extent * like.element_size())).from_address(address)

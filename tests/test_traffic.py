@@ -66,4 +66,4 @@ def test_an_access_outside_of_its_tensors_is_caught():
         pytest.raises(Exception, match="16 accesses outside of every tensor"),
         traffic.Meter({"u": u, "v": v}).watch(),
     ):
-        launch._replace(arguments=(u, attention, v[:, :, :1], *launch.arguments[3:]))()
+        launch()

@@ -15,6 +15,7 @@ from ..kernels.config import (
     DepthwiseConfig,
     GateConfig,
     MergedConfig,
+    ReductionConfig,
     SelectConfig,
     StreamConfig,
     TapConfig,
@@ -27,7 +28,7 @@ MAX_TEXT = 200
 MAX_FIELD = 1 << 16
 """The largest number in a config; no kernel comes near it."""
 
-Config = BranchConfig | GateConfig | SelectConfig | MergedConfig | BorderConfig
+Config = BranchConfig | GateConfig | SelectConfig | MergedConfig | BorderConfig | ReductionConfig
 Choice = Config | str
 """A config, or the name of a schedule."""
 
@@ -39,6 +40,7 @@ _KERNELS: dict[str, type] = {
     "gate": GateConfig,
     "select": SelectConfig,
     "border": BorderConfig,
+    "reduction": ReductionConfig,
     "merged": MergedConfig,
 }
 

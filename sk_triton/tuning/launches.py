@@ -58,6 +58,18 @@ def select_config(workload: Workload) -> Found:
     return resolve(request, workload.chip)
 
 
+def pooled_sums_config(workload: Workload) -> Found:
+    """For the pooled sums of branches that the library has convolved."""
+    pixels, c, m = math.prod(workload.output_size), workload.spec.out_channels, workload.spec.num_branches
+    request = Request(
+        "pooled_sums",
+        _key(workload, "pooled_sums", f"m{m}/c{c}"),
+        partial(space.pooled_sums_configs, pixels, c),
+        partial(analytic.pooled_sums_config, workload.n, pixels, c, workload.chip),
+    )
+    return resolve(request, workload.chip)
+
+
 def border_config(workload: Workload, shape: ConvShape) -> Found:
     """For the pooled sums of the merged `shape`."""
     h_in, w_in, chip = workload.h_in, workload.w_in, workload.chip

@@ -21,6 +21,7 @@ from ..kernels.config import (
     ColumnConfig,
     GateConfig,
     MergedConfig,
+    ReductionConfig,
     SelectConfig,
     StreamConfig,
     TapConfig,
@@ -80,6 +81,17 @@ def select_configs(pixels: int, c: int) -> list[SelectConfig]:
         for elements, block_c, num_warps in product((1024, 2048, 4096, 8192), (32, 64, 128, 256), (2, 4, 8))
         if block_c <= max(32, most_c)
     ]
+    return list(dict.fromkeys(found))
+
+
+def pooled_sums_configs(pixels: int, c: int) -> list[ReductionConfig]:
+    """Of the pooled sums of stored convolutions, for outputs of `pixels` pixels and `c` channels."""
+    base = analytic.reduction_config(pixels, c)
+    found = []
+    for block_p, num_warps in product((base.BLOCK_P, 2 * base.BLOCK_P, 4 * base.BLOCK_P), (1, 2, 4)):
+        steps = cdiv(pixels, block_p)
+        halves = [cdiv(min(16, steps), 1 << i) for i in range(5)]
+        found += [ReductionConfig(block_p, base.BLOCK_C, s, num_warps) for s in halves]
     return list(dict.fromkeys(found))
 
 

@@ -1,0 +1,69 @@
+"""The library's convolution (cuDNN's, MIOpen's or oneDNN's, whichever PyTorch calls) as a step beside kernel launches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .spec import BranchSpec, SKSpec
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """One branch's convolution, without what follows it; it can be run any number of times.
+
+    The library allocates what it writes, and `y` becomes that memory: a copy into memory of ours would cost two passes.
+    So launches that read `y` are prepared before it has any memory.
+
+    Attributes:
+        x: ``[N, C_branch_in, H, W]``, channels adjacent in memory.
+        weight: ``[C, C_branch_in / groups, k, k]``, channels_last.
+        y: ``[N, H', W', C]`` contiguous, from :func:`without_memory`.
+        allow_tf32: what PyTorch's switch, which the library reads itself, said to the plan.
+    """
+
+    x: Tensor
+    weight: Tensor
+    y: Tensor
+    branch: BranchSpec
+    stride: int
+    allow_tf32: bool = False
+
+    def __call__(self) -> None:
+        branch = self.branch
+        found = F.conv2d(
+            self.x, self.weight, None, self.stride, branch.padding, branch.dilation, branch.groups
+        )
+        # No copy where the library keeps to channels_last, as cuDNN and oneDNN do.
+        found = found.permute(0, 2, 3, 1).contiguous()
+        # Not found's own strides: those of axes of one element are arbitrary.
+        self.y.set_(found.untyped_storage(), found.storage_offset(), self.y.shape, self.y.stride())  # type: ignore[call-overload]
+
+    @property
+    def multiplies(self) -> int:
+        """Multiply-adds, those with the padding's zeros included."""
+        return self.y.numel() * self.weight[0].numel()
+
+    @property
+    def copied_bytes(self) -> int:
+        """What PyTorch moves before it calls the library: an input that is a part of another tensor is copied."""
+        x = self.x
+        return 0 if x.is_contiguous(memory_format=torch.channels_last) else 2 * x.numel() * x.element_size()
+
+
+def inputs_of(x: Tensor, spec: SKSpec) -> list[Tensor]:
+    """What each branch reads."""
+    if spec.split_input:
+        return list(x.split(spec.branch_in_channels, 1))
+    return [x] * spec.num_branches
+
+
+def without_memory(like: Tensor, size: tuple[int, ...]) -> Tensor:
+    """A contiguous tensor that knows its size, dtype and device, and waits for memory."""
+    y = like.new_empty(size)
+    if not y.is_meta:
+        y.untyped_storage().resize_(0)
+    return y
