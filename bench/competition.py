@@ -99,7 +99,7 @@ class _Competition:
             contestants = self._bind(x, dv)
         self._weigh(contestants)
         if contestants and not self.case.is_network:
-            contestants[FLOOR_KEY] = Contestant(_floor(x, self.case.direction))
+            contestants[FLOOR_KEY] = Contestant(_floor(x, self.case))
         protocol.measure(
             contestants,
             self.setting.timer,
@@ -138,7 +138,7 @@ class _Competition:
                 results.Record(
                     self.case,
                     source="copy",
-                    source_label=f"memory floor: {self.case.floor_passes} passes",
+                    source_label=f"memory floor: {self.case.floor_passes:g} passes",
                     form="",
                     form_label="",
                     role=results.FLOOR,
@@ -278,10 +278,15 @@ class _Arranged:
         return self._made[wanted]
 
 
-def _floor(x: Tensor, direction: str) -> Callable[[], object]:
-    """A call that moves what no implementation can avoid: x to v, and in training v and x to dx."""
+def _floor(x: Tensor, case: Case) -> Callable[[], object]:
+    """A call that moves what no implementation can avoid: x to v, and in training v and x to dx.
+
+    With a stride, a copy of as many bytes in all.
+    """
+    if case.shape.stride > 1:
+        x = x.new_zeros(round(x.numel() * case.floor_passes / 2))
     v = torch.empty_like(x)
-    if direction != TRAINING:
+    if case.direction != TRAINING or case.shape.stride > 1:
         return lambda: v.copy_(x)
     dx = torch.empty_like(x)
     return lambda: (v.copy_(x), torch.add(v, x, out=dx))

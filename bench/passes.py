@@ -140,9 +140,10 @@ def merged(spec: SKSpec) -> Route:
 def routes(spec: SKSpec) -> list[Route]:
     """The ways to compute a unit at inference, peers first; the seed's peers for linear branches, else the paper's."""
     if spec.is_linear:
-        return [seed_class(spec), compiled(spec, "seed"), store(spec), recompute(spec), merged(spec)]
-    eager = [timm_module(spec), plain_paper(spec)]
-    return [*eager, compiled(spec, "paper"), store(spec), recompute(spec), resident(spec)]
+        ours = [library(spec), store(spec), recompute(spec), merged(spec)]
+        return [seed_class(spec), compiled(spec, "seed"), *ours]
+    ours = [library(spec), store(spec), recompute(spec), resident(spec)]
+    return [timm_module(spec), plain_paper(spec), compiled(spec, "paper"), *ours]
 
 
 def _through_one_tensor(spec: SKSpec, copy: str) -> tuple[Step, ...]:

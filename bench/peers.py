@@ -46,11 +46,13 @@ class SeedSKConv(nn.Module):
 class _ConvNorm(nn.Module):
     """Convolution without bias, batch norm, ReLU."""
 
-    def __init__(self, channels: int, kernel: int, dilation: int, groups: int, stride: int) -> None:
+    def __init__(
+        self, in_channels: int, channels: int, kernel: int, dilation: int, groups: int, stride: int
+    ) -> None:
         super().__init__()
         padding = dilation * (kernel - 1) // 2
         self.conv = nn.Conv2d(
-            channels, channels, kernel, stride, padding, dilation=dilation, groups=groups, bias=False
+            in_channels, channels, kernel, stride, padding, dilation=dilation, groups=groups, bias=False
         )
         self.bn = nn.BatchNorm2d(channels)
 
@@ -76,8 +78,10 @@ class _Gate(nn.Module):
 class PaperUnit(nn.Module):
     """The paper's unit in the fewest passes that plain PyTorch allows: no stacked copy of the branches.
 
-    Branch m has kernel `kernels[m]` and dilation `dilations[m]`, batch norm and ReLU. Parameter names are timm's
-    `SelectiveKernel`'s. Input `[N, channels, H, W]`, output `[N, channels, H', W']`.
+    Branch m has kernel `kernels[m]` and dilation `dilations[m]`, batch norm and ReLU; with `split_input` it reads the
+    m-th slice of the channels. Parameter names are timm's `SelectiveKernel`'s.
+
+    Input `[N, channels, H, W]`, output `[N, channels, H', W']`.
     """
 
     def __init__(
@@ -88,16 +92,22 @@ class PaperUnit(nn.Module):
         groups: int = 32,
         gate_width: int = 32,
         stride: int = 1,
+        split_input: bool = False,
     ) -> None:
         super().__init__()
+        self.split_channels = channels // len(kernels) if split_input else None
         self.paths = nn.ModuleList(
-            _ConvNorm(channels, kernel, dilation, groups, stride)
+            _ConvNorm(self.split_channels or channels, channels, kernel, dilation, groups, stride)
             for kernel, dilation in zip(kernels, dilations, strict=True)
         )
         self.attn = _Gate(channels, len(kernels), gate_width)
 
     def forward(self, x: Tensor) -> Tensor:
-        branches = [path(x) for path in self.paths]
+        if self.split_channels is None:
+            branches = [path(x) for path in self.paths]
+        else:
+            parts = x.split(self.split_channels, dim=1)
+            branches = [path(part) for path, part in zip(self.paths, parts, strict=True)]
         total = branches[0]
         for branch in branches[1:]:
             total = total + branch

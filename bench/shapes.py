@@ -36,7 +36,8 @@ DIRECTIONS = (INFERENCE, TRAINING)
 class Shape:
     """A unit on inputs of `channels` x `height` x `width`, with as many output channels.
 
-    Branch m has kernel `kernels[m]` and dilation `dilations[m]`. A network has its input's sizes and no branches.
+    Branch m has kernel `kernels[m]` and dilation `dilations[m]`; with `split_input` it reads the m-th slice of the
+    channels. A network has its input's sizes and no branches.
     """
 
     channels: int
@@ -46,6 +47,7 @@ class Shape:
     kernels: tuple[int, ...] = (3, 3)
     dilations: tuple[int, ...] = (1, 2)
     stride: int = 1
+    split_input: bool = False
 
     @property
     def name(self) -> str:
@@ -103,7 +105,8 @@ def network_shape(size: int) -> Shape:
 class Case:
     """What competing records share: the same function of the same input with the same weights.
 
-    `subject` is a key of UNITS or NETWORKS. A suite that varies one thing says which `axis`, and its `value`.
+    `subject` is a key of UNITS or NETWORKS. A suite that varies one thing says which `axis`, and its `value`; one whose
+    shapes do not tell its cases apart gives each a `name`.
     """
 
     suite: str
@@ -114,10 +117,13 @@ class Case:
     direction: str = INFERENCE
     axis: str | None = None
     value: float | None = None
+    name: str | None = None
 
     @property
     def title(self) -> str:
         what = f"{self.axis} {self.value:g}" if self.axis else self.shape.name
+        if self.name:
+            what = f"({self.name}) {what}"
         return f"{self.suite}: {self.subject} {what} batch {self.batch} {self.dtype} {self.direction}"
 
     @property
@@ -128,7 +134,8 @@ class Case:
     def flops(self) -> float:
         """Multiplies and adds of the branch convolutions, which is nearly all; training counts three times (dx, dW)."""
         shape = self.shape
-        per_output = sum(2 * shape.channels / shape.groups * k * k for k in shape.kernels)
+        channels = shape.channels / shape.num_branches if shape.split_input else shape.channels
+        per_output = sum(2 * channels / shape.groups * k * k for k in shape.kernels)
         once = per_output * self.batch * shape.channels * shape.height * shape.width / shape.stride**2
         return once * (3 if self.direction == TRAINING else 1)
 
@@ -139,6 +146,7 @@ class Case:
         return self.batch * shape.channels * shape.height * shape.width * size
 
     @property
-    def floor_passes(self) -> int:
-        """Passes that no implementation can avoid: x and v, and in training dv, x again and dx."""
-        return 5 if self.direction == TRAINING else 2
+    def floor_passes(self) -> float:
+        """Passes over x that no implementation can avoid: x and v, and in training dv, x again and dx."""
+        output = 1 / self.shape.stride**2
+        return 3 + 2 * output if self.direction == TRAINING else 1 + output

@@ -216,14 +216,20 @@ def timm_settings(shape: Shape) -> dict[str, Any]:
         "keep_3x3": keep_3x3,
         "groups": shape.groups,
         "stride": shape.stride,
-        "split_input": False,
+        "split_input": shape.split_input,
         "rd_channels": shape.gate_width,
     }
 
 
 def _paper_unit(shape: Shape) -> nn.Module:
     return PaperUnit(
-        shape.channels, shape.kernels, shape.dilations, shape.groups, shape.gate_width, shape.stride
+        shape.channels,
+        shape.kernels,
+        shape.dilations,
+        shape.groups,
+        shape.gate_width,
+        shape.stride,
+        shape.split_input,
     )
 
 

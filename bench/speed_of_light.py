@@ -147,7 +147,9 @@ class Prediction:
 
     def seconds(self, bound: str) -> float | None:
         """The sum over the steps of one bound's time; None if a kernel does not state it, or nothing does."""
-        stated = [step.seconds[bound] for step in self.steps if step.work.is_arithmetic or bound in (MEMORY, L2)]
+        stated = [
+            step.seconds[bound] for step in self.steps if step.work.is_arithmetic or bound in (MEMORY, L2)
+        ]
         known = [time for time in stated if time is not None]
         return sum(known) if known and len(known) == len(stated) else None
 

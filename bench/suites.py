@@ -8,19 +8,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from .grid import UNITS as GRID_UNITS
 from .shapes import (
     INFERENCE,
     NETWORKS,
     PAPER,
+    SEED,
     TRAINING,
     UNITS,
     Case,
+    Shape,
     network_shape,
     stage_shape,
     unit_shape,
 )
 
-LAYER, TRAIN, MODEL, SWEEP, HOST, SCALING = "layer", "train", "model", "sweep", "host", "scaling"
+LAYER, TRAIN, MODEL, SWEEP, HOST, SCALING, GRID = (
+    "layer",
+    "train",
+    "model",
+    "sweep",
+    "host",
+    "scaling",
+    "grid",
+)
 
 CHANNELS_PER_GROUP = "channels per group"
 DILATION = "dilation"
@@ -128,12 +139,32 @@ def scaling(choice: Choice) -> Iterable[Case]:
                 yield Case(SCALING, PAPER, shape, samples, dtype, axis=axis, value=value)
 
 
+def grid(choice: Choice) -> Iterable[Case]:
+    """Every unit of the support grid in inference, so that each that is lost to a peer is listed."""
+    dtypes = choice.dtypes or choice.pick(("fp16", "bf16", "fp32"), ("fp32",), ("fp16",), ("fp32",))
+    (most,) = choice.pick((256,), (4,), (32,), (1,))
+    for dtype in dtypes:
+        for name, spec, n, size in GRID_UNITS:
+            shape = Shape(
+                spec.out_channels,
+                *(size, size),
+                spec.branches[0].groups,
+                tuple(branch.kernel_size for branch in spec.branches),
+                tuple(branch.dilation for branch in spec.branches),
+                spec.stride,
+                spec.split_input,
+            )
+            for batch in choice.batches or (min(n, most),):
+                yield Case(GRID, SEED if spec.is_linear else PAPER, shape, batch, dtype, name=name)
+
+
 SUITES: dict[str, Callable[[Choice], Iterable[Case]]] = {
     LAYER: layer,
     TRAIN: train,
     MODEL: model,
     SWEEP: sweep,
     SCALING: scaling,
+    GRID: grid,
 }
 """The suites that time calls; "host" measures other things and is in host.py."""
 
@@ -144,5 +175,6 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     SWEEP: ("batch", "dtype"),
     HOST: (),
     SCALING: ("batch", "dtype"),
+    GRID: ("batch", "dtype"),
 }
 """What of a `Choice` has an effect on which suite."""

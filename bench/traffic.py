@@ -162,7 +162,9 @@ def count(
         labels = {**_LABELS, "out_ptr": "v" if task == "select" else "u"}
         # A pointer that the task does not follow repeats another tensor, which keeps its own name.
         tensors = {
-            labels.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor | tuple)
+            labels.get(name, name.removesuffix("_ptr")): t
+            for name, t in named
+            if isinstance(t, Tensor | tuple)
         }
         kernel = step.kernel.fn.__name__.removesuffix("_fwd_kernel")
         with Meter(tensors).watch(kernel if task == "store" else f"{kernel}, {task}") as found:

@@ -71,7 +71,9 @@ def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
     return names.get(dtype, "tf32" if allow_tf32 else "fp32")
 
 
-def library_work(name: str, multiplies: float, precision: str, gpu: Gpu, moved: float, touched: float) -> Work:
+def library_work(
+    name: str, multiplies: float, precision: str, gpu: Gpu, moved: float, touched: float
+) -> Work:
     """Of the library's convolutions: `multiplies` multiply-adds at the GPU's dense rate, or without a rate for the
     precision one instruction for each 32 (64 on AMD). How the library cuts its tiles is not known.
 
@@ -92,9 +94,7 @@ def convolution_work(step: Convolution, gpu: Gpu, memory: float) -> Work:
     """Of a step of the library's; `memory` is its share of `memory_bytes`, to which copies of its input come."""
     precision = precision_of(step.x.dtype, step.allow_tf32)
     touched = float(sum(footprint(step).values())) + step.copied_bytes
-    return library_work(
-        step_name(step), step.multiplies, precision, gpu, memory + step.copied_bytes, touched
-    )
+    return library_work(step_name(step), step.multiplies, precision, gpu, memory + step.copied_bytes, touched)
 
 
 def operator_work(step: PlannedStep, memory: float) -> Work:

@@ -1,4 +1,4 @@
-"""The library's convolution (cuDNN's, MIOpen's or oneDNN's, whichever PyTorch calls) as a step beside kernel launches."""
+"""The library's convolution (cuDNN's, MIOpen's or oneDNN's, as PyTorch chooses), a step beside kernel launches."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Convolution:
         # No copy where the library keeps to channels_last, as cuDNN and oneDNN do.
         found = found.permute(0, 2, 3, 1).contiguous()
         # Not found's own strides: those of axes of one element are arbitrary.
-        self.y.set_(found.untyped_storage(), found.storage_offset(), self.y.shape, self.y.stride())  # type: ignore[call-overload]
+        self.y.set_(found.untyped_storage(), found.storage_offset(), self.y.shape, self.y.stride())
 
     @property
     def multiplies(self) -> int:

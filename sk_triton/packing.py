@@ -21,8 +21,8 @@ class Packed:
     """A unit's parameters, packed for one plan.
 
     Attributes:
-        weights: one flat tensor for each branch launch of the plan, norms folded in; for schedule "library" one for each
-            branch, ``[C, C_branch_in / groups, k, k]`` in channels_last.
+        weights: one flat tensor for each branch launch of the plan, norms folded in; for schedule "library" one for
+            each branch, ``[C, C_branch_in / groups, k, k]`` in channels_last.
         shifts: ``[M, C]`` fp32 for each branch launch, or None where nothing is added; for "library" one for all.
         reduce_weight, gate_scale, gate_shift: ``[d, C]``, ``[d]``, ``[d]``: ``z = act((W1 s) * scale + shift)``.
         select_weight, select_bias: ``[M, C, d]``, and ``[M, C]`` fp32 or None.
@@ -142,8 +142,8 @@ def pack(
         key = (plan.dtype, merged.branches, fields, h, w)
         return remember(cache, key, branches, gate, lambda: _pack_merged(plan, merged, h, w, branches, gate))
     if plan.schedule == "library":
-        key = (plan.dtype, plan.schedule)
-        return remember(cache, key, branches, gate, lambda: _pack_library(plan, branches, gate))
+        whole = (plan.dtype, plan.schedule)
+        return remember(cache, whole, branches, gate, lambda: _pack_library(plan, branches, gate))
     layouts = tuple([_layout(launch) for launch in plan.branch_launches])
     return remember(cache, (plan.dtype, layouts), branches, gate, lambda: _pack(plan, branches, gate))
 

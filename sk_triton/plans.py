@@ -77,7 +77,8 @@ def expected_plan(workload: Workload) -> Plan:
     if widest <= MAX_KERNEL_CHANNELS:
         plan = _expected_kernels(workload)
         return plan.rejecting(
-            "library", f"{library.passes:g} passes over memory, against {plan.passes:g}: it fuses no convolution"
+            "library",
+            f"{library.passes:g} passes over memory, against {plan.passes:g}: it fuses no convolution",
         )
     slower = (
         f"a branch has {widest} channels per group; above {MAX_KERNEL_CHANNELS} the library's convolution is expected "

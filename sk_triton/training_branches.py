@@ -81,5 +81,3 @@ def _convolve_by_library(x: Tensor, unit: TrainingUnit, y: Tensor) -> None:
             bias = bias.to(x.dtype)
         y_m = F.conv2d(x_m, weight, bias, unit.spec.stride, conv.padding, conv.dilation, conv.groups)
         y[m].copy_(y_m.permute(0, 2, 3, 1))
-
-

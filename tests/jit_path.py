@@ -49,7 +49,10 @@ for case in CASES:
             _, launches = resources.launches(small, "sm_90", schedule)
             for launch in launches:
                 compiled = launch.kernel.warmup(
-                    *map(small_tensor, launch.arguments), grid=launch.grid, **launch.constexprs, **launch.compile_options
+                    *map(small_tensor, launch.arguments),
+                    grid=launch.grid,
+                    **launch.constexprs,
+                    **launch.compile_options,
                 )
                 assert compiled.metadata.num_warps == launch.options["num_warps"]
                 assert compiled.metadata.enable_fp_fusion

@@ -23,6 +23,7 @@ PASSES_IN_DESIGN = {
         "sk_triton, store": 6,
         "sk_triton, recompute": 3,
         "sk_triton, resident": 2,
+        "sk_triton, library": 9,
     },
     SEED: {
         "seed's class, eager": 19,
@@ -30,6 +31,7 @@ PASSES_IN_DESIGN = {
         "sk_triton, store": 6,
         "sk_triton, recompute": 3,
         "sk_triton, merged": 3,
+        "sk_triton, library": 9,
     },
 }
 
@@ -51,8 +53,9 @@ def test_passes_agree_with_the_dispatcher(unit, num_branches, same_groups):
         waterfall.unit_spec(unit, shape),
         branches=tuple(BranchSpec(3, 1 + m, g) for m, g in enumerate(groups)),
     )
-    plan = plans.plan_store(Workload(spec, 8, shape.height, shape.width, torch.float16, CHIPS["sm_90"]))
-    assert passes.store(spec).passes == plan.passes
+    workload = Workload(spec, 8, shape.height, shape.width, torch.float16, CHIPS["sm_90"])
+    assert passes.store(spec).passes == plans.plan_store(workload).passes
+    assert passes.library(spec).passes == plans.plan_schedule("library", workload).passes
     assert passes.reference(spec).passes == plans.eager_passes(spec)
 
 

@@ -10,14 +10,18 @@ import pytest
 from rich.console import Console
 
 import sk_triton
-from sk_triton.bench import host, protocol, providers, results, session, shapes, suites
+from sk_triton.bench import export, host, protocol, providers, results, session, shapes, suites
+from sk_triton.bench.grid import UNITS, paper_unit
 from sk_triton.bench.peers import SKNet50
+from sk_triton.bench.providers import competitors
 from sk_triton.bench.shapes import PAPER, SEED, SKNET50, TRAINING, unit_shape
 from sk_triton.bench.sources import Ours
 from sk_triton.bench.suites import OPTIONS, SUITES, Choice
 from sk_triton.kernels.launch import Launch
+from sk_triton.plans import MAX_KERNEL_CHANNELS
 
 from .bench_fakes import CPU, SHORT
+from .synthetic_results import slowed
 
 EVERY_CHOICE = [Choice(on_gpu, quick) for on_gpu in (True, False) for quick in (True, False)]
 
@@ -74,6 +78,45 @@ def test_a_sweep_varies_one_thing_up_to_a_dense_unit():
             }[case.axis]
         )
     assert min(case.shape.groups for case in cases) == 1
+
+
+def test_the_grid_is_measured_as_it_is_compiled():
+    """Each unit of the support grid once, with the parameters that it has there, against every peer of its kind."""
+    cases = list(suites.grid(Choice(on_gpu=True, dtypes=("fp16",))))
+    assert [case.name for case in cases] == [name for name, *_ in UNITS]
+    for case, (_, spec, n, size) in zip(cases, UNITS, strict=True):
+        assert (case.batch, case.shape.height) == (n, size)
+        providers = competitors(case, "cuda", quick=False)
+        assert {p.source.key for p in providers} >= ({"seed"} if spec.is_linear else {"timm", "paper"})
+        assert {p.form.is_graph for p in providers if p.source.role == results.PEER} == {True, False}
+        assert Ours().module(case).spec == spec
+
+
+def test_the_grid_holds_dense_wide_split_and_strided_units():
+    dense = [spec for _, spec, *_ in UNITS if spec.group_channels > MAX_KERNEL_CHANNELS]
+    assert {len(spec.branches) for spec in dense} == {1, 2}
+    assert {spec.is_linear for spec in dense} == {spec.stride > 1 for spec in dense} == {True, False}
+    assert {spec.branches[0].groups == 1 for spec in dense} == {True, False}
+    assert any(spec.split_input for _, spec, *_ in UNITS)
+
+
+def test_a_unit_of_the_grid_that_is_lost_is_listed(monkeypatch):
+    """On a CPU, three units of the grid made small; who is faster there does not matter here."""
+    small = [(name, paper_unit(16, groups, **more), 2, 6) for name, groups, more in (
+        ("dense", 1, {}), ("split", 1, {"split_input": True}), ("strided", 2, {"stride": 2}),
+    )]  # fmt: skip
+    monkeypatch.setattr(suites, "GRID_UNITS", small)
+    monkeypatch.setattr(protocol, "QUICK", SHORT)
+    monkeypatch.setattr(session, "measure_ceilings", lambda device, dtypes: results.Ceilings(1e15, {}))
+    run, left = measure(request("grid"))
+    assert left == 0
+    assert {(record.status, record.message) for record in run.records} == {(results.OK, None)}
+    slow = slowed(run, 1000.0, lambda record: record.ours and record.case.name != "dense")
+    lost = export.losses(export.comparisons(slow))
+    assert [line.partition(":")[2].partition(")")[0] for line in lost if "0.00x" in line] == [
+        " paper (split", " paper (strided",
+    ]  # fmt: skip
+    assert results.Results.from_json(run.to_json()) == run
 
 
 @pytest.fixture

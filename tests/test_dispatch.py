@@ -171,7 +171,7 @@ def test_explicit_request_runs_the_kernels_and_auto_on_cpu_does_not(x, monkeypat
 
 
 @pytest.mark.interpret
-def test_auto_leaves_wide_groups_to_the_library(x, monkeypatch):
+def test_auto_takes_the_librarys_convolution_in_wide_groups(x, monkeypatch):
     """On a GPU; here the device is hidden from the choice."""
     wide, narrow = SelectiveKernel(256).eval(), SelectiveKernel(256, groups=32).eval()
     x = torch.randn(1, 256, 3, 3)
@@ -190,14 +190,11 @@ def test_auto_leaves_wide_groups_to_the_library(x, monkeypatch):
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
     monkeypatch.setattr(dispatch, "_inference_reason", lambda *args: "")
     monkeypatch.setattr(dispatch, "chip_of", lambda device: SM_90)
-    plan = choose(wide, "auto")
-    assert plan.backend == "reference"
-    assert (
-        "a branch has 256 channels per group; above 64 the library's convolution is expected"
-        in plan.rejected[0][1]
-    )
-    assert choose(wide, "triton").backend == "triton"
-    assert choose(narrow, "auto").backend == "triton"
+    for backend in ("auto", "triton"):
+        assert choose(wide, backend).schedule == "library"
+        assert choose(narrow, backend).schedule == "store"
+    with use_backend("triton", schedule="library"):
+        assert choose(narrow, "triton").schedule == "library"
 
 
 def test_without_triton(x, monkeypatch):

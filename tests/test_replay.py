@@ -240,6 +240,17 @@ def test_a_step_outside_the_kernels_is_planned_each_time(direct, monkeypatch):
     assert not direct
 
 
+def test_the_librarys_convolutions_are_planned_each_time(direct):
+    """They run whatever the library chooses, and hand over memory of their own."""
+    layer = paper_layer()
+    with use_backend("triton", schedule="library"):
+        layer(image(2, 5, 5))
+        x = image(2, 5, 5)
+        assert torch.equal(layer(x), expected(layer, x))
+    assert not direct
+    assert not layer._replays._recordings
+
+
 def test_parametrized_and_inference_parameters_are_planned_each_time(direct):
     parametrized = SKConv(8, 2, 2, 2)
     nn.utils.parametrizations.weight_norm(parametrized.fc)

@@ -277,8 +277,52 @@ def test_passes_are_those_of_the_plan():
     problem = Problem(paper_unit(128), 128, 56, 56, torch.float16)
     by_name = {p.schedule: p.memory_bytes / problem.tensor_bytes for p in sol.predict(problem, H100)}
     assert by_name["store"] == pytest.approx(6, rel=0.02)
+    assert by_name["library"] == pytest.approx(9, rel=0.02)
     assert by_name[sol.EAGER] == 23
     assert by_name[sol.FLOOR] == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "allow_tf32", "bound", "seconds"),
+    [
+        # Seconds for each output.
+        (torch.float16, False, MATRIX, 2 * 9 * 64 / 1e14),
+        (torch.float32, True, MATRIX, 2 * 9 * 64 / 5e13),
+        # A warp's instruction is 32 multiply-adds, a processor of ten issues four of them per clock.
+        (torch.float32, False, ISSUE, 9 * 64 / 32 / (10 * 4 * 1e9)),
+    ],
+)
+def test_the_librarys_convolution_by_hand(dtype, allow_tf32, bound, seconds):
+    """Of a dense 3x3 branch of 64 channels: as fast as the GPU multiplies; x, y and the weights are moved once."""
+    problem = Problem(paper_unit(64, groups=1), 8, 14, 14, dtype, allow_tf32)
+    _, _, steps = next(found for found in sol.schedules_for(problem, CHIPS["sm_90"]) if found[0] == "library")
+    step = sol.times(work.convolution_work(steps[0], TOY, memory=123.0), TOY)
+    assert step.seconds[bound] == pytest.approx(seconds * problem.outputs)
+    assert step.work.memory_bytes == 123
+    touched = 2 * problem.tensor_bytes + 64 * 64 * 9 * dtype.itemsize
+    assert step.work.l2_bytes == touched
+    assert work.memory_bytes(steps[:1], l2_size=0) == [touched]
+
+
+def test_slices_of_the_input_are_copied_for_the_library():
+    problem = Problem(paper_unit(128, groups=1, split_input=True), 8, 14, 14, torch.float16)
+    _, _, steps = next(found for found in sol.schedules_for(problem, CHIPS["sm_90"]) if found[0] == "library")
+    # Half of x read and written.
+    assert work.convolution_work(steps[0], TOY, 0.0).memory_bytes == problem.tensor_bytes
+
+
+@pytest.mark.usefixtures("_fake_code")
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+@pytest.mark.parametrize("split", [True, False])
+def test_dense_units_take_as_long_as_the_products_everywhere(gpu, split):
+    """Peers convolve by the same library: none is predicted to be faster than its products."""
+    problem = Problem(paper_unit(512, groups=1, split_input=split), 128, 14, 14, torch.float16)
+    products = 2 * problem.multiplies / gpu.matrix_flop_per_s["fp16"]
+    by_name = {p.schedule: p for p in sol.predict(problem, gpu)}
+    for name in ("library", sol.EAGER, sol.COMPILED):
+        assert by_name[name].total > products
+        assert by_name[name].seconds(MATRIX) >= products
+    assert by_name["library"].total < by_name[sol.EAGER].total
 
 
 @pytest.mark.usefixtures("_fake_code")
@@ -353,7 +397,7 @@ def test_predictions_meet_the_fastest_measured_form():
     measured = dataclasses.replace(measured, records=tuple(records))
     found = validation.compare(measured, H100, PAPER, "fp16")
     # The synthetic run forces no reference: eager is left out.
-    ours = {1: {"store", "recompute", "resident"}, 4: {"store", "recompute"}}
+    ours = {1: {"store", "recompute", "resident", "library"}, 4: {"store", "recompute", "library"}}
     assert {(c.case, c.schedule) for c in found} == {
         (case.title, name)
         for case in results.by_case(measured.records)
@@ -412,7 +456,8 @@ def test_explain_names_times_bounds_configs_and_the_choice(command):
     assert "choice: recompute: predicted" in out
     assert "not measured: no results of H100 SXM are committed" in out
     _, wide, _ = command("--shape", "8,256,14,14", "--gpu", "h100", "--groups", "1")
-    assert "choice: reference: a branch has 256 channels per group" in wide
+    assert "choice: library: predicted" in wide
+    assert "the library's 3x3 d2" in wide
 
 
 def test_explain_in_json(command):

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from sk_triton import plans
 from sk_triton.bench import traffic
-from sk_triton.bench.grid import seed_unit
+from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.chips import CHIPS
+from sk_triton.workload import Workload
 
 pytestmark = pytest.mark.interpret
 
@@ -42,6 +45,30 @@ def test_resident_schedule_moves_two_passes(stage, small):
     assert touched["x"] == touched["v"] == 1
     assert traffic.passes(rows, unit) == 2
     assert traffic.passes(rows, unit, ("partial", "attention")) <= small
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (paper_unit(16, groups=1), 9),
+        (paper_unit(16, groups=1, split_input=True), 10),
+        (paper_unit(16, groups=1, kernels=(3, 3, 3), dilations=(1, 2, 3)), 13),
+        (seed_unit(16, num_branches=1, groups=1), 5),
+    ],
+    ids=["dense", "split", "three branches", "one branch, linear"],
+)
+def test_library_schedule_moves_what_its_plan_says(spec, expected):
+    """Each convolution reads x and writes a branch; pooling reads them all, selecting reads them again and writes v."""
+    rows, unit = traffic.count(spec, 2, 14, schedule="library")
+    m = spec.num_branches
+    touched = {(row.kernel, row.tensor): row.touched / unit for row in rows if row.kernel != "library"}
+    assert touched["pooled_sums", "u"] == touched["select", "u"] == m
+    assert touched["select", "v"] == 1
+    assert sum(row.touched for row in rows if (row.kernel, row.tensor) == ("library", "u")) == m * unit
+    assert traffic.passes(rows, unit) == expected
+    plan = plans.plan_schedule("library", Workload(spec, 2, 14, 14, torch.float16, CHIPS["sm_90"]))
+    assert plan.passes == expected
+    assert traffic.passes(rows, unit, ("partial", "attention")) <= 0.2
 
 
 def test_seed_unit():

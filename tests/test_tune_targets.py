@@ -31,9 +31,11 @@ def kinds(targets) -> list[str]:
 
 def test_every_launch_of_every_schedule_once_then_the_schedule():
     found = targets_of("a unit", workload(), 3)
-    assert kinds(found) == ["branch_store", "gate", "select", "branch_pool", "branch_select", SCHEDULE]
+    assert kinds(found) == [
+        "branch_store", "gate", "select", "branch_pool", "branch_select", "pooled_sums", SCHEDULE,
+    ]  # fmt: skip
     assert len({target.key for target in found}) == len(found)
-    assert all(len(target.choices) <= 3 for target in found)
+    assert all(len(target.choices) <= 3 for target in found[:-1])
     linear = targets_of("a unit", workload(spec=seed_unit(128)), 3)
     assert {"border_sums", "merged_conv"} <= set(kinds(linear))
     # Launches of training are looked up, but not tuned yet.
@@ -41,8 +43,12 @@ def test_every_launch_of_every_schedule_once_then_the_schedule():
     assert linear[-1].choices[0] == "merged"
 
 
-def test_units_that_auto_leaves_to_the_reference_have_none():
-    assert targets_of("a unit", workload(spec=paper_unit(256, groups=1)), 3) == []
+def test_dense_units_start_from_the_librarys_convolution():
+    *_, pool, schedule = targets_of("a unit", workload(4, spec=paper_unit(256, groups=1), size=7), 3)
+    assert (pool.kind, pool.schedule, len(pool.choices)) == ("pooled_sums", "library", 3)
+    assert schedule.choices == ("library", "store")
+    for choice in pool.choices:
+        assert pool.plan(choice, {}).reduction == choice
 
 
 def test_launches_of_one_kind_are_told_apart():

@@ -26,6 +26,7 @@ DRAWINGS: dict[str, dict[str, Draw]] = {
     "sweep": {"time": sweep.draw},
     "host": {"calls": host.draw},
     "scaling": {"growth": scaling.draw},
+    "grid": {},  # a list of units that share no axis
 }
 """Kinds of picture by suite: one of each for each subject and dtype, or for networks each direction and dtype."""
 

@@ -19,7 +19,14 @@ FAMILY_COLOURS = {
     "copy": "#57606a",
 }
 # Forced schedules keep sk_triton's hue, lightened.
-SCHEDULE_TINTS = {"store": 0.2, "recompute": 0.38, "merged": 0.54, "resident": 0.68, "folded": 0.8}
+SCHEDULE_TINTS = {
+    "store": 0.16,
+    "recompute": 0.31,
+    "merged": 0.45,
+    "resident": 0.58,
+    "library": 0.7,
+    "folded": 0.8,
+}
 PEAK_TINT = 0.6
 """White in the colour of a peak, around what is saved of it."""
 

@@ -77,7 +77,7 @@ class Target:
 
 
 def targets_of(unit: str, workload: Workload, limit: int) -> list[Target]:
-    """The targets of a unit, at most `limit` choices each."""
+    """The targets of a unit: at most `limit` choices of each launch, and every schedule."""
     with experiment({}):
         schedules = plans.possible_schedules(workload)
         expected: Any = plans.expected_plan(workload).schedule
