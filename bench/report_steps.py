@@ -257,6 +257,7 @@ STEPS: dict[str, Step] = {
     "train": Step(partial(measure, suite=suites.TRAIN), 8),
     "model": Step(partial(measure, suite=suites.MODEL), 8),
     "sweep": Step(partial(measure, suite=suites.SWEEP), 5),
+    "grid": Step(partial(measure, suite=suites.GRID), 8),
     "host": Step(partial(measure, suite=suites.HOST), 2),
     "scaling": Step(partial(measure, suite=suites.SCALING), 5),
     "tune": Step(tune, 5),

@@ -34,7 +34,7 @@ from sk_triton.bench.stamp import take_stamp
 from .bench_fakes import CPU, SHORT
 from .synthetic_results import a_stamp, small
 
-SUITE_FILES = {f"{suite}.json" for suite in ("layer", "train", "model", "sweep", "host", "scaling")}
+SUITE_FILES = {f"{suite}.json" for suite in ("layer", "train", "model", "sweep", "grid", "host", "scaling")}
 GREEN = results.Tests("pytest", 3, 0, 0, environment.git_revision().commit)
 
 
