@@ -45,12 +45,15 @@ def synchronized(rank):
 
 
 def sharded(rank):
-    """Gradients of sharded parameters on the whole batch, which both processes see."""
-    layer = fully_shard(unit(), mesh=init_device_mesh("cpu", (2,)))
-    x, weight = batch()
-    with use_backend("triton"):
-        layer(x).backward(weight)
-    return {name: parameter.grad.full_tensor() for name, parameter in layer.named_parameters()}
+    """Gradients of sharded parameters on the whole batch, which both processes see, by backend and name."""
+    found = {}
+    for backend in ("triton", "reference"):
+        layer = fully_shard(unit(), mesh=init_device_mesh("cpu", (2,)))
+        x, weight = batch()
+        with use_backend(backend):
+            layer(x).backward(weight)
+        found |= {(backend, name): p.grad.full_tensor() for name, p in layer.named_parameters()}
+    return found
 
 
 def main(folder, rank, kind):

@@ -70,7 +70,9 @@ def test_two_processes_equal_one(tmp_path):
 
 
 def test_sharded_parameters_train(tmp_path):
-    ranks, expected = run_two(tmp_path, "sharded"), single(torch.float32, "triton")
-    for rank in ranks:
-        for name, gradient in rank.items():
-            assert_same(gradient, expected[name])
+    """As the reference, sharded alike: on gloo, FSDP2 of torch 2.8 adds what later ones average."""
+    for rank in run_two(tmp_path, "sharded"):
+        names = {name for _, name in rank}
+        assert names == dict(unit().named_parameters()).keys()
+        for name in names:
+            assert_same(rank["triton", name], rank["reference", name])

@@ -72,7 +72,8 @@ def test_all_ranks_use_the_configs_of_rank_0(tmp_path):
         )
     ends = [process.communicate(timeout=240) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], ends
-    found = [json.loads(out) for out, _ in ends]
+    # Before its last line, gloo of torch 2.8 prints its own.
+    found = [json.loads(out.splitlines()[-1]) for out, _ in ends]
     before = ["sk_triton.sync_configs() was not called", "analytic (sm_90)", str(request.analytic())]
     after = ["", "tuned for NVIDIA H100 80GB HBM3 (132 SMs)", str(one)]
     assert found == [[before, after]] * 2
