@@ -19,10 +19,11 @@ def passes(monkeypatch):
 
     def metered(launch):
         names = zip(launch.kernel.arg_names, launch.arguments, strict=False)
-        tensors = {name: t for name, t in names if isinstance(t, torch.Tensor)}
+        tensors = {name: t for name, t in names if isinstance(t, torch.Tensor | tuple)}
         with Meter(tensors).watch(launch.kernel.fn.__name__) as found:
             run(launch)
-        activations = [name for name, t in tensors.items() if t.dtype == torch.float16 and t.dim() >= 4]
+        first = {name: t[0] if isinstance(t, tuple) else t for name, t in tensors.items()}
+        activations = [name for name, t in first.items() if t.dtype == torch.float16 and t.dim() >= 4]
         rows.append(
             (launch.kernel.fn.__name__, sum(row.touched for row in found if row.tensor in activations))
         )
