@@ -6,7 +6,7 @@ import argparse
 import functools
 import importlib.metadata
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,13 @@ from .processes import compiling_processes
 
 if TYPE_CHECKING:
     from .compile import Resources
+
+
+MATRIX_KERNELS = (
+    *("branch_conv_stream", "branch_conv_column", "branch_conv_tap", "gate", "merged_conv", "unit_resident"),
+    *("branch_grad_stream", "branch_grad_data", "branch_grad_weight"),
+)
+"""What is meant to use tensor cores."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +61,7 @@ class Row:
         precision = (
             "fp32" if self.kernel == "gate" and self.case.dtype == torch.float32 else self.case.precision
         )
-        uses_matrix = (
-            self.kernel not in ("select", "pooled_sums", "border_sums", "branch_conv_depthwise")
-            and precision != "fp32"
-        )
+        uses_matrix = self.kernel.startswith(MATRIX_KERNELS) and precision != "fp32"
         if uses_matrix and not self.resources.matrix:
             found.append("no tensor-core instruction")
         return found
@@ -69,11 +73,11 @@ def launches(case: Case, target: str, schedule: Schedule = "store") -> tuple[Pla
     Raises:
         RuntimeError: the schedule cannot run the case.
     """
-    plan, steps, _ = planned_steps(schedule, _workload(case, target))
+    plan, steps, _ = planned_steps(schedule, workload_of(case, target))
     return plan, [step for step in steps if isinstance(step, Launch)]
 
 
-def _workload(case: Case, target: str) -> Workload:
+def workload_of(case: Case, target: str) -> Workload:
     return Workload(case.spec, case.n, case.size, case.size, case.dtype, CHIPS[target], case.allow_tf32)
 
 
@@ -90,30 +94,40 @@ def measure(case: Case, target: str) -> list[Row]:
         for i, launch in enumerate(_branches_first(found))
     ]
     for launch, branch_launch in planned:
-        name = launch.kernel.fn.__name__.removesuffix("_fwd_kernel")
-        if name == "gate" and any(row.kernel == "gate" for row in rows):
-            continue  # every schedule's gate is the same
         if has_phases(launch):
             used = counted(launch, functools.partial(compile_launch, target=target))
             branch_launch = None  # its config is no branch kernel's
+        elif kernel_name(launch) == "gate" and any(row.kernel == "gate" for row in rows):
+            continue  # every schedule's gate is the same
         else:
             used = compile_launch(launch, target)
-        task = launch.constexprs.get("TASK", "store")
-        name += "" if task == "store" else f", {task}"
-        per_output = None
-        if used.instructions is not None and name != "gate":
-            programs = torch.Size(launch.grid).numel()
-            computed = outputs * len(launch.constexprs.get("KERNELS", (1,)))
-            per_output = used.instructions * used.threads * programs / computed
-        sizes = {k: v for k, v in launch.constexprs.items() if k.startswith(("BLOCK", "RUN"))}
-        config = " ".join(f"{k}={v}" for k, v in sizes.items()) + f" num_warps={launch.options['num_warps']}"
-        rows.append(Row(case, name, config, used, per_output, branch_launch))
+        computed = outputs * len(launch.constexprs.get("KERNELS", (1,)))
+        rows.append(row_of(case, launch, used, computed, branch_launch))
     return rows
+
+
+def kernel_name(launch: Launch) -> str:
+    """The name of a launch's kernel, with the task if it has several."""
+    name = launch.kernel.fn.__name__.removesuffix("_kernel").removesuffix("_fwd")
+    task = launch.constexprs.get("TASK", "store")
+    return name if task == "store" else f"{name}, {task}"
+
+
+def row_of(
+    case: Case, launch: Launch, used: Resources, computed: int, branch_launch: BranchLaunch | None = None
+) -> Row:
+    """The row of a launch that computes as many elements of the branches, or of the output, as `computed` says."""
+    name, per_output = kernel_name(launch), None
+    if used.instructions is not None and name != "gate":
+        per_output = used.instructions * used.threads * torch.Size(launch.grid).numel() / computed
+    sizes = {k: v for k, v in launch.constexprs.items() if k.startswith(("BLOCK", "RUN"))}
+    config = " ".join(f"{k}={v}" for k, v in sizes.items()) + f" num_warps={launch.options['num_warps']}"
+    return Row(case, name, config, used, per_output, branch_launch)
 
 
 def schedules(case: Case, target: str) -> list[Schedule]:
     """The schedules that can run a case."""
-    return [name for name in SCHEDULES if not plans.refusal(name, _workload(case, target))]
+    return [name for name in SCHEDULES if not plans.refusal(name, workload_of(case, target))]
 
 
 def _branches_first(found: list[Launch]) -> list[Launch]:
@@ -121,7 +135,12 @@ def _branches_first(found: list[Launch]) -> list[Launch]:
     return sorted(found, key=lambda launch: "KERNELS" not in launch.constexprs)
 
 
-def measure_all(cases: list[Case], targets: list[str], workers: int) -> Iterator[list[Row]]:
+def measure_all(
+    cases: list[Case],
+    targets: list[str],
+    workers: int,
+    measure: Callable[[Case, str], list[Row]] = measure,
+) -> Iterator[list[Row]]:
     """`measure` for every pair, in order, in `workers` new processes, where kernels are compiled, not interpreted."""
     pairs = [(case, target) for target in targets for case in cases]
     with compiling_processes(workers) as pool:
@@ -142,7 +161,7 @@ def write_configs(rows: list[Row]) -> None:
     for row in rows:
         if row.branch_launch is not None and not row.faults:
             case, launch = row.case, row.branch_launch
-            key = branch_key(_workload(case, row.resources.target), launch.shape, launch.task)
+            key = branch_key(workload_of(case, row.resources.target), launch.shape, launch.task)
             by_chip[row.resources.target][key] = launch.config
     for chip, entries in by_chip.items():
         content = json.dumps(
@@ -170,6 +189,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="default: fp16",
     )
     parser.add_argument(
+        "--training",
+        action="store_true",
+        help="the kernels of a training step, under both save policies, instead of inference's",
+    )
+    parser.add_argument(
         "--write-configs",
         action="store_true",
         help="ship the analytic configs of what is compiled here",
@@ -184,6 +208,8 @@ def run(args: argparse.Namespace) -> int:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
 
+    from . import training_resources
+
     cases = [
         case
         for case in CASES
@@ -195,7 +221,8 @@ def run(args: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("compiling", total=len(cases) * len(chips))
-        for found in measure_all(cases, chips, args.workers):
+        chosen = training_resources.measure if args.training else measure
+        for found in measure_all(cases, chips, args.workers, chosen):
             rows.extend(found)
             progress.advance(task)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,9 +16,17 @@ from sk_triton import SKSpec
 from sk_triton.backend import SCHEDULES
 from sk_triton.environment import require
 from sk_triton.library import Convolution
+from sk_triton.plan import BranchLaunch
+from sk_triton.save import SAVES, Save
 
 from .grid import paper_unit
 from .planned import unit_parameters
+
+if TYPE_CHECKING:
+    from sk_triton.kernels.launch import Launch  # imports Triton
+
+
+TRAIN = "train"
 
 
 @dataclass
@@ -131,13 +139,8 @@ def count(
     plan = plans.plan_schedule(schedule, workload)
     if full is not None:
         planned = plans.plan_schedule(schedule, replace(workload, spec=full))
-        launches = [
-            replace(launch, config=other.config)
-            for launch, other in zip(plan.branch_launches, planned.branch_launches, strict=True)
-        ]
-        plan = replace(
-            plan, branch_launches=tuple(launches), resident=planned.resident, reduction=planned.reduction
-        )
+        launches = _with_configs(plan.branch_launches, planned.branch_launches)
+        plan = replace(plan, branch_launches=launches, resident=planned.resident, reduction=planned.reduction)
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
@@ -157,20 +160,63 @@ def count(
             raise ValueError(
                 f"spec on {size} x {size} pixels needs a step outside the kernels, which is not counted"
             )
-        named = zip(step.kernel.arg_names, step.arguments, strict=False)
-        task = step.constexprs.get("TASK", "store")
-        labels = {**_LABELS, "out_ptr": "v" if task == "select" else "u"}
-        # A pointer that the task does not follow repeats another tensor, which keeps its own name.
-        tensors = {
-            labels.get(name, name.removesuffix("_ptr")): t
-            for name, t in named
-            if isinstance(t, Tensor | tuple)
-        }
-        kernel = step.kernel.fn.__name__.removesuffix("_fwd_kernel")
-        with Meter(tensors).watch(kernel if task == "store" else f"{kernel}, {task}") as found:
-            step()
-        rows.extend(found)
+        rows.extend(_metered(step, step))
     return rows, v.numel() * v.element_size()
+
+
+def count_training(
+    spec: SKSpec, n: int, size: int, full: SKSpec | None = None, save: Save = "branches"
+) -> tuple[list[Traffic], int]:
+    """As :func:`count`, of a training step: the launches of the forward, then those of the backward pass. What the
+    library's operators move, its convolution gradients and the gate's small products, is not counted."""
+    from sk_triton.chips import CHIPS
+    from sk_triton.training_plan import plan_training
+    from sk_triton.workload import Workload
+
+    from .training_steps import take_step
+
+    workload = Workload(spec, 128, size, size, torch.float16, CHIPS["sm_90"])
+    plan = plan_training(workload, save)
+    if full is not None:
+        planned = plan_training(replace(workload, spec=full), save)
+        plan = replace(
+            planned,
+            branch_launches=_with_configs(plan.branch_launches, planned.branch_launches),
+            folded_launches=_with_configs(plan.folded_launches, planned.folded_launches),
+        )
+    generator = torch.Generator().manual_seed(0)
+    rows: list[Traffic] = []
+    v = take_step(
+        replace(workload, n=n),
+        plan,
+        save,
+        lambda *shape: torch.randn(shape, generator=generator).half(),
+        lambda launch, run: rows.extend(_metered(launch, run)),
+    )
+    return rows, v.numel() * v.element_size()
+
+
+def _with_configs(
+    launches: tuple[BranchLaunch, ...], others: tuple[BranchLaunch, ...]
+) -> tuple[BranchLaunch, ...]:
+    return tuple(replace(launch, config=other.config) for launch, other in zip(launches, others, strict=True))
+
+
+def _metered(launch: Launch, run: Callable[[], object]) -> list[Traffic]:
+    """Runs a launch and counts what it moves."""
+    named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
+    task = launch.constexprs.get("TASK", "store")
+    kernel = launch.kernel.fn.__name__.removesuffix("_kernel").removesuffix("_fwd")
+    labels = {**_LABELS, "out_ptr": _OUTPUTS.get(task, "u")}
+    if kernel.startswith("branch_grad"):
+        labels["partial_ptr"] = "partial dw"
+    # A pointer that the task does not follow repeats another tensor, which keeps its own name.
+    tensors = {
+        labels.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor | tuple)
+    }
+    with Meter(tensors).watch(kernel if task == "store" else f"{kernel}, {task}") as found:
+        run()
+    return found
 
 
 def _of_library(step: Convolution) -> list[Traffic]:
@@ -188,9 +234,12 @@ _LABELS = {
     "w_ptr": "branch weights", "reduce_ptr": "reduce weight", "select_ptr": "select weight",
     "u_ptrs": "u", "y_ptrs": "u",
 }  # fmt: skip
+_OUTPUTS = {"select": "v", "train": "y"}
+ACTIVATIONS = ("x", "u", "v", "y", "dv", "dx", "dy")
+SUMS = ("partial", "moments", "attention", "active", "pooled", "grad", "scaled", "terms")
 
 
-def passes(rows: list[Traffic], unit: int, tensors: tuple[str, ...] = ("x", "u", "v")) -> float:
+def passes(rows: list[Traffic], unit: int, tensors: tuple[str, ...] = ACTIVATIONS) -> float:
     """Distinct bytes of the activations, or of other tensors, in units of T."""
     return sum(row.touched for row in rows if row.tensor in tensors) / unit
 
@@ -209,7 +258,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage", type=int, choices=tuple(STAGES), default=1, help="stage of SKNet-50 (default 1)"
     )
-    parser.add_argument("--schedule", choices=SCHEDULES, default="recompute", help="default: recompute")
+    parser.add_argument(
+        "--schedule",
+        choices=(*SCHEDULES, TRAIN),
+        default="recompute",
+        help=f"default: recompute; {TRAIN}: forward and backward",
+    )
+    parser.add_argument(
+        "--save", choices=SAVES, default="branches", help=f"what {TRAIN} saves (default branches)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -228,9 +285,12 @@ def run(args: argparse.Namespace) -> int:
     from rich.table import Table
 
     full, spec, n, size = STAGES[args.stage]
-    rows, unit = count(spec, n, size, full, args.schedule)
+    if args.schedule == TRAIN:
+        rows, unit = count_training(spec, n, size, full, args.save)
+    else:
+        rows, unit = count(spec, n, size, full, args.schedule)
     table = Table(
-        title=f"Schedule {args.schedule}, stage {args.stage} of SKNet-50, in passes over one activation tensor (T)"
+        title=f"Schedule {_title(args)}, stage {args.stage} of SKNet-50, in passes over one activation tensor (T)"
     )
     for title in ("kernel", "tensor"):
         table.add_column(title)
@@ -240,8 +300,12 @@ def run(args: argparse.Namespace) -> int:
         table.add_row(row.kernel, row.tensor, f"{row.requested / unit:.2f}", f"{row.touched / unit:.3f}")
     console = Console()
     console.print(table)
-    small = passes(rows, unit, ("partial", "attention"))
     console.print(
-        f"activations {passes(rows, unit):.2f} T, partial sums and attention {small:.2f} T, all distinct bytes"
+        f"activations {passes(rows, unit):.2f} T, sums by tile or sample {passes(rows, unit, SUMS):.2f} T, all "
+        "distinct bytes"
     )
     return 0
+
+
+def _title(args: argparse.Namespace) -> str:
+    return f"{TRAIN}, saving {args.save}" if args.schedule == TRAIN else args.schedule

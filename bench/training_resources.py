@@ -1,81 +1,40 @@
-"""What the training kernels use on a chip, from the compiled code alone: SKNet-50's stages at batch 128 in fp16."""
+"""What the kernels of a training step use on a chip, from the compiled code alone."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 import torch
-from torch import Tensor
 
-from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
+from sk_triton.save import SAVES
 from sk_triton.training_plan import plan_training
-from sk_triton.workload import Workload
 
-from .grid import paper_unit
-from .processes import compiling_processes
-
-if TYPE_CHECKING:
-    from .compile import Resources
-
-STAGES = {1: (128, 56), 2: (256, 28), 3: (512, 14), 4: (1024, 7)}
-"""Channels and pixels a side."""
+from .grid import Case
+from .resources import Row, kernel_name, row_of, workload_of
+from .training_steps import take_step
 
 
-def launches(stage: int, chip: str) -> list[Launch]:
-    """The launches of a training step, on meta tensors; the library's convolution gradients aside."""
-    from sk_triton.kernels.batch_stats import combine_moments_fwd, tile_moments_fwd
-    from sk_triton.kernels.branch_conv import branch_train_fwd
-    from sk_triton.kernels.norm_bwd import norm_bwd
-    from sk_triton.kernels.pooled_moments import pooled_moments_fwd
-    from sk_triton.kernels.select import select_fwd
-    from sk_triton.kernels.select_bwd import select_bwd
+def launches(case: Case, target: str) -> list[Launch]:
+    """The different launches of training steps under both save policies on chip `target`, on meta tensors."""
+    workload = workload_of(case, target)
 
-    n, (c, size) = 128, STAGES[stage]
-    plan = plan_training(Workload(paper_unit(c), n, size, size, torch.float16, CHIPS[chip]))
-    (conv,), config = plan.branch_launches, plan.reduction
-    assert config is not None
-    assert plan.select is not None
+    def make(*size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=case.dtype, device="meta")
 
-    def sums(*shape: int) -> Tensor:
-        return torch.empty(shape, device="meta")
-
-    x = torch.empty(n, c, size, size, dtype=torch.float16, device="meta").to(
-        memory_format=torch.channels_last
-    )
-    y, moments = x.new_empty(2, n, size, size, c), sums(2, 3, 99, c)
-    mean, rstd, gamma, beta = (sums(2, c) for _ in range(4))
-    first, second = sums(9, n, 2, c), sums(9, n, 2, c)
-    norm = (mean, rstd, gamma, beta)
-    flags: dict[str, Any] = {"has_norm": True, "has_relu": True}
-    return [
-        branch_train_fwd(
-            x, x.flatten(), None, y, moments, shape=conv.shape, allow_tf32=False, config=conv.config
-        ),
-        tile_moments_fwd(y, moments, config=config),
-        combine_moments_fwd(moments, mean, rstd, pixels=n * size**2),
-        pooled_moments_fwd(y, *norm, first, second, **flags, config=config),
-        select_fwd(y, first, x, norm=norm, has_relu=True, config=plan.select),
-        select_bwd(x, y, *norm, first, second, **flags, config=config),
-        norm_bwd(x, y, first, second, *norm, mean, rstd, torch.empty_like(y), **flags, config=plan.select),
-    ]
+    found: list[Launch] = []
+    for save in SAVES:
+        plan = plan_training(workload, save)
+        take_step(workload, plan, save, make, lambda launch, _: found.append(launch))
+    different = {(kernel_name(la), str(la.constexprs), str(la.options), la.grid): la for la in found}
+    return list(different.values())
 
 
-def measure(stage: int, chip: str) -> dict[tuple[int, str], Resources]:
-    """What each kernel uses on a chip, by stage and kernel. Only its convolution differs from stage to stage."""
+def measure(case: Case, target: str) -> list[Row]:
+    """Compiles the kernels of a case's training steps for `target` and reads what they use; `per_output` is by element
+    of all branches."""
     from .compile import compile_launch
 
-    found = launches(stage, chip)
-    return {
-        (stage, launch.kernel.fn.__name__.removesuffix("_kernel").removesuffix("_fwd")): compile_launch(
-            launch, chip
-        )
-        for launch in (found if stage == 1 else found[:1])
-    }
-
-
-def measure_all(chip: str, workers: int) -> dict[tuple[int, str], Resources]:
-    """`measure` for every stage, in new processes, where kernels are compiled, not interpreted."""
-    with compiling_processes(workers) as pool:
-        rows = pool.map(measure, STAGES, [chip] * len(STAGES))
-        return {key: used for row in rows for key, used in row.items()}
+    height, width = case.spec.output_size(case.size, case.size)
+    outputs = case.n * height * width * case.spec.out_channels * case.spec.num_branches
+    return [
+        row_of(case, launch, compile_launch(launch, target), outputs) for launch in launches(case, target)
+    ]

@@ -63,6 +63,25 @@ def branch_train_fwd(
     return _launch("train", x, w, shift, None, y, moments[0], y.shape[2:4], shape, False, allow_tf32, config)
 
 
+def branch_measure_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    shift: torch.Tensor | None,
+    moments: torch.Tensor,
+    *,
+    shape: ConvShape,
+    allow_tf32: bool,
+    config: BranchConfig,
+) -> Launch:
+    """The moments of `branch_train_fwd` alone, bit for bit; the convolutions are not written.
+
+    Raises:
+        ValueError: a config whose kernel only stores.
+    """
+    size = shape.output_size(*x.shape[2:])
+    return _launch("measure", x, w, shift, None, None, moments[0], size, shape, False, allow_tf32, config)
+
+
 def branch_pool_fwd(
     x: torch.Tensor,
     w: torch.Tensor,

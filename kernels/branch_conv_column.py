@@ -140,6 +140,8 @@ def column_tile(
     """
     M: tl.constexpr = len(KERNELS)
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
+    IS_STORED: tl.constexpr = TASK == "store" or TASK == "train"
+    IS_MEASURED: tl.constexpr = TASK == "train" or TASK == "measure"
     dtype = x_ptr.dtype.element_ty
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_on, stride_oh, stride_ow = widen(stride_on, stride_oh, stride_ow, IS_LARGE)
@@ -208,9 +210,9 @@ def column_tile(
                 values = values + (acc.to(dtype),)
             else:
                 u = acc.to(dtype)
-                if TASK != "pool":
+                if IS_STORED:
                     tl.store(out_ptr + r * stride_oh + offs_out, u, mask=mask_r)
-                if TASK == "train":
+                if IS_MEASURED:
                     value = u.to(tl.float32)
                     if r == 0:
                         pivot = value
@@ -234,7 +236,7 @@ def column_tile(
                     pool += tl.where(mask_r, acc, 0.0)
         if TASK == "select":
             selection = values
-        elif TASK == "train":
+        elif IS_MEASURED:
             if IS_EVEN_H:
                 count += tl.where(mask_out, RUN_H * 1.0, 0.0)
             mean, m2 = lane_moments(pivot, total, squares, count)
@@ -244,7 +246,7 @@ def column_tile(
             )  # fmt: skip
         elif POOL_BY_DOT:
             pool = pool_rows(pool, values, mask_p, RUN_H, BLOCK_CO, BLOCK_P, BLOCK_POOL)
-        if TASK == "store" or TASK == "train":
+        if IS_STORED:
             out_ptr += stride_om
     if TASK == "select":
         for r in tl.static_range(RUN_H):
@@ -252,7 +254,7 @@ def column_tile(
             if not IS_EVEN_H:
                 mask_r = mask_out & (y + r < H)[None, :]
             tl.store(out_ptr + r * stride_oh + offs_out, selection[r], mask=mask_r)
-    elif TASK != "train":
+    elif not IS_MEASURED:
         if not POOL_BY_DOT:
             pool = tl.where(mask_p[None, :], pool, 0.0)
         sums = fold_pool(pool, 1, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
@@ -281,7 +283,7 @@ def branch_conv_column_fwd_kernel(
 ):  # fmt: skip
     """One tile of one channel block: `column_tile`."""
     block, tile, tile_h, tile_w, block_n = locate_tile(tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W)
-    if TASK == "train":  # moments of tiles of all samples
+    if TASK == "train" or TASK == "measure":  # moments of tiles of all samples
         partial_ptr += tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS * stride_partial_t
     column_tile(
         x_ptr, w_ptr, shift_ptr, attention_ptr, 0, out_ptr, partial_ptr,

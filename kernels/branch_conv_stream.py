@@ -127,7 +127,8 @@ def stream_tile(
 ):  # fmt: skip
     """Every branch of one tile: TASK "store" writes `u[m]` and the tile's pooled sums over branches and pixels, "pool"
     the sums alone, "select" writes `v`, the sum of the branches weighted by the attention, "train" writes `u[m]` and
-    the moments of each branch's tile to `partial`, which points to the tile's there: `[M, 3, C]`.
+    the moments of each branch's tile to `partial`, which points to the tile's there: `[M, 3, C]`; "measure" writes the
+    moments of what "train" would store.
 
     A tile is BLOCK_N samples x BLOCK_H column runs (RUN_H outputs each) x BLOCK_W row runs (RUN_W outputs each);
     `block_n`, `tile_h` and `tile_w` say which, `tile` is its number within a sample. A channel block is CHANNELS_CI
@@ -137,6 +138,8 @@ def stream_tile(
     M: tl.constexpr = len(KERNELS)
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
     BLOCK_M: tl.constexpr = RUN_W * BLOCK_CO
+    IS_STORED: tl.constexpr = TASK == "store" or TASK == "train"
+    IS_MEASURED: tl.constexpr = TASK == "train" or TASK == "measure"
     dtype = x_ptr.dtype.element_ty
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_on, stride_oh, stride_ow = widen(stride_on, stride_oh, stride_ow, IS_LARGE)
@@ -196,7 +199,7 @@ def stream_tile(
                 if HAS_CHANNEL_MASK:
                     mask_out &= (co < co_end)[:, None]
                 pooled = pooled_pixels(x, mask_p, W, RUN_W, SPACINGS_W[m], BLOCK_POOL)
-            if TASK == "train":
+            if IS_MEASURED:
                 total = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
                 squares = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
                 count = tl.zeros([BLOCK_M, BLOCK_P], tl.float32)
@@ -219,9 +222,9 @@ def stream_tile(
                         in_image = y + r * SPACINGS_H[m] < H
                         mask_r = mask_out & in_image[None, :]
                         pooled_r = pooled & in_image[:, None]
-                    if TASK != "pool":
+                    if IS_STORED:
                         tl.store(out_block_ptr + r * SPACINGS_H[m] * stride_oh + offs_out, u, mask=mask_r)
-                    if TASK == "train":
+                    if IS_MEASURED:
                         value = u.to(tl.float32)
                         if r == 0:
                             pivot = value
@@ -243,7 +246,7 @@ def stream_tile(
                         pool += tl.where(mask_r, acc, 0.0)
             selection = added
             out_block_ptr += stride_om
-            if TASK == "train":
+            if IS_MEASURED:
                 if IS_EVEN_H[m]:
                     count = tl.where(mask_out, RUN_H * 1.0, 0.0)
                 mean, m2 = lane_moments(pivot, total, squares, count)
@@ -266,7 +269,7 @@ def stream_tile(
                 if not IS_EVEN_H[0]:
                     mask_r = mask_out & (y + r < H)[None, :]
                 tl.store(out_block_ptr + r * stride_oh + offs_out, selection[r].to(dtype), mask=mask_r)
-        elif TASK != "train":
+        elif not IS_MEASURED:
             sums = fold_pool(pool, RUN_W, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
             offs_n = tl.arange(0, BLOCK_N)
             offs_c = tl.arange(0, BLOCK_CO)
@@ -297,7 +300,7 @@ def branch_conv_stream_fwd_kernel(
     channel_program, tile, tile_h, tile_w, block_n = locate_tile(
         tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W
     )
-    if TASK == "train":  # moments of tiles of all samples
+    if TASK == "train" or TASK == "measure":  # moments of tiles of all samples
         partial_ptr += tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS * stride_partial_t
     stream_tile(
         x_ptr, w_ptr, shift_ptr, attention_ptr, 0, out_ptr, partial_ptr,

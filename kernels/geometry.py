@@ -187,7 +187,7 @@ def tiles(
 
 
 def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
-    """Whether a kernel does `task` ("store", "train", "pool" or "select") under `config`.
+    """Whether a kernel does `task` ("store", "train", "measure", "pool" or "select") under `config`.
 
     To select, a tile's row runs must be brought into the same order in every branch.
     """

@@ -13,10 +13,10 @@ from .tiling import widen
 
 @triton.jit(do_not_specialize=("PIXELS", "TILES", "N"))
 def select_bwd_kernel(
-    dv_ptr, y_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, grad_ptr, scaled_ptr,
+    dv_ptr, y_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, grad_ptr, scaled_ptr, active_ptr, pooled_ptr,
     N, PIXELS, C, TILES, stride_dn, stride_dp, stride_ym, stride_yn, stride_yp,
     M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_RELU: tl.constexpr, IS_LARGE: tl.constexpr,
+    HAS_NORM: tl.constexpr, HAS_RELU: tl.constexpr, HAS_POOLED: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """All branches of one sample, STEPS * BLOCK_P of its pixels. Branches after the first find dv in a cache."""
     stride_dp, stride_yp, _ = widen(stride_dp, stride_yp, stride_yp, IS_LARGE)
@@ -32,6 +32,9 @@ def select_bwd_kernel(
         )
         grad = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
         scaled = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        if HAS_POOLED:
+            active = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+            pooled = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
         for step in range(STEPS):
             p = (tile * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)
             mask = (p < PIXELS)[:, None] & mask_c[None, :]
@@ -41,9 +44,15 @@ def select_bwd_kernel(
             is_active = activation_mask(y_hat, gamma, beta, mask, HAS_NORM, HAS_RELU)
             grad += tl.where(is_active, dv, 0.0)
             scaled += tl.where(is_active, dv * y_hat, 0.0)
+            if HAS_POOLED:
+                active += tl.where(is_active, 1.0, 0.0)
+                pooled += tl.where(is_active, y_hat, 0.0)
         offs = ((tile.to(tl.int64) * N + n) * M + m) * C + c
         tl.store(grad_ptr + offs, tl.sum(grad, axis=0), mask=mask_c)
         tl.store(scaled_ptr + offs, tl.sum(scaled, axis=0), mask=mask_c)
+        if HAS_POOLED:
+            tl.store(active_ptr + offs, tl.sum(active, axis=0), mask=mask_c)
+            tl.store(pooled_ptr + offs, tl.sum(pooled, axis=0), mask=mask_c)
         y_ptr += stride_ym
 
 
@@ -56,13 +65,15 @@ def select_bwd(
     beta: torch.Tensor,
     grad: torch.Tensor,
     scaled: torch.Tensor,
+    active: torch.Tensor | None = None,
+    pooled: torch.Tensor | None = None,
     *,
     has_norm: bool,
     has_relu: bool,
     config: ReductionConfig,
 ) -> Launch:
     """Write `grad = sum mask * dv` and `scaled = sum mask * dv * y_hat` over each tile's pixels, `[TILES, N, M, C]`
-    fp32.
+    fp32; `active` and `pooled` too where they are given.
 
     `dv [N, C, H, W]` with adjacent channels and equally spaced pixels; the rest as `pooled_moments_fwd`.
     """
@@ -70,7 +81,8 @@ def select_bwd(
     tiles = grad.shape[0]
     stride_dp = pixel_stride(dv)
     arguments = (
-        dv, y, mean, rstd, gamma, beta, grad, scaled, n, h * w, c, tiles,
+        dv, y, mean, rstd, gamma, beta, grad, scaled,
+        grad if active is None else active, grad if pooled is None else pooled, n, h * w, c, tiles,
         dv.stride(0), stride_dp, y.stride(0), y.stride(1), y.stride(3),
     )  # fmt: skip
     constexprs = {
@@ -80,6 +92,7 @@ def select_bwd(
         "STEPS": config.STEPS,
         "HAS_NORM": has_norm,
         "HAS_RELU": has_relu,
+        "HAS_POOLED": active is not None,
         "IS_LARGE": h * w * max(c, stride_dp) >= 2**31,
     }
     grid = (n * tiles, cdiv(c, config.BLOCK_C))

@@ -41,11 +41,14 @@ def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSp
     return not reason, reason
 
 
-def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, backend: str) -> Plan:
+def choose(
+    x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, backend: str, save: Save = "branches"
+) -> Plan:
     """The plan for a call under `backend`: "auto", "triton", "torch" or "reference".
 
     "auto" takes the kernels on a GPU where they can run. On a CPU it takes the CPU's schedules
     where they can run, even with ``TRITON_INTERPRET=1``; "triton" then runs the kernels through Triton's interpreter.
+    `save` is what schedule "train" saves for the backward pass.
 
     Raises:
         RuntimeError: `backend` is "triton" or "torch" and it cannot run; the message holds the reason.
@@ -67,7 +70,7 @@ def choose(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, b
     if reason and training.is_training(x, branches, gate):
         reason = _training_reason(x, branches, gate, spec)
         if not reason:
-            return _training_plan(x, spec)
+            return _training_plan(x, spec, save)
     if not reason:
         workload = workload_of(x, spec)
         schedule = current_schedule()
@@ -87,10 +90,10 @@ def workload_of(x: Tensor, spec: SKSpec) -> Workload:
     return Workload(spec, n, h_in, w_in, x.dtype, chip, allows_tf32(), x.stride(1) != 1)
 
 
-def _training_plan(x: Tensor, spec: SKSpec) -> Plan:
+def _training_plan(x: Tensor, spec: SKSpec, save: Save) -> Plan:
     if torch.compiler.is_compiling():  # the operator plans when it runs
         return Plan("triton", "train", math.nan, x.dtype)
-    return plan_training(workload_of(x, spec))
+    return plan_training(workload_of(x, spec), save)
 
 
 def run(

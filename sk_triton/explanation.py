@@ -13,6 +13,7 @@ from .checks import check_input
 from .chips import chip_of
 from .functional import autocast_dtype
 from .plan import Plan
+from .save import chosen_save
 from .spec import SKSpec
 from .tuning.lookup import describe
 
@@ -24,12 +25,14 @@ def explain(layer: SKUnit, x: Tensor) -> Explanation:
     """What ``layer(x)`` would run under the current backend, grad mode and autocast, and why not the others.
 
     Raises:
+        ValueError: an unknown ``layer.save``.
         RuntimeError: ``use_backend("triton")`` or ``use_backend("torch")`` is in force and it cannot run.
     """
     check_input(x, layer.spec)
     x = x.to(autocast_dtype(x) or x.dtype)
     branches, gate, spec = layer.branches(), layer.gate(), layer.spec
-    plan = dispatch.choose(x, branches, gate, spec, backend=current_backend())
+    save = chosen_save(layer.save)
+    plan = dispatch.choose(x, branches, gate, spec, backend=current_backend(), save=save)
     chip = chip_of(x.device) if plan.backend == "triton" else None
     return Explanation(plan, spec, "" if chip is None else describe(chip))
 
@@ -58,7 +61,7 @@ class Explanation:
         if plan.merged_launch is not None:
             lines.append(f"sums      {_show(plan.merged_launch.border)}")
             lines.append(f"merged    {_show(plan.merged_launch.conv)}")
-        for launch in plan.branch_launches:
+        for launch in (*plan.folded_launches, *plan.branch_launches):
             branches = ", ".join(map(str, self.spec.branches[launch.start : launch.stop]))
             lines.append(f"{launch.task:<9} {branches}")
             lines.append(f"  config  {_show(launch.config)}")

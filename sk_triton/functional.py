@@ -13,7 +13,7 @@ from .checks import check_input, check_params
 from .packing import PackCache
 from .params import Branch, Gate
 from .replay import Record
-from .save import Save, check_save, scoped_save
+from .save import Save, chosen_save
 from .spec import SKSpec
 from .training import check_empty_batch
 
@@ -57,8 +57,8 @@ def sk_conv(
     check_params(x, branches, gate, spec, autocast)
     if autocast is not None:
         x = x.to(autocast)
-    save = scoped_save() or check_save(save or "branches")
-    plan = dispatch.choose(x, branches, gate, spec, backend=current_backend())
+    save = chosen_save(save)
+    plan = dispatch.choose(x, branches, gate, spec, backend=current_backend(), save=save)
     if plan.schedule == "train" and x.shape[0] == 0:
         check_empty_batch(branches, gate)
     if plan.backend == "reference" or x.shape[0] == 0:

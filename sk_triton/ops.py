@@ -45,11 +45,13 @@ def unit_fwd(
         v; mean and unbiased variance ``[M, C]`` of the branches over the batch, and ``[d]`` of the gate; then what the
         gradient needs: :class:`.schedules.train.Saved`.
     """
+    from .dispatch import workload_of
     from .schedules import train
+    from .training_plan import plan_training
 
     unit = _unit(params, running, has, spec, kinds, epsilons, groups)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        return train.forward(x, unit, save=save)
+        return train.forward(x, unit, plan_training(workload_of(x, unit.spec), save), save=save)
 
 
 @torch.library.custom_op("sk_triton::unit_bwd", mutates_args=())
@@ -67,11 +69,14 @@ def unit_bwd(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x and of the parameters, of those that `needs` names; arguments as :func:`unit_fwd`."""
+    from .dispatch import workload_of
     from .schedules import train
+    from .training_plan import plan_training
 
     unit = _unit(params, running, has, spec, kinds, epsilons, groups)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        return train.backward(dv, x, unit, train.Saved(*saved), list(needs))
+        plan = plan_training(workload_of(x, unit.spec), "branches")
+        return train.backward(dv, x, unit, plan, train.Saved(*saved), list(needs))
 
 
 @unit_fwd.register_fake
@@ -85,9 +90,11 @@ def _(x, params, running, has, spec, kinds, epsilons, groups, save):
         return x.new_empty(size, dtype=torch.float32)
 
     v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    y = x.new_empty((m, n, h, w, c) if save == "branches" else (0,))
+    is_kept = save == "branches"
+    y = x.new_empty((m, n, h, w, c) if is_kept else (0,))
+    pooled = [sums(n, m, c) if is_kept else sums(0) for _ in range(2)]
     statistics = [sums(m, c), sums(m, c), sums(d), sums(d)]
-    branches = [sums(m, c), sums(m, c), sums(m), sums(n, m, c), sums(n, m, c)]
+    branches = [sums(m, c), sums(m, c), sums(m), *pooled]
     gate = [sums(n, c), sums(n, d), sums(d), sums(d), sums(), sums(n, m, c)]
     return [v, *statistics, y, *branches, *gate]
 

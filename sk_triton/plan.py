@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 class BranchLaunch:
     """Branches `start` to `stop` in one launch, with the config and where it came from.
 
-    `task`: "store", "pool" or "select", what the launch does with the branches (:mod:`.kernels.branch_conv`), or
-    "resident": both of the latter (:mod:`.kernels.unit_resident`).
+    `task`: "store", "train", "measure", "pool" or "select", what the launch does with the branches
+    (:mod:`.kernels.branch_conv`), or "resident": both of the latter (:mod:`.kernels.unit_resident`).
     """
 
     start: int
@@ -61,6 +61,8 @@ class Plan:
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None where there are none.
         sources: where the configs are from, one for each lookup.
+        folded_launches: of "train" where no branch is written in the forward pass: the launches that take moments, pool
+            and select; ``branch_launches`` then convolve in the backward pass.
         reduction: config of the launches of "train" and "library" that reduce over pixels, else None.
         gradient: config of the launches that compute the branches' gradients in "train", None where the library does.
         merged_launch: shapes and configs of the Triton schedule "merged", else None.
@@ -79,6 +81,7 @@ class Plan:
     gate: GateConfig | None = None
     select: SelectConfig | None = None
     sources: tuple[Source, ...] = ()
+    folded_launches: tuple[BranchLaunch, ...] = ()
     reduction: ReductionConfig | None = None
     gradient: GradConfig | None = None
     merged_launch: MergedLaunch | None = None

@@ -101,22 +101,9 @@ def _expected_kernels(workload: Workload) -> Plan:
             .rejecting("resident", "every branch convolved twice, where merged convolves once for all")
         )
     store = store.rejecting("merged", merged)
-    recompute = _plan_recompute(workload)
+    recompute = plan_recompute(workload)
     if isinstance(recompute, str):
         return store.rejecting("recompute", recompute)
-    if workload.dtype == torch.float32:
-        # 36 to 350 instructions per output: convolving twice costs more than the passes it saves.
-        return store.rejecting(
-            "recompute", "in fp32 the convolution is bound by arithmetic, and would run twice"
-        )
-    if (
-        isinstance(recompute.branch_launches[0].config, ColumnConfig)
-        and workload.spec.branch_in_channels > 16 * workload.spec.branches[0].groups
-    ):
-        # Predicted for stage 4 on an H100: 50 µs, against 44 of "store" (`sk-triton explain --stage 4`).
-        return store.rejecting(
-            "recompute", "groups above 16 channels are bound by loading weights, twice as many"
-        )
     if recompute.passes >= store.passes:
         return store.rejecting(
             "recompute", f"{recompute.passes:g} passes over memory, against {store.passes:g}"
@@ -168,6 +155,24 @@ def _plan_recompute(workload: Workload) -> Plan | str:
                 "dilations that are no power of two have no kernel that selects"
             )
     return _plan("recompute", workload, 2, 1, branches)
+
+
+def plan_recompute(workload: Workload) -> Plan | str:
+    """The plan of schedule "recompute" where convolving again is expected to cost less than writing the branches;
+    elsewhere, or where it cannot run, the reason."""
+    plan = _plan_recompute(workload)
+    if isinstance(plan, str):
+        return plan
+    if workload.dtype == torch.float32:
+        # 36 to 350 instructions per output: convolving twice costs more than the passes it saves.
+        return "in fp32 the convolution is bound by arithmetic, and would run twice"
+    if (
+        isinstance(plan.branch_launches[0].config, ColumnConfig)
+        and workload.spec.branch_in_channels > 16 * workload.spec.branches[0].groups
+    ):
+        # Predicted for stage 4 on an H100: 50 µs, against 44 of "store" (`sk-triton explain --stage 4`).
+        return "groups above 16 channels are bound by loading weights, twice as many"
+    return plan
 
 
 def _plan_merged(workload: Workload) -> Plan | str:

@@ -10,8 +10,10 @@ from .analytic_grad import grad_config
 from .chips import NARROW_PRODUCTS
 from .environment import triton_version
 from .kernels.config import DepthwiseConfig, GradConfig
+from .kernels.geometry import can_run
 from .plan import BranchLaunch, Plan
-from .plans import MAX_KERNEL_CHANNELS, branch_launch, eager_passes, plan_store
+from .plans import MAX_KERNEL_CHANNELS, branch_launch, eager_passes, plan_recompute, plan_store
+from .save import Save
 from .tuning import cache
 from .workload import Workload
 
@@ -21,8 +23,9 @@ MAX_GRADIENT_CHANNELS = 16
 
 
 @lru_cache(maxsize=1024)
-def plan_training(workload: Workload) -> Plan:
-    """The plan of schedule "train", which runs every unit: without branch launches where the library convolves."""
+def plan_training(workload: Workload, save: Save) -> Plan:
+    """The plan of schedule "train", which runs every unit: without branch launches where the library convolves, with
+    folded launches where the forward pass writes no branch."""
     spec = workload.spec
     store = plan_store(workload)
     height, width = workload.output_size
@@ -41,7 +44,7 @@ def plan_training(workload: Workload) -> Plan:
     # Convolutions are stored (and copied, where the library made them), pooled and selected.
     stored = (3 if is_library else 1) * m
     output_passes = stored + (m - measured if spec.branch_norm else 0) + 2 * m + 1
-    return replace(
+    plan = replace(
         store,
         schedule="train",
         passes=(reads + 2 * workload.is_converted) * workload.input_passes + output_passes,
@@ -51,6 +54,26 @@ def plan_training(workload: Workload) -> Plan:
         sources=tuple(launch.source for launch in launches),
         gradient=_gradient_config(workload, launches),
         reduction=analytic.reduction_config(height * width, spec.out_channels),
+    )
+    return _folded(plan, workload) if save == "input" else plan
+
+
+def _folded(plan: Plan, workload: Workload) -> Plan:
+    """`plan` with a forward pass that convolves anew instead of writing branches, where that is expected to pay."""
+    recompute = plan_recompute(workload)
+    if isinstance(recompute, str):
+        return plan.rejecting("recompute", recompute)
+    (train,) = plan.branch_launches
+    if not can_run("measure", train.shape, train.config):
+        return plan.rejecting("recompute", f"{type(train.config).__name__} stores its branches")
+    # What takes moments and stores serves to take moments.
+    moments = replace(train, task="measure")
+    reads = workload.spec.branch_norm
+    return replace(
+        plan,
+        passes=recompute.passes + reads * workload.input_passes,
+        folded_launches=(moments, *recompute.branch_launches),
+        sources=(*plan.sources, *(launch.source for launch in recompute.branch_launches)),
     )
 
 

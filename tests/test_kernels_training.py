@@ -137,6 +137,7 @@ def gradient(shape, dtype):
 @FLAGS
 def test_backward_sums_and_gradients(shape, dtype, has_norm, has_relu):
     from sk_triton.kernels.norm_bwd import norm_bwd
+    from sk_triton.kernels.pooled_moments import pooled_moments_fwd
     from sk_triton.kernels.select_bwd import select_bwd
 
     m, n, h, w, c = shape
@@ -152,6 +153,15 @@ def test_backward_sums_and_gradients(shape, dtype, has_norm, has_relu):
     exact_dv = dv.double().permute(0, 2, 3, 1)[None]
     assert_same(grad.sum(0), (mask * exact_dv).sum((2, 3)).transpose(0, 1).float())
     assert_same(scaled.sum(0), (mask * exact_dv * y_hat).sum((2, 3)).transpose(0, 1).float())
+    with_pooled = [nans(count, n, m, c) for _ in range(4)]
+    launch(
+        select_bwd(dv, y, *norm.values(), *with_pooled, **flags, config=CONFIG),
+        dv=dv, y=y, **norm, **{str(i): sums for i, sums in enumerate(with_pooled)},
+    )  # fmt: skip
+    forward = [nans(count, n, m, c) for _ in range(2)]
+    pooled_moments_fwd(y, *norm.values(), *forward, **flags, config=CONFIG)()
+    for found, expected in zip(with_pooled, (grad, scaled, *forward), strict=True):
+        assert torch.equal(found, expected)
 
     attention, g, dbeta, dgamma = torch.rand(n, m, c), torch.randn(n, c), torch.randn(m, c), torch.randn(m, c)
     dy = torch.full_like(y, math.nan)
@@ -186,7 +196,8 @@ MEASURED = [
 @pytest.mark.parametrize("name", MEASURED)
 def test_convolutions_take_the_moments_of_what_they_store(name):
     from sk_triton.kernels.batch_stats import combine_moments_fwd
-    from sk_triton.kernels.branch_conv import branch_conv_fwd, branch_train_fwd
+    from sk_triton.kernels.branch_conv import branch_conv_fwd, branch_measure_fwd, branch_train_fwd
+    from sk_triton.kernels.config import TapConfig
     from sk_triton.kernels.packing import pack_branch_weights
 
     shape, config, n, h_in, w_in = CASES[name]
@@ -212,6 +223,15 @@ def test_convolutions_take_the_moments_of_what_they_store(name):
     exact_var, exact_mean = torch.var_mean(y.double(), (1, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=1e-11)
+    alone = torch.full_like(moments, math.nan)
+    if isinstance(config, TapConfig):
+        with pytest.raises(ValueError, match="config must be a StreamConfig or a ColumnConfig to measure"):
+            branch_measure_fwd(x, packed, shift, alone, **settings)
+        return
+    launch(
+        branch_measure_fwd(x, packed, shift, alone, **settings), x=x, packed=packed, shift=shift, alone=alone
+    )
+    assert torch.equal(alone, moments)
 
 
 def test_a_depthwise_config_takes_no_moments():

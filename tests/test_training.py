@@ -168,8 +168,40 @@ def test_statistics_are_taken_without_gradients_too():
     torch.testing.assert_close(layer.state_dict(), eager.state_dict())
 
 
+CONVOLVED_AGAIN = {
+    **{
+        name: LAYERS[name]
+        for name in ("seed", "one branch", "paper, stride 2", "timm's default", "out of in, no act")
+    },
+    "depthwise": lambda: SelectiveKernel(32, groups=32, split_input=False),
+    "wide groups": lambda: SelectiveKernel(16, groups=1, split_input=False),
+}
+
+
+@pytest.mark.parametrize("name", CONVOLVED_AGAIN)
+def test_convolving_again_instead_of_storing_errs_like_eager(name, monkeypatch):
+    from sk_triton.schedules import train
+
+    monkeypatch.setattr(train, "StoredBranches", None)  # none is to be stored
+    torch.manual_seed(2)
+    layer = CONVOLVED_AGAIN[name]().half()
+    randomize_norms(layer)
+    with save_for_backward("input"):
+        compare(layer, torch.randn(4, layer.spec.in_channels, 5, 3).half())
+
+
+@pytest.mark.parametrize("frozen", ["all", "one branch"])
+def test_frozen_norms_convolve_again_too(frozen):
+    layer = LAYERS["paper"]().half()
+    randomize_norms(layer)
+    (layer if frozen == "all" else layer.paths[1].bn).eval()
+    with save_for_backward("input"):
+        compare(layer, torch.randn(4, 16, 5, 4).half())
+
+
 @pytest.mark.parametrize("save", ["layer", "scope"])
-def test_saving_the_input_alone_changes_no_bit(save):
+def test_saving_the_input_alone_changes_no_bit_of_stored_branches(save):
+    """In fp32, where the forward pass stores the branches in either case."""
     x, weight = torch.randn(2, 16, 7, 5), torch.randn(2, 16, 7, 5)
     layer = LAYERS["paper"]()
     expected = step(clone(layer), x, "triton", weight)

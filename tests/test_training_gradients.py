@@ -18,7 +18,7 @@ from .versions import needs_narrow_products
 
 
 def config_of(spec, size, dtype=torch.float16):
-    return plan_training(Workload(spec, 128, size, size, dtype, CHIPS["sm_90"])).gradient
+    return plan_training(Workload(spec, 128, size, size, dtype, CHIPS["sm_90"]), "branches").gradient
 
 
 @needs_narrow_products

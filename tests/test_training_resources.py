@@ -4,10 +4,12 @@ import pytest
 import torch
 
 from sk_triton import functional, save_for_backward, use_backend
-from sk_triton.bench import training_resources
-from sk_triton.bench.grid import paper_unit
+from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.traffic import Meter
+from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
+from sk_triton.training_plan import plan_training
+from sk_triton.workload import Workload
 
 from .units import random_unit
 
@@ -55,25 +57,48 @@ def test_passes_over_memory(passes, channels, groups, size):
 
 
 @pytest.mark.interpret
-def test_saving_the_input_costs_one_more_convolution(passes):
-    spec = paper_unit(16, groups=4)
+@pytest.mark.parametrize(("groups", "gradients"), [(4, [5]), (1, [4, 3, 3])], ids=["narrow", "wide"])
+def test_saving_the_input_halves_the_forward_pass_and_adds_a_convolution(passes, groups, gradients):
+    spec = paper_unit(16, groups=groups)
     branches, gate = random_unit(spec, torch.float16, training=True)
     x = torch.randn(2, 16, 7, 7).half().to(memory_format=torch.channels_last).requires_grad_()
     with use_backend("triton"), save_for_backward("input"):
         v = functional.sk_conv(x, branches, gate, spec)
+    # For the statistics, to pool, to select: no branch is written.
+    assert [round(count / x.numel() / 2, 2) for _, count in passes if count] == [1, 1, 2]
     passes.clear()
     v.backward(torch.randn_like(v))
-    assert [round(count / x.numel() / 2, 2) for _, count in passes if count] == [3, 3, 5]
+    assert [round(count / x.numel() / 2, 2) for _, count in passes if count] == [3, 3, *gradients]
 
 
-@pytest.mark.compile
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "sm_100"])
-def test_no_training_kernel_spills(chip):
-    found = training_resources.measure_all(chip, workers=1)
-    assert {name for _, name in found} >= {
-        "branch_conv_stream",
-        "branch_conv_column",
-        "select_bwd",
-        "norm_bwd",
-    }
-    assert {key: used.spills for key, used in found.items() if used.spills} == {}
+@pytest.mark.interpret
+def test_frozen_norms_need_no_statistics(passes):
+    spec = paper_unit(16, groups=4)
+    branches, gate = random_unit(spec, torch.float16, training=False)
+    x = torch.randn(2, 16, 7, 7).half().to(memory_format=torch.channels_last)
+    with use_backend("triton"), save_for_backward("input"):
+        functional.sk_conv(x, branches, gate, spec)
+    assert [round(count / x.numel() / 2, 2) for _, count in passes if count] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("unit", "size", "dtype", "stored", "folded"),
+    [
+        (paper_unit(128), 56, torch.float16, 8, 4),
+        (paper_unit(512), 14, torch.bfloat16, 8, 4),
+        (seed_unit(128), 56, torch.float16, 8, 3),
+        (paper_unit(1024), 7, torch.float16, 8, 8),
+        (paper_unit(128), 56, torch.float32, 8, 8),
+        (paper_unit(256, groups=1), 28, torch.float16, 15, 15),
+    ],
+    ids=["stage 1", "stage 3", "seed", "stage 4", "fp32", "library"],
+)
+def test_planned_passes(unit, size, dtype, stored, folded):
+    work = Workload(unit, 128, size, size, dtype, CHIPS["sm_90"])
+    assert plan_training(work, "branches").passes == stored
+    plan = plan_training(work, "input")
+    assert plan.passes == folded
+    assert [launch.task for launch in plan.folded_launches] == (
+        ["measure", "pool", "select"] if folded < stored else []
+    )
+    assert folded < stored or dict(plan.rejected)["recompute"]

@@ -150,11 +150,11 @@ def test_a_plan_that_is_remembered_is_made_anew_after_tuning_in_the_same_process
 def test_a_training_plan_is_made_anew_after_tuning_in_the_same_process(folder, monkeypatch):
     monkeypatch.setattr(lookup, "shipped", lambda chip: {})
     work = workload()
-    before = plan_training(work).select
+    before = plan_training(work, "branches").select
     request = requests("store", work)["select"]
     assert before == request.analytic()
     tune(request, other_choice(request))
-    assert plan_training(work).select == other_choice(request)
+    assert plan_training(work, "branches").select == other_choice(request)
 
 
 def schedule_key(work):

@@ -11,30 +11,27 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dispatch import workload_of
 from ..distributed import gather_moments, sum_over
 from ..gate_training import GateNorm, GateState, GateTensors, gate_bwd, gate_fwd
-from ..kernels.batch_stats import combine_moments_fwd, moment_tiles, tile_moments_fwd
-from ..kernels.geometry import cdiv
-from ..kernels.pooled_moments import pooled_moments_fwd
-from ..kernels.select import select_fwd
+from ..kernels.batch_stats import combine_moments_fwd
 from ..kernels.select_bwd import select_bwd
 from ..layout import memory_format, with_adjacent_channels, with_spaced_pixels
 from ..plan import Plan
 from ..training import UnitTensors
-from ..training_branches import BranchNorm, TrainingUnit, convolve
+from ..training_branches import BranchNorm, TrainingUnit, convolve, sums_over_pixels
+from ..training_forward import FoldedBranches, StoredBranches
 from ..training_gradients import Upstream, branch_backward
-from ..training_plan import plan_training
 
 
 class Saved(NamedTuple):
     """What the gradient needs besides the input and the parameters.
 
     Attributes:
-        y: ``[M, N, H', W', C]``, the branches' convolutions; empty where they will be computed again.
+        y: ``[M, N, H', W', C]``, the branches' convolutions.
         mean, rstd: ``[M, C]`` fp32, of the norms; 0 and 1 without them.
         sizes: ``[M]`` fp32, values behind each branch's statistics.
-        active, pooled: ``[N, M, C]`` fp32, of `pooled_moments_fwd`.
+        active, pooled: ``[N, M, C]`` fp32, of `pooled_moments_fwd`. They and y are empty where they will be computed
+            again.
         s, h, gate_mean, gate_rstd, gate_size, attention: :class:`.gate_training.GateState`.
     """
 
@@ -52,53 +49,47 @@ class Saved(NamedTuple):
     attention: Tensor
 
 
-def forward(x: Tensor, unit: TrainingUnit, *, save: str) -> list[Tensor]:
+def forward(x: Tensor, unit: TrainingUnit, plan: Plan, *, save: str) -> list[Tensor]:
     """The outputs of the operator ``sk_triton::unit_fwd``."""
-    spec, plan = unit.spec, plan_training(workload_of(x, unit.spec))
-    out_format = memory_format(x)
+    size = (x.shape[0], unit.spec.out_channels, *unit.spec.output_size(*x.shape[2:]))
+    v = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     x = with_adjacent_channels(x)
-    y, moments = convolve(x, unit, plan)
-    m, n, h, w, c = y.shape
-    mean, var, count, unbiased = _statistics(y, moments, unit, plan)
+    branches = (FoldedBranches if plan.folded_launches else StoredBranches)(x, unit, plan)
+    mean, var, count, unbiased = _statistics(branches, v, unit)
     rstd = _rstd(var, unit)
     norm = _norm(mean, rstd, unit)
-    active, pooled = _reduce(pooled_moments_fwd, (y, *norm), unit, plan, (n, m, c), h * w)
-    s = torch.addcmul(norm.gamma * pooled, norm.beta, active).sum(1) / (h * w)
+    s = branches.pool(norm)
     state, gate_var = gate_fwd(s, _gate_tensors(unit), _gate_norm(unit), _gate_running(unit))
-    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=out_format)
-    assert plan.select is not None
-    select_fwd(
-        y,
-        state.attention,
-        v,
-        norm=norm if spec.branch_norm else None,
-        has_relu=plan.has_relu,
-        config=plan.select,
-    )()
-    if save == "input":
-        y = y.new_empty(0)
+    branches.select(norm, state.attention, v)
+    kept = (branches.y, branches.active, branches.pooled)
+    y, active, pooled = kept if save == "branches" else (t.new_empty(0) for t in kept)
     saved = Saved(y, mean, rstd, count, active, pooled, *state)
     # Outputs of an operator must not share memory.
     return [v, mean.clone(), unbiased, state.mean.clone(), _unbiased(gate_var, state.size), *saved]
 
 
-def backward(dv: Tensor, x: Tensor, unit: TrainingUnit, saved: Saved, needs: list[bool]) -> list[Tensor]:
+def backward(
+    dv: Tensor, x: Tensor, unit: TrainingUnit, plan: Plan, saved: Saved, needs: list[bool]
+) -> list[Tensor]:
     """The outputs of the operator ``sk_triton::unit_bwd``."""
-    plan = plan_training(workload_of(x, unit.spec))
     in_format = memory_format(x)
     x = with_adjacent_channels(x)
     dv = with_spaced_pixels(dv)
-    y = saved.y if saved.y.numel() else convolve(x, unit, plan)[0]
-    m, n, h, w, c = y.shape
+    y, active, pooled = saved.y, saved.active, saved.pooled
     norm = _norm(saved.mean, saved.rstd, unit)
-    grad, scaled = _reduce(select_bwd, (dv, y, *norm), unit, plan, (n, m, c), h * w)
+    if y.numel():
+        grad, scaled = sums_over_pixels(select_bwd, (dv, y, *norm), 2, y, unit, plan)
+    else:
+        y, _ = convolve(x, unit, plan)
+        grad, scaled, active, pooled = sums_over_pixels(select_bwd, (dv, y, *norm), 4, y, unit, plan)
+    m, _, h, w, _ = y.shape
     state = GateState(*saved[6:])
     d_attention = torch.addcmul(norm.gamma * scaled, norm.beta, grad)
     gate = gate_bwd(d_attention, state, _gate_tensors(unit), _gate_norm(unit))
     g = gate.s / (h * w)
     a = state.attention
-    dbeta = torch.addcmul(a * grad, g[:, None], saved.active).sum(0)
-    dgamma = torch.addcmul(a * scaled, g[:, None], saved.pooled).sum(0)
+    dbeta = torch.addcmul(a * grad, g[:, None], active).sum(0)
+    dgamma = torch.addcmul(a * scaled, g[:, None], pooled).sum(0)
 
     parts = [needs[0], *_spread(needs[1:], unit)[:m]]
     dx: Tensor | None = None
@@ -136,23 +127,17 @@ def backward(dv: Tensor, x: Tensor, unit: TrainingUnit, saved: Saved, needs: lis
 
 
 def _statistics(
-    y: Tensor, found: list[tuple[slice, Tensor]], unit: TrainingUnit, plan: Plan
+    branches: StoredBranches | FoldedBranches, v: Tensor, unit: TrainingUnit
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean and variance ``[M, C]`` that the norms take, values behind them ``[M]``, and the unbiased variance."""
-    m, n, h, w, c = y.shape
-    pixels = n * h * w
+    n, c, h, w = v.shape
+    m, pixels = unit.spec.num_branches, n * h * w
     kinds = unit.norms.kinds[:m]
-    mean = y.new_zeros((m, c), dtype=torch.float32)
+    mean = v.new_zeros((m, c), dtype=torch.float32)
     var = torch.ones_like(mean)
     count = mean.new_full((m,), pixels)
     if "b" in kinds:
-        assert plan.reduction is not None
-        measured = {i for members, _ in found for i in range(members.start, members.stop)}
-        for i in {*range(m)} - measured:
-            moments = mean.new_empty((1, 3, moment_tiles(pixels, plan.reduction), c))
-            tile_moments_fwd(y[i : i + 1], moments, config=plan.reduction)()
-            found = [*found, (slice(i, i + 1), moments)]
-        for members, moments in found:
+        for members, moments in branches.moments():
             combine_moments_fwd(moments, mean[members], var[members], pixels=pixels)()
         own_mean, own_var = mean.clone(), var.clone()
         for name in sorted({*unit.norms.groups.split(",")[:m]} - {""}):
@@ -186,24 +171,6 @@ def _norm(mean: Tensor, rstd: Tensor, unit: TrainingUnit) -> BranchNorm:
         return torch.stack(rows)
 
     return BranchNorm(mean, rstd, stack(unit.tensors.gammas, 1.0), stack(unit.tensors.betas, 0.0))
-
-
-def _reduce(
-    kernel: Any,
-    tensors: tuple[Tensor, ...],
-    unit: TrainingUnit,
-    plan: Plan,
-    size: tuple[int, int, int],
-    pixels: int,
-) -> tuple[Tensor, Tensor]:
-    """The two sums over pixels, ``[N, M, C]`` fp32, of a kernel that takes them by tiles."""
-    config = plan.reduction
-    assert config is not None
-    tile_count = cdiv(pixels, config.BLOCK_P * config.STEPS)
-    first = tensors[0].new_empty((tile_count, *size), dtype=torch.float32)
-    second = torch.empty_like(first)
-    kernel(*tensors, first, second, has_norm=unit.spec.branch_norm, has_relu=plan.has_relu, config=config)()
-    return (first[0], second[0]) if tile_count == 1 else (first.sum(0), second.sum(0))
 
 
 def _batch_terms(dbeta: Tensor, dgamma: Tensor, count: Tensor, unit: TrainingUnit) -> tuple[Tensor, Tensor]:
