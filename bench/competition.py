@@ -240,6 +240,9 @@ class _Competition:
                     weighed = memory.measure_memory(
                         contestant.call, self.setting.device, entrant.given, sees_saved=not form.is_compiled
                     )
+                    if form.is_compiled and self.case.direction == TRAINING:
+                        kept = memory.kept_for_backward(entrant.output(), entrant.given)
+                        weighed = replace(weighed, saved_bytes=kept)
             except Exception as error:
                 self._settle(key, *protocol.failure(error))
                 del contestants[key]

@@ -63,6 +63,11 @@ class Entrant:
         """What the last bound call does not make itself: its input, the output's gradient, parameters, statistics."""
         return [*self._inputs, *self.module.parameters(), *self.module.buffers()]
 
+    def output(self) -> Tensor:
+        """The output of the last bound training call, with what the backward pass would need."""
+        assert self._leaf is not None
+        return self.forward(self._leaf)
+
     def forget_gradients(self) -> None:
         """Frees the gradients that the last call left behind."""
         if self._leaf is not None:

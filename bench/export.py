@@ -15,6 +15,8 @@ from .shapes import Case, Shape
 
 SK_TRITON = "ours"
 """Source key of sk_triton as its users get it; "ours-<schedule>" force one schedule."""
+SAVING_INPUT = "ours-input"
+"""Source key of sk_triton in training with save="input"."""
 
 
 NOTHING = "-"

@@ -40,6 +40,28 @@ def measure_memory(
     return results.Memory(peak, saved.bytes or None if isinstance(saved, _Saved) else None)
 
 
+def kept_for_backward(v: Tensor, keep: list[Tensor]) -> int:
+    """Bytes that the graph behind `v`, one of ``torch.compile``, keeps for the backward pass beyond `keep`.
+
+    The graph is asked itself: under ``saved_tensors_hooks`` compiled code would be traced anew.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in keep}
+    nodes, seen, total = [v.grad_fn], set(), 0
+    while nodes:
+        node: Any = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        nodes.extend(parent for parent, _ in node.next_functions)
+        # Newer releases keep what needs no version check apart.
+        for tensor in (*getattr(node, "saved_tensors", ()), *getattr(node, "_tensors_no_vc_check", ())):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                known.add(storage.data_ptr())
+                total += storage.nbytes()
+    return total
+
+
 class _Tracker(TorchDispatchMode):
     """Adds up the storages that operators make while they live."""
 

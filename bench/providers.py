@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from . import forms
 from .forms import Form
 from .inputs import KINDS, make_input
-from .shapes import INFERENCE, PAPER, SEED, SKNET50, TRAINING, Case, network_shape
-from .sources import Ours, PlainPaper, SeedClass, Source, Timm, forced_schedules, yardstick
+from .shapes import PAPER, SEED, SKNET50, TRAINING, Case, network_shape
+from .sources import Ours, PlainPaper, SeedClass, Source, Timm, forced_schedules, saving_input, yardstick
 
 State = dict[str, Tensor]
 
@@ -81,7 +81,9 @@ def competitors(
         peer_forms = (*forms.EAGER, *forms.COMPILED, *forms.MAX_AUTOTUNED) if every_form else forms.EAGER
         return _pairs(peers, peer_forms) + _pairs(ours, forms.EAGER)
     chosen = _pairs(peers, _gpu_forms(case, quick, every_form)) + _pairs(ours, (*forms.EAGER, *forms.GRAPHS))
-    if case.direction == INFERENCE and not case.is_network and not quick:
+    if case.direction == TRAINING:
+        chosen += _pairs((saving_input(),), (forms.CHANNELS_LAST,))
+    elif not case.is_network and not quick:
         chosen += _pairs(forced_schedules(), (forms.CHANNELS_LAST,))
     return chosen
 

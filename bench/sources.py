@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
 from typing import Any, cast
 
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 import sk_triton
 from sk_triton.backend import SCHEDULES
 from sk_triton.environment import MissingPackageError, require
+from sk_triton.save import Save
 
 from . import results
+from .export import SAVING_INPUT
 from .peers import PaperUnit, SeedSKConv, SKNet50
 from .protocol import NotApplicableError
 from .shapes import MIN_GATE_WIDTH, PAPER, REDUCTION, SEED, SKNET50, SKRESNEXT50, Case, Shape
@@ -87,6 +90,7 @@ class Ours(Source):
 
     Args:
         backend, schedule: arguments of `use_backend`; without a schedule the dispatcher chooses it.
+        save: argument of `save_for_backward`, if any.
         package: the imported package.
     """
 
@@ -99,11 +103,12 @@ class Ours(Source):
         *,
         backend: str = "auto",
         schedule: str | None = None,
+        save: Save | None = None,
         role: str = results.OURS,
         package: ModuleType = sk_triton,
     ) -> None:
         self.key, self.label, self.backend, self.role = key, label, backend, role
-        self.package, self.schedule = package, schedule
+        self.package, self.schedule, self.save = package, schedule, save
 
     def missing(self) -> str | None:
         return _missing("triton") if self.backend == "triton" else None
@@ -119,11 +124,13 @@ class Ours(Source):
             return self.package.SKConv(case.shape.channels, **_seed_settings(case.shape))
         return self._selective_kernel(case.shape)
 
-    def scope(self) -> AbstractContextManager[Any]:
-        # Older revisions know no schedules.
-        return self.package.use_backend(
-            self.backend, **({"schedule": self.schedule} if self.schedule else {})
-        )
+    @contextmanager
+    def scope(self) -> Iterator[None]:
+        # Older revisions know no schedules, and no choice of what to save.
+        settings = {"schedule": self.schedule} if self.schedule else {}
+        save = self.package.save_for_backward(self.save) if self.save else nullcontext()
+        with self.package.use_backend(self.backend, **settings), save:
+            yield
 
     def runs(self, module: nn.Module, x: Tensor) -> str | None:
         """Asks each unit about its own input while `module` runs on `x` once; with counts where they differ.
@@ -160,6 +167,11 @@ class Ours(Source):
 def forced_schedules() -> list[Ours]:
     """sk_triton held to one of its kernels' schedules each, whatever "auto" would take."""
     return [Ours(f"ours-{name}", f"sk_triton, {name}", backend="triton", schedule=name) for name in SCHEDULES]
+
+
+def saving_input() -> Ours:
+    """sk_triton in training, with the branches convolved again instead of saved."""
+    return Ours(SAVING_INPUT, 'sk_triton, save="input"', save="input")
 
 
 def yardstick(subject: str) -> Source:

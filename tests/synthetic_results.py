@@ -32,6 +32,7 @@ SOURCES = {
     "ours-resident": "sk_triton, resident",
     "ours-library": "sk_triton, library",
     "ours-folded": "sk_triton, folded",
+    "ours-input": 'sk_triton, save="input"',
     "ours-reference": "sk_triton, reference",
     "rev-478cb1a": "sk_triton at 478cb1a",
 }
@@ -52,6 +53,7 @@ PEER_PASSES = {
 }
 OUR_PASSES = {
     "ours": 3.2,
+    "ours-input": 4.6,
     "ours-store": 6.5,
     "ours-recompute": 3.6,
     "ours-resident": 2.6,
@@ -143,7 +145,9 @@ def a_record(
     matrix_ms = case.flops / MATRIX_FLOP_PER_S[device_type][case.dtype] / share * 1e3
     median = (max(memory_ms, matrix_ms, host / 1e3 * scale) + 0.004) * noise.uniform(0.95, 1.08) / faster
     timing = Timing(median, median * noise.uniform(0.95, 0.99), median * noise.uniform(1.01, 1.06), 200)
-    saved = (1.1 if role == results.OURS else 9.4) * case.tensor_bytes if case.direction == TRAINING else None
+    saved = None
+    if case.direction == TRAINING:
+        saved = case.tensor_bytes * (0.1 if source == "ours-input" else 2.1 if role == results.OURS else 9.4)
     peak = (saved or 0) + (2.3 if role == results.OURS else 5.2) * case.tensor_bytes
     inputs = [Check(kind, "v", 1.3e-4, 1.1e-4, 2.2e-4, True) for kind in ("random", "photo")]
     return Record(
@@ -229,9 +233,12 @@ def competitors(case: Case, device_type: str, every: bool) -> list[tuple[str, st
         return [(source, form) for source in (*peers, "ours") for form in EAGER]
     forms = FORMS if every else (*EAGER, *COMPILED, *GRAPHS, *COMPILED_GRAPHS)
     ours = ["ours", *(("ours-store", "ours-recompute", "ours-resident", "ours-library") if every else ())]
-    return [(p, form) for p in peers for form in forms] + [
-        (source, form) for source in ours for form in (*EAGER, "graph-channels_last")
-    ]
+    saving_input = [("ours-input", "channels_last")] if case.direction == TRAINING else []
+    return (
+        saving_input
+        + [(p, form) for p in peers for form in forms]
+        + [(source, form) for source in ours for form in (*EAGER, "graph-channels_last")]
+    )
 
 
 def some_results(

@@ -14,6 +14,7 @@ from matplotlib.image import imread
 from matplotlib.text import Text
 
 from sk_triton.bench import plots, results
+from sk_triton.bench.export import SAVING_INPUT
 from sk_triton.bench.plots import bars, card, roofline, scaling, several, style
 from sk_triton.bench.shapes import PAPER, SEED
 
@@ -133,7 +134,10 @@ def test_pictures_are_opaque_and_show_every_source_in_its_colour(suite, tmp_path
         pixels = picture[..., :3].reshape(-1, 3)
         subject = next((unit for unit in (SEED, PAPER) if f"-{unit}-" in path.name), None)
         records = [r for r in run.records if subject in (None, r.case.subject) and r.role != results.FLOOR]
-        for source in {record.source for record in records}:
+        sources = {record.source for record in records}
+        if "-roofline-" in path.name:
+            sources.discard(SAVING_INPUT)  # sk_triton stands there once
+        for source in sources:
             near = abs(pixels - to_rgb(style.colour(source))).max(1) < 0.02
             assert near.sum() > 300, (path.name, source)
 

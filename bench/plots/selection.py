@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .. import results
-from ..export import SK_TRITON
+from ..export import SAVING_INPUT, SK_TRITON
 from ..results import Record
 from ..shapes import Case
 from . import style
@@ -21,17 +21,20 @@ Groups = dict[Case, list[Record]]
 def shown(records: list[Record], all_forms: bool) -> list[Record]:
     """The records of one case to show: each source's fastest form, or everything.
 
-    Forced schedules stand beside sk_triton's own choice only where everything is shown. The floor is no competitor.
+    Forced schedules stand beside sk_triton's own choice only where everything is shown; what saves the input alone
+    always does, for its memory. The floor is no competitor.
     """
     competing = [record for record in records if record.role != results.FLOOR]
     if all_forms:
         return competing
     if any(record.source == SK_TRITON for record in competing):
-        competing = [
-            record for record in competing if not (record.ours and record.source.startswith("ours-"))
-        ]
+        competing = [record for record in competing if not _is_forced(record)]
     sources = dict.fromkeys(record.source for record in competing)
     return [_best([record for record in competing if record.source == source]) for source in sources]
+
+
+def _is_forced(record: Record) -> bool:
+    return record.ours and record.source.startswith("ours-") and record.source != SAVING_INPUT
 
 
 def series(groups: Iterable[list[Record]]) -> dict[str, list[Record]]:

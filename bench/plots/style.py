@@ -18,10 +18,11 @@ FAMILY_COLOURS = {
     "rev": "#D55E00",
     "copy": "#57606a",
 }
-# Forced schedules keep sk_triton's hue, lightened.
+# Forced schedules, and the other choice of what to save, keep sk_triton's hue, lightened.
 SCHEDULE_TINTS = {
     "store": 0.16,
     "recompute": 0.31,
+    "input": 0.38,
     "merged": 0.45,
     "resident": 0.58,
     "library": 0.7,
