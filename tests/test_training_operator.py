@@ -1,14 +1,17 @@
 """The training operator as a citizen of PyTorch: compilation, autocast, checkpoints, subsets of gradients, refusals."""
 
 import copy
+import os
 import pickle
+import shutil
 
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from sk_triton import SelectiveKernel, SKConv, save_for_backward, training, use_backend
+from sk_triton import SelectiveKernel, SKConv, dispatch, save_for_backward, training, use_backend
 
+from .interpreter import exact_bfloat16
 from .tolerances import assert_same
 from .units import randomize_norms
 
@@ -55,29 +58,71 @@ def test_opcheck(make, save):
     torch.library.opcheck(unit_fwd, arguments)
 
 
-@pytest.mark.parametrize("make", [paper, lambda: SKConv(8, M=2, G=2, r=2, L=4)], ids=["paper", "seed"])
-def test_compiles_without_breaks(make):
+needs_cpp = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler on a CPU"
+)
+
+
+@pytest.mark.parametrize(
+    ("make", "backend"),
+    [
+        pytest.param(paper, "aot_eager", id="paper"),
+        pytest.param(lambda: SKConv(8, M=2, G=2, r=2, L=4), "aot_eager", id="seed"),
+        pytest.param(paper, "inductor", id="paper, inductor", marks=needs_cpp),
+    ],
+)
+def test_compiles_without_breaks(make, backend):
     layer, x = make(), torch.randn(2, 8, 5, 4)
     compiled = copy.deepcopy(layer)
     torch._dynamo.reset()
-    function = torch.compile(compiled, fullgraph=True, backend="aot_eager")
+    function = torch.compile(compiled, fullgraph=True, backend=backend)
     expected = gradients(layer, layer, x)
     assert_all_same(gradients(compiled, function, x), expected)
     for name, buffer in layer.named_buffers():
         torch.testing.assert_close(compiled.get_buffer(name), buffer)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16])
-def test_autocast(dtype):
+@pytest.mark.parametrize("save", ["branches", "input"])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float16, 2e-2), (torch.bfloat16, 0.15)], ids=["fp16", "bf16"]
+)
+def test_autocast(dtype, tolerance, save, monkeypatch):
+    if dtype == torch.bfloat16:  # refused where interpreted; right under `exact_bfloat16`
+        monkeypatch.setattr(dispatch, "_device_reason", lambda device, dtype: "")
     layer, x = paper(), torch.randn(4, 8, 5, 4)
     found = []
     for backend in ("triton", "reference"):
         module = copy.deepcopy(layer)
-        with torch.autocast("cpu", dtype):
+        with torch.autocast("cpu", dtype), save_for_backward(save), exact_bfloat16():
             found.append(gradients(module, module, x, backend))
     for ours, eager in zip(*found, strict=True):
         assert ours.dtype == eager.dtype
-        torch.testing.assert_close(ours, eager, rtol=2e-2, atol=2e-2 * eager.abs().max().item())
+        torch.testing.assert_close(ours, eager, rtol=tolerance, atol=tolerance * eager.abs().max().item())
+
+
+@pytest.mark.parametrize("save", ["branches", "input"])
+def test_scaled_gradients(save):
+    """A step with finite gradients is taken, one with an overflow is left out and lowers the scale."""
+    start, x = paper(), torch.randn(4, 8, 5, 4)
+    stepped = {}
+    for backend in ("triton", "reference"):
+        layer = copy.deepcopy(start)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+        for factor in (1e-2, 1e6):
+            optimizer.zero_grad()
+            before = [p.detach().clone() for p in layer.parameters()]
+            with use_backend(backend), save_for_backward(save), torch.autocast("cpu", torch.float16):
+                v = layer(x)
+            scaler.scale(v.float().square().mean() * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            is_same = [torch.equal(p, old) for p, old in zip(layer.parameters(), before, strict=True)]
+            assert all(is_same) if factor > 1 else not any(is_same)
+        assert scaler.get_scale() == 2.0**7
+        stepped[backend] = list(layer.parameters())
+    for ours, eager in zip(*stepped.values(), strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-2, atol=1e-3)
 
 
 def test_the_backward_pass_ignores_autocast():
