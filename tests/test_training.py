@@ -190,6 +190,12 @@ def test_convolving_again_instead_of_storing_errs_like_eager(name, monkeypatch):
         compare(layer, torch.randn(4, layer.spec.in_channels, 5, 3).half())
 
 
+def test_folded_statistics_stand_a_large_mean():
+    layer = LAYERS["paper"]().half()
+    with save_for_backward("input"):
+        compare(layer, (30 + torch.randn(4, 16, 5, 4)).half())
+
+
 @pytest.mark.parametrize("frozen", ["all", "one branch"])
 def test_frozen_norms_convolve_again_too(frozen):
     layer = LAYERS["paper"]().half()
