@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -95,50 +96,48 @@ def pack_grad_weights(
     and 0 in the second. GradWideConfig: `[blocks][pieces of ci][M][pieces of co][k][k]` matrices of input and output
     channels.
     """
-    blocks = grad_blocks(shape, config)
-    device = weights[0].device
     packed = []
     for weight, kernel in zip(weights, shape.kernels, strict=True):
-        if isinstance(config, GradStreamConfig):
-            block, ky, part, o, ci, half, h, co = _axes((blocks.count, 3, 2, 2, 8, 2, 2, 4), device)
-            co = half * 4 + co
-            kx = 2 + o - torch.where(part == 0, 1 + h, 3 * (1 - h))
-            pieces = blocks.count
-        else:
-            sizes = (blocks.count, blocks.chunks_ci, blocks.chunks_co, kernel, kernel, 16, 16)
-            block, chunk_ci, chunk_co, ky, kx, ci, co = _axes(sizes, device)
-            ci, co = chunk_ci * 16 + ci, chunk_co * 16 + co
-            kx = kernel - 1 - kx
-            pieces = blocks.count * blocks.chunks_ci
-        taken = _taken(weight, shape, blocks, block, ci, co, kernel - 1 - ky, kx)
-        # (row half, row, column half, thread, parity) of each matrix, in the order of a thread's registers.
-        registers = taken.reshape(pieces, -1, 2, 8, 2, 4, 2).permute(0, 1, 3, 5, 4, 2, 6)
-        packed.append(registers.reshape(pieces, -1))
+        index, is_empty = _gather_index(shape, config, kernel, weight.device)
+        packed.append(weight.reshape(-1)[index].masked_fill_(is_empty, 0.0))
     return torch.cat(packed, 1).to(dtype).reshape(-1)
 
 
-def _axes(sizes: tuple[int, ...], device: torch.device) -> list[torch.Tensor]:
-    """An index along each axis of an array of `sizes`, to be broadcast together."""
-    return [
-        torch.arange(size, device=device).reshape([-1 if axis == i else 1 for i in range(len(sizes))])
-        for axis, size in enumerate(sizes)
-    ]
-
-
-def _taken(
-    weight: torch.Tensor,
-    shape: ConvShape,
-    blocks: GradBlocks,
-    block: torch.Tensor,
-    ci: torch.Tensor,
-    co: torch.Tensor,
-    ky: torch.Tensor,
-    kx: torch.Tensor,
-) -> torch.Tensor:
-    """The weight of channels ci and co of a block at kernel row ky and column kx; zero where there is none."""
-    group_ci, group_co, kernel = shape.c_in // shape.groups, shape.c_out // shape.groups, weight.shape[2]
+@lru_cache(maxsize=256)
+def _gather_index(
+    shape: ConvShape, config: GradConfig, kernel: int, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in `weight.reshape(-1)` each packed entry comes from, and which entries are zero. [blocks, entries]"""
+    blocks = grad_blocks(shape, config)
+    pieces = blocks.count
+    if isinstance(config, GradStreamConfig):
+        block, ky, part, o, ci, half, h, co = _axes((blocks.count, 3, 2, 2, 8, 2, 2, 4))
+        co = half * 4 + co
+        kx = 2 + o - torch.where(part == 0, 1 + h, 3 * (1 - h))
+    else:
+        sizes = (blocks.count, blocks.chunks_ci, blocks.chunks_co, kernel, kernel, 16, 16)
+        block, chunk_ci, chunk_co, ky, kx, ci, co = _axes(sizes)
+        ci, co = chunk_ci * 16 + ci, chunk_co * 16 + co
+        kx = kernel - 1 - kx
+        pieces *= blocks.chunks_ci
+    ky = kernel - 1 - ky
+    group_ci, group_co = shape.c_in // shape.groups, shape.c_out // shape.groups
     group = block * blocks.groups + co // group_co
     mask = (kx >= 0) & (kx < kernel) & (ci < blocks.ci) & (co < blocks.co) & (group < shape.groups)
     mask = mask & (ci // group_ci == co // group_co)
     index = (((group * group_co + co % group_co) * group_ci + ci % group_ci) * kernel + ky) * kernel + kx
-    return torch.where(mask, weight.reshape(-1)[torch.where(mask, index, 0)], weight.new_zeros(()))
+
+    def by_register(table: torch.Tensor) -> torch.Tensor:
+        # (row half, row, column half, thread, parity) of each matrix, in the order of a thread's registers.
+        matrices = table.reshape(pieces, -1, 2, 8, 2, 4, 2).permute(0, 1, 3, 5, 4, 2, 6)
+        return matrices.reshape(pieces, -1).to(device)
+
+    return by_register(torch.where(mask, index, 0)), by_register(~mask.expand_as(index))
+
+
+def _axes(sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    """An index along each axis of an array of `sizes`, to be broadcast together."""
+    return [
+        torch.arange(size, device="cpu").reshape([-1 if axis == i else 1 for i in range(len(sizes))])
+        for axis, size in enumerate(sizes)
+    ]

@@ -24,13 +24,10 @@ def pack_branch_weights(
     layout = blocking(shape, config)
     packed = []
     for m, weight in enumerate(weights):
-        index, mask = _gather_index(shape, config, layout, m, weight.device)
-        taken = weight.reshape(-1)[index]
-        taken = torch.where(mask, taken, taken.new_zeros(()))
         block_m, block_k = row_run(config) * config.BLOCK_CO, layout.spans[m] * config.BLOCK_CI
-        if is_operand(config, block_m, block_k, dtype):
-            taken = taken[:, operand_order(taken.shape[1], block_m, block_k, taken.device)]
-        packed.append(taken)
+        is_ordered = is_operand(config, block_m, block_k, dtype)
+        index, is_empty = _gather_index(shape, config, layout, m, is_ordered, weight.device)
+        packed.append(weight.reshape(-1)[index].masked_fill_(is_empty, 0.0))
     return torch.cat(packed, dim=1).to(dtype).reshape(-1)
 
 
@@ -40,8 +37,7 @@ def is_operand(config: BranchConfig, block_m: int, block_k: int, dtype: torch.dt
     return block_k in widths and block_m % 16 == 0 and dtype.itemsize == 2
 
 
-@lru_cache(maxsize=256)
-def operand_order(size: int, block_m: int, block_k: int, device: torch.device) -> torch.Tensor:
+def operand_order(size: int, block_m: int, block_k: int) -> torch.Tensor:
     """Where each entry of a row of weight blocks `[block_m, block_k]`, `size` in all, moves from. [size]
 
     Eight entries in a row are the four registers that a thread holds of a 16 x 16 left operand: rows r and r + 8 of
@@ -57,14 +53,15 @@ def operand_order(size: int, block_m: int, block_k: int, device: torch.device) -
     # [block_m, block_k] as (tile, row half, row, product, half, thread, parity), from most significant.
     source = source.reshape(block_m // 16, 2, 8, block_k // 16, 2, 4, 2).permute(3, 0, 2, 5, 4, 1, 6)
     blocks = torch.arange(size // (block_m * block_k))[:, None] * (block_m * block_k)
-    return (blocks + source.reshape(1, -1)).reshape(-1).to(device)
+    return (blocks + source.reshape(1, -1)).reshape(-1)
 
 
 @lru_cache(maxsize=256)
 def _gather_index(
-    shape: ConvShape, config: BranchConfig, layout: Blocking, m: int, device: torch.device
+    shape: ConvShape, config: BranchConfig, layout: Blocking, m: int, is_ordered: bool, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where in `weight.reshape(-1)` each packed entry comes from, and which entries are not zero. [blocks, entries]"""
+    """Where in `weight.reshape(-1)` each packed entry comes from, and which are zero; `is_ordered`: in the order
+    of `operand_order`. [blocks, entries]"""
     assert not isinstance(config, DepthwiseConfig)
     k, taps_w, step = shape.kernels[m], layout.taps_w[m], layout.steps[m]
     sizes = (
@@ -97,7 +94,10 @@ def _gather_index(
     index = (
         ((group * co_per_group + co % co_per_group) * ci_per_group + ci % ci_per_group) * k + ky
     ) * k + kx
-    return (
-        torch.where(mask, index, 0).expand(sizes).reshape(layout.blocks, -1).to(device),
-        mask.expand(sizes).reshape(layout.blocks, -1).to(device),
-    )
+    index = torch.where(mask, index, 0).expand(sizes).reshape(layout.blocks, -1)
+    is_empty = ~mask.expand(sizes).reshape(layout.blocks, -1)
+    if is_ordered:
+        block_m, block_k = row_run(config) * config.BLOCK_CO, layout.spans[m] * config.BLOCK_CI
+        order = operand_order(index.shape[1], block_m, block_k)
+        index, is_empty = index[:, order], is_empty[:, order]
+    return index.to(device), is_empty.to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .distributed import gather_moments, sum_over
@@ -71,9 +72,7 @@ def gate_fwd(
     s: Tensor, tensors: GateTensors, norm: GateNorm, running: tuple[Tensor, Tensor] | None
 ) -> tuple[GateState, Tensor]:
     """The attention with what its gradient needs, and the variance ``[d]`` over the batch (Eqs. 3 and 5)."""
-    h = s @ tensors.reduce_weight.float().T
-    if tensors.reduce_bias is not None:
-        h += tensors.reduce_bias.float()
+    h = _linear(s, tensors.reduce_weight, tensors.reduce_bias)
     n = h.shape[0]
     count = h.new_full((), n)
     if norm.kind == "batch":
@@ -86,9 +85,7 @@ def gate_fwd(
         mean, var = torch.zeros_like(h[0]), torch.ones_like(h[0])
     rstd = torch.ones_like(var) if norm.kind == "none" else (var + norm.epsilon).rsqrt()
     _, _, z = _descriptor(h, mean, rstd, tensors, norm)
-    logits = z @ tensors.select_weight.float().T
-    if tensors.select_bias is not None:
-        logits += tensors.select_bias.float()
+    logits = _linear(z, tensors.select_weight, tensors.select_bias)
     attention = logits.unflatten(1, (-1, s.shape[1])).softmax(1)
     return GateState(s, h, mean, rstd, count, attention), var
 
@@ -118,6 +115,10 @@ def gate_bwd(grad: Tensor, state: GateState, tensors: GateTensors, norm: GateNor
         select_weight=dlogits.T @ z,
         select_bias=dlogits.sum(0),
     )
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.float(), None if bias is None else bias.float())
 
 
 def _descriptor(

@@ -72,9 +72,8 @@ def convolve(x: Tensor, unit: TrainingUnit, plan: Plan) -> tuple[Tensor, list[Mo
 def operands(launch: BranchLaunch, unit: TrainingUnit, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Packed weights and biases ``[M, C]`` of the branches of a launch."""
     members = slice(launch.start, launch.stop)
-    weights = [weight.float() for weight in unit.tensors.weights[members]]
     biases = [bias.float() for bias in unit.tensors.biases[members] if bias is not None]
-    packed = pack_branch_weights(weights, launch.shape, launch.config, dtype)
+    packed = pack_branch_weights(unit.tensors.weights[members], launch.shape, launch.config, dtype)
     return packed, torch.stack(biases) if biases else None
 
 

@@ -60,11 +60,11 @@ def _through_kernels(
     config = plan.gradient
     assert config is not None
     (launch,) = plan.branch_launches
-    shape, weights = launch.shape, [weight.float() for weight in unit.tensors.weights]
+    shape, weights = launch.shape, unit.tensors.weights
     n, _, h, w = x.shape
     dx = torch.empty_like(x)
     partial = x.new_empty(partial_shape(shape, config, n, h, w), dtype=torch.float32)
-    grads = [torch.empty_like(weight, memory_format=torch.contiguous_format) for weight in weights]
+    grads = [x.new_empty(weight.shape, dtype=torch.float32) for weight in weights]
     terms = _terms(upstream, has_norm=unit.spec.branch_norm)
     for step in (
         *branch_grad(
