@@ -160,7 +160,7 @@ def count(
             raise ValueError(
                 f"spec on {size} x {size} pixels needs a step outside the kernels, which is not counted"
             )
-        rows.extend(_metered(step, step))
+        rows.extend(_metered(step, step.__call__))
     return rows, v.numel() * v.element_size()
 
 

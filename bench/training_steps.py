@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sk_triton.kernels.launch import Launch
 from sk_triton.ops import FIRST_SAVED
@@ -27,8 +28,8 @@ def intercepted(start: Start) -> Iterator[None]:
     """Inside, `start` gets every launch, and what runs it."""
     run = Launch.__call__
 
-    def meet(launch: Launch) -> None:
-        start(launch, functools.partial(run, launch))
+    def meet(self: Launch) -> Any:
+        start(self, functools.partial(run, self))
 
     Launch.__call__ = meet  # type: ignore[method-assign]
     try:
@@ -57,7 +58,7 @@ def take_step(
     branches, gate = unit_parameters(spec, make)
     norms = [*(branch.norm for branch in branches), gate.norm]
     for norm in norms:
-        if norm is not None:
+        if isinstance(norm, nn.Module):
             norm.train()
     unit = TrainingUnit(spec, unit_tensors(branches, gate), (), norm_settings(norms))
     x = make(workload.n, spec.in_channels, workload.h_in, workload.w_in)

@@ -49,9 +49,4 @@ def chosen_save(own: Save | None) -> Save:
     Raises:
         ValueError: an unknown name.
     """
-    return _scoped_save() or check_save(own or "branches")
-
-
-def _scoped_save() -> Save | None:
-    """The choice of the innermost :func:`save_for_backward` in this thread or task; None outside of any."""
-    return _save.get()
+    return _save.get() or check_save(own or "branches")
