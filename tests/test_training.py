@@ -11,6 +11,7 @@ from sk_triton import SelectiveKernel, SKConv, functional, save_for_backward, us
 
 from .tolerances import assert_same, assert_typical_errors_like_eager
 from .units import random_unit, randomize_norms, sizes, specs, tensors
+from .versions import needs_narrow_products
 
 pytestmark = pytest.mark.interpret
 
@@ -178,7 +179,13 @@ CONVOLVED_AGAIN = {
 }
 
 
-@pytest.mark.parametrize("name", CONVOLVED_AGAIN)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=needs_narrow_products if name == "wide groups" else ())
+        for name in CONVOLVED_AGAIN
+    ],
+)
 def test_convolving_again_instead_of_storing_errs_like_eager(name, monkeypatch):
     from sk_triton.schedules import train
 
