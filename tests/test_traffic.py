@@ -9,6 +9,8 @@ from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
 
+from .versions import needs_narrow_products
+
 pytestmark = pytest.mark.interpret
 
 
@@ -69,6 +71,16 @@ def test_library_schedule_moves_what_its_plan_says(spec, expected):
     plan = plans.plan_schedule("library", Workload(spec, 2, 14, 14, torch.float16, CHIPS["sm_90"]))
     assert plan.passes == expected
     assert traffic.passes(rows, unit, ("partial", "attention")) <= 0.2
+
+
+@needs_narrow_products
+@pytest.mark.parametrize(("save", "total"), [("branches", 8 + 8), ("input", 4 + 3 + 8)])
+def test_a_training_step(save, total):
+    rows, unit = traffic.count_training(paper_unit(16, groups=4), 1, 7, save=save)
+    assert traffic.passes(rows, unit) == total
+    names = {row.kernel for row in rows}
+    assert {"select_bwd", "branch_grad_stream", "branch_conv_stream, train"} <= names
+    assert ("branch_conv_stream, measure" in names) == (save == "input")
 
 
 def test_seed_unit():
