@@ -23,6 +23,7 @@ from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
 
 from .synthetic_results import some_results
+from .versions import needs_narrow_products, needs_unhoisted_loops
 
 H100 = find_gpu("h100")
 # Round figures: a second of each is easy to count.
@@ -385,6 +386,7 @@ def test_rank_correlation():
     assert validation.rank_correlation([]) is None
 
 
+@needs_unhoisted_loops
 @pytest.mark.usefixtures("_fake_code")
 def test_predictions_meet_the_fastest_measured_form():
     measured = some_results(every=True, batches=(8, 128), stages=(1, 4), dtypes=("fp16", "fp32"))
@@ -501,6 +503,7 @@ def test_explain_refuses_what_it_does_not_know(arguments, message, command):
     assert "Traceback" not in error
 
 
+@needs_narrow_products
 @pytest.mark.usefixtures("_fake_code")
 def test_the_readme_table_has_a_row_per_stage():
     header, rule, *rows = explain.predicted_markdown().splitlines()

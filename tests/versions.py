@@ -6,12 +6,13 @@ from sk_triton.chips import NARROW_PRODUCTS, UNHOISTED_LOOPS
 from sk_triton.environment import triton_version
 
 HAS_NARROW_PRODUCTS = triton_version() >= NARROW_PRODUCTS
+HAS_UNHOISTED_LOOPS = triton_version() >= UNHOISTED_LOOPS
 
 needs_narrow_products = pytest.mark.skipif(
     not HAS_NARROW_PRODUCTS,
     reason="products of 8 columns come with Triton 3.5: kernels/README.md",
 )
 needs_unhoisted_loops = pytest.mark.skipif(
-    triton_version() < UNHOISTED_LOOPS,
+    not HAS_UNHOISTED_LOOPS,
     reason="before Triton 3.9 the resident kernel spills: kernels/README.md",
 )
