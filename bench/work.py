@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -140,6 +140,17 @@ def launch_work(launch: Launch, used: Resources, gpu: Gpu, memory: float) -> Wor
         warp_instructions=float(sum(used.by_instruction.values()) * all_warps) if is_cuda else None,
         is_counted=is_counted,
     )
+
+
+def uncompiled_work(step: PlannedStep, gpu: Gpu, memory: float) -> Work:
+    """As `launch_work` and the others, as far as it is known without compiling."""
+    if isinstance(step, Convolution):
+        return convolution_work(step, gpu, memory)
+    work = operator_work(step, memory)
+    if not isinstance(step, Launch):
+        return work
+    asked = max(work.l2_bytes, tile_bytes(step) or 0.0)
+    return replace(work, l2_bytes=asked, programs=math.prod(step.grid))
 
 
 def matrix_flop(instruction: str) -> tuple[str, float, bool] | None:

@@ -32,8 +32,10 @@ def kinds(targets) -> list[str]:
 def test_every_launch_of_every_schedule_once_then_the_schedule():
     found = targets_of("a unit", workload(), 3)
     assert kinds(found) == [
-        "branch_store", "gate", "select", "branch_pool", "branch_select", "pooled_sums", SCHEDULE,
+        "branch_pool", "branch_select", "gate", "branch_store", "select", "pooled_sums", SCHEDULE,
     ]  # fmt: skip
+    schedules = 3 * ["recompute"] + 2 * ["store"] + ["library", "recompute"]
+    assert [target.schedule for target in found] == schedules
     assert len({target.key for target in found}) == len(found)
     assert all(len(target.choices) <= 3 for target in found[:-1])
     linear = targets_of("a unit", workload(spec=seed_unit(128)), 3)
@@ -131,7 +133,7 @@ def test_a_device_runs_checks_and_times_candidates(kind):
 @pytest.mark.interpret
 def test_what_is_timed_is_the_targets_own_launch_with_the_settled_configs(monkeypatch):
     found = {t.kind: t for t in targets_of("small", SMALL, 2)}
-    settled = {found["branch_store"].key: found["branch_store"].choices[1]}
+    settled = {found["branch_pool"].key: found["branch_pool"].choices[1]}
     timed = {}
 
     def measure(contestants, timer, budget, into):
@@ -146,7 +148,7 @@ def test_what_is_timed_is_the_targets_own_launch_with_the_settled_configs(monkey
     for call, choice in zip(timed.values(), gate.choices, strict=True):
         assert call.kernel.fn.__name__ == "gate_fwd_kernel"
         assert call.constexprs["BLOCK_S"] == dump_config(choice)["BLOCK_S"]
-    assert gate.plan(gate.choices[0], settled).branch_launches[0].config == found["branch_store"].choices[1]
+    assert gate.plan(gate.choices[0], settled).branch_launches[0].config == found["branch_pool"].choices[1]
 
 
 @pytest.mark.interpret

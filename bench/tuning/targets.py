@@ -82,7 +82,8 @@ def targets_of(unit: str, workload: Workload, limit: int) -> list[Target]:
         schedules = plans.possible_schedules(workload)
         expected: Any = plans.expected_plan(workload).schedule
     found: dict[str, Target] = {}
-    for schedule in schedules:
+    # What schedules have in common is of the one that is expected to be taken.
+    for schedule in sorted(schedules, key=lambda name: name != expected):
         with experiment({}) as requests:
             plans.make_plan(schedule, workload)
         seen: Counter[str] = Counter()
@@ -129,6 +130,23 @@ def assess(target: Target, choice: Choice, settled: Settled, gpu: Gpu) -> Trial:
         lines = str(error).strip().splitlines()
         return Trial(choice, None, None, f"{type(error).__name__}: {lines[0] if lines else ''}"[:200])
     return Trial(choice, predicted, None)
+
+
+def least_seconds(target: Target, gpu: Gpu) -> list[float]:
+    """For each choice of a target, a time that it cannot beat on a GPU, from its bytes alone: nothing is compiled.
+
+    0 where the choice cannot even be planned: :func:`assess` says why.
+    """
+    from .. import speed_of_light as sol
+
+    found = []
+    for choice in target.choices:
+        try:
+            steps = target.steps(_steps_on_meta(target, choice, {}))
+            found.append(sum(step.total for step in sol.least_steps(steps, gpu)))
+        except Exception:  # as in `assess`
+            found.append(0.0)
+    return found
 
 
 def _steps_on_meta(target: Target, choice: Choice, settled: Settled) -> list[Any]:
