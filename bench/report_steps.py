@@ -159,7 +159,8 @@ def tune(course: Course) -> Ending:
     title = "Tuned configs"
     if course.on_gpu:
         seconds = max(course.time_limit - TUNE_MARGIN_SECONDS, 1)
-        arguments = ["tune", "--model", SKNET50, "--device", str(course.device), "--budget", f"{seconds:g}s"]
+        arguments = ["tune", "--model", SKNET50, "--direction", "both", "--device", str(course.device)]
+        arguments += ["--budget", f"{seconds:g}s"]
         arguments += ["--again"] if course.again else []
     else:
         arguments = ["tune", "--dry-run", "--gpu", "h100", "--stage", "4", "--candidates", "2"]

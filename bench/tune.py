@@ -19,7 +19,7 @@ from sk_triton.chips import CHIPS, Chip, chip_of
 from sk_triton.environment import require
 from sk_triton.tuning import cache
 from sk_triton.tuning.entries import Entry, Origin, Trial
-from sk_triton.tuning.keys import DIRECTIONS, FORWARD, directions, stamp
+from sk_triton.tuning.keys import DIRECTIONS, FORWARD, stamp
 
 from .explain import add_unit_arguments, problem_of
 from .gpus import GPUS, Gpu, find_gpu
@@ -31,7 +31,7 @@ from .speed_of_light import Problem
 from .tuning import tables
 from .tuning.flow import LEFT, DeviceLostError, Outcome, tune
 from .tuning.ranking import failures, rank
-from .tuning.targets import Settled, Target, assess, targets_of
+from .tuning.targets import Settled, Target, assess, refusal, targets_of
 from .tuning.units import network_problems, title
 from .validation import PRECISIONS
 
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+BOTH = "both"
 BAD_USAGE = 2
 INTERRUPTED = 130
 CANDIDATES, DRY_CANDIDATES = 6, 3
@@ -54,7 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_unit_arguments(parser, subject)
     parser.add_argument(
-        "--direction", choices=(*DIRECTIONS, "both"), default=FORWARD, help="default: forward"
+        "--direction",
+        choices=(*DIRECTIONS, BOTH),
+        default=FORWARD,
+        help="forward: what inference runs (default); backward: what a training step runs, its forward pass included",
     )
     parser.add_argument(
         "--budget",
@@ -106,10 +110,17 @@ def run(args: argparse.Namespace) -> int:
         return BAD_USAGE
     limit = args.candidates or (DRY_CANDIDATES if args.dry_run else CANDIDATES)
     by_key: dict[str, Target] = {}
-    for problem in problems:
-        for target in targets_of(title(problem), problem.on(chip), limit):
-            by_key.setdefault(target.key, target)  # units may share a launch: a gate of the same size
+    for direction in DIRECTIONS if args.direction == BOTH else (args.direction,):
+        for problem in problems:
+            if reason := refusal(problem.on(chip), direction):
+                console.print(
+                    f"{title(problem)}: not tuned {direction}: {reason}", markup=False, highlight=False
+                )
+            for target in targets_of(title(problem), problem.on(chip), limit, direction):
+                by_key.setdefault(target.key, target)  # units may share a launch: a gate of the same size
     targets = list(by_key.values())
+    if not targets:
+        return BAD_USAGE
     if device is None or args.dry_run:
         return dry_run(targets, gpu, args.budget or DRY_BUDGET_SECONDS, args.workers, console)
     request = Request(device, chip, gpu, args.budget or BUDGET_SECONDS, args.again, args.workers)
@@ -238,12 +249,6 @@ def show(outcomes: list[Outcome], console: Console) -> None:
 
 
 def _refuse(args: argparse.Namespace) -> None:
-    wanted = DIRECTIONS if args.direction == "both" else (args.direction,)
-    for direction in wanted:
-        if direction not in directions():
-            raise ValueError(
-                f"--direction {direction} is not available yet: the kernels have no {direction} launches"
-            )
     if args.gpu and not args.dry_run:
         raise ValueError("--gpu is for --dry-run: only the GPU of this machine can be measured")
     for name in ("candidates", "workers"):

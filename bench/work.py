@@ -239,8 +239,7 @@ def l2_bytes(launch: Launch, used: Resources) -> float:
 
 def tile_bytes(launch: Launch) -> float | None:
     """Distinct bytes of each program of a branch convolution, summed over programs; None for other kernels."""
-    options = launch.constexprs
-    if "KERNELS" not in options:
+    if "KERNELS" not in launch.constexprs or "CHANNEL_PROGRAMS" not in launch.kernel.arg_names:
         return None
     if has_phases(launch):
         shared = sum(footprint(launch).values())

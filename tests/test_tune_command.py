@@ -42,8 +42,7 @@ def run(*options, capsys) -> tuple[int, str, str]:
     [
         (("--stage", "1", "--gpu", "h100"), "--gpu is for --dry-run"),
         (("--stage", "1", "--dry-run", "--gpu", "voodoo"), "gpu must be one of H100 SXM"),
-        (("--stage", "1", "--direction", "backward"), "--direction backward is not available yet"),
-        (("--stage", "1", "--direction", "both"), "--direction backward is not available yet"),
+        (("--stage", "1", "--direction", "sideways"), "invalid choice: 'sideways'"),
         (("--stage", "1", "--budget", "soon"), "must be a time such as 60s or 5m, got 'soon'"),
         (("--stage", "1", "--budget", "0s"), "must be a time such as 60s or 5m"),
         (("--stage", "1", "--candidates", "0"), "--candidates must be at least 1, got 0"),
@@ -59,19 +58,20 @@ def test_bad_usage_is_refused_with_the_reason(options, reason, capsys):
     assert reason in err
 
 
+def test_a_batch_of_one_is_not_tuned_for_training(capsys):
+    code, out, _ = run(
+        *("--shape", "1,64,7,7", "--direction", "backward", "--dry-run", "--gpu", "h100"), capsys=capsys
+    )
+    assert code == 2
+    assert "not tuned backward: training takes a batch of two samples" in out
+
+
 @no_gpu
 @pytest.mark.parametrize("options", [("--model", "sknet50"), ("--model", "sknet50", "--dry-run")])
 def test_without_a_gpu_it_says_what_to_do(options, capsys):
     code, _, err = run(*options, capsys=capsys)
     assert code == 2
     assert "there is no GPU here to tune on; --dry-run --gpu h100 ranks candidates for one" in err
-
-
-def test_backward_is_refused_only_while_no_backward_launch_is_known(monkeypatch, capsys):
-    grad = keys.Kind("branch_grad", keys.BACKWARD, "branch_grad", ())
-    monkeypatch.setitem(keys.KINDS, "branch_grad", grad)
-    _, _, err = run("--stage", "1", "--direction", "both", "--gpu", "h100", capsys=capsys)
-    assert "not available yet" not in err
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("5m", 300), ("90", 90), ("0.5m", 30)])
@@ -169,6 +169,23 @@ def test_a_run_whose_configs_cannot_be_kept_says_so(gpu, folder, monkeypatch, ca
     assert code == 1
     assert "100.0%" in out
     assert tune.UNKEPT in out
+
+
+@pytest.mark.parametrize(
+    ("direction", "kinds"),
+    [
+        ("backward", {"branch_train", "reduction", "branch_grad"}),
+        ("both", set(keys.KINDS) - {"border_sums", "merged_conv"}),
+    ],
+)
+def test_a_direction_is_tuned_and_kept_under_its_own_kinds(direction, kinds, gpu, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "compiling_processes", Instant)
+    code, out, _ = run(*SMALL, "--direction", direction, capsys=capsys)
+    assert code == 0
+    ((_, entries),) = cache.read().items()
+    assert {keys.kind_of(key).name for key in entries} == kinds
+    assert all(entry.choice is not None for entry in entries.values())
+    assert "branch_grad (train)" in out
 
 
 @pytest.mark.compile

@@ -16,6 +16,7 @@ from sk_triton.bench.tuning import ranking, tables
 from sk_triton.bench.tuning.ranking import CANNOT_WIN, LEFT_OUT, failures, rank
 from sk_triton.bench.tuning.targets import assess, least_seconds, targets_of
 from sk_triton.tuning.entries import Trial
+from sk_triton.tuning.keys import BACKWARD, DIRECTIONS
 
 from .tuned import workload
 
@@ -107,6 +108,13 @@ def test_without_a_choice_of_schedules_all_launches_begin_at_once(model):
     assert not any(trial.dropped for trials in found.values() for trial in trials)
 
 
+def test_training_is_ranked_beside_inference(model):
+    both = [*TARGETS, *targets_of("a unit", workload(), 2, BACKWARD)]
+    found = rank(both, GPU, 60, Inline(), 1)
+    assert len(found) == len(both)
+    assert not any(trial.dropped for trials in found.values() for trial in trials)
+
+
 def test_nothing_begins_after_the_budget_and_what_was_running_still_counts(model, monkeypatch):
     start = time.monotonic()
     clock = [start]
@@ -156,10 +164,12 @@ def test_progress_counts_every_candidate_once(model):
 @pytest.mark.compile
 def test_bounds_are_no_longer_than_predictions():
     """Of what is known without compiling, nothing may be more than the compiled code says."""
+    work = workload(8, spec=paper_unit(64), size=7)
     targets = [
         target
-        for target in targets_of("a unit", workload(8, spec=paper_unit(64), size=7), 2)
-        if target.kind in ("branch_pool", "select")
+        for direction in DIRECTIONS
+        for target in targets_of("a unit", work, 1, direction)
+        if target.kind in ("branch_pool", "select", "reduction")
     ]
     with compiling_processes(1) as pool:
         for target in targets:

@@ -87,9 +87,9 @@ class _Ranking:
         # A pool takes more than it has processes for, and cannot give it back: it gets no more than it works on.
         self._waiting: deque[_Job] = deque()
         self._running: dict[Future[list[Trial]], _Job] = {}
-        self._of_unit: defaultdict[Workload, list[Target]] = defaultdict(list)
+        self._of_unit: defaultdict[tuple[Workload, bool], list[Target]] = defaultdict(list)
         for target in targets:
-            self._of_unit[target.workload].append(target)
+            self._of_unit[target.workload, target.is_training].append(target)
 
     def run(self, deadline: float) -> None:
         bounds = [self._pool.submit(least_seconds, target, self._gpu) for target in self._targets]
@@ -136,7 +136,7 @@ class _Ranking:
         for choice, least in zip(target.choices[1:], self._least[target.key][1:], strict=True):
             launches = [
                 other
-                for other in self._of_unit[target.workload]
+                for other in self._of_unit[target.workload, target.is_training]
                 if target.is_schedule and not other.is_schedule and other.schedule == choice
             ]
             if least <= to_beat:
