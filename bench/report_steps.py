@@ -107,7 +107,7 @@ def run_tests(course: Course) -> Ending:
     what = counts if course.on_gpu else f"{NO_GPU}interpreted schedules only; {counts}"
     if not tests.complete:
         what += f"; stopped after {course.time_limit:.0f} s"
-    return Ending(DONE if tests.green else FAILED, what)
+    return Ending(DONE if tests.green else FAILED if tests.failed else PARTIAL, what)
 
 
 def find_ceilings(course: Course) -> Ending:
@@ -189,7 +189,7 @@ def _gather(
     """Puts what a subcommand prints among the report's evidence; returns why it failed, or ""."""
     done = subprocess.run(
         [sys.executable, "-m", "sk_triton", *arguments],
-        env={**os.environ, "COLUMNS": "120", **(variables or {})},
+        env={**os.environ, "COLUMNS": "140", **(variables or {})},
         capture_output=True,
         text=True,
         timeout=max(seconds, 1),
