@@ -281,7 +281,7 @@ def _first_call(entrant: Entrant, x: Tensor, dv: Tensor | None) -> tuple[Call, O
     return call, read(call())
 
 
-def _weighed(call: Call, entrant: Entrant, device: torch.device) -> results.Memory:
+def _weighed(call: Callable[[], object], entrant: Entrant, device: torch.device) -> results.Memory:
     """Memory of a second call."""
     call()
     entrant.forget_gradients()

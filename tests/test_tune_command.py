@@ -203,7 +203,7 @@ def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu,
     ((origin, entries),) = cache.read().items()
     assert (origin.gpu, origin.processors, origin.chip) == (H100.gpu, 132, "sm_90")
     assert {keys.kind_of(key).name for key in entries} == {
-        "branch_store", "branch_pool", "branch_select", "gate", "select", "schedule",
+        "branch_store", "branch_pool", "branch_select", "gate", "select", "pooled_sums", "schedule",
     }  # fmt: skip
     tuned = [key for key, found in entries.items() if found.choice is not None]
     assert len(tuned) >= 4
