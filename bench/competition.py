@@ -6,6 +6,7 @@ import contextlib
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from sk_triton.environment import MissingPackageError
 
 from . import inputs, memory, protocol, results
-from .entrant import Entrant, arrange
+from .entrant import Entrant, Outcome, arrange
 from .forms import Call
 from .judge import Judge
 from .protocol import Contestant
@@ -185,7 +186,7 @@ class _Competition:
             if provider.key in self.entrants:
                 call = self._check_one(provider, judge, *arranged.of(provider))
                 if call is not None:
-                    contestants[provider.key] = Contestant(call, provider.scope)
+                    contestants[provider.key] = Contestant(call, provider.scope, provider.form.run)
             share = (index + (done + 1) / len(self.providers)) / len(CHECKED_INPUTS)
             self.on_progress(CHECKING_SHARE * share)
         return contestants
@@ -195,8 +196,8 @@ class _Competition:
         try:
             with provider.scope():
                 record = replace(self.outcome[provider.key], runs=entrant.runs(x))
-                call, read = entrant.bind(x, dv)
-                checks = judge.check(read(call()))
+                call, outcome = provider.form.run(partial(_first_call, entrant, x, dv))
+                checks = judge.check(outcome)
         except Exception as error:
             self._settle(provider.key, *protocol.failure(error))
             return None
@@ -218,11 +219,12 @@ class _Competition:
                 continue
             try:
                 with provider.scope():
-                    call, _ = self.entrants[provider.key].bind(*arranged.of(provider))
+                    bind = partial(self.entrants[provider.key].bind, *arranged.of(provider))
+                    call, _ = provider.form.run(bind)
             except Exception as error:
                 self._settle(provider.key, *protocol.failure(error))
                 continue
-            contestants[provider.key] = Contestant(call, provider.scope)
+            contestants[provider.key] = Contestant(call, provider.scope, provider.form.run)
         return contestants
 
     def _weigh(self, contestants: dict[str, Contestant]) -> None:
@@ -234,15 +236,7 @@ class _Competition:
                 continue
             try:
                 with contestant.scope():
-                    contestant.call()
-                    entrant.forget_gradients()
-                    # Compiled code is traced anew under hooks.
-                    weighed = memory.measure_memory(
-                        contestant.call, self.setting.device, entrant.given, sees_saved=not form.is_compiled
-                    )
-                    if form.is_compiled and self.case.direction == TRAINING:
-                        kept = memory.kept_for_backward(entrant.output(), entrant.given)
-                        weighed = replace(weighed, saved_bytes=kept)
+                    weighed = form.run(partial(_weighed, contestant.call, entrant, self.setting.device))
             except Exception as error:
                 self._settle(key, *protocol.failure(error))
                 del contestants[key]
@@ -279,6 +273,25 @@ class _Arranged:
                 None if self.dv is None else arrange(self.dv, wanted),
             )
         return self._made[wanted]
+
+
+def _first_call(entrant: Entrant, x: Tensor, dv: Tensor | None) -> tuple[Call, Outcome]:
+    """The measured call on `x`, and the tensors to judge of its first result."""
+    call, read = entrant.bind(x, dv)
+    return call, read(call())
+
+
+def _weighed(call: Callable[[], object], entrant: Entrant, device: torch.device) -> results.Memory:
+    """Memory of a second call."""
+    call()
+    entrant.forget_gradients()
+    # Compiled code is traced anew under hooks.
+    is_compiled = entrant.provider.form.is_compiled
+    weighed = memory.measure_memory(call, device, entrant.given, sees_saved=not is_compiled)
+    if is_compiled and entrant.direction == TRAINING:
+        kept = memory.kept_for_backward(entrant.output(), entrant.given)
+        weighed = replace(weighed, saved_bytes=kept)
+    return weighed
 
 
 def _floor(x: Tensor, case: Case) -> Callable[[], object]:

@@ -1,8 +1,10 @@
 """How a module is run: memory format, compilation, CUDA graph. Adding a form is one class here.
 
-Every form lets cuDNN time its algorithms (`torch.backends.cudnn.benchmark`). PyTorch keeps a convolution's algorithm
-for the life of the process, under a key that leaves this switch out: whoever runs a shape first decides for all who
-follow. So on and off cannot be compared in one process, and on can only help the peers.
+Every form but `HEURISTIC` lets cuDNN time its algorithms (`torch.backends.cudnn.benchmark`). PyTorch keeps the
+algorithm that a thread first found for a convolution for the life of that thread, under a key that leaves this switch
+out (`benchmark_cache` in aten/src/ATen/native/cudnn/Conv_v8.cpp): whoever runs a shape first decides for all who follow
+in the same thread. So the forms with the switch off have a thread of their own, in which it is never on. Gradients are
+computed in a thread that all forms share: there is no such form of training.
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ from __future__ import annotations
 import functools
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T")
 Call = Callable[[], Tensor]
 """One measured call, ready to run; returns the output."""
 
@@ -32,6 +37,7 @@ class Form:
     memory_format: torch.memory_format = torch.contiguous_format
     is_compiled: bool = False
     is_graph: bool = False
+    is_benchmarking: bool = True
 
     def prepare(self, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """`module`, ready to be called."""
@@ -41,7 +47,7 @@ class Form:
     def scope(self) -> Iterator[None]:
         """What holds around a measurement, entered outside of the timed call."""
         before = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = self.is_benchmarking
         try:
             yield
         finally:
@@ -50,6 +56,10 @@ class Form:
     def bind(self, call: Call) -> Call:
         """The call as this form makes it, once its input is fixed."""
         return call
+
+    def run(self, action: Callable[[], T]) -> T:
+        """Does whatever calls the module, sampling its time included, in the thread that it belongs to."""
+        return action()
 
 
 class ChannelsLast(Form):
@@ -105,6 +115,35 @@ class _Graph(Form):
         return functools.partial(_replay, graph, result)
 
 
+class _Heuristic(Form):
+    """Another form with the algorithms that cuDNN takes unmeasured: `torch.backends.cudnn.benchmark` off."""
+
+    is_benchmarking = False
+
+    def __init__(self, base: Form) -> None:
+        self.base = base
+        self.key, self.label = f"heuristic-{base.key}", f"{base.label}, cudnn.benchmark off"
+        self.memory_format, self.is_graph = base.memory_format, base.is_graph
+
+    def bind(self, call: Call) -> Call:
+        return self.base.bind(call)
+
+    def run(self, action: Callable[[], T]) -> T:
+        # Which device is current is a matter of each thread.
+        here = torch.cuda.device(torch.cuda.current_device()) if torch.cuda.is_available() else nullcontext()
+
+        def there() -> T:
+            with here:
+                return action()
+
+        return _unbenchmarked_thread().submit(there).result()
+
+
+@functools.cache
+def _unbenchmarked_thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "cudnn.benchmark off")
+
+
 def _replay(graph: torch.cuda.CUDAGraph, result: Tensor) -> Tensor:
     graph.replay()
     return result
@@ -118,8 +157,10 @@ MAX_AUTOTUNED = tuple(_Compiled(base, MAX_AUTOTUNE) for base in EAGER)
 GRAPHS = tuple(_Graph(base) for base in EAGER)
 COMPILED_GRAPHS = tuple(_Graph(base) for base in COMPILED)
 MAX_AUTOTUNED_GRAPHS = tuple(_Graph(base) for base in MAX_AUTOTUNED)
+HEURISTIC = tuple(_Heuristic(base) for base in (*EAGER, *GRAPHS))
+"""For inference on NVIDIA's GPUs; compiled forms take the same convolutions, at minutes more."""
 EVERY = {
     form.key: form
     for form in (*EAGER, *COMPILED, *MAX_AUTOTUNED, *GRAPHS, *COMPILED_GRAPHS, *MAX_AUTOTUNED_GRAPHS)
 }
-"""Every form by its key."""
+"""Every form but those of `HEURISTIC`, by its key."""

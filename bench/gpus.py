@@ -319,5 +319,4 @@ def find_gpu(name: str) -> Gpu:
 
 
 def _plain(name: str) -> str:
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    return "".join(word for word in words if word not in ("nvidia", "amd", "geforce", "instinct", "rtx"))
+    return re.sub(r"nvidia|amd|geforce|instinct|rtx|[^a-z0-9]", "", name.lower())

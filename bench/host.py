@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -75,8 +76,7 @@ def _gpu_records(setting: Setting) -> Iterator[results.Record]:
                     module = provider.module(case, state, DTYPES[case.dtype], setting.device)
                     entrant = Entrant(case, provider, module)
                     record = replace(record, runs=entrant.runs(x))
-                    call, _ = entrant.bind(x, None)
-                    host_us, launches = _host_us(call, torch.cuda.synchronize), _launches(call)
+                    host_us, launches = provider.form.run(partial(_host_cost, entrant, x))
             except Exception as error:
                 status, message = protocol.failure(error)
                 yield replace(record, status=status, message=message)
@@ -148,6 +148,12 @@ def stubbed_launches(package: ModuleType) -> Iterator[list[object]]:
             del os.environ["TRITON_INTERPRET"]
         else:
             os.environ["TRITON_INTERPRET"] = interpret
+
+
+def _host_cost(entrant: Entrant, x: Tensor) -> tuple[float, int | None]:
+    """Host microseconds of a call on `x`, and its launches."""
+    call, _ = entrant.bind(x, None)
+    return _host_us(call, torch.cuda.synchronize), _launches(call)
 
 
 def _host_us(call: Callable[[], object], between: Callable[[], object]) -> float:

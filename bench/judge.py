@@ -102,17 +102,22 @@ def allowed_error(
 
 
 def flip_share(case: Case, batch: int, dtype: torch.dtype) -> float:
-    """What values that roundings take across a ReLU's threshold may change in a gradient, as a share of its size.
-
-    Of n values about n * eps flip, and now and then one where that is less; each changes as much as it is worth. Four
-    flips and twice eps are from trials with independently rounded units. 0 without a ReLU.
-    """
+    """`flips` of a case's values; 0 without a ReLU."""
     if case.subject == SEED:
         return 0.0
     shape = case.shape
     values = batch * shape.channels * shape.height * shape.width
     if case.is_network:  # the last stage has the fewest: of 32 x 32 pixels it leaves one
         values = batch * STAGES[4][0] * math.ceil(shape.height / 32) * math.ceil(shape.width / 32)
+    return flips(values, dtype)
+
+
+def flips(values: int, dtype: torch.dtype) -> float:
+    """What values that roundings take across a ReLU's threshold may change in a gradient, as a share of its size.
+
+    Of n values about n * eps flip, and now and then one where that is less; each changes as much as it is worth. Four
+    flips and twice eps are from trials with independently rounded units.
+    """
     return (FLIPS**2 / values + 2 * torch.finfo(dtype).eps) ** 0.5
 
 

@@ -36,10 +36,11 @@ class NotApplicableError(Exception):
 
 @dataclass(frozen=True)
 class Contestant:
-    """A call to time, and what holds around each of its turns without being timed."""
+    """A call to time, what holds around each of its turns without being timed, and what runs a turn, where it must."""
 
     call: Call
     scope: Callable[[], AbstractContextManager[Any]] = nullcontext
+    run: Callable[[Call], object] = lambda turn: turn()
 
 
 class Timer(Protocol):
@@ -217,7 +218,7 @@ def _attempt(
 ) -> None:
     try:
         with contestant.scope():
-            action()
+            contestant.run(action)
     except Exception as error:
         into.failures[key] = failure(error)
         into.samples.pop(key, None)

@@ -81,6 +81,8 @@ def competitors(
         peer_forms = (*forms.EAGER, *forms.COMPILED, *forms.MAX_AUTOTUNED) if every_form else forms.EAGER
         return _pairs(peers, peer_forms) + _pairs(ours, forms.EAGER)
     chosen = _pairs(peers, _gpu_forms(case, quick, every_form)) + _pairs(ours, (*forms.EAGER, *forms.GRAPHS))
+    if case.direction != TRAINING and case.axis is None and not quick and not torch.version.hip:
+        chosen += _pairs(peers, forms.HEURISTIC)
     if case.direction == TRAINING:
         chosen += _pairs((saving_input(),), (forms.CHANNELS_LAST,))
     elif not case.is_network and not quick:

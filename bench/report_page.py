@@ -81,7 +81,9 @@ def _parts(report: Report, runs: Sequence[Results], pictures: dict[str, str]) ->
         )
         yield f"<p class='soft'>{escape(f'{software}, {commit}{changes}, {stamp.date}')}</p>\n"
         if stamp.device_type == "cpu":
-            yield _alarm("No GPU: sk_triton runs plain PyTorch here. Nothing on this page is a GPU's time.")
+            yield _alarm(
+                "No GPU: sk_triton runs PyTorch's operators here. Nothing on this page is a GPU's time."
+            )
     yield from _verdicts(report, runs)
     yield from _steps(report)
     for run in runs:

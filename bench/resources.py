@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
+    with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("compiling", total=len(cases) * len(chips))
         chosen = training_resources.measure if args.training else measure
         for found in measure_all(cases, chips, args.workers, chosen):

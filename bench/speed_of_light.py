@@ -51,6 +51,7 @@ from .work import (
     memory_bytes,
     operator_work,
     precision_of,
+    uncompiled_work,
 )
 
 if TYPE_CHECKING:
@@ -209,6 +210,14 @@ def predict_steps(steps: Sequence[PlannedStep], gpu: Gpu) -> tuple[Step, ...]:
             work = operator_work(step, moved)
         predicted.append(times(work, gpu))
     return tuple(predicted)
+
+
+def least_steps(steps: Sequence[PlannedStep], gpu: Gpu) -> tuple[Step, ...]:
+    """As `predict_steps` without compiling: the times that memory and L2 leave, below which no config comes."""
+    moved = memory_bytes(steps, gpu.l2_bytes)
+    return tuple(
+        times(uncompiled_work(step, gpu, share), gpu) for step, share in zip(steps, moved, strict=True)
+    )
 
 
 def predict_all(problems: Sequence[Problem], gpu: Gpu) -> list[list[Prediction]]:

@@ -5,19 +5,24 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sk_triton.kernels.launch import Launch
 from sk_triton.ops import FIRST_SAVED
+from sk_triton.params import Branch, Gate
 from sk_triton.plan import Plan
 from sk_triton.save import Save
+from sk_triton.spec import SKSpec
 from sk_triton.training import norm_settings, unit_tensors
 from sk_triton.workload import Workload
 
 from .planned import unit_parameters
+
+if TYPE_CHECKING:
+    from sk_triton.training_branches import TrainingUnit  # imports Triton
 
 Start = Callable[[Launch, Callable[[], object]], object]
 """Takes a launch, and what runs it."""
@@ -51,22 +56,32 @@ def take_step(
         plan: of schedule "train", which it follows in both passes.
         make: makes input, parameters and the output's gradient, given their sizes.
     """
-    from sk_triton.schedules import train
+    spec = workload.spec
+    unit = training_unit(spec, *unit_parameters(spec, make))
+    x = make(workload.n, spec.in_channels, workload.h_in, workload.w_in)
+    dv = make(workload.n, spec.out_channels, *workload.output_size)
+    x, dv = (tensor.to(memory_format=torch.channels_last) for tensor in (x, dv))
+    with intercepted(start):
+        return step(unit, plan, save, x, dv)[0]
+
+
+def training_unit(spec: SKSpec, branches: list[Branch], gate: Gate) -> TrainingUnit:
+    """A unit whose norms take the statistics of the batch."""
     from sk_triton.training_branches import TrainingUnit
 
-    spec = workload.spec
-    branches, gate = unit_parameters(spec, make)
     norms = [*(branch.norm for branch in branches), gate.norm]
     for norm in norms:
         if isinstance(norm, nn.Module):
             norm.train()
-    unit = TrainingUnit(spec, unit_tensors(branches, gate), (), norm_settings(norms))
-    x = make(workload.n, spec.in_channels, workload.h_in, workload.w_in)
-    x = x.to(memory_format=torch.channels_last)
-    with torch.no_grad(), intercepted(start):
-        outputs = train.forward(x, unit, plan, save=save)
-        v, saved = outputs[0], train.Saved(*outputs[FIRST_SAVED:])
-        dv = make(*v.shape).to(memory_format=torch.channels_last)
-        needs = [True] * (1 + sum(tensor is not None for tensor in unit.tensors.flat()))
-        train.backward(dv, x, unit, plan, saved, needs)
-    return v
+    return TrainingUnit(spec, unit_tensors(branches, gate), (), norm_settings(norms))
+
+
+@torch.no_grad()
+def step(unit: TrainingUnit, plan: Plan, save: Save, x: Tensor, dv: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """A unit's output, and the gradients of x and of those of ``UnitTensors.flat()`` that it has."""
+    from sk_triton.schedules import train
+
+    outputs = train.forward(x, unit, plan, save=save)
+    needs = [True] * (1 + sum(tensor is not None for tensor in unit.tensors.flat()))
+    saved = train.Saved(*outputs[FIRST_SAVED:])
+    return outputs[0], train.backward(dv, x, unit, plan, saved, needs)

@@ -8,8 +8,6 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, as_completed
-from concurrent.futures import TimeoutError as OutOfTime
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,8 +18,8 @@ from sk_triton import dispatch
 from sk_triton.chips import CHIPS, Chip, chip_of
 from sk_triton.environment import require
 from sk_triton.tuning import cache
-from sk_triton.tuning.entries import Choice, Entry, Origin, Trial
-from sk_triton.tuning.keys import DIRECTIONS, FORWARD, directions, stamp
+from sk_triton.tuning.entries import Entry, Origin, Trial
+from sk_triton.tuning.keys import DIRECTIONS, FORWARD, stamp
 
 from .explain import add_unit_arguments, problem_of
 from .gpus import GPUS, Gpu, find_gpu
@@ -32,7 +30,8 @@ from .shapes import NETWORKS
 from .speed_of_light import Problem
 from .tuning import tables
 from .tuning.flow import LEFT, DeviceLostError, Outcome, tune
-from .tuning.targets import Settled, Target, assess, targets_of
+from .tuning.ranking import failures, rank
+from .tuning.targets import Settled, Target, assess, refusal, targets_of
 from .tuning.units import network_problems, title
 from .validation import PRECISIONS
 
@@ -41,11 +40,11 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+BOTH = "both"
 BAD_USAGE = 2
 INTERRUPTED = 130
-CANDIDATES = 6
-BUDGET_SECONDS, DRY_BUDGET_SECONDS = 300.0, 90.0
-UNCOMPILED = "left: the budget is spent"
+CANDIDATES, DRY_CANDIDATES = 6, 3
+BUDGET_SECONDS, DRY_BUDGET_SECONDS = 300.0, 100.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,13 +55,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_unit_arguments(parser, subject)
     parser.add_argument(
-        "--direction", choices=(*DIRECTIONS, "both"), default=FORWARD, help="default: forward"
+        "--direction",
+        choices=(*DIRECTIONS, BOTH),
+        default=FORWARD,
+        help="forward: what inference runs (default); backward: what a training step runs, its forward pass included",
     )
     parser.add_argument(
         "--budget",
         type=_seconds,
         metavar="TIME",
-        help="60s, 5m: nothing is begun after this; what is left is for the next run (default 5m, in a dry run 90s)",
+        help="60s, 5m: nothing is begun after this; what is left is for the next run (default 5m, in a dry run 100s)",
     )
     parser.add_argument("--again", action="store_true", help="measure anew what was tuned before")
     parser.add_argument("--device", default="auto", help="auto (default), cuda or cuda:N")
@@ -75,7 +77,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", metavar="NAME", help="with --dry-run: h100, a100, … instead of this machine's"
     )
     parser.add_argument(
-        "--candidates", type=int, default=CANDIDATES, metavar="N", help=f"per launch (default {CANDIDATES})"
+        "--candidates",
+        type=int,
+        metavar="N",
+        help=f"per launch (default {CANDIDATES}, in a dry run {DRY_CANDIDATES})",
     )
     parser.add_argument(
         "--workers",
@@ -103,11 +108,19 @@ def run(args: argparse.Namespace) -> int:
     except ValueError as error:
         print(f"sk-triton tune: {error}", file=sys.stderr)
         return BAD_USAGE
+    limit = args.candidates or (DRY_CANDIDATES if args.dry_run else CANDIDATES)
     by_key: dict[str, Target] = {}
-    for problem in problems:
-        for target in targets_of(title(problem), problem.on(chip), args.candidates):
-            by_key.setdefault(target.key, target)  # units may share a launch: a gate of the same size
+    for direction in DIRECTIONS if args.direction == BOTH else (args.direction,):
+        for problem in problems:
+            if reason := refusal(problem.on(chip), direction):
+                console.print(
+                    f"{title(problem)}: not tuned {direction}: {reason}", markup=False, highlight=False
+                )
+            for target in targets_of(title(problem), problem.on(chip), limit, direction):
+                by_key.setdefault(target.key, target)  # units may share a launch: a gate of the same size
     targets = list(by_key.values())
+    if not targets:
+        return BAD_USAGE
     if device is None or args.dry_run:
         return dry_run(targets, gpu, args.budget or DRY_BUDGET_SECONDS, args.workers, console)
     request = Request(device, chip, gpu, args.budget or BUDGET_SECONDS, args.again, args.workers)
@@ -206,50 +219,25 @@ def _assessing(
 def dry_run(targets: list[Target], gpu: Gpu, seconds: float, workers: int, console: Console) -> int:
     """Compiles and ranks the candidates of each target; returns 1 if an analytic choice is out."""
     start = time.monotonic()
-    ranked = rank(targets, gpu, seconds, workers, console)
+    candidates = sum(len(target.choices) for target in targets)
+    with compiling_processes(workers) as pool, case_progress(console, candidates) as report:
+        ranked = rank(
+            targets,
+            gpu,
+            seconds,
+            pool,
+            workers,
+            lambda done, target: report(done, f"{target.unit}: {target.kind}", 0.0),
+        )
     for target in targets:
         console.print(tables.predicted(target, ranked[target.key]))
-    trials = [trial for found in ranked.values() for trial in found]
-    out = sum(trial.dropped not in ("", UNCOMPILED) for trial in trials)
-    left = sum(trial.dropped == UNCOMPILED for trial in trials)
     console.print(
-        f"{len(targets)} launches and schedules, {len(trials)} candidates, {out} out, {left} left by the budget, for "
-        f"{gpu.name} in {time.monotonic() - start:.0f} s. Predicted, not measured: bounds from below, which leave "
-        "latency out.",
+        f"{tables.ranking(targets, ranked)}, for {gpu.name} in {time.monotonic() - start:.0f} s. Predicted, not "
+        "measured: bounds from below, which leave latency out.",
         markup=False,
         highlight=False,
     )
-    return int(any(found[0].dropped not in ("", UNCOMPILED) for found in ranked.values()))
-
-
-def rank(
-    targets: list[Target], gpu: Gpu, seconds: float, workers: int, console: Console
-) -> dict[str, list[Trial]]:
-    """The candidates of each target by its key, assessed as far as the time goes, the analytic choices first."""
-    order = sorted(
-        (rank, index) for index, target in enumerate(targets) for rank in range(len(target.choices))
-    )
-    futures: dict[Future[Trial], tuple[Target, Choice]] = {}
-    with compiling_processes(workers) as pool, case_progress(console, len(order)) as report:
-        try:
-            for rank, index in order:
-                target = targets[index]
-                future = pool.submit(assess, target, target.choices[rank], {}, gpu)
-                futures[future] = target, target.choices[rank]
-            for done, future in enumerate(as_completed(futures, timeout=seconds), start=1):
-                target, _ = futures[future]
-                report(done, f"{target.unit}: {target.kind}", 0.0)
-        except OutOfTime:  # another class than the builtin one before Python 3.11
-            pool.shutdown(cancel_futures=True)
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    found: dict[str, list[Trial]] = {target.key: [] for target in targets}
-    for future, (target, choice) in futures.items():
-        found[target.key].append(
-            Trial(choice, None, None, UNCOMPILED) if future.cancelled() else future.result()
-        )
-    return found
+    return int(failures(targets, ranked) > 0)
 
 
 def show(outcomes: list[Outcome], console: Console) -> None:
@@ -261,17 +249,12 @@ def show(outcomes: list[Outcome], console: Console) -> None:
 
 
 def _refuse(args: argparse.Namespace) -> None:
-    wanted = DIRECTIONS if args.direction == "both" else (args.direction,)
-    for direction in wanted:
-        if direction not in directions():
-            raise ValueError(
-                f"--direction {direction} is not available yet: the kernels have no {direction} launches"
-            )
     if args.gpu and not args.dry_run:
         raise ValueError("--gpu is for --dry-run: only the GPU of this machine can be measured")
     for name in ("candidates", "workers"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
 def _gpu_device(args: argparse.Namespace) -> torch.device:

@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -142,6 +142,17 @@ def launch_work(launch: Launch, used: Resources, gpu: Gpu, memory: float) -> Wor
     )
 
 
+def uncompiled_work(step: PlannedStep, gpu: Gpu, memory: float) -> Work:
+    """As `launch_work` and the others, as far as it is known without compiling."""
+    if isinstance(step, Convolution):
+        return convolution_work(step, gpu, memory)
+    work = operator_work(step, memory)
+    if not isinstance(step, Launch):
+        return work
+    asked = max(work.l2_bytes, tile_bytes(step) or 0.0)
+    return replace(work, l2_bytes=asked, programs=math.prod(step.grid))
+
+
 def matrix_flop(instruction: str) -> tuple[str, float, bool] | None:
     """(precision, FLOP per warp, whether one warp multiplies alone) of a tensor-core instruction.
 
@@ -228,8 +239,7 @@ def l2_bytes(launch: Launch, used: Resources) -> float:
 
 def tile_bytes(launch: Launch) -> float | None:
     """Distinct bytes of each program of a branch convolution, summed over programs; None for other kernels."""
-    options = launch.constexprs
-    if "KERNELS" not in options:
+    if "KERNELS" not in launch.constexprs or "CHANNEL_PROGRAMS" not in launch.kernel.arg_names:
         return None
     if has_phases(launch):
         shared = sum(footprint(launch).values())

@@ -37,6 +37,9 @@ OPTIONAL_PACKAGES = (
     OptionalPackage("rich", "rich", "bench", "the benchmark's progress bar and tables"),
     OptionalPackage("matplotlib", "matplotlib", "bench", "the benchmark's plots"),
     OptionalPackage("sklearn", "scikit-learn", "bench", "the photographs of the benchmark's real input"),
+    OptionalPackage(
+        "pynvml", "nvidia-ml-py", "bench", "the log of an NVIDIA GPU's clocks during a benchmark"
+    ),
     OptionalPackage("timm", "timm", "bench", "timm's SelectiveKernel as a peer in the benchmark"),
 )
 _BY_MODULE = {package.module: package for package in OPTIONAL_PACKAGES}

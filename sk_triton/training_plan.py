@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 
-from . import analytic
-from .analytic_grad import grad_config
 from .chips import NARROW_PRODUCTS
 from .environment import triton_version
-from .kernels.config import DepthwiseConfig, GradConfig
+from .kernels.config import DepthwiseConfig
 from .kernels.geometry import can_run
 from .plan import BranchLaunch, Plan
 from .plans import MAX_KERNEL_CHANNELS, branch_launch, eager_passes, plan_recompute, plan_store
 from .save import Save
 from .tuning import cache
+from .tuning import launches as lookups
+from .tuning.lookup import Found
 from .workload import Workload
 
 # Channels per group up to which the gradients come from the kernels: those of 32 are predicted to take 147 µs of an
@@ -22,13 +22,11 @@ from .workload import Workload
 MAX_GRADIENT_CHANNELS = 16
 
 
-@lru_cache(maxsize=1024)
-def plan_training(workload: Workload, save: Save) -> Plan:
+def make_training_plan(workload: Workload, save: Save) -> Plan:
     """The plan of schedule "train", which runs every unit: without branch launches where the library convolves, with
-    folded launches where the forward pass writes no branch."""
+    folded launches where the forward pass writes no branch. Made anew."""
     spec = workload.spec
     store = plan_store(workload)
-    height, width = workload.output_size
     m = spec.num_branches
     is_library = spec.group_channels > MAX_KERNEL_CHANNELS
     # The depthwise kernel takes no moments; where it or the library convolves, statistics are a pass of their own.
@@ -44,6 +42,8 @@ def plan_training(workload: Workload, save: Save) -> Plan:
     # Convolutions are stored (and copied, where the library made them), pooled and selected.
     stored = (3 if is_library else 1) * m
     output_passes = stored + (m - measured if spec.branch_norm else 0) + 2 * m + 1
+    reduction = lookups.reduction_config(workload)
+    gradient = _gradient_config(workload, launches)
     plan = replace(
         store,
         schedule="train",
@@ -51,11 +51,19 @@ def plan_training(workload: Workload, save: Save) -> Plan:
         rejected=(("reference", f"the kernels can run; eager's forward takes {eager_passes(spec)} passes"),),
         branch_launches=launches,
         gate=None,
-        sources=tuple(launch.source for launch in launches),
-        gradient=_gradient_config(workload, launches),
-        reduction=analytic.reduction_config(height * width, spec.out_channels),
+        sources=(
+            *(launch.source for launch in launches),
+            reduction.source,
+            *([gradient.source] if gradient else []),
+        ),
+        reduction=reduction.config,
+        gradient=gradient.config if gradient else None,
     )
     return _folded(plan, workload) if save == "input" else plan
+
+
+plan_training = lru_cache(maxsize=1024)(make_training_plan)
+"""As :func:`make_training_plan`, remembered."""
 
 
 def _folded(plan: Plan, workload: Workload) -> Plan:
@@ -77,7 +85,7 @@ def _folded(plan: Plan, workload: Workload) -> Plan:
     )
 
 
-def _gradient_config(workload: Workload, launches: tuple[BranchLaunch, ...]) -> GradConfig | None:
+def _gradient_config(workload: Workload, launches: tuple[BranchLaunch, ...]) -> Found | None:
     """Config of the kernels that compute the branches' gradients, None where the library does."""
     if (
         len(launches) != 1
@@ -85,8 +93,7 @@ def _gradient_config(workload: Workload, launches: tuple[BranchLaunch, ...]) -> 
         or triton_version() < NARROW_PRODUCTS
     ):
         return None
-    height, width = workload.output_size
-    return grad_config(launches[0].shape, workload.n, height, width, workload.dtype, workload.chip)
+    return lookups.grad_config(workload, launches[0].shape)
 
 
 cache.when_changed(plan_training.cache_clear)

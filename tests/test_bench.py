@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -203,6 +204,31 @@ def test_every_form_runs_with_cudnns_own_tuning_and_puts_the_switch_back():
         assert not torch.backends.cudnn.benchmark
 
 
+def test_forms_without_it_run_in_one_thread_of_their_own():
+    """PyTorch remembers algorithms by thread, whether cuDNN timed them or not."""
+    used = set()
+    for form in forms.HEURISTIC:
+        with form.scope():
+            assert not form.run(lambda: torch.backends.cudnn.benchmark)
+            used.add(form.run(threading.get_ident))
+    assert len(used) == 1
+    assert threading.get_ident() not in used
+    assert {form.run(threading.get_ident) for form in forms.EVERY.values()} == {threading.get_ident()}
+
+
+def test_they_are_the_eager_and_captured_forms_of_inference_on_nvidias_gpus(monkeypatch):
+    wanted = {("timm", form.key) for form in forms.HEURISTIC}
+    assert [(form.memory_format, form.is_graph) for form in forms.HEURISTIC] == [
+        (form.memory_format, form.is_graph) for form in (*forms.EAGER, *forms.GRAPHS)
+    ]
+    assert wanted < keys(competitors(small_case(), "cuda", quick=False))
+    # Autograd's own thread runs the gradients of all forms.
+    assert not wanted & keys(competitors(small_case(direction=TRAINING), "cuda", quick=False))
+    assert not wanted & keys(competitors(small_case(), "cpu", quick=False))
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not wanted & keys(competitors(small_case(), "cuda", quick=False))
+
+
 @pytest.fixture
 def fake_capture(monkeypatch):
     """CUDA streams and graphs that write down what happens."""
@@ -239,12 +265,14 @@ def fake_capture(monkeypatch):
     return log
 
 
-def test_a_graph_warms_up_on_the_stream_that_it_captures_and_then_only_replays(fake_capture):
+@pytest.mark.parametrize("algorithms", ["timed", "untimed"])
+def test_a_graph_warms_up_on_the_stream_that_it_captures_and_then_only_replays(algorithms, fake_capture):
     def call():
         fake_capture.append("call")
         return torch.ones(1)
 
-    bound = forms.GRAPHS[0].bind(call)
+    form = {"timed": forms.GRAPHS[0], "untimed": forms.HEURISTIC[2]}[algorithms]
+    bound = form.bind(call)
     assert fake_capture == [
         *("side waits for main", "enter side", "call", "call", "call", "leave side", "main waits for side"),
         *("enter main", "capture on side", "call", "captured", "leave main"),

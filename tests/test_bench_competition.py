@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 
 import pytest
 import torch
@@ -139,6 +140,23 @@ def test_everyone_gets_input_and_gradient_in_the_memory_format_of_its_form(direc
         tensors = [tensor for name, tensor in seen if name == key]
         assert tensors
         assert all(tensor.is_contiguous(memory_format=form.memory_format) for tensor in tensors)
+
+
+def test_a_form_with_a_thread_of_its_own_makes_every_call_in_it():
+    seen = {"nchw": set(), "heuristic-nchw": set()}
+
+    class Seeing(FakeSource):
+        def module(self, case):
+            module = super().module(case)
+            module.register_forward_hook(lambda *_: seen[self.key].add(threading.get_ident()))
+            return module
+
+    chosen = (forms.NCHW, forms.HEURISTIC[0])
+    records = run_small(providers=[Provider(Seeing(form.key), form) for form in chosen])
+    assert {record.status for record in records.values()} == {results.OK}
+    assert seen["nchw"] == {threading.get_ident()}
+    assert seen["heuristic-nchw"] == {forms.HEURISTIC[1].run(threading.get_ident)}
+    assert records["heuristic-nchw"].memory == records["nchw"].memory
 
 
 @pytest.mark.parametrize("unit", list(UNITS))

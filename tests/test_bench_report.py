@@ -207,6 +207,20 @@ def test_again_measures_a_steps_cases_anew_and_keeps_the_others(tmp_path, monkey
 
 
 @pytest.mark.usefixtures("tiny")
+def test_tests_that_the_time_limit_stopped_have_not_failed_and_run_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_steps, "_run_pytest", lambda arguments, seconds: False)
+    monkeypatch.setattr(
+        report_steps,
+        "_read_junit",
+        lambda path, command, complete: dataclasses.replace(GREEN, complete=complete),
+    )
+    _, made = make(tmp_path, "--step", "tests")
+    assert made.steps["tests"].status == PARTIAL
+    assert "stopped after" in made.steps["tests"].message
+    assert not made.is_done("tests", take_stamp(CPU))
+
+
+@pytest.mark.usefixtures("tiny")
 def test_red_tests_forbid_every_claim_also_of_what_was_measured_before(tmp_path, monkeypatch):
     assert make(tmp_path, "--step", "layer-fp32")[0] == 0
     red = dataclasses.replace(GREEN, failed=1)
@@ -343,7 +357,8 @@ def test_the_tune_step_leaves_its_configs_in_the_report_and_the_users_alone(tmp_
     made = course(tmp_path, "cuda:0")
     ending = report_steps.tune(made)
     ((command, folder, timeout),) = commands
-    assert command == ["tune", "--model", "sknet50", "--device", "cuda:0", "--budget", "240s"]
+    wanted = "tune --model sknet50 --direction both --device cuda:0 --budget 240s"
+    assert command == wanted.split()
     assert (folder, timeout) == (str(tmp_path), 300)
     assert ending == Ending(PARTIAL, f"sk-triton configs import {tmp_path / 'tuned.json'}")
     assert made.report.evidence["Tuned configs"].startswith("gate: 5% faster")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
+import re
 
 import pytest
 import torch
@@ -21,6 +23,7 @@ def test_the_report_names_every_package_the_devices_and_the_backend(capsys):
     text = capsys.readouterr().out
     for name in ("python", "sk_triton", "torch", "triton", "timm", "rich", "matplotlib", "scikit-learn"):
         assert f"  {name} " in text
+    assert "  nvidia-ml-py" in text
     assert torch.__version__ in text
     assert "Backend that `auto` takes" in text
     assert "SKConv: " in text
@@ -41,6 +44,13 @@ def test_a_layer_that_does_not_run_is_reported_and_the_exit_code_says_so(monkeyp
     monkeypatch.setattr(sk_triton, "explain", broken)
     assert cli.main(["doctor"]) == 1
     assert "OSError: libcuda.so not found" in capsys.readouterr().out
+
+
+def test_every_package_that_the_benchmark_needs_is_looked_for():
+    requirements = importlib.metadata.requires("sk-triton")
+    wanted = {re.match(r"[\w-]+", line)[0] for line in requirements if 'extra == "bench"' in line}
+    known = {package.distribution for package in environment.OPTIONAL_PACKAGES if package.extra == "bench"}
+    assert wanted <= known | {"numpy"}  # which matplotlib and scikit-learn bring
 
 
 def test_a_missing_package_comes_with_its_pip_line():

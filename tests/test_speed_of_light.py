@@ -343,6 +343,8 @@ def test_one_sample_is_bound_by_launches():
         ("a100 40gb", "A100 40GB"),
         ("NVIDIA GeForce RTX 4090", "RTX 4090"),
         ("4090", "RTX 4090"),
+        ("rtx4090", "RTX 4090"),
+        ("geforce-rtx4090", "RTX 4090"),
         ("NVIDIA L4", "L4"),
         ("AMD Instinct MI300X", "MI300X"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from concurrent.futures import Executor, Future
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from sk_triton import cli
 from sk_triton.bench import tune
 from sk_triton.bench.gpus import find_gpu
-from sk_triton.bench.tuning import machine
+from sk_triton.bench.tuning import machine, ranking
 from sk_triton.chips import CHIPS, Chip
 from sk_triton.tuning import cache, keys
 from sk_triton.tuning.entries import Trial
@@ -41,8 +42,7 @@ def run(*options, capsys) -> tuple[int, str, str]:
     [
         (("--stage", "1", "--gpu", "h100"), "--gpu is for --dry-run"),
         (("--stage", "1", "--dry-run", "--gpu", "voodoo"), "gpu must be one of H100 SXM"),
-        (("--stage", "1", "--direction", "backward"), "--direction backward is not available yet"),
-        (("--stage", "1", "--direction", "both"), "--direction backward is not available yet"),
+        (("--stage", "1", "--direction", "sideways"), "invalid choice: 'sideways'"),
         (("--stage", "1", "--budget", "soon"), "must be a time such as 60s or 5m, got 'soon'"),
         (("--stage", "1", "--budget", "0s"), "must be a time such as 60s or 5m"),
         (("--stage", "1", "--candidates", "0"), "--candidates must be at least 1, got 0"),
@@ -58,19 +58,20 @@ def test_bad_usage_is_refused_with_the_reason(options, reason, capsys):
     assert reason in err
 
 
+def test_a_batch_of_one_is_not_tuned_for_training(capsys):
+    code, out, _ = run(
+        *("--shape", "1,64,7,7", "--direction", "backward", "--dry-run", "--gpu", "h100"), capsys=capsys
+    )
+    assert code == 2
+    assert "not tuned backward: training takes a batch of two samples" in out
+
+
 @no_gpu
 @pytest.mark.parametrize("options", [("--model", "sknet50"), ("--model", "sknet50", "--dry-run")])
 def test_without_a_gpu_it_says_what_to_do(options, capsys):
     code, _, err = run(*options, capsys=capsys)
     assert code == 2
     assert "there is no GPU here to tune on; --dry-run --gpu h100 ranks candidates for one" in err
-
-
-def test_backward_is_refused_only_while_no_backward_launch_is_known(monkeypatch, capsys):
-    grad = keys.Kind("branch_grad", keys.BACKWARD, "branch_grad", ())
-    monkeypatch.setitem(keys.KINDS, "branch_grad", grad)
-    _, _, err = run("--stage", "1", "--direction", "both", "--gpu", "h100", capsys=capsys)
-    assert "not available yet" not in err
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("5m", 300), ("90", 90), ("0.5m", 30)])
@@ -94,47 +95,50 @@ def test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing(folder, ca
     code, out, _ = run("--dry-run", "--gpu", "a100", *SMALL, capsys=capsys)
     assert code == 0
     for kind in (
-        "branch_store (store)",
-        "gate (store)",
-        "select (store)",
         "branch_pool (recompute)",
+        "branch_select (recompute)",
+        "gate (recompute)",
+        "branch_store (store)",
+        "select (store)",
         "pooled_sums (library)",
         "schedule",
     ):
         assert kind in out
     assert out.count("(analytic)") == 7
-    assert "7 launches and schedules, 16 candidates, 0 out, 0 left by the budget" in out
+    assert re.search(r"7 launches and schedules with \d+ choices, 16 of them candidates: [1-9]", out)
+    assert " 0 out, 0 left by the budget" in out
     assert "for A100 80GB in" in out
     assert "Predicted, not measured" in out
     assert not folder.exists()
 
 
 class Instant(Executor):
-    """Compiles nothing: the first three candidates are ready at once, the others never."""
+    """Compiles nothing: whatever is asked for takes 10 µs."""
 
     def __init__(self, workers):
-        self.submitted = []
+        pass
 
     def submit(self, function, target, choice, settled, gpu):
         future = Future()
-        self.submitted.append(future)
-        if len(self.submitted) <= 3:
-            future.set_result(Trial(choice, 1e-5 / len(self.submitted), None))
+        future.set_result(Trial(choice, 1e-5, None))
         return future
 
-    def shutdown(self, wait=True, *, cancel_futures=False):
-        for future in self.submitted:
-            future.cancel()
 
+def test_a_dry_run_ranks_within_its_budget(monkeypatch, capsys):
+    """Of how many candidates there are and what becomes of them, `test_tune_ranking.py` tells more."""
+    asked = {}
 
-def test_a_dry_run_stops_at_the_budget_and_had_the_analytic_choices_first(monkeypatch, capsys):
-    monkeypatch.setattr(tune, "compiling_processes", Instant)
+    def left_out(targets, gpu, seconds, pool, workers, report):
+        asked.update(targets=len(targets), seconds=seconds, workers=workers)
+        return {t.key: [Trial(choice, None, None, ranking.LEFT_OUT) for choice in t.choices] for t in targets}
+
+    monkeypatch.setattr(tune, "rank", left_out)
     code, out, _ = run("--dry-run", "--gpu", "h100", *SMALL, "--budget", "0.2s", capsys=capsys)
     assert code == 0
-    assert "7 launches and schedules, 16 candidates, 0 out, 13 left by the budget" in out
-    ranked = [line for line in out.splitlines() if "│    1 │" in line]
-    assert len(ranked) == 3
-    assert all("(analytic)" in line for line in ranked)
+    assert asked == {"targets": 7, "seconds": 0.2, "workers": 1}
+    assert "16 of them candidates: 0 cannot win and were not compiled, 0 ranked, 0 out, 16 left" in out
+    run("--dry-run", "--gpu", "h100", *SMALL, capsys=capsys)
+    assert asked["seconds"] == tune.DRY_BUDGET_SECONDS < 120
 
 
 @pytest.fixture
@@ -158,19 +162,30 @@ def gpu(monkeypatch, folder):
 
 
 def test_a_run_whose_configs_cannot_be_kept_says_so(gpu, folder, monkeypatch, capsys):
-    class Compiled(Instant):
-        def submit(self, function, target, choice, settled, gpu):
-            future = Future()
-            future.set_result(Trial(choice, 1e-5, None))
-            return future
-
     folder.write_text("a file where the folder should be")
-    monkeypatch.setattr(tune, "compiling_processes", Compiled)
+    monkeypatch.setattr(tune, "compiling_processes", Instant)
     with pytest.warns(RuntimeWarning, match="tuned configs are not kept"):
         code, out, _ = run(*SMALL, capsys=capsys)
     assert code == 1
     assert "100.0%" in out
     assert tune.UNKEPT in out
+
+
+@pytest.mark.parametrize(
+    ("direction", "kinds"),
+    [
+        ("backward", {"branch_train", "reduction", "branch_grad"}),
+        ("both", set(keys.KINDS) - {"border_sums", "merged_conv"}),
+    ],
+)
+def test_a_direction_is_tuned_and_kept_under_its_own_kinds(direction, kinds, gpu, monkeypatch, capsys):
+    monkeypatch.setattr(tune, "compiling_processes", Instant)
+    code, out, _ = run(*SMALL, "--direction", direction, capsys=capsys)
+    assert code == 0
+    ((_, entries),) = cache.read().items()
+    assert {keys.kind_of(key).name for key in entries} == kinds
+    assert all(entry.choice is not None for entry in entries.values())
+    assert "branch_grad (train)" in out
 
 
 @pytest.mark.compile
@@ -188,7 +203,7 @@ def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu,
     ((origin, entries),) = cache.read().items()
     assert (origin.gpu, origin.processors, origin.chip) == (H100.gpu, 132, "sm_90")
     assert {keys.kind_of(key).name for key in entries} == {
-        "branch_store", "branch_pool", "branch_select", "gate", "select", "schedule",
+        "branch_store", "branch_pool", "branch_select", "gate", "select", "pooled_sums", "schedule",
     }  # fmt: skip
     tuned = [key for key, found in entries.items() if found.choice is not None]
     assert len(tuned) >= 4

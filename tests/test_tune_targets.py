@@ -12,13 +12,15 @@ from sk_triton.bench.gpus import find_gpu
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.processes import compiling_processes
 from sk_triton.bench.shapes import SKNET50, SKRESNEXT50, STAGES
+from sk_triton.bench.training_steps import step
+from sk_triton.bench.tuning import subjects
 from sk_triton.bench.tuning.machine import Device
-from sk_triton.bench.tuning.targets import Target, assess, targets_of
+from sk_triton.bench.tuning.targets import Target, _steps_on_meta, assess, targets_of
 from sk_triton.bench.tuning.units import network_problems, title
 from sk_triton.chips import CHIPS
-from sk_triton.kernels.config import GateConfig
+from sk_triton.kernels.config import GateConfig, GradWideConfig
 from sk_triton.tuning.entries import dump_config
-from sk_triton.tuning.keys import KINDS, SCHEDULE
+from sk_triton.tuning.keys import BACKWARD, KINDS, SCHEDULE
 from sk_triton.workload import Workload
 
 from .bench_fakes import CPU, SHORT
@@ -32,19 +34,46 @@ def kinds(targets) -> list[str]:
 def test_every_launch_of_every_schedule_once_then_the_schedule():
     found = targets_of("a unit", workload(), 3)
     assert kinds(found) == [
-        "branch_store", "gate", "select", "branch_pool", "branch_select", "pooled_sums", SCHEDULE,
+        "branch_pool", "branch_select", "gate", "branch_store", "select", "pooled_sums", SCHEDULE,
     ]  # fmt: skip
+    schedules = 3 * ["recompute"] + 2 * ["store"] + ["library", "recompute"]
+    assert [target.schedule for target in found] == schedules
     assert len({target.key for target in found}) == len(found)
     assert all(len(target.choices) <= 3 for target in found[:-1])
     linear = targets_of("a unit", workload(spec=seed_unit(128)), 3)
     assert {"border_sums", "merged_conv"} <= set(kinds(linear))
-    # Launches of training are looked up, but not tuned yet.
-    assert {kind for found in (found, linear) for kind in kinds(found)} == set(KINDS) - {"branch_train"}
     assert linear[-1].choices[0] == "merged"
+    training = targets_of("a unit", workload(), 3, BACKWARD)
+    assert kinds(training) == ["branch_train", "reduction", "branch_grad"]
+    assert {target.schedule for target in training} == {"train"}
+    assert {kind for found in (found, linear, training) for kind in kinds(found)} == set(KINDS)
+
+
+def test_gradients_that_the_library_computes_are_not_tuned():
+    strided = replace(paper_unit(128), stride=2)
+    found = targets_of("a unit", workload(spec=strided), 3, BACKWARD)
+    assert kinds(found) == ["branch_train", "reduction"]
+
+
+def test_launches_that_share_a_config_are_tuned_together():
+    found = {t.kind: t for t in targets_of("a unit", replace(SMALL, n=2), 2, BACKWARD)}
+    for kind, kernels in {
+        "branch_train": ["branch_conv_stream_fwd"],
+        "reduction": ["pooled_moments_fwd", "select_bwd"],
+        "branch_grad": ["branch_grad_stream", "branch_grad_reduce", "branch_grad_reduce"],
+    }.items():
+        target = found[kind]
+        steps = target.steps(_steps_on_meta(target, target.choices[1], {}))
+        wide = ["branch_grad_data", "branch_grad_weight", "branch_grad_weight", *kernels[1:]]
+        is_wide = isinstance(target.choices[1], GradWideConfig)
+        assert [step.kernel.fn.__name__.removesuffix("_kernel") for step in steps] == (
+            wide if is_wide else kernels
+        )
 
 
 def test_dense_units_start_from_the_librarys_convolution():
-    *_, pool, schedule = targets_of("a unit", workload(4, spec=paper_unit(256, groups=1), size=7), 3)
+    targets = targets_of("a unit", workload(4, spec=paper_unit(256, groups=1), size=7), 3)
+    pool, schedule = next(t for t in targets if t.kind == "pooled_sums"), targets[-1]
     assert (pool.kind, pool.schedule, len(pool.choices)) == ("pooled_sums", "library", 3)
     assert schedule.choices == ("library", "store")
     for choice in pool.choices:
@@ -129,9 +158,47 @@ def test_a_device_runs_checks_and_times_candidates(kind):
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("kind", ["branch_train", "reduction", "branch_grad"])
+def test_a_device_checks_the_gradients_of_training_and_times_its_launches(kind):
+    device = Device(CPU, SHORT)
+    target = next(t for t in targets_of("small", replace(SMALL, n=2), 2, BACKWARD) if t.kind == kind)
+    device.begin(target, {})
+    assert [device.wrong(choice) for choice in target.choices] == ["", ""]
+    times = device.times(target.choices)
+    assert all(isinstance(seconds, float) and seconds > 0 for seconds in times.values())
+    wrong = ForgetsTheRelu(**vars(target))
+    device.begin(wrong, {})
+    assert device.wrong(wrong.choices[0]) == ""
+    assert "v: error" in device.wrong(wrong.choices[1])
+
+
+@pytest.mark.interpret
+def test_wrong_gradients_alone_are_caught_where_only_a_part_of_the_batch_fits_in_float64(monkeypatch):
+    through_autograd = subjects._through_autograd
+
+    def narrow(x, *others):
+        if x.dtype == torch.float64 and len(x) > 2:
+            raise torch.OutOfMemoryError("too many samples")
+        return through_autograd(x, *others)
+
+    monkeypatch.setattr(subjects, "_through_autograd", narrow)
+    device = Device(CPU, SHORT)
+    target = next(t for t in targets_of("small", replace(SMALL, n=4), 1, BACKWARD) if t.kind == "branch_grad")
+    device.begin(target, {})
+    assert device._subject.judged == 2
+    assert device.wrong(target.choices[0]) == ""
+    monkeypatch.setattr(subjects, "step", lambda *given: _without_weights(*step(*given)))
+    assert device.wrong(target.choices[0]).startswith("weights: error")
+
+
+def _without_weights(v, gradients):
+    return v, [torch.zeros_like(g) if i and g.dim() == 4 else g for i, g in enumerate(gradients)]
+
+
+@pytest.mark.interpret
 def test_what_is_timed_is_the_targets_own_launch_with_the_settled_configs(monkeypatch):
     found = {t.kind: t for t in targets_of("small", SMALL, 2)}
-    settled = {found["branch_store"].key: found["branch_store"].choices[1]}
+    settled = {found["branch_pool"].key: found["branch_pool"].choices[1]}
     timed = {}
 
     def measure(contestants, timer, budget, into):
@@ -146,7 +213,7 @@ def test_what_is_timed_is_the_targets_own_launch_with_the_settled_configs(monkey
     for call, choice in zip(timed.values(), gate.choices, strict=True):
         assert call.kernel.fn.__name__ == "gate_fwd_kernel"
         assert call.constexprs["BLOCK_S"] == dump_config(choice)["BLOCK_S"]
-    assert gate.plan(gate.choices[0], settled).branch_launches[0].config == found["branch_store"].choices[1]
+    assert gate.plan(gate.choices[0], settled).branch_launches[0].config == found["branch_pool"].choices[1]
 
 
 @pytest.mark.interpret

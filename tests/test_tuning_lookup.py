@@ -17,7 +17,7 @@ from sk_triton.kernels.config import StreamConfig
 from sk_triton.kernels.geometry import blocking, can_run, tiles
 from sk_triton.plans import fastest_plan, make_plan
 from sk_triton.replay import _kind
-from sk_triton.training_plan import plan_training
+from sk_triton.training_plan import make_training_plan, plan_training
 from sk_triton.tuning import cache, keys, launches, lookup, shipped, space
 from sk_triton.tuning.entries import dump_config, dump_sections
 from sk_triton.workload import Workload
@@ -155,6 +155,22 @@ def test_a_training_plan_is_made_anew_after_tuning_in_the_same_process(folder, m
     assert before == request.analytic()
     tune(request, other_choice(request))
     assert plan_training(work, "branches").select == other_choice(request)
+
+
+@pytest.mark.parametrize(("kind", "field"), [("reduction", "reduction"), ("branch_grad", "gradient")])
+def test_training_takes_what_was_tuned_for_it(kind, field, folder):
+    work = workload()
+    with lookup.experiment({}) as asked:
+        make_training_plan(work, "branches")
+    request = next(request for request in asked if request.kind == kind)
+    assert request.key.startswith(f"backward/{kind}/")
+    assert getattr(plan_training(work, "branches"), field) == request.analytic()
+    tune(request, other_choice(request))
+    plan = plan_training(work, "branches")
+    assert getattr(plan, field) == other_choice(request)
+    assert "tuned for" in next(str(source) for source in plan.sources if source.kind == kind)
+    # A walk of so many tiles is a candidate of every batch, and serves those near by.
+    assert getattr(plan_training(replace(work, n=200), "branches"), field) == other_choice(request)
 
 
 def schedule_key(work):

@@ -9,6 +9,7 @@ from sk_triton.tuning.entries import Choice, Trial, dump_config
 
 from ..validation import spearman
 from .flow import Outcome
+from .ranking import CANNOT_WIN, LEFT_OUT, Ranked
 from .targets import Target
 
 if TYPE_CHECKING:
@@ -59,6 +60,20 @@ def predicted(target: Target, trials: Sequence[Trial]) -> Table:
         place = "" if trial.dropped else str(rank)
         table.add_row(place, _us(trial.predicted), short(trial.choice) + mark, trial.dropped)
     return table
+
+
+def ranking(targets: Sequence[Target], ranked: Ranked) -> str:
+    """What became of all candidates, in numbers."""
+    dropped = [trial.dropped for target in targets for trial in ranked[target.key]]
+    in_spaces = sum(len(target.space) for target in targets)
+    unable = sum(text.startswith(CANNOT_WIN) for text in dropped)
+    left = dropped.count(LEFT_OUT)
+    good = dropped.count("")
+    return (
+        f"{len(targets)} launches and schedules with {in_spaces} choices, {len(dropped)} of them candidates: "
+        f"{unable} cannot win and were not compiled, {good} ranked, {len(dropped) - unable - left - good} out, "
+        f"{left} left by the budget"
+    )
 
 
 def correlations(outcomes: Iterable[Outcome]) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -13,14 +13,21 @@ from sk_triton import plans
 from sk_triton.backend import Schedule
 from sk_triton.kernels.launch import Launch
 from sk_triton.plan import Plan
+from sk_triton.save import Save
+from sk_triton.training_plan import make_training_plan
 from sk_triton.tuning import launches, space
 from sk_triton.tuning.entries import Choice, Entry, Trial
-from sk_triton.tuning.keys import KINDS, SCHEDULE
-from sk_triton.tuning.lookup import experiment
+from sk_triton.tuning.keys import BACKWARD, FORWARD, KINDS, SCHEDULE
+from sk_triton.tuning.lookup import Request, experiment
 from sk_triton.workload import Workload
 
 from ..gpus import Gpu
 from ..planned import prepared_steps, unit_parameters
+from ..training_steps import take_step
+
+TRAIN: Literal["train"] = "train"
+SAVE: Save = "branches"
+"""Under the other policy the same launches run again, and those of inference."""
 
 Settled = Mapping[str, Choice]
 """By key, what was found for the launches that come before."""
@@ -33,8 +40,8 @@ class Target:
     Attributes:
         unit: the title of the unit that it belongs to; workload: that unit on its batch.
         kind, key: as `sk_triton.tuning.keys`.
-        schedule: what the launch is part of; the expected one, where the schedule itself is to be chosen.
-        occurrence: which of the schedule's launches of this kind it is, from 0.
+        schedule: what the launch is part of; the expected one, where the schedule itself is to be chosen; `TRAIN`.
+        occurrence: which of the schedule's launches of this kind it is, from 0, unless all of them share the config.
         choices: the analytic choice, then other candidates; space: all that may be used.
     """
 
@@ -42,7 +49,7 @@ class Target:
     workload: Workload
     kind: str
     key: str
-    schedule: Schedule
+    schedule: Schedule | Literal["train"]
     occurrence: int
     choices: tuple[Choice, ...]
     space: frozenset[Choice]
@@ -55,8 +62,15 @@ class Target:
     def is_schedule(self) -> bool:
         return self.kind == SCHEDULE
 
+    @property
+    def is_training(self) -> bool:
+        return self.schedule == TRAIN
+
     def plan(self, choice: Choice, settled: Settled) -> Plan:
         """The unit's plan with a candidate in place."""
+        if self.is_training:
+            with experiment({**settled, self.key: choice}):
+                return make_training_plan(self.workload, SAVE)
         with experiment(settled if self.is_schedule else {**settled, self.key: choice}):
             return plans.make_plan(choice if self.is_schedule else self.schedule, self.workload)  # type: ignore[arg-type]
 
@@ -69,27 +83,67 @@ class Target:
             step
             for step in planned
             if isinstance(step, Launch)
-            and step.kernel.fn.__name__.startswith(f"{kind.kernel}_")
+            and step.kernel.fn.__name__.startswith(tuple(f"{name}_" for name in kind.kernels))
             # Kernels that only store have no TASK.
             and (not kind.task or step.constexprs.get("TASK", "store") == kind.task)
         ]
-        return [matching[self.occurrence]]
+        return matching if kind.is_shared else [matching[self.occurrence]]
 
 
-def targets_of(unit: str, workload: Workload, limit: int) -> list[Target]:
-    """The targets of a unit: at most `limit` choices of each launch, and every schedule."""
+def refusal(workload: Workload, direction: str) -> str:
+    """Why a unit is not tuned in a direction, "" if it is."""
+    if direction == BACKWARD and workload.n == 1 and workload.spec.gate_norm:
+        return "training takes a batch of two samples, for the statistics of the gate's norm"
+    return ""
+
+
+def targets_of(unit: str, workload: Workload, limit: int, direction: str = FORWARD) -> list[Target]:
+    """The targets of a unit in a direction, at most `limit` choices each; none under a :func:`refusal`."""
+    if refusal(workload, direction):
+        return []
+    return (_of_training if direction == BACKWARD else _of_inference)(unit, workload, limit)
+
+
+def _of_inference(unit: str, workload: Workload, limit: int) -> list[Target]:
+    """Every launch of every schedule, then the schedule."""
     with experiment({}):
         schedules = plans.possible_schedules(workload)
         expected: Any = plans.expected_plan(workload).schedule
     found: dict[str, Target] = {}
-    for schedule in schedules:
+    # What schedules have in common is of the one that is expected to be taken.
+    for schedule in sorted(schedules, key=lambda name: name != expected):
         with experiment({}) as requests:
             plans.make_plan(schedule, workload)
-        seen: Counter[str] = Counter()
-        for request in requests:
-            candidates = list(request.candidates())
-            choices = tuple(space.shortlist(candidates, request.analytic(), request.cost, limit))
-            target = Target(
+        for target in _of_launches(unit, workload, limit, schedule, requests):
+            found.setdefault(target.key, target)
+    if len(schedules) > 1:
+        others = tuple(name for name in schedules if name != expected)
+        request = launches.schedule_request(workload, lambda: schedules, expected)
+        choices = (expected, *others)
+        found[request.key] = Target(
+            unit, workload, SCHEDULE, request.key, expected, 0, choices, frozenset(choices)
+        )
+    return list(found.values())
+
+
+def _of_training(unit: str, workload: Workload, limit: int) -> list[Target]:
+    """The launches that only training has; there is one schedule."""
+    with experiment({}) as requests:
+        make_training_plan(workload, SAVE)
+    own = [request for request in requests if KINDS[request.kind].direction == BACKWARD]
+    return _of_launches(unit, workload, limit, TRAIN, own)
+
+
+def _of_launches(
+    unit: str, workload: Workload, limit: int, schedule: Any, requests: Sequence[Request]
+) -> list[Target]:
+    found = []
+    seen: Counter[str] = Counter()
+    for request in requests:
+        candidates = list(request.candidates())
+        choices = tuple(space.shortlist(candidates, request.analytic(), request.cost, limit))
+        found.append(
+            Target(
                 unit,
                 workload,
                 request.kind,
@@ -99,16 +153,9 @@ def targets_of(unit: str, workload: Workload, limit: int) -> list[Target]:
                 choices,
                 frozenset(candidates),
             )
-            seen[request.kind] += 1
-            found.setdefault(request.key, target)
-    if len(schedules) > 1:
-        others = tuple(name for name in schedules if name != expected)
-        request = launches.schedule_request(workload, lambda: schedules, expected)
-        choices = (expected, *others)
-        found[request.key] = Target(
-            unit, workload, SCHEDULE, request.key, expected, 0, choices, frozenset(choices)
         )
-    return list(found.values())
+        seen[request.kind] += 1
+    return found
 
 
 def assess(target: Target, choice: Choice, settled: Settled, gpu: Gpu) -> Trial:
@@ -131,12 +178,33 @@ def assess(target: Target, choice: Choice, settled: Settled, gpu: Gpu) -> Trial:
     return Trial(choice, predicted, None)
 
 
+def least_seconds(target: Target, gpu: Gpu) -> list[float]:
+    """For each choice of a target, a time that it cannot beat on a GPU, from its bytes alone: nothing is compiled.
+
+    0 where the choice cannot even be planned: :func:`assess` says why.
+    """
+    from .. import speed_of_light as sol
+
+    found = []
+    for choice in target.choices:
+        try:
+            steps = target.steps(_steps_on_meta(target, choice, {}))
+            found.append(sum(step.total for step in sol.least_steps(steps, gpu)))
+        except Exception:  # as in `assess`
+            found.append(0.0)
+    return found
+
+
 def _steps_on_meta(target: Target, choice: Choice, settled: Settled) -> list[Any]:
     work = target.workload
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=work.dtype, device="meta")
 
+    if target.is_training:
+        launched: list[Any] = []
+        take_step(work, target.plan(choice, settled), SAVE, empty, lambda launch, _: launched.append(launch))
+        return launched
     x = empty(work.n, work.spec.in_channels, work.h_in, work.w_in).to(memory_format=torch.channels_last)
     branches, gate = unit_parameters(work.spec, empty)
     return prepared_steps(target.plan(choice, settled), x, branches, gate, work.spec)[0]

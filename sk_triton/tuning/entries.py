@@ -14,6 +14,9 @@ from ..kernels.config import (
     ColumnConfig,
     DepthwiseConfig,
     GateConfig,
+    GradConfig,
+    GradStreamConfig,
+    GradWideConfig,
     MergedConfig,
     ReductionConfig,
     SelectConfig,
@@ -28,7 +31,7 @@ MAX_TEXT = 200
 MAX_FIELD = 1 << 16
 """The largest number in a config; no kernel comes near it."""
 
-Config = BranchConfig | GateConfig | SelectConfig | MergedConfig | BorderConfig | ReductionConfig
+Config = BranchConfig | GateConfig | SelectConfig | MergedConfig | BorderConfig | ReductionConfig | GradConfig
 Choice = Config | str
 """A config, or the name of a schedule."""
 
@@ -40,8 +43,10 @@ _KERNELS: dict[str, type] = {
     "gate": GateConfig,
     "select": SelectConfig,
     "border": BorderConfig,
-    "reduction": ReductionConfig,
     "merged": MergedConfig,
+    "reduction": ReductionConfig,
+    "grad_stream": GradStreamConfig,
+    "grad_wide": GradWideConfig,
 }
 
 

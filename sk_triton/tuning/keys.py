@@ -17,6 +17,8 @@ from ..kernels.config import (
     ColumnConfig,
     DepthwiseConfig,
     GateConfig,
+    GradStreamConfig,
+    GradWideConfig,
     MergedConfig,
     ReductionConfig,
     SelectConfig,
@@ -27,6 +29,7 @@ from ..kernels.geometry import ConvShape
 from ..spec import SKSpec
 
 FORWARD, BACKWARD = "forward", "backward"
+"""What runs without gradients, and what runs with them: the forward pass of training is of the latter."""
 DIRECTIONS = (FORWARD, BACKWARD)
 NEAR = 2
 """Powers of two of the batch across which an entry still serves: from a quarter to four times as many samples."""
@@ -37,15 +40,17 @@ class Kind:
     """A kind of launch, whose config can be looked up and tuned.
 
     Attributes:
-        kernel: what the names of its kernels start with; task: their constexpr TASK, "" if they have none.
+        kernels: what the names of its kernels start with; task: their constexpr TASK, "" if they have none.
+        is_shared: all launches of these kernels have one config, and are tuned together.
         configs: the types of its configs. None of a schedule, whose choice is a name.
     """
 
     name: str
     direction: str
-    kernel: str
+    kernels: tuple[str, ...]
     configs: tuple[type, ...]
     task: str = ""
+    is_shared: bool = False
 
 
 _BRANCH = (StreamConfig, ColumnConfig, TapConfig, DepthwiseConfig)
@@ -53,24 +58,21 @@ SCHEDULE = "schedule"
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("branch_store", FORWARD, "branch_conv", _BRANCH, "store"),
-        Kind("branch_pool", FORWARD, "branch_conv", _BRANCH, "pool"),
-        Kind("branch_select", FORWARD, "branch_conv", _BRANCH, "select"),
-        Kind("branch_train", FORWARD, "branch_conv", _BRANCH, "train"),
-        Kind("gate", FORWARD, "gate", (GateConfig,)),
-        Kind("select", FORWARD, "select", (SelectConfig,)),
-        Kind("pooled_sums", FORWARD, "pooled_sums", (ReductionConfig,)),
-        Kind("border_sums", FORWARD, "border_sums", (BorderConfig,)),
-        Kind("merged_conv", FORWARD, "merged_conv", (MergedConfig,)),
-        Kind(SCHEDULE, FORWARD, "", ()),
+        Kind("branch_store", FORWARD, ("branch_conv",), _BRANCH, "store"),
+        Kind("branch_pool", FORWARD, ("branch_conv",), _BRANCH, "pool"),
+        Kind("branch_select", FORWARD, ("branch_conv",), _BRANCH, "select"),
+        Kind("gate", FORWARD, ("gate",), (GateConfig,)),
+        Kind("select", FORWARD, ("select",), (SelectConfig,)),
+        Kind("pooled_sums", FORWARD, ("pooled_sums",), (ReductionConfig,)),
+        Kind("border_sums", FORWARD, ("border_sums",), (BorderConfig,)),
+        Kind("merged_conv", FORWARD, ("merged_conv",), (MergedConfig,)),
+        Kind(SCHEDULE, FORWARD, (), ()),
+        Kind("branch_train", BACKWARD, ("branch_conv",), _BRANCH, "train"),
+        Kind("reduction", BACKWARD, ("pooled_moments", "select_bwd"), (ReductionConfig,), is_shared=True),
+        Kind("branch_grad", BACKWARD, ("branch_grad",), (GradStreamConfig, GradWideConfig), is_shared=True),
     )
 }
 """By name. A new kind is a line here, a search space in :mod:`.space` and a lookup in :mod:`.launches`."""
-
-
-def directions() -> tuple[str, ...]:
-    """The directions that have launches to tune."""
-    return tuple(name for name in DIRECTIONS if any(kind.direction == name for kind in KINDS.values()))
 
 
 def key(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from .. import analytic, analytic_merged
+from .. import analytic, analytic_grad, analytic_merged
 from ..kernels.geometry import ConvShape
 from ..workload import Workload
 from . import space
@@ -68,6 +68,33 @@ def pooled_sums_config(workload: Workload) -> Found:
         partial(analytic.pooled_sums_config, workload.n, pixels, c, workload.chip),
     )
     return resolve(request, workload.chip)
+
+
+def reduction_config(workload: Workload) -> Found:
+    """For the sums over pixels in training."""
+    pixels, c = math.prod(workload.output_size), workload.spec.out_channels
+    request = Request(
+        "reduction",
+        _key(workload, "reduction", f"m{workload.spec.num_branches}/c{c}"),
+        partial(space.reduction_configs, pixels, c),
+        partial(analytic.reduction_config, pixels, c),
+    )
+    return resolve(request, workload.chip)
+
+
+def grad_config(workload: Workload, shape: ConvShape) -> Found | None:
+    """For the gradients of the branches of `shape`; None where no kernel computes them."""
+    n, (h, w), dtype, chip = workload.n, workload.output_size, workload.dtype, workload.chip
+    choice = analytic_grad.grad_config(shape, n, h, w, dtype, chip)
+    if choice is None:
+        return None
+    request = Request(
+        "branch_grad",
+        _key(workload, "branch_grad", conv_text(shape)),
+        partial(space.grad_configs, shape, w, dtype, choice),
+        lambda: choice,
+    )
+    return resolve(request, chip)
 
 
 def border_config(workload: Workload, shape: ConvShape) -> Found:

@@ -20,6 +20,9 @@ from ..kernels.config import (
     BranchConfig,
     ColumnConfig,
     GateConfig,
+    GradConfig,
+    GradStreamConfig,
+    GradWideConfig,
     MergedConfig,
     ReductionConfig,
     SelectConfig,
@@ -27,10 +30,13 @@ from ..kernels.config import (
     TapConfig,
 )
 from ..kernels.geometry import ConvShape, can_run, cdiv, next_power_of_2, tiles
+from ..kernels.grad_geometry import can_run_grad
 from ..kernels.merging import strips
 
 # Past this many programs along the height a strip is a few rows of a very tall image.
 MAX_STRIP_PROGRAMS = 64
+# Tiles that a program of a gradient walks at most: 128 images of stage 1 are 28 per program in the analytic choice.
+MAX_GRAD_TILES = 256
 _TILE_FIELDS = ("BLOCK_N", "BLOCK_H", "BLOCK_W", "RUN_H")
 
 
@@ -93,6 +99,34 @@ def pooled_sums_configs(pixels: int, c: int) -> list[ReductionConfig]:
         halves = [cdiv(min(16, steps), 1 << i) for i in range(5)]
         found += [ReductionConfig(block_p, base.BLOCK_C, s, num_warps) for s in halves]
     return list(dict.fromkeys(found))
+
+
+def reduction_configs(pixels: int, c: int) -> list[ReductionConfig]:
+    """Of the sums over the `pixels` pixels of a sample, for `c` channels."""
+    most_p, most_c = next_power_of_2(pixels), next_power_of_2(c)
+    found = [analytic.reduction_config(pixels, c)]
+    for elements, block_c, most_steps, num_warps in product(
+        (512, 1024, 2048), (32, 64, 128), (4, 8, 16, 32), (1, 2, 4)
+    ):
+        if block_c <= max(32, most_c):
+            block_p = max(1, min(elements // block_c, most_p))
+            found.append(ReductionConfig(block_p, block_c, min(most_steps, cdiv(pixels, block_p)), num_warps))
+    return list(dict.fromkeys(found))
+
+
+def grad_configs(
+    shape: ConvShape, w: int, dtype: torch.dtype, analytic_choice: GradConfig
+) -> list[GradConfig]:
+    """Of the gradients of `shape` on images of `w` columns; the analytic choice depends on the batch as well."""
+    walks = [1 << i for i in range(MAX_GRAD_TILES.bit_length())]
+    found: list[GradConfig] = [
+        kind(rows, walk)
+        for kind in (GradStreamConfig, GradWideConfig)
+        for rows in (2, 4, 7, 8)
+        for walk in walks
+    ]
+    runnable = [config for config in found if can_run_grad(shape, dtype, config, w) is None]
+    return list(dict.fromkeys((analytic_choice, *runnable)))
 
 
 def border_configs(shape: ConvShape, h: int, w: int) -> list[BorderConfig]:
