@@ -74,3 +74,15 @@ def nan_in_new_memory(monkeypatch):
 
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
     monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+
+
+@pytest.fixture
+def fake_code(monkeypatch):
+    """Every kernel compiles to the same few instructions."""
+    from sk_triton.bench import speed_of_light as sol
+
+    from .fake_code import resources
+
+    code = {"LDG.E.128": 16, "STG.E.128": 8, "HMMA.16816.F32": 32, "IMAD": 400}
+    monkeypatch.setattr(sol, "compiled", lambda launch, chip: resources(code))
+    monkeypatch.setattr(sol.dispatch, "is_interpreted", lambda: False)

@@ -1,29 +1,23 @@
-"""Predicted times: bounds by hand, physics that must hold, products by name, what `sk-triton explain` prints."""
+"""Predicted times: bounds by hand, and physics that must hold."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sk_triton import cli
-from sk_triton.bench import explain, gpus, results, validation, work
 from sk_triton.bench import speed_of_light as sol
-from sk_triton.bench.compile import Resources
+from sk_triton.bench import work
 from sk_triton.bench.gpus import GPUS, Gpu, find_gpu
 from sk_triton.bench.grid import paper_unit, seed_unit
-from sk_triton.bench.shapes import PAPER, SEED
 from sk_triton.bench.speed_of_light import ISSUE, L2, MATRIX, MEMORY, SHARED, Problem
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
 
-from .synthetic_results import some_results
-from .versions import needs_narrow_products, needs_unhoisted_loops
+from .fake_code import resources
 
 H100 = find_gpu("h100")
 # Round figures: a second of each is easy to count.
@@ -41,25 +35,6 @@ TOY = Gpu(
     l2_port_bytes_per_clock=100,
     launch_seconds=1e-6,
 )
-
-
-def resources(instructions: dict[str, int], **changes) -> Resources:
-    used = Resources(
-        target="sm_90",
-        registers=32,
-        spills=0,
-        shared=0,
-        threads=64,
-        instructions=sum(instructions.values()),
-        wide_loads=0,
-        loads=0,
-        wide_stores=0,
-        stores=0,
-        matrix=sum(count for name, count in instructions.items() if "MMA" in name),
-        by_opcode=Counter(),
-        by_instruction=Counter(instructions),
-    )
-    return dataclasses.replace(used, **changes)
 
 
 def launch(*tensors: torch.Tensor, programs: int = 20, name: str = "probe_fwd_kernel") -> Launch:
@@ -238,14 +213,6 @@ def test_copies_that_bypass_l1_count_in_full():
     assert work.l2_bytes(steps[0], resources({"LDG.E.128": 10**6})) == work.tile_bytes(steps[0]) < asked
 
 
-@pytest.fixture
-def _fake_code(monkeypatch):
-    """Every kernel compiles to the same few instructions."""
-    code = {"LDG.E.128": 16, "STG.E.128": 8, "HMMA.16816.F32": 32, "IMAD": 400}
-    monkeypatch.setattr(sol, "compiled", lambda launch, chip: resources(code))
-    monkeypatch.setattr(sol.dispatch, "is_interpreted", lambda: False)
-
-
 CASES = [
     (spec, size)
     for spec in (paper_unit(128), seed_unit(256), paper_unit(256, kernels=(3,), dilations=(1,)))
@@ -253,7 +220,7 @@ CASES = [
 ]
 
 
-@pytest.mark.usefixtures("_fake_code")
+@pytest.mark.usefixtures("fake_code")
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize(("spec", "size"), CASES)
 def test_no_schedule_is_faster_than_the_floor_and_larger_batches_take_longer(spec, size, gpu):
@@ -272,7 +239,7 @@ def test_no_schedule_is_faster_than_the_floor_and_larger_batches_take_longer(spe
             before[prediction.schedule] = prediction.total
 
 
-@pytest.mark.usefixtures("_fake_code")
+@pytest.mark.usefixtures("fake_code")
 def test_passes_are_those_of_the_plan():
     """Activations are all but a few per cent; a sample's partial sums and the weights are the rest."""
     problem = Problem(paper_unit(128), 128, 56, 56, torch.float16)
@@ -312,7 +279,7 @@ def test_slices_of_the_input_are_copied_for_the_library():
     assert work.convolution_work(steps[0], TOY, 0.0).memory_bytes == problem.tensor_bytes
 
 
-@pytest.mark.usefixtures("_fake_code")
+@pytest.mark.usefixtures("fake_code")
 @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
 @pytest.mark.parametrize("split", [True, False])
 def test_dense_units_take_as_long_as_the_products_everywhere(gpu, split):
@@ -326,194 +293,10 @@ def test_dense_units_take_as_long_as_the_products_everywhere(gpu, split):
     assert by_name["library"].total < by_name[sol.EAGER].total
 
 
-@pytest.mark.usefixtures("_fake_code")
+@pytest.mark.usefixtures("fake_code")
 def test_one_sample_is_bound_by_launches():
     prediction = sol.predict(Problem(paper_unit(128), 1, 7, 7, torch.float16), H100)[0]
     assert prediction.bound == sol.LAUNCHES
-
-
-@pytest.mark.parametrize(
-    ("name", "expected"),
-    [
-        ("h100", "H100 SXM"),
-        ("H100-SXM", "H100 SXM"),
-        ("NVIDIA H100 80GB HBM3", "H100 SXM"),
-        ("NVIDIA H100 PCIe", "H100 PCIe"),
-        ("NVIDIA A100-SXM4-80GB", "A100 80GB"),
-        ("a100 40gb", "A100 40GB"),
-        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
-        ("4090", "RTX 4090"),
-        ("rtx4090", "RTX 4090"),
-        ("geforce-rtx4090", "RTX 4090"),
-        ("NVIDIA L4", "L4"),
-        ("AMD Instinct MI300X", "MI300X"),
-    ],
-)
-def test_products_by_name(name, expected):
-    assert find_gpu(name).name == expected
-
-
-@pytest.mark.parametrize("name", ["", "H100 NVL", "RTX 3090 Ti", "L40"])
-def test_a_product_that_is_not_known_is_refused_with_those_that_are(name):
-    with pytest.raises(ValueError, match=r"gpu must be one of H100 SXM, .*MI300X; got"):
-        find_gpu(name)
-
-
-@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
-def test_products_state_their_sources(gpu):
-    assert gpu.chip in CHIPS
-    assert set(gpu.sources) == {"clock", "memory", "l2", "matrix", "limits"}
-    assert all(gpu.sources.values())
-    assert gpu.memory_bytes_per_s < gpu.l2_bytes_per_s
-    assert gpu.matrix_flop_per_s["fp16"] >= 2 * gpu.matrix_flop_per_s["tf32"] * 0.98
-
-
-def test_names_of_products_do_not_collide():
-    names = [gpus._plain(name) for gpu in GPUS for name in {gpu.name, *gpu.device_names}]
-    assert len(names) == len(set(names))
-
-
-def pairs(predicted, measured):
-    return [validation.Compared("", "", p, m) for p, m in zip(predicted, measured, strict=True)]
-
-
-def test_rank_correlation():
-    assert validation.rank_correlation(pairs([1, 2, 3], [10, 200, 201])) == pytest.approx(1)
-    assert validation.rank_correlation(pairs([1, 2, 3], [9, 8, -7])) == pytest.approx(-1)
-    # Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4.
-    assert validation.rank_correlation(pairs([1, 2, 2, 5], [1, 3, 2, 4])) == pytest.approx(
-        4.5 / (4.5 * 5) ** 0.5
-    )
-    assert validation.rank_correlation(pairs([1, 1], [2, 3])) is None
-    assert validation.rank_correlation([]) is None
-
-
-@needs_unhoisted_loops
-@pytest.mark.usefixtures("_fake_code")
-def test_predictions_meet_the_fastest_measured_form():
-    measured = some_results(every=True, batches=(8, 128), stages=(1, 4), dtypes=("fp16", "fp32"))
-    # NCHW inputs are another problem than the predicted one, however fast.
-    faster = results.Timing(1e-6, 1e-6, 1e-6, 1)
-    records = (
-        r if "channels_last" in r.form or not r.form else dataclasses.replace(r, timing=faster)
-        for r in measured.records
-    )
-    measured = dataclasses.replace(measured, records=tuple(records))
-    found = validation.compare(measured, H100, PAPER, "fp16")
-    # The synthetic run forces no reference: eager is left out.
-    ours = {1: {"store", "recompute", "resident", "library"}, 4: {"store", "recompute", "library"}}
-    assert {(c.case, c.schedule) for c in found} == {
-        (case.title, name)
-        for case in results.by_case(measured.records)
-        if (case.subject, case.dtype) == (PAPER, "fp16")
-        for name in (*ours[1 if case.shape.channels == 128 else 4], sol.COMPILED, sol.FLOOR)
-    }
-    for each in found:
-        if each.schedule == "store":
-            timed = [
-                record.timing.median_ms / 1e3
-                for record in measured.records
-                if (record.case.title, record.source) == (each.case, "ours-store")
-                and "channels_last" in record.form
-            ]
-            assert each.measured == min(timed)
-    assert validation.rank_correlation(found) > 0.5
-    # The synthetic run allows TF32, so its fp32 is not IEEE.
-    assert validation.compare(measured, H100, SEED, "tf32")
-    assert not validation.compare(measured, H100, SEED, "fp32")
-
-
-def test_committed_results_are_those_of_the_gpu(tmp_path, monkeypatch):
-    monkeypatch.setattr(validation, "RESULTS", tmp_path)
-    assert validation.committed(H100) is None
-    folder = tmp_path / "h100"
-    folder.mkdir()
-    measured = some_results(batches=(8,), stages=(1,))
-    results.save(measured, folder / "layer-cuda.json")
-    assert validation.committed(H100) == measured
-    assert validation.committed(find_gpu("a100")) is None
-    results.save(dataclasses.replace(measured, objections=("clocks fell",)), folder / "layer-cuda.json")
-    assert validation.committed(H100) is None
-
-
-@pytest.fixture
-def command(monkeypatch, tmp_path, capsys, _fake_code):
-    """Runs `sk-triton explain` on fake code and without committed results; (exit code, output, errors)."""
-    monkeypatch.setattr(validation, "RESULTS", tmp_path)
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        try:
-            code = cli.main(["explain", *arguments])
-        except SystemExit as stopped:
-            code = stopped.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def test_explain_names_times_bounds_configs_and_the_choice(command):
-    code, out, _ = command("--shape", "128,128,56,56", "--gpu", "h100")
-    assert code == 0
-    assert all(name in out for name in (*sol.BOUNDS, "store", "select", "eager", "torch.compile", "floor"))
-    assert "StreamConfig(" in out
-    assert "choice: recompute: predicted" in out
-    assert "not measured: no results of H100 SXM are committed" in out
-    _, wide, _ = command("--shape", "8,256,14,14", "--gpu", "h100", "--groups", "1")
-    assert "choice: library: predicted" in wide
-    assert "the library's 3x3 d2" in wide
-
-
-def test_explain_in_json(command):
-    code, out, _ = command("--stage", "2", "--batch", "4", "--gpu", "a100", "--unit", SEED, "--json")
-    data = json.loads(out)
-    assert code == 0
-    assert (data["gpu"], data["shape"]) == ("A100 80GB", [4, 256, 28, 28])
-    assert data["branches"] == ["3x3 g32", "5x5 g32"]
-    assert data["measured"] == "not measured"
-    store = data["schedules"][0]
-    assert store["total_us"] == pytest.approx(sum(step["total_us"] for step in store["steps"]))
-    assert set(store["bounds_us"]) == set(sol.BOUNDS)
-
-
-def test_explain_shows_measurements_where_there_are_some(command, tmp_path):
-    (tmp_path / "h100").mkdir()
-    measured = some_results(every=True, batches=(8, 128), stages=(1,))
-    results.save(measured, tmp_path / "h100" / "layer.json")
-    _, out, _ = command("--stage", "1", "--gpu", "h100")
-    assert "measured / predicted" in out
-    assert "rank correlation (Spearman): " in out
-    assert "not measured" not in out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--stage", "1", "--gpu", "h10"], "gpu must be one of"),
-        (["--shape", "1,2,3", "--gpu", "h100"], "must be N,C,H,W"),
-        (["--shape", "0,128,7,7", "--gpu", "h100"], "shape must be four positive sizes"),
-        (["--shape", "1,130,7,7", "--gpu", "h100"], "groups must divide"),
-        (["--stage", "1", "--gpu", "h100", "--kernels", "3"], "kernels and dilations must be as many"),
-        (["--gpu", "h100"], "--shape"),
-        (["--stage", "1"], "--gpu"),
-    ],
-)
-def test_explain_refuses_what_it_does_not_know(arguments, message, command):
-    code, _, error = command(*arguments)
-    assert code == 2
-    assert message in error
-    assert "Traceback" not in error
-
-
-@needs_narrow_products
-@pytest.mark.usefixtures("_fake_code")
-def test_the_readme_table_has_a_row_per_stage():
-    header, rule, *rows = explain.predicted_markdown().splitlines()
-    assert len(rows) == 4
-    assert {line.count("|") for line in (header, rule, *rows)} == {header.count("|")}
-    assert [row.split("|")[2].strip() for row in rows] == ["recompute", "recompute", "recompute", "store"]
-    # 456 instructions of 64 threads and 2048 programs over two branches of 1024 x 7 x 7 outputs of 128 samples.
-    assert float(rows[3].split("|")[4]) == pytest.approx(456 * 64 * 4096 / (2 * 128 * 1024 * 7**2), abs=0.05)
 
 
 @pytest.mark.compile

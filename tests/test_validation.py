@@ -1,0 +1,78 @@
+"""Predictions beside measurements: pairs, rank correlation, committed results."""
+
+import dataclasses
+
+import pytest
+
+from sk_triton.bench import results, validation
+from sk_triton.bench import speed_of_light as sol
+from sk_triton.bench.gpus import find_gpu
+from sk_triton.bench.shapes import PAPER, SEED
+
+from .synthetic_results import some_results
+from .versions import needs_unhoisted_loops
+
+H100 = find_gpu("h100")
+
+
+def pairs(predicted, measured):
+    return [validation.Compared("", "", p, m) for p, m in zip(predicted, measured, strict=True)]
+
+
+def test_rank_correlation():
+    assert validation.rank_correlation(pairs([1, 2, 3], [10, 200, 201])) == pytest.approx(1)
+    assert validation.rank_correlation(pairs([1, 2, 3], [9, 8, -7])) == pytest.approx(-1)
+    # Ranks 1, 2.5, 2.5, 4 and 1, 3, 2, 4.
+    assert validation.rank_correlation(pairs([1, 2, 2, 5], [1, 3, 2, 4])) == pytest.approx(
+        4.5 / (4.5 * 5) ** 0.5
+    )
+    assert validation.rank_correlation(pairs([1, 1], [2, 3])) is None
+    assert validation.rank_correlation([]) is None
+
+
+@needs_unhoisted_loops
+@pytest.mark.usefixtures("fake_code")
+def test_predictions_meet_the_fastest_measured_form():
+    measured = some_results(every=True, batches=(8, 128), stages=(1, 4), dtypes=("fp16", "fp32"))
+    # NCHW inputs are another problem than the predicted one, however fast.
+    faster = results.Timing(1e-6, 1e-6, 1e-6, 1)
+    records = (
+        r if "channels_last" in r.form or not r.form else dataclasses.replace(r, timing=faster)
+        for r in measured.records
+    )
+    measured = dataclasses.replace(measured, records=tuple(records))
+    found = validation.compare(measured, H100, PAPER, "fp16")
+    # The synthetic run forces no reference: eager is left out.
+    ours = {1: {"store", "recompute", "resident", "library"}, 4: {"store", "recompute", "library"}}
+    assert {(c.case, c.schedule) for c in found} == {
+        (case.title, name)
+        for case in results.by_case(measured.records)
+        if (case.subject, case.dtype) == (PAPER, "fp16")
+        for name in (*ours[1 if case.shape.channels == 128 else 4], sol.COMPILED, sol.FLOOR)
+    }
+    for each in found:
+        if each.schedule == "store":
+            timed = [
+                record.timing.median_ms / 1e3
+                for record in measured.records
+                if (record.case.title, record.source) == (each.case, "ours-store")
+                and "channels_last" in record.form
+            ]
+            assert each.measured == min(timed)
+    assert validation.rank_correlation(found) > 0.5
+    # The synthetic run allows TF32, so its fp32 is not IEEE.
+    assert validation.compare(measured, H100, SEED, "tf32")
+    assert not validation.compare(measured, H100, SEED, "fp32")
+
+
+def test_committed_results_are_those_of_the_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "RESULTS", tmp_path)
+    assert validation.committed(H100) is None
+    folder = tmp_path / "h100"
+    folder.mkdir()
+    measured = some_results(batches=(8,), stages=(1,))
+    results.save(measured, folder / "layer-cuda.json")
+    assert validation.committed(H100) == measured
+    assert validation.committed(find_gpu("a100")) is None
+    results.save(dataclasses.replace(measured, objections=("clocks fell",)), folder / "layer-cuda.json")
+    assert validation.committed(H100) is None
