@@ -18,6 +18,8 @@ WIDEST_BAR = 0.42
 """Inches; few bars stand together rather than swell."""
 SLOT = 0.105
 """Inches that each of many bars should have."""
+NUMBER_GAP = 0.04
+"""Inches between two numbers that stand side by side: half a digit."""
 NARROWEST = 0.085
 """Inches that a bar needs for an upright number; below, only numbers of `important` bars are shown."""
 
@@ -133,4 +135,4 @@ def _draw_status(ax: Axes, middle: float, record: Record) -> None:
 def _fits_flat(groups: Sequence[Sequence[Bar]], width: float) -> bool:
     """Whether every number may stand upright beside its neighbours'."""
     widest = max((text_width(bar.number, style.NUMBER, "bold") for bars in groups for bar in bars), default=0)
-    return widest <= width * 1.02
+    return widest + NUMBER_GAP <= width
