@@ -91,10 +91,12 @@ def test_it_is_taken_where_it_saves_passes_and_the_plan_says_why_not_elsewhere()
         (plan(paper_unit(128), dtype=torch.float32), "bound by arithmetic"),
         (plan(paper_unit(1024), size=7), "bound by loading weights"),
         (plan(paper_unit(256, stride=2)), "9 passes over memory, against 9"),
-        (plan(paper_unit(128, groups=1), size=28), "no kernel that selects"),
     ):
         assert other.schedule == "store"
         assert reason in dict(other.rejected)["recompute"]
+    dense = plan(paper_unit(128, groups=1), size=28)
+    assert dense.schedule == "library"
+    assert "no kernel that selects" in dict(dense.rejected)["recompute"]
 
 
 def test_a_schedule_that_cannot_run_raises_with_the_reason():
@@ -104,6 +106,6 @@ def test_a_schedule_that_cannot_run_raises_with_the_reason():
         )
     with pytest.raises(
         ValueError,
-        match="schedule must be one of 'store', 'recompute', 'merged', 'resident' with backend 'triton'",
+        match="schedule must be one of 'store', 'recompute', 'merged', 'resident', 'library' with backend 'triton'",
     ):
         use_backend("auto", schedule="store")
