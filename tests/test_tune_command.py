@@ -18,6 +18,7 @@ from sk_triton.tuning.entries import Trial
 
 from .test_tune_flow import FakeMachine
 from .tuned import H100
+from .versions import needs_narrow_products, needs_unhoisted_loops
 
 SMALL = ("--shape", "4,64,7,7", "--candidates", "2", "--workers", "1")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -91,6 +92,7 @@ def test_predictions_take_the_figures_of_the_product_or_of_a_relative(monkeypatc
 
 
 @pytest.mark.compile
+@needs_unhoisted_loops
 def test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing(folder, capsys):
     code, out, _ = run("--dry-run", "--gpu", "a100", *SMALL, capsys=capsys)
     assert code == 0
@@ -124,6 +126,7 @@ class Instant(Executor):
         return future
 
 
+@needs_unhoisted_loops
 def test_a_dry_run_ranks_within_its_budget(monkeypatch, capsys):
     """Of how many candidates there are and what becomes of them, `test_tune_ranking.py` tells more."""
     asked = {}
@@ -171,6 +174,7 @@ def test_a_run_whose_configs_cannot_be_kept_says_so(gpu, folder, monkeypatch, ca
     assert tune.UNKEPT in out
 
 
+@needs_narrow_products
 @pytest.mark.parametrize(
     ("direction", "kinds"),
     [

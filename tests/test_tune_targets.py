@@ -25,12 +25,14 @@ from sk_triton.workload import Workload
 
 from .bench_fakes import CPU, SHORT
 from .tuned import workload
+from .versions import needs_narrow_products
 
 
 def kinds(targets) -> list[str]:
     return [target.kind for target in targets]
 
 
+@needs_narrow_products
 def test_every_launch_of_every_schedule_once_then_the_schedule():
     found = targets_of("a unit", workload(), 3)
     assert kinds(found) == [
@@ -55,6 +57,7 @@ def test_gradients_that_the_library_computes_are_not_tuned():
     assert kinds(found) == ["branch_train", "reduction"]
 
 
+@needs_narrow_products
 def test_launches_that_share_a_config_are_tuned_together():
     found = {t.kind: t for t in targets_of("a unit", replace(SMALL, n=2), 2, BACKWARD)}
     for kind, kernels in {
@@ -158,7 +161,9 @@ def test_a_device_runs_checks_and_times_candidates(kind):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("kind", ["branch_train", "reduction", "branch_grad"])
+@pytest.mark.parametrize(
+    "kind", ["branch_train", "reduction", pytest.param("branch_grad", marks=needs_narrow_products)]
+)
 def test_a_device_checks_the_gradients_of_training_and_times_its_launches(kind):
     device = Device(CPU, SHORT)
     target = next(t for t in targets_of("small", replace(SMALL, n=2), 2, BACKWARD) if t.kind == kind)
@@ -173,6 +178,7 @@ def test_a_device_checks_the_gradients_of_training_and_times_its_launches(kind):
 
 
 @pytest.mark.interpret
+@needs_narrow_products
 def test_wrong_gradients_alone_are_caught_where_only_a_part_of_the_batch_fits_in_float64(monkeypatch):
     through_autograd = subjects._through_autograd
 

@@ -157,7 +157,10 @@ def test_a_training_plan_is_made_anew_after_tuning_in_the_same_process(folder, m
     assert plan_training(work, "branches").select == other_choice(request)
 
 
-@pytest.mark.parametrize(("kind", "field"), [("reduction", "reduction"), ("branch_grad", "gradient")])
+@pytest.mark.parametrize(
+    ("kind", "field"),
+    [("reduction", "reduction"), pytest.param("branch_grad", "gradient", marks=needs_narrow_products)],
+)
 def test_training_takes_what_was_tuned_for_it(kind, field, folder):
     work = workload()
     with lookup.experiment({}) as asked:
