@@ -19,7 +19,7 @@ from sk_triton.workload import Workload
 from .interpreter import exact_bfloat16
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import random_unit, randomize_norms, sizes, specs
-from .whole_units import LAYERS, compare
+from .whole_units import LAYERS, VIEWS, compare
 
 DENSE = {
     "dense": lambda: SelectiveKernel(16, split_input=False),
@@ -58,16 +58,7 @@ def test_sizes(name, size):
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", ["dense", "timm's default"])
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:, ::2],
-        lambda x: x.transpose(2, 3),
-        lambda x: x[:1].expand(2, -1, -1, -1),
-        lambda x: x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x),
-    ],
-    ids=["crop, channels_last", "transposed", "broadcast", "misaligned"],
-)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views(view, name):
     compare(DENSE[name]().half(), view(torch.randn(2, 16, 6, 5).half()), "library")
 
@@ -104,15 +95,8 @@ def test_bfloat16(name):
 
 
 @pytest.mark.interpret
-def test_every_output_element_is_written(monkeypatch):
-    """Outputs and scratch memory start as NaN, and a branch's memory is what the library hands over."""
-    empty, new_empty = torch.empty, torch.Tensor.new_empty
-
-    def poison(tensor):
-        return tensor.fill_(math.nan) if tensor.is_floating_point() else tensor
-
-    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(empty(*args, **kwargs)))
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(new_empty(*args, **kwargs)))
+def test_every_output_element_is_written(nan_in_new_memory):
+    """A branch's memory is what the library hands over."""
     for name in ("dense", "paper, stride 2"):
         compare(DENSE[name](), torch.randn(2, 16, 7, 5), "library")
 

@@ -19,7 +19,7 @@ from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
 
 from .versions import needs_unhoisted_loops
-from .whole_units import LAYERS, compare, image
+from .whole_units import LAYERS, VIEWS, compare, image
 
 pytestmark = needs_unhoisted_loops
 
@@ -53,11 +53,7 @@ def test_sizes(size):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(
-    "view",
-    [lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:, ::2], lambda x: x[:1].expand(2, -1, -1, -1)],
-    ids=["crop", "broadcast"],
-)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views(view):
     compare(LAYERS["paper"]().half(), view(torch.randn(2, 16, 6, 5).half()), "resident")
 

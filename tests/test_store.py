@@ -13,7 +13,7 @@ from sk_triton.kernels.config import SelectConfig
 from .peers import SeedSKConv
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import random_unit, randomize_norms, sizes, specs
-from .whole_units import LAYERS, compare
+from .whole_units import LAYERS, VIEWS, compare
 
 pytestmark = pytest.mark.interpret
 
@@ -50,17 +50,7 @@ def test_sizes(name, size):
     compare(LAYERS[name](), torch.randn(n, 16, h, w))
 
 
-@pytest.mark.parametrize(
-    "view",
-    [
-        lambda x: x[:, :, 1:, ::2],
-        lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:, ::2],
-        lambda x: x.transpose(2, 3),
-        lambda x: x[:1].expand(2, -1, -1, -1),
-        lambda x: x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x),
-    ],
-    ids=["crop", "crop, channels_last", "transposed", "broadcast", "misaligned"],
-)
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
 def test_views(view):
     compare(LAYERS["paper"]().half(), view(torch.randn(2, 16, 6, 5).half()))
 

@@ -26,6 +26,15 @@ LAYERS = {
     "depthwise": lambda: SelectiveKernel(16, groups=16, split_input=False),
 }
 
+VIEWS = {
+    "crop": lambda x: x[:, :, 1:, ::2],
+    "crop, channels_last": lambda x: x.to(memory_format=torch.channels_last)[:, :, 1:, ::2],
+    "transposed": lambda x: x.transpose(2, 3),
+    "broadcast": lambda x: x[:1].expand(2, -1, -1, -1),
+    "misaligned": lambda x: x.new_empty(x.numel() + 1)[1:].view_as(x).copy_(x),
+}
+"""Inputs that are not contiguous, made of one that is."""
+
 
 def compare(layer, x, schedule="store"):
     """The error rule on a layer and an input, and the memory format."""
