@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from sk_triton import SelectiveKernel, SKConv, explain, functional, plans, steps, use_backend
+from sk_triton import SelectiveKernel, SKConv, explain, plans, steps, use_backend
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.planned import prepared_steps
 from sk_triton.chips import CHIPS
@@ -18,8 +18,8 @@ from sk_triton.workload import Workload
 
 from .interpreter import exact_bfloat16
 from .tolerances import assert_errs_like_eager, assert_same
-from .units import random_unit, randomize_norms, sizes, specs
-from .whole_units import LAYERS, VIEWS, compare
+from .units import randomize_norms, sizes, specs
+from .whole_units import LAYERS, VIEWS, compare, compare_unit
 
 DENSE = {
     "dense": lambda: SelectiveKernel(16, split_input=False),
@@ -67,14 +67,7 @@ def test_views(view, name):
 @settings(max_examples=20)
 @given(specs(acts=("relu", "identity")), sizes)
 def test_any_unit(spec, size):
-    n, h, w = size
-    branches, gate = random_unit(spec, torch.float32)
-    x = torch.randn(n, spec.in_channels, h, w)
-    with torch.no_grad():
-        with use_backend("triton", schedule="library"):
-            ours = functional.sk_conv(x, branches, gate, spec)
-        with use_backend("reference"):
-            assert_same(ours, functional.sk_conv(x, branches, gate, spec))
+    compare_unit(spec, size, "library")
 
 
 @pytest.mark.interpret

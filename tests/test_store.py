@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sk_triton import SelectiveKernel, SKConv, dispatch, functional, steps, use_backend
+from sk_triton import SelectiveKernel, SKConv, dispatch, steps, use_backend
 from sk_triton.kernels.config import SelectConfig
 
 from .peers import SeedSKConv
 from .tolerances import assert_errs_like_eager, assert_same
-from .units import random_unit, randomize_norms, sizes, specs
-from .whole_units import LAYERS, VIEWS, compare
+from .units import randomize_norms, sizes, specs
+from .whole_units import LAYERS, VIEWS, compare, compare_unit
 
 pytestmark = pytest.mark.interpret
 
@@ -58,14 +58,7 @@ def test_views(view):
 @settings(max_examples=25)
 @given(specs(acts=("relu", "identity")), sizes)
 def test_any_unit(spec, size):
-    n, h, w = size
-    branches, gate = random_unit(spec, torch.float32)
-    x = torch.randn(n, spec.in_channels, h, w)
-    with torch.no_grad():
-        with use_backend("triton", schedule="store"):
-            ours = functional.sk_conv(x, branches, gate, spec)
-        with use_backend("reference"):
-            assert_same(ours, functional.sk_conv(x, branches, gate, spec))
+    compare_unit(spec, size, "store")
 
 
 def test_seed_state_dict():

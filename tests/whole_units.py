@@ -4,10 +4,10 @@ import copy
 
 import torch
 
-from sk_triton import SelectiveKernel, SKConv, use_backend
+from sk_triton import SelectiveKernel, SKConv, functional, use_backend
 
-from .tolerances import assert_errs_like_eager
-from .units import randomize_norms
+from .tolerances import assert_errs_like_eager, assert_same
+from .units import random_unit, randomize_norms
 
 LAYERS = {
     "seed": lambda: SKConv(16, M=2, G=4, r=4, L=8),
@@ -48,6 +48,18 @@ def compare(layer, x, schedule="store"):
             ours = layer(x)
     assert ours.stride() == eager.stride()
     assert_errs_like_eager(ours, eager, exact)
+
+
+def compare_unit(spec, size, schedule):
+    """A random unit in fp32 against the reference; `size` is `[N, H, W]`."""
+    n, h, w = size
+    branches, gate = random_unit(spec, torch.float32)
+    x = torch.randn(n, spec.in_channels, h, w)
+    with torch.no_grad():
+        with use_backend("triton", schedule=schedule):
+            ours = functional.sk_conv(x, branches, gate, spec)
+        with use_backend("reference"):
+            assert_same(ours, functional.sk_conv(x, branches, gate, spec))
 
 
 def image(layer, *sizes):
