@@ -1,4 +1,4 @@
-"""The CPU's schedules: who gets them, which of the two, and how many samples at a time."""
+"""The CPU's schedules: who gets them, which of them, and how many samples at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .spec import BranchSpec, SKSpec
 # A batch whose branch takes no more than this is computed whole, and its first branch becomes the result in place. A
 # larger one would leave the caches between two steps, and the memory its branches take would go back to the system at
 # every call, to be mapped and cleared anew at the next: it is computed in parts.
-WHOLE_BYTES = 8 << 20
+WHOLE_BYTES = 4 << 20
 PART_BYTES_PER_THREAD = 1 << 20
 
 
@@ -68,54 +68,64 @@ def _call_reason(x: Tensor, spec: SKSpec) -> str:
 
 def training_plan(x: Tensor, spec: SKSpec) -> Plan:
     """The plan for an input that :func:`can_train` accepts."""
-    m = spec.num_branches
-    # Forward: the input for each branch, which is written, read to pool, and read to be added to the output.
-    reads = m * spec.in_channels * x.shape[2] * x.shape[3]
-    writes = spec.out_channels * math.prod(spec.output_size(*x.shape[2:]))
-    return Plan("torch", "train", reads / writes + 2 * m + 2 + 3 * (m - 1), x.dtype, rejected=(_NOT_TRITON,))
+    return _cached_plan(x, spec, is_training=True)
 
 
 def plan(x: Tensor, spec: SKSpec) -> Plan:
     """The plan for an input that :func:`reason` accepts."""
-    n, _, h_in, w_in = x.shape
+    return _cached_plan(x, spec, is_training=False)
+
+
+def _cached_plan(x: Tensor, spec: SKSpec, is_training: bool) -> Plan:
+    n, _, h, w = x.shape
     is_channels_last = memory_format(x) == torch.channels_last
-    return _plan(spec, n, h_in, w_in, x.dtype, is_channels_last, torch.get_num_threads())
+    return _plan(spec, n, h, w, x.dtype, is_channels_last, torch.get_num_threads(), is_training)
 
 
 @lru_cache(maxsize=1024)
 def _plan(
-    spec: SKSpec, n: int, h_in: int, w_in: int, dtype: torch.dtype, is_channels_last: bool, threads: int
+    spec: SKSpec,
+    n: int,
+    h_in: int,
+    w_in: int,
+    dtype: torch.dtype,
+    is_channels_last: bool,
+    threads: int,
+    is_training: bool,
 ) -> Plan:
     h, w = spec.output_size(h_in, w_in)
     m = spec.num_branches
+    names = ("train", "train_merged") if is_training else ("folded", "merged")
+    part_samples = _part_samples(n, spec.out_channels * h * w * dtype.itemsize, threads)
+    reads = spec.in_channels * h_in * w_in / (spec.out_channels * h * w)
     not_merged = _unmergeable_reason(spec)
+    if is_training and not not_merged and dtype.itemsize < 4:
+        not_merged = f"gradients of each sample's own kernels would be rounded to {dtype}"
     if not not_merged:
         pays, balance = _merge_balance(spec, n, h, w, is_channels_last)
         if pays:
             # Samples lie side by side along the channels in NCHW only.
-            merged_samples = 1 if is_channels_last else n
+            samples = 1 if is_channels_last else part_samples
             return Plan(
                 "torch",
-                "merged",
-                passes=2 * spec.in_channels * h_in * w_in / (spec.out_channels * h * w)
-                + (1 if merged_samples == n else 3),
+                names[1],
+                passes=2 * reads + (1 if samples == n else 3),
                 dtype=dtype,
-                rejected=(_NOT_TRITON, ("folded", balance)),
-                samples=merged_samples,
+                rejected=(_NOT_TRITON, (names[0], balance)),
+                samples=samples,
                 merged=merged_branch(spec),
             )
         not_merged = balance
-    return Plan(
-        "torch",
-        "folded",
-        passes=m * (3 + 2 * (spec.branch_act == "relu")) + 2 + 3 * (m - 1),
-        dtype=dtype,
-        rejected=(_NOT_TRITON, ("merged", not_merged)),
-        samples=_folded_samples(n, spec.out_channels * h * w * dtype.itemsize, threads),
-    )
+    rejected = (_NOT_TRITON, (names[1], not_merged))
+    if is_training:
+        # The input for each branch, which is written, read to pool, and read to be added to the output.
+        return Plan("torch", names[0], m * reads + 2 * m + 2 + 3 * (m - 1), dtype, rejected)
+    convolve = m * (3 + 2 * (spec.branch_act == "relu"))
+    select = 3 if m == 2 else 2 + 3 * (m - 1)
+    return Plan("torch", names[0], convolve + select, dtype, rejected, samples=part_samples)
 
 
-def _folded_samples(n: int, sample_bytes: int, threads: int) -> int:
+def _part_samples(n: int, sample_bytes: int, threads: int) -> int:
     """Samples to compute at a time, by the bytes of a sample's branch."""
     part_bytes = PART_BYTES_PER_THREAD * threads
     if n * sample_bytes <= max(WHOLE_BYTES, part_bytes):

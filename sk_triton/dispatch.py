@@ -23,7 +23,7 @@ from .precision import allows_tf32
 from .reasons import state_reason, tracing_reason, unit_reason
 from .replay import Record
 from .save import Save
-from .schedules import cpu_folded, cpu_merged, cpu_train
+from .schedules import cpu_folded, cpu_merged, cpu_train, cpu_train_merged
 from .spec import SKSpec
 from .training_plan import plan_training
 from .tuning.ranks import pinning_reason
@@ -31,6 +31,12 @@ from .workload import Workload
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KERNELS = "the kernels"
+_CPU_SCHEDULES = {
+    "folded": cpu_folded,
+    "merged": cpu_merged,
+    "train": cpu_train,
+    "train_merged": cpu_train_merged,
+}
 
 
 def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[bool, str]:
@@ -114,8 +120,7 @@ def run(
 
         return launching.run(plan, x, branches, gate, spec, cache, record)
     if plan.backend == "torch":
-        schedule = {"folded": cpu_folded, "merged": cpu_merged, "train": cpu_train}[plan.schedule]
-        return schedule.run(plan, x, branches, gate, spec, cache)
+        return _CPU_SCHEDULES[plan.schedule].run(plan, x, branches, gate, spec, cache)
     raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")
 
 

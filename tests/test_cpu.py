@@ -27,8 +27,8 @@ from sk_triton import (
     reference,
     use_backend,
 )
+from sk_triton.cpu_merging import window_sums
 from sk_triton.schedules import cpu_folded, cpu_merged
-from sk_triton.schedules.cpu_merged import window_sums
 
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import random_unit, sizes, specs
@@ -303,10 +303,10 @@ def test_large_batches_are_computed_in_parts_and_small_ones_whole():
     x = torch.empty(8, 16, 5, 4)
     assert cpu.plan(x, PAPER).samples == 8
     threads = torch.get_num_threads()
-    plan = cpu._plan(PAPER, 8, 256, 256, torch.float32, False, threads)
+    plan = cpu._plan(PAPER, 8, 256, 256, torch.float32, False, threads, False)
     assert plan.samples < 8
-    assert cpu._plan(PAPER, 8, 256, 256, torch.float32, False, 64 * threads).samples == 8
-    assert cpu._plan(PAPER, 8, 4096, 4096, torch.float32, False, threads).samples == 1
+    assert cpu._plan(PAPER, 8, 256, 256, torch.float32, False, 64 * threads, False).samples == 8
+    assert cpu._plan(PAPER, 8, 4096, 4096, torch.float32, False, threads, False).samples == 1
 
 
 def test_autocast():

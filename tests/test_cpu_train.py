@@ -1,17 +1,30 @@
-"""The CPU's schedule "train": gradients against float64, and what autograd expects of an operator."""
+"""The CPU's training schedules: gradients against float64, and what autograd expects of an operator."""
 
 import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from torch.utils.checkpoint import checkpoint
 
-from sk_triton import SelectiveKernel, SKConv, dispatch, explain, functional, use_backend
+from sk_triton import BranchSpec, SelectiveKernel, SKConv, cpu, dispatch, explain, functional, use_backend
+from sk_triton.cpu_merging import add_to_windows
 from sk_triton.params import Gate
 
-from .tolerances import assert_errs_like_eager
+from .tolerances import assert_typical_errors_like_eager
 from .units import random_unit, sizes, specs
+
+
+@pytest.fixture(params=["train", "train_merged"], autouse=True, scope="module")
+def schedule(request):
+    """Every test runs with both schedules, whatever would pay: as far as branches merge."""
+    with pytest.MonkeyPatch.context() as patch:
+        pays = request.param == "train_merged"
+        patch.setattr(cpu, "_merge_balance", lambda *args: (pays, "set by a test"))
+        cpu._plan.cache_clear()
+        yield request.param
+    cpu._plan.cache_clear()
 
 
 def gradients(layer, x, dv, backend):
@@ -25,17 +38,35 @@ def gradients(layer, x, dv, backend):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(("stride", "size"), [(1, (7, 6)), (2, (7, 6)), (1, (48, 48))], ids=str)
 @pytest.mark.parametrize("M", [1, 2, 3])
-def test_gradients_err_like_eager(M, stride, dtype, memory_format):
-    layer = SKConv(16, M, 4, 2, stride=stride).to(dtype)
-    x = torch.randn(3, 16, 7, 6).to(dtype).to(memory_format=memory_format)
-    dv = torch.randn(3, 16, *layer.spec.output_size(7, 6)).to(dtype)
-    ours, eager = (gradients(layer, x, dv, backend) for backend in ("torch", "reference"))
-    exact = gradients(copy.deepcopy(layer).double(), x.double(), dv.double(), "reference")
-    assert ours[0].stride() == eager[0].stride()
-    for ours_grad, eager_grad, exact_grad in zip(ours, eager, exact, strict=True):
-        assert_errs_like_eager(ours_grad, eager_grad, exact_grad)
+def test_gradients_err_like_eager(M, stride, size, dtype, memory_format):
+    """Those of the gate inherit the rounding of sums over whole images."""
+    samples = []
+    for _ in range(4):
+        layer = SKConv(16, M, 2, 2, stride=stride).to(dtype)
+        x = torch.randn(2, 16, *size).to(dtype).to(memory_format=memory_format)
+        dv = torch.randn(2, 16, *layer.spec.output_size(*size)).to(dtype)
+        ours, eager = (gradients(layer, x, dv, backend) for backend in ("torch", "reference"))
+        exact = gradients(copy.deepcopy(layer).double(), x.double(), dv.double(), "reference")
+        assert ours[0].stride() == eager[0].stride()
+        samples.append(list(zip(ours, eager, exact, strict=True)))
+    for of_one_tensor in zip(*samples, strict=True):
+        assert_typical_errors_like_eager(of_one_tensor)
+
+
+def test_the_gradient_of_window_sums(memory_format):
+    for kernel, stride, size in [(5, 1, (9, 8)), (3, 2, (7, 4)), (7, 3, (2, 5)), (5, 2, (1, 1))]:
+        for dilation in (1, 2):
+            branch = BranchSpec(kernel, dilation)
+            x = torch.randn(2, 3, *size, dtype=torch.float64).to(memory_format=memory_format).requires_grad_()
+            columns = F.unfold(x, kernel, dilation, branch.padding, stride)
+            sums = columns.sum(-1).view(2, 3, kernel, kernel)
+            grad = torch.randn_like(sums)
+            (expected,) = torch.autograd.grad(sums, x, grad)
+            dx = torch.ones_like(expected).contiguous(memory_format=memory_format)
+            add_to_windows(dx, grad, branch, stride)
+            torch.testing.assert_close(dx, 1 + expected)
 
 
 @settings(max_examples=25)
@@ -58,10 +89,10 @@ def test_any_linear_unit(spec, size):
         torch.testing.assert_close(ours, expected)
 
 
-def test_auto_takes_it_for_linear_units_and_says_why_not_for_others():
+def test_auto_takes_it_for_linear_units_and_says_why_not_for_others(schedule):
     x = torch.randn(2, 8, 5, 4)
     layer = SKConv(8, 2, 2, 2)
-    assert "schedule  train" in str(explain(layer, x))
+    assert f"schedule  {schedule}\n" in str(explain(layer, x))
     normed = SelectiveKernel(8)
     plan = dispatch.choose(x, normed.branches(), normed.gate(), normed.spec, backend="auto")
     assert plan.backend == "reference"

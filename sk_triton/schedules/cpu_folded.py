@@ -29,13 +29,12 @@ def run(
     n, step = x.shape[0], plan.samples
     if step >= n:
         us, a = _split_and_fuse(x, unit, spec)
-        v = us[0].mul_(a[0])
-        return _accumulate(v, us, a).contiguous(memory_format=out_format)
+        return _select(us, a, out=us[-1]).contiguous(memory_format=out_format)
     size = (n, spec.out_channels, *spec.output_size(*x.shape[2:]))
     v = torch.empty(size, dtype=plan.dtype, device=x.device, memory_format=out_format)
     for start in range(0, n, step):
         us, a = _split_and_fuse(x[start : start + step], unit, spec)
-        _accumulate(torch.mul(us[0], a[0], out=v[start : start + step]), us, a)
+        _select(us, a, out=v[start : start + step])
     return v
 
 
@@ -55,7 +54,11 @@ def _split_and_fuse(x: Tensor, unit: FoldedUnit, spec: SKSpec) -> tuple[list[Ten
     return us, list(a[..., None, None].unbind(1))
 
 
-def _accumulate(v: Tensor, us: list[Tensor], a: list[Tensor]) -> Tensor:
-    for u, a_m in zip(us[1:], a[1:], strict=True):
-        v.addcmul_(u, a_m)
-    return v
+def _select(us: list[Tensor], a: list[Tensor], out: Tensor) -> Tensor:
+    """Writes ``sum_m a_m u_m`` to `out`, which may be the last branch."""
+    if len(us) == 2:  # attention sums to 1
+        return torch.lerp(us[1], us[0], a[0], out=out)
+    torch.mul(us[-1], a[-1], out=out)
+    for u, a_m in zip(us[:-1], a[:-1], strict=True):
+        out.addcmul_(u, a_m)
+    return out

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..folding import FoldedGate, attend, sum_dtype
+from ..cpu_gate import RecordedGate, affine_gate
+from ..folding import sum_dtype
 from ..layout import memory_format
 from ..packing import PackCache
 from ..params import Branch, Gate
@@ -30,14 +31,7 @@ def run(
     # PyTorch's convolution would convert weights to the format of its input in both passes.
     weights = [branch.weight.to(plan.dtype).contiguous(memory_format=out_format) for branch in branches]
     biases = [None if branch.bias is None else branch.bias.to(plan.dtype) for branch in branches]
-    sums = sum_dtype(plan.dtype)
-    select_bias = None if gate.select_bias is None else torch.cat(gate.select_bias).to(sums)
-    affine = FoldedGate(
-        gate.reduce_weight.flatten(1).to(sums),
-        None if gate.reduce_bias is None else gate.reduce_bias.to(sums),
-        torch.cat([w.flatten(1) for w in gate.select_weight]).to(sums),
-        select_bias,
-    )
+    affine = affine_gate(gate, sum_dtype(plan.dtype))
     return _LinearUnit.apply(spec, x, *weights, *biases, *affine)
 
 
@@ -59,11 +53,8 @@ class _LinearUnit(torch.autograd.Function):
         s = us[0].mean((2, 3), dtype=sums)
         for u in us[1:]:
             s += u.mean((2, 3), dtype=sums)
-        # The gate's tensors are small: autograd differentiates it.
-        with torch.enable_grad():
-            ctx.inputs = [s.requires_grad_(), *map(_leaf, parameters[2 * m :])]
-            ctx.attention = attend(s, FoldedGate(*ctx.inputs[1:]), spec.gate_act == "relu")
-        a = ctx.attention.detach().to(x.dtype)[..., None, None]
+        ctx.gate = RecordedGate(s, parameters[2 * m :], spec.gate_act == "relu")
+        a = ctx.gate.a.to(x.dtype)[..., None, None]
         v = us[0] * a[:, 0]
         for i in range(1, m):
             v.addcmul_(us[i], a[:, i])
@@ -84,12 +75,10 @@ class _LinearUnit(torch.autograd.Function):
         da = torch.stack(
             [torch.mul(dv, u, out=scratch).sum((2, 3), dtype=sums) for u in us], dim=1
         )  # [N, M, C]
-        sources = [t for t in ctx.inputs if t is not None]
-        found = iter(torch.autograd.grad(ctx.attention, sources, da, retain_graph=True))
-        ds, *gate_grads = [None if t is None else next(found) for t in ctx.inputs]
+        ds, *gate_grads = ctx.gate.backward(da)
         assert ds is not None
         pixels = dv.shape[2] * dv.shape[3]
-        a = ctx.attention.detach()
+        a = ctx.gate.a
         g = (ds / pixels).to(dv.dtype)[..., None, None]
         dv_sum = dv.sum((2, 3), dtype=sums)
         dxs: list[Tensor] = []
@@ -113,7 +102,3 @@ class _LinearUnit(torch.autograd.Function):
 def _inputs(x: Tensor, spec: SKSpec) -> Sequence[Tensor]:
     """What each branch reads."""
     return x.split(spec.branch_in_channels, dim=1) if spec.split_input else [x] * spec.num_branches
-
-
-def _leaf(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.detach().requires_grad_()

@@ -1,0 +1,141 @@
+"""Schedule "train_merged", for the CPU and linear branches of large images: no branch, nor its gradient, is computed.
+
+Forward as :mod:`.cpu_merged`. Backward, the convolution with each sample's own kernels ``K_n = sum_m a_nm W_m`` gives
+their gradients ``dK_n`` and most of dx. The rest is small: ``dW_m = sum_n a_nm dK_n``, ``da_nm = <W_m, dK_n>``. What
+the gate adds to the gradient of every branch, ``g = ds / HW``, is the same for all pixels: it meets x through its sums
+over windows alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..cpu_gate import RecordedGate, affine_gate
+from ..cpu_merging import (
+    MergedKernels,
+    add_to_windows,
+    by_group,
+    convolve,
+    merge,
+    pooled,
+    sample_weights,
+    side_by_side,
+    taps_of,
+    window_sums,
+)
+from ..layout import memory_format
+from ..packing import PackCache
+from ..params import Branch, Gate
+from ..plan import Plan
+from ..spec import BranchSpec, SKSpec
+
+
+def run(
+    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
+) -> Tensor:
+    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
+    weights = [branch.weight.to(plan.dtype) for branch in branches]
+    biases = [None if branch.bias is None else branch.bias.to(plan.dtype) for branch in branches]
+    return _MergedUnit.apply(plan, spec, x, *weights, *biases, *affine_gate(gate, plan.dtype))
+
+
+class _MergedUnit(torch.autograd.Function):
+    """From x, M weights, M biases and the four tensors of :class:`.folding.FoldedGate` to the unit's output."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: Plan, spec: SKSpec, x: Tensor, *parameters: Tensor | None) -> Tensor:
+        m, merged = spec.num_branches, plan.merged
+        assert merged is not None
+        weights = [weight for weight in parameters[:m] if weight is not None]
+        kernels = merge(weights, parameters[m : 2 * m], spec, merged, memory_format(x))
+        sums = window_sums(x, merged, spec.stride)
+        s = pooled(sums, kernels, math.prod(spec.output_size(*x.shape[2:])))
+        ctx.gate = RecordedGate(s, parameters[2 * m :], spec.gate_act == "relu")
+        ctx.plan, ctx.spec, ctx.merged = plan, spec, merged
+        ctx.save_for_backward(x, sums, *parameters[: 2 * m])
+        return convolve(x, ctx.gate.a, kernels, spec, merged, plan.samples)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
+        spec, merged = ctx.spec, ctx.merged
+        m, c = spec.num_branches, spec.out_channels
+        needs = ctx.needs_input_grad[2:]
+        x, sums, *parameters = ctx.saved_tensors
+        n, out_format = x.shape[0], memory_format(x)
+        kernels = merge(parameters[:m], parameters[m:], spec, merged, out_format)
+        a = ctx.gate.a
+        dv = dv.contiguous(memory_format=out_format)
+        dx, dk = _convolve_bwd(dv, x, a, kernels, spec, merged, ctx.plan.samples, needs_dx=needs[0])
+
+        # By channel: attention weighs output channels.
+        weights = torch.stack([weight.reshape(c, -1) for weight in kernels.weights], dim=-1)  # [C, F, M]
+        dk_by_channel = dk.flatten(2).transpose(0, 1)  # [C, N, F]
+        da = torch.bmm(dk_by_channel, weights).permute(1, 2, 0)  # [N, M, C]
+        dv_sum = dv.sum((2, 3))
+        if kernels.biases is not None:
+            da = da + dv_sum[:, None] * kernels.biases
+        ds, *gate_grads = ctx.gate.backward(da)
+        assert ds is not None
+
+        g = (ds / math.prod(dv.shape[2:])).view(n, merged.groups, -1)
+        dw = torch.bmm(a.permute(2, 1, 0), dk_by_channel)  # [C, M, F]
+        dw += torch.bmm(g.permute(1, 2, 0), by_group(sums, kernels)).reshape(c, 1, -1)
+        side = merged.kernel_size
+        weight_grads = []
+        for i, branch in enumerate(spec.branches):
+            taps = taps_of(branch, merged)
+            dw_i = dw[:, i].view(c, -1, side, side)[:, :, taps, taps]
+            weight_grads.append(dw_i.contiguous() if needs[1 + i] else None)
+        bias_grads = [(a[:, i] * dv_sum + ds).sum(0) if needs[1 + m + i] else None for i in range(m)]
+        if dx is not None:
+            sums_grad = torch.bmm(g.transpose(0, 1), kernels.total_weight).transpose(0, 1)
+            add_to_windows(dx, sums_grad.reshape(sums.shape), merged, spec.stride)
+        return None, None, dx, *weight_grads, *bias_grads, *gate_grads
+
+
+def _convolve_bwd(
+    dv: Tensor,
+    x: Tensor,
+    a: Tensor,
+    kernels: MergedKernels,
+    spec: SKSpec,
+    merged: BranchSpec,
+    samples: int,
+    needs_dx: bool,
+) -> tuple[Tensor | None, Tensor]:
+    """Gradients of :func:`.cpu_merging.convolve` by x and by each sample's own kernels.
+
+    Returns:
+        dx as x, None unless needed, and dK ``[N, C, fan_in, K, K]``.
+    """
+    n, c, out_format = x.shape[0], spec.out_channels, memory_format(x)
+    fan_in = spec.in_channels // merged.groups
+    dx = torch.empty_like(x, memory_format=out_format) if needs_dx else None
+    dk = x.new_empty(n, c, fan_in, merged.kernel_size, merged.kernel_size)
+
+    def convolution_bwd(dv: Tensor, x: Tensor, weight: Tensor, by_x: bool) -> Tensor:
+        grads = torch.ops.aten.convolution_backward(
+            dv, x, weight, None, [spec.stride] * 2, [merged.padding] * 2, [merged.dilation] * 2, False, [0, 0],
+            x.shape[1] // fan_in, [by_x, not by_x, False],
+        )  # fmt: skip
+        return grads[0 if by_x else 1]
+
+    for start in range(0, n, samples):
+        part = slice(start, start + samples)
+        weight = sample_weights(kernels.weights, a[part])
+        if dx is not None:
+            dx_part = convolution_bwd(side_by_side(dv[part]), side_by_side(x[part]), weight, by_x=True)
+            dx[part] = dx_part.view_as(dx[part])
+        # oneDNN's gradients of weights in NCHW add a whole image's products one by one: in large images four times the
+        # rounding error, which attention's gradient would inherit.
+        for dk_i, dv_i, x_i in zip(dk[part], dv[part].split(1), x[part].split(1), strict=True):
+            dv_i, x_i = (t.contiguous(memory_format=torch.channels_last) for t in (dv_i, x_i))
+            dk_i.copy_(convolution_bwd(dv_i, x_i, weight[:c], by_x=False))
+    return dx, dk
