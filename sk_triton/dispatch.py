@@ -15,13 +15,14 @@ from . import cpu, training
 from .backend import current_schedule
 from .chips import CHIPS, chip_of, pinned
 from .environment import triton_version
+from .layout import memory_format
 from .packing import PackCache
 from .params import Branch, Gate
 from .plan import Plan
 from .plans import eager_passes, fastest_plan, plan_schedule
 from .precision import allows_tf32
 from .reasons import state_reason, tracing_reason, unit_reason
-from .replay import Record
+from .replay import Recorder
 from .save import Save
 from .schedules import cpu_folded, cpu_merged, cpu_train, cpu_train_merged
 from .spec import SKSpec
@@ -31,12 +32,8 @@ from .workload import Workload
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KERNELS = "the kernels"
-_CPU_SCHEDULES = {
-    "folded": cpu_folded,
-    "merged": cpu_merged,
-    "train": cpu_train,
-    "train_merged": cpu_train_merged,
-}
+_CPU_PREPARE = {"folded": cpu_folded.prepare, "merged": cpu_merged.prepare}
+_CPU_TRAIN = {"train": cpu_train.run, "train_merged": cpu_train_merged.run}
 
 
 def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[bool, str]:
@@ -109,18 +106,23 @@ def run(
     gate: Gate,
     spec: SKSpec,
     cache: PackCache | None,
-    record: Record | None = None,
+    recorder: Recorder | None = None,
     save: Save = "branches",
 ) -> Tensor:
-    """Run a plan whose backend is "triton" or "torch"; `record` takes note of launches that can be started again."""
+    """Run a plan whose backend is "triton" or "torch"; `recorder` takes note of what can be started again."""
     if (plan.backend, plan.schedule) == ("triton", "train"):
         return training.run(x, branches, gate, spec, save)
     if plan.backend == "triton":
         from . import launching  # imports Triton
 
-        return launching.run(plan, x, branches, gate, spec, cache, record)
+        return launching.run(plan, x, branches, gate, spec, cache, recorder)
     if plan.backend == "torch":
-        return _CPU_SCHEDULES[plan.schedule].run(plan, x, branches, gate, spec, cache)
+        if plan.schedule in _CPU_TRAIN:
+            return _CPU_TRAIN[plan.schedule](plan, x, branches, gate, spec)
+        compute = _CPU_PREPARE[plan.schedule](plan, memory_format(x), branches, gate, spec, cache)
+        if recorder is not None:
+            recorder.record_function(compute)
+        return compute(x)
     raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")
 
 

@@ -12,7 +12,7 @@ from .backend import current_backend
 from .checks import check_input, check_params
 from .packing import PackCache
 from .params import Branch, Gate
-from .replay import Record
+from .replay import Recorder
 from .save import Save, chosen_save
 from .spec import SKSpec
 from .training import check_empty_batch
@@ -25,7 +25,7 @@ def sk_conv(
     spec: SKSpec,
     *,
     cache: PackCache | None = None,
-    record: Record | None = None,
+    recorder: Recorder | None = None,
     save: Save | None = None,
 ) -> Tensor:
     """Selective-kernel convolution (Li et al., CVPR 2019), equivalent to ``sk_triton.reference.sk_conv``.
@@ -38,7 +38,7 @@ def sk_conv(
         gate: the gate, likewise.
         spec: the unit's description.
         cache: packed weights to reuse from call to call with the same parameters; None packs them anew.
-        record: called with the launches of a call that can be started again, see :mod:`.replay`.
+        recorder: takes note of a call that can be started again, see :mod:`.replay`.
         save: what schedule "train" saves for the backward pass, see :func:`.save.save_for_backward`, which goes before
             it; None is "branches". The reference saves what its operators save.
 
@@ -66,7 +66,7 @@ def sk_conv(
         # A norm or an activation of the user's may leave the autocast dtype.
         return v if autocast is None else v.to(autocast)
     if autocast is None:
-        return dispatch.run(plan, x, branches, gate, spec, cache, record, save)
+        return dispatch.run(plan, x, branches, gate, spec, cache, recorder, save)
     with torch.autocast(x.device.type, enabled=False):  # sums stay in float32
         return dispatch.run(plan, x, branches, gate, spec, cache, save=save)
 

@@ -11,7 +11,7 @@ from .layout import memory_format, with_adjacent_channels
 from .packing import PackCache, Packed, pack
 from .params import Branch, Gate
 from .plan import Plan
-from .replay import Record
+from .replay import Recorder
 from .schedules import library, merged, recompute, resident, store
 from .spec import SKSpec
 from .steps import Step
@@ -32,7 +32,7 @@ def run(
     gate: Gate,
     spec: SKSpec,
     cache: PackCache | None,
-    record: Record | None = None,
+    recorder: Recorder | None = None,
 ) -> Tensor:
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
     with torch.cuda.device_of(x):
@@ -41,8 +41,8 @@ def run(
         x = with_adjacent_channels(x)
         steps = prepare(plan, x, v, packed, spec)
         started = [step() for step in steps]
-    if record is not None:
-        record(x, v, packed, steps, started)
+    if recorder is not None:
+        recorder.record_launches(x, v, packed, steps, started)
     return v
 
 

@@ -1,13 +1,13 @@
-"""Starts a call's kernels again without planning them again: at batch 1 a GPU would wait for Python otherwise.
+"""Starts a call again without planning it again: at batch 1 Python would take longer than the computation.
 
-The first call of a kind is checked, planned and run as any other, and recorded: its compiled kernels, and which of
-their arguments point into the input, the output or a workspace. A later call of the same kind, on an unchanged layer,
-allocates the output and one workspace, and starts those kernels with the new addresses.
+The first call of a kind is checked, planned and run as any other, and recorded: on a CPU, the function that computed
+it; on a GPU, its compiled kernels, and which of their arguments point into the input, the output or a workspace. A
+later call of the same kind, on an unchanged layer, allocates the output and one workspace, and starts those kernels
+with the new addresses.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,15 +33,12 @@ MAX_RECORDINGS = 64
 # Bytes; Triton specialises for addresses that 16 divides.
 _ALIGNMENT = 256
 
-Record = Callable[[Tensor, Tensor, Packed, "Sequence[Step]", "Sequence[Any]"], None]
-"""Takes note of a call that has run: x with adjacent channels, v, the packed parameters, the steps, what each gave."""
-
 
 class Replays:
     """The recorded calls of one layer. A deep copy or a pickle is empty."""
 
     def __init__(self) -> None:
-        self._recordings: dict[Hashable, _Recording] = {}
+        self._recordings: dict[Hashable, Callable[[Tensor], Tensor]] = {}
         self._watch: Watch | None = None
 
     def clear(self) -> None:
@@ -54,41 +51,29 @@ class Replays:
         if not self._recordings:
             return None
         kind = _kind(x)
-        recording = None if kind is None else self._recordings.get(kind)
-        if recording is None:
+        start = None if kind is None else self._recordings.get(kind)
+        if start is None:
             return None
         # Another thread may have cleared it.
         watch = self._watch
         if watch is None or not watch.holds():
             self.clear()
             return None
-        return recording.start(x)
+        return start(x)
 
-    def recorder(self, layer: nn.Module, x: Tensor) -> Record | None:
+    def recorder(self, layer: nn.Module, x: Tensor) -> Recorder | None:
         """What takes note of the layer's call on x, None where such a call is planned each time."""
         kind = _kind(x)
-        return None if kind is None else functools.partial(self._record, layer, kind, x.stride(1) != 1)
+        return None if kind is None else Recorder(self, layer, kind, x.stride(1) != 1)
 
-    def _record(
-        self,
-        layer: nn.Module,
-        kind: Hashable,
-        is_converted: bool,
-        x: Tensor,
-        v: Tensor,
-        packed: Packed,
-        steps: Sequence[Step],
-        started: Sequence[Any],
-    ) -> None:
-        recording = _recording(is_converted, x, v, packed, steps, started)
-        if recording is None:
-            return
+    def add(self, layer: nn.Module, kind: Hashable, start: Callable[[Tensor], Tensor]) -> None:
+        """Take `start` for the layer's calls of a kind."""
         watch = self._watch
         if watch is None or not watch.holds() or len(self._recordings) == MAX_RECORDINGS:
             self.clear()
             self._watch = watch = Watch(layer)
         if watch.is_possible:
-            self._recordings[kind] = recording
+            self._recordings[kind] = start
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replays:
         return Replays()
@@ -97,8 +82,29 @@ class Replays:
         return Replays, ()
 
 
+class Recorder(NamedTuple):
+    """Takes note of one call of a layer."""
+
+    replays: Replays
+    layer: nn.Module
+    kind: Hashable
+    is_converted: bool
+
+    def record_function(self, compute: Callable[[Tensor], Tensor]) -> None:
+        """The call computed this, and may compute it again."""
+        self.replays.add(self.layer, self.kind, compute)
+
+    def record_launches(
+        self, x: Tensor, v: Tensor, packed: Packed, steps: Sequence[Step], started: Sequence[Any]
+    ) -> None:
+        """The call has run: x with adjacent channels, v, the packed parameters, the steps, what each gave."""
+        recording = _recording(self.is_converted, x, v, packed, steps, started)
+        if recording is not None:
+            self.replays.add(self.layer, self.kind, recording.start)
+
+
 def _kind(x: Any) -> Hashable | None:
-    """What the launches of a call depend on besides the layer, None where it must be planned each time."""
+    """What a call depends on besides the layer, None where it must be planned each time."""
     # First of all: Dynamo, which would trace the rest, leaves here.
     if tracing_reason("replays"):
         return None
@@ -108,11 +114,14 @@ def _kind(x: Any) -> Hashable | None:
     # Autocast does not know the meta device, on which there is nothing to start.
     if device.type == "meta" or torch.is_autocast_enabled(device.type):
         return None
-    stream = 0
-    if device.type == "cuda":
+    # A GPU's stream; a CPU's number of threads, by which a batch is computed in parts.
+    executor = 0
+    if device.type == "cpu":
+        executor = torch.get_num_threads()
+    elif device.type == "cuda":
         if torch.cuda.current_device() != device.index or torch.cuda.is_current_stream_capturing():
             return None
-        stream = torch.cuda.current_stream(device).cuda_stream
+        executor = torch.cuda.current_stream(device).cuda_stream
     dtype = x.dtype
     return (
         x.shape,
@@ -120,7 +129,7 @@ def _kind(x: Any) -> Hashable | None:
         dtype,
         device,
         x.data_ptr() % 16,
-        stream,
+        executor,
         current_backend(),
         current_schedule(),
         dtype is torch.float32 and allows_tf32(),

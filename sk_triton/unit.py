@@ -45,9 +45,9 @@ class SKUnit(nn.Module):
         v = self._replays.run(x)
         if v is not None:
             return v
-        record = self._replays.recorder(self, x)
+        recorder = self._replays.recorder(self, x)
         return functional.sk_conv(
-            x, self.branches(), self.gate(), self.spec, cache=self._cache, record=record, save=self.save
+            x, self.branches(), self.gate(), self.spec, cache=self._cache, recorder=recorder, save=self.save
         )
 
     def fuse(self: Unit) -> Unit:

@@ -28,7 +28,6 @@ from sk_triton import (
     use_backend,
 )
 from sk_triton.cpu_merging import window_sums
-from sk_triton.schedules import cpu_folded, cpu_merged
 
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import random_unit, sizes, specs
@@ -197,9 +196,16 @@ def paper_layer(channels=16, **kwargs):
 def ran(monkeypatch):
     """The schedules that ran, in order."""
     names = []
-    for module in (cpu_folded, cpu_merged):
-        run, name = module.run, module.__name__.rpartition("_")[2]
-        monkeypatch.setattr(module, "run", lambda *args, run=run, name=name: names.append(name) or run(*args))
+
+    def noting(name, prepare):
+        def prepare_noted(*args):
+            compute = prepare(*args)
+            return lambda x: names.append(name) or compute(x)
+
+        return prepare_noted
+
+    for name, prepare in dispatch._CPU_PREPARE.items():
+        monkeypatch.setitem(dispatch._CPU_PREPARE, name, noting(name, prepare))
     return names
 
 
@@ -263,6 +269,39 @@ def test_compiled_and_transformed_layers_take_the_reference(monkeypatch):
         torch.testing.assert_close(compiled(x), expected)
         torch.testing.assert_close(torch.vmap(layer)(x[None])[0], expected)
     assert names == []
+
+
+def test_a_second_call_is_not_planned_again(monkeypatch):
+    layer, x = paper_layer(), torch.randn(2, 16, 5, 4)
+    linear, large = SKConv(32, M=2, G=8, r=2).eval(), torch.randn(4, 32, 96, 96)
+    with torch.no_grad():
+        layer(x), linear(large)
+
+        def choose(*args, **kwargs):
+            raise AssertionError("planned again")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(dispatch, "choose", choose)
+            other, other_large = torch.randn_like(x), torch.randn_like(large)
+            found = layer(other), linear(other_large)
+        with use_backend("reference"):
+            assert_same(found[0], layer(other))
+            assert_same(found[1], linear(other_large))
+            layer.paths[1].conv.weight.mul_(2)
+            changed = layer(other)
+        assert_same(layer(other), changed)
+
+
+def test_another_number_of_threads_is_planned_again(monkeypatch):
+    layer, x = paper_layer(), torch.randn(2, 16, 5, 4)
+    with torch.no_grad():
+        layer(x)
+        names = ran(monkeypatch)
+        layer(x)
+        assert names == []
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+        layer(x)
+    assert names == ["folded"]
 
 
 def test_large_images_merge_and_small_ones_do_not():

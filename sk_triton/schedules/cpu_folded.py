@@ -6,35 +6,43 @@ same memory again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..folding import FoldedUnit, attend, fold_unit, sum_dtype
-from ..layout import memory_format
 from ..packing import PackCache
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec
 
 
-def run(
-    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
-) -> Tensor:
-    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
-    out_format = memory_format(x)
+def prepare(
+    plan: Plan,
+    out_format: torch.memory_format,
+    branches: Sequence[Branch],
+    gate: Gate,
+    spec: SKSpec,
+    cache: PackCache | None,
+) -> Callable[[Tensor], Tensor]:
+    """What computes the unit's output from inputs in a memory format, as :func:`sk_triton.functional.sk_conv` does."""
     unit = fold_unit(branches, gate, plan.dtype, out_format, cache)
-    n, step = x.shape[0], plan.samples
-    if step >= n:
+    return functools.partial(_run, unit, spec, plan.samples, out_format)
+
+
+def _run(unit: FoldedUnit, spec: SKSpec, samples: int, out_format: torch.memory_format, x: Tensor) -> Tensor:
+    n = x.shape[0]
+    if samples >= n:
         us, a = _split_and_fuse(x, unit, spec)
         return _select(us, a, out=us[-1]).contiguous(memory_format=out_format)
     size = (n, spec.out_channels, *spec.output_size(*x.shape[2:]))
-    v = torch.empty(size, dtype=plan.dtype, device=x.device, memory_format=out_format)
-    for start in range(0, n, step):
-        us, a = _split_and_fuse(x[start : start + step], unit, spec)
-        _select(us, a, out=v[start : start + step])
+    v = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=out_format)
+    for start in range(0, n, samples):
+        us, a = _split_and_fuse(x[start : start + samples], unit, spec)
+        _select(us, a, out=v[start : start + samples])
     return v
 
 
@@ -45,11 +53,12 @@ def _split_and_fuse(x: Tensor, unit: FoldedUnit, spec: SKSpec) -> tuple[list[Ten
     for x_m, weight, bias, branch in zip(xs, unit.weights, unit.biases, spec.branches, strict=True):
         u = F.conv2d(x_m, weight, bias, spec.stride, branch.padding, branch.dilation, branch.groups)
         us.append(u.relu_() if spec.branch_act == "relu" else u)
-    # The mean of a sum is the sum of the means: no sum of the branches is written.
+    # Each branch is summed by itself: no sum of the branches is written.
     dtype = sum_dtype(x.dtype)
-    s = us[0].mean((2, 3), dtype=dtype)
+    s = us[0].sum((2, 3), dtype=dtype)
     for u in us[1:]:
-        s += u.mean((2, 3), dtype=dtype)
+        s += u.sum((2, 3), dtype=dtype)
+    s /= us[0].shape[2] * us[0].shape[3]
     a = attend(s, unit.gate, spec.gate_act == "relu").to(x.dtype)
     return us, list(a[..., None, None].unbind(1))
 

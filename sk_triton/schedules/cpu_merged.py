@@ -5,28 +5,32 @@ The gate is known before any branch is computed (:mod:`..cpu_merging`).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..cpu_merging import MergedKernels, convolve, merge, pooled, window_sums
 from ..folding import FoldedGate, attend, fold_unit, sum_dtype
-from ..layout import memory_format
 from ..packing import PackCache, remember
 from ..params import Branch, Gate
 from ..plan import Plan
-from ..spec import SKSpec
+from ..spec import BranchSpec, SKSpec
 
 
-def run(
-    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
-) -> Tensor:
-    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
+def prepare(
+    plan: Plan,
+    out_format: torch.memory_format,
+    branches: Sequence[Branch],
+    gate: Gate,
+    spec: SKSpec,
+    cache: PackCache | None,
+) -> Callable[[Tensor], Tensor]:
+    """What computes the unit's output from inputs in a memory format, as :func:`sk_triton.functional.sk_conv` does."""
     merged = plan.merged
     assert merged is not None
-    out_format = memory_format(x)
 
     @torch.no_grad()
     def build() -> tuple[MergedKernels, FoldedGate]:
@@ -34,7 +38,12 @@ def run(
         return merge(unit.weights, unit.biases, spec, merged, out_format), unit.gate
 
     kernels, affine = remember(cache, ("merged", plan.dtype, merged, out_format), branches, gate, build)
-    sums = window_sums(x, merged, spec.stride)
-    s = pooled(sums, kernels, math.prod(spec.output_size(*x.shape[2:])))
-    a = attend(s, affine, spec.gate_act == "relu")
-    return convolve(x, a, kernels, spec, merged, plan.samples)
+    return functools.partial(_run, kernels, affine, spec, merged, plan.samples)
+
+
+def _run(
+    kernels: MergedKernels, gate: FoldedGate, spec: SKSpec, merged: BranchSpec, samples: int, x: Tensor
+) -> Tensor:
+    s = pooled(window_sums(x, merged, spec.stride), kernels, math.prod(spec.output_size(*x.shape[2:])))
+    a = attend(s, gate, spec.gate_act == "relu")
+    return convolve(x, a, kernels, spec, merged, samples)

@@ -17,15 +17,12 @@ from torch.autograd.function import once_differentiable
 from ..cpu_gate import RecordedGate, affine_gate
 from ..folding import sum_dtype
 from ..layout import memory_format
-from ..packing import PackCache
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec
 
 
-def run(
-    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
-) -> Tensor:
+def run(plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
     out_format = memory_format(x)
     # PyTorch's convolution would convert weights to the format of its input in both passes.

@@ -30,15 +30,12 @@ from ..cpu_merging import (
     window_sums,
 )
 from ..layout import memory_format
-from ..packing import PackCache
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import BranchSpec, SKSpec
 
 
-def run(
-    plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, cache: PackCache | None
-) -> Tensor:
+def run(plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
     weights = [branch.weight.to(plan.dtype) for branch in branches]
     biases = [None if branch.bias is None else branch.bias.to(plan.dtype) for branch in branches]
