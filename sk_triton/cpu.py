@@ -27,22 +27,25 @@ class _Costs(NamedTuple):
     """What merging trades, in multiply-adds of oneDNN's convolution.
 
     Fitted to times of both schedules on an AMD EPYC (Zen 4), two threads, batch 8, float32, over 4 to 32 channels per
-    group, 14 to 56 pixels a side and three sets of branches.
+    group, 32 groups, 14 to 56 pixels a side, NCHW and channels_last.
 
     Attributes:
+        convolutions: how often a product is computed: once, or for the output and both gradients.
         branch_output: an output of one branch, its products aside: stored, reordered, pooled, selected.
-        merged_output: an output of the merged convolution, and its share of the input's sums and of a copy.
+        merged_output: an output of the merged convolution, and its share of the input's sums and of copies.
         weight: a weight of a sample's own kernel: built, reordered, read.
+        call: the small operators around a merged convolution; those of its gate cost twice as much.
     """
 
+    convolutions: int
     branch_output: int
     merged_output: int
     weight: int
+    call: int
 
 
-_COSTS = {False: _Costs(250, 390, 145), True: _Costs(140, 270, 50)}  # by whether the input is channels_last
-# The small operators around a merged convolution; those of its gate cost twice as much.
-_MERGED_CALL_COST = 15_000_000
+_INFERENCE_COSTS = _Costs(1, 85, 90, 90, 15_000_000)
+_TRAINING_COSTS = _Costs(3, 300, 400, 650, 30_000_000)
 _SCHEDULES = "the CPU's schedules"
 _NOT_TRITON = ("triton", 'x is on "cpu", where "auto" takes PyTorch\'s operators')
 
@@ -102,10 +105,11 @@ def _plan(
     if is_training and not not_merged and dtype.itemsize < 4:
         not_merged = f"gradients of each sample's own kernels would be rounded to {dtype}"
     if not not_merged:
-        pays, balance = _merge_balance(spec, n, h, w, is_channels_last)
+        # Samples lie side by side along the channels in NCHW only.
+        samples = 1 if is_channels_last else part_samples
+        costs = _TRAINING_COSTS if is_training else _INFERENCE_COSTS
+        pays, balance = _merge_balance(spec, n, h, w, math.ceil(n / max(1, samples)), costs)
         if pays:
-            # Samples lie side by side along the channels in NCHW only.
-            samples = 1 if is_channels_last else part_samples
             return Plan(
                 "torch",
                 names[1],
@@ -160,19 +164,17 @@ def merged_branch(spec: SKSpec) -> BranchSpec:
     return BranchSpec(2 * reach // dilation + 1, dilation, spec.branches[0].groups)
 
 
-def _merge_balance(spec: SKSpec, n: int, h: int, w: int, is_channels_last: bool) -> tuple[bool, str]:
+def _merge_balance(spec: SKSpec, n: int, h: int, w: int, parts: int, costs: _Costs) -> tuple[bool, str]:
     """Whether merging is expected to pay for outputs ``[n, C, h, w]``, and the comparison in words.
 
     Merging computes one set of outputs in place of M, and the merged kernel's products in place of all the branches';
     in return it builds weights for each sample, which large images make up for.
     """
-    costs = _COSTS[is_channels_last]
     fan_in = spec.branch_in_channels // spec.branches[0].groups
     taps = merged_branch(spec).kernel_size ** 2
     branch_taps = sum(branch.kernel_size**2 for branch in spec.branches)
-    folded = spec.num_branches * costs.branch_output + fan_in * branch_taps
-    calls = 2 + (n if is_channels_last else 1)
-    merged = costs.merged_output + fan_in * taps * (1 + costs.weight / (h * w))
-    merged += calls * _MERGED_CALL_COST / max(1, n * spec.out_channels * h * w)
-    words = f"{folded:.0f} in branches, {merged:.0f} merged"
-    return merged < folded, f"predicted cost per output, in multiply-adds: {words}"
+    apart = spec.num_branches * costs.branch_output + costs.convolutions * fan_in * branch_taps
+    merged = costs.merged_output + fan_in * taps * (costs.convolutions + costs.weight / (h * w))
+    merged += (2 + parts) * costs.call / max(1, n * spec.out_channels * h * w)
+    words = f"{apart:.0f} in branches, {merged:.0f} merged"
+    return merged < apart, f"predicted cost per output, in multiply-adds: {words}"

@@ -105,22 +105,23 @@ def convolve(
         ``[N, C, H', W']`` in the dtype and memory format of x.
     """
     n, out_format = x.shape[0], memory_format(x)
+    biases = None if kernels.biases is None else (a * kernels.biases).sum(1).to(x.dtype)  # [N, C]
 
-    def convolve_part(x: Tensor, a: Tensor) -> Tensor:
-        n = x.shape[0]
-        weight = sample_weights(kernels.weights, a).to(x.dtype)
-        bias = None if kernels.biases is None else (a * kernels.biases).sum(1).flatten().to(x.dtype)
-        groups = n * merged.groups
-        v = F.conv2d(side_by_side(x), weight, bias, spec.stride, merged.padding, merged.dilation, groups)
-        return v.reshape(n, spec.out_channels, *v.shape[2:])
+    def convolve_part(part: slice) -> Tensor:
+        x_part = x[part]
+        weight = sample_weights(kernels.weights, a[part]).to(x.dtype)
+        bias = None if biases is None else biases[part].flatten()
+        groups = x_part.shape[0] * merged.groups
+        v = F.conv2d(side_by_side(x_part), weight, bias, spec.stride, merged.padding, merged.dilation, groups)
+        return v.reshape(-1, spec.out_channels, *v.shape[2:])
 
     if samples >= n:
-        return convolve_part(x, a).contiguous(memory_format=out_format)
+        return convolve_part(slice(n)).contiguous(memory_format=out_format)
     size = (n, spec.out_channels, *spec.output_size(*x.shape[2:]))
     v = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=out_format)
     for start in range(0, n, samples):
         part = slice(start, start + samples)
-        v[part] = convolve_part(x[part], a[part])
+        v[part] = convolve_part(part)
     return v
 
 

@@ -71,9 +71,10 @@ class _MergedUnit(torch.autograd.Function):
         dv = dv.contiguous(memory_format=out_format)
         dx, dk = _convolve_bwd(dv, x, a, kernels, spec, merged, ctx.plan.samples, needs_dx=needs[0])
 
-        # By channel: attention weighs output channels.
+        # By channel, since attention weighs output channels; contiguous, or bmm copies channel by channel.
         weights = torch.stack([weight.reshape(c, -1) for weight in kernels.weights], dim=-1)  # [C, F, M]
-        dk_by_channel = dk.flatten(2).transpose(0, 1)  # [C, N, F]
+        dk_by_channel = dk.flatten(2).transpose(0, 1).contiguous()  # [C, N, F]
+        a_by_channel = a.permute(2, 1, 0).contiguous()  # [C, M, N]
         da = torch.bmm(dk_by_channel, weights).permute(1, 2, 0)  # [N, M, C]
         dv_sum = dv.sum((2, 3))
         if kernels.biases is not None:
@@ -82,8 +83,10 @@ class _MergedUnit(torch.autograd.Function):
         assert ds is not None
 
         g = (ds / math.prod(dv.shape[2:])).view(n, merged.groups, -1)
-        dw = torch.bmm(a.permute(2, 1, 0), dk_by_channel)  # [C, M, F]
-        dw += torch.bmm(g.permute(1, 2, 0), by_group(sums, kernels)).reshape(c, 1, -1)
+        dw = torch.bmm(a_by_channel, dk_by_channel)  # [C, M, F]
+        dw += torch.bmm(g.permute(1, 2, 0).contiguous(), by_group(sums, kernels).contiguous()).reshape(
+            c, 1, -1
+        )
         side = merged.kernel_size
         weight_grads = []
         for i, branch in enumerate(spec.branches):
