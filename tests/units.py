@@ -40,6 +40,13 @@ def specs(draw: st.DrawFn, acts: tuple[str, ...] = tuple(ACTS), linear: bool = F
     )
 
 
+# The classic class and the paper's unit, small.
+SEED = SKSpec(
+    16, 16, (BranchSpec(3, groups=4), BranchSpec(5, groups=4)), gate_width=4, branch_norm=False,
+    branch_bias=True, branch_act="identity",
+)  # fmt: skip
+PAPER = SKSpec(16, 16, (BranchSpec(3, 1, 4), BranchSpec(3, 2, 4)), gate_width=4)
+
 sizes = st.tuples(st.integers(1, 3), st.integers(1, 7), st.integers(1, 7))  # N, H, W
 
 
