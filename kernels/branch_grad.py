@@ -10,7 +10,7 @@ from .branch_grad_stream import branch_grad_stream_kernel
 from .branch_grad_wide import branch_grad_data_kernel, branch_grad_weight_kernel
 from .config import GradConfig, GradStreamConfig, GradWideConfig
 from .geometry import ConvShape, cdiv
-from .grad_geometry import HALO, PIXELS, can_run_grad, grad_blocks, grad_tiles, wide_halo
+from .grad_geometry import HALO, PIXELS, can_run_grad, grad_blocks, grad_tiles, is_paired, wide_halo
 from .launch import Launch
 
 # Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size.
@@ -78,7 +78,7 @@ def _stream(
         "DILATIONS": shape.dilations,
         "HALO": HALO,
         "IS_EVEN_H": h % config.RUN_H == 0,
-        "IS_PAIRED": shape.c_in == shape.c_out and 4 % (shape.c_in // shape.groups) == 0,
+        "IS_PAIRED": is_paired(shape),
         "HAS_CHANNEL_MASK": not is_full,
         **_common(shape, config, (x, dv, y[0].permute(0, 3, 1, 2), dx), has_relu, terms),
         "GROUP_CI": shape.c_in // shape.groups,
@@ -100,7 +100,7 @@ def _wide(
     blocks = grad_blocks(shape, config)
     tiles_h, tiles_w = grad_tiles(config, h, width)
     halo = wide_halo(shape, width)
-    data_tiles_w = cdiv(width, PIXELS - 2 * halo)
+    data_tiles_h, data_tiles_w = cdiv(h, config.DATA_RUN_H), cdiv(width, PIXELS - 2 * halo)
     common = {
         **_common(shape, config, (x, dv, y[0].permute(0, 3, 1, 2), dx), has_relu, terms),
         "CHUNKS_CI": blocks.chunks_ci,
@@ -112,19 +112,20 @@ def _wide(
     pieces = blocks.count * blocks.chunks_ci
     data = _prepared(
         branch_grad_data_kernel,
-        (pieces, n * tiles_h * data_tiles_w),
+        (pieces, n * data_tiles_h * data_tiles_w),
         (
-            dv, y, w, terms, dx, h, width, shape.c_in, shape.c_out, tiles_h, data_tiles_w,
+            dv, y, w, terms, dx, h, width, shape.c_in, shape.c_out, data_tiles_h, data_tiles_w,
             dv.stride(0), dv.stride(2), dv.stride(3), y.stride(0), y.stride(1), y.stride(2), y.stride(3),
             dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3),
         ),
         common
         | {
+            "RUN_H": config.DATA_RUN_H,
             "KERNELS": shape.kernels,
             "DILATIONS": shape.dilations,
             "W_OFFSETS": tuple(offsets),
             "HALO": halo,
-            "IS_WHOLE_H": h <= config.RUN_H,
+            "IS_WHOLE_H": h <= config.DATA_RUN_H,
         },
         config,
         (blocks.chunks_co,) * len(shape.kernels),

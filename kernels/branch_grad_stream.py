@@ -10,7 +10,7 @@ and into the order that the data gradient wants. Derivation and counts: `kernels
 import triton
 import triton.language as tl
 
-from .grad_tiling import equal_to, load_terms, memory_rows, moved, replaced, row_gradient, transposed
+from .grad_tiling import load_terms, moved, replaced, row_gradient, transposed
 from .tiling import in_image_order, load_weight_operand, part_elements, widen
 
 # Columns of a product: runs of a tile, of two outputs each, the halo included.
@@ -19,8 +19,8 @@ BLOCK: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit
-def input_points(x_ptr, offs, mask, identity):
-    """The four points of every run, of channels 0 to 3 and 4 to 7: left operands `[16, RUNS]`.
+def input_points(x_ptr, offs, mask):
+    """The four points of every run, of channels 0 to 3 and 4 to 7: right operands `[16, RUNS]`.
 
     `offs` and `mask [RUNS, 32]`: columns (point, channel). Row r holds point `r // 2 % 4` of channel
     `r // 8 * 2 + r % 2`.
@@ -28,7 +28,7 @@ def input_points(x_ptr, offs, mask, identity):
     # A thread's 8 adjacent elements are (half of the channels, pair, parity): each half is a right operand.
     tile = tl.reshape(tl.load(x_ptr + offs, mask=mask, other=0.0), [RUNS, 4, 2, 2, 2])
     low, high = tl.split(tl.reshape(tl.permute(tile, (0, 3, 1, 4, 2)), [RUNS, 16, 2]))
-    return moved(identity, tl.trans(low)), moved(identity, tl.trans(high))
+    return tl.trans(low), tl.trans(high)
 
 
 @triton.jit
@@ -41,14 +41,15 @@ def halves(values):
 
 @triton.jit
 def branch_gradients(
-    x_ptr, dv_ptr, y_ptr, w_ptr, terms_ptr, dx, dw, x_first, y_first, x_start, x_end, y_end,
+    x_ptr, dv_ptr, y_ptr, w_ptr, moves_ptr, terms_ptr, dx, dw, x_first, y_first, x_start, x_end, y_end,
     H, W, CI_END, CO_END, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw,
     DILATION: tl.constexpr, RUN_H: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_PAIRED: tl.constexpr,
-    HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
+    HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, ROWS_AT_ONCE: tl.constexpr,
 ):  # fmt: skip
     """One branch's share of a tile: `dx`, a tuple of RUN_H accumulators `[16, RUNS]`, rows (position, input channel),
-    and `dw`, a tuple of accumulators, one per kernel row and half of the input channels: rows as `input_points`,
-    columns (half of the output channels, position, channel), of one half where IS_PAIRED: no group has both.
+    and `dw`, a tuple of accumulators `[16, BLOCK]`, one per kernel row and half of the input channels: rows as
+    `input_points`, columns (position, channel) of the same half of the output channels where IS_PAIRED (no group has
+    both halves), else output channels. ROWS_AT_ONCE rows of the gradient are in flight.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     entry = tl.arange(0, 16)
@@ -63,14 +64,11 @@ def branch_gradients(
         mask_read &= (channel < CO_END)[None, :]
     offs_dv = x_read * stride_dvw + channel[None, :]
     offs_y = x_read * stride_yw + channel[None, :]
-    # Rows of accumulators: (half of the channels, position, channel).
-    thread = memory_rows(16) // 4
-    to_accumulator = equal_to(entry, thread // 2 * 8 + thread % 2 * 4 + memory_rows(16) % 4, dtype)
-
-    # As computed: a thread has pixels of two channels.
-    co = entry // 8 * 4 + entry % 4
-    position = entry // 4 % 2
-    mask_co = co < CO_END
+    # As computed: a thread has pixels of two channels. Rows are (half of the channels, position, channel) where the
+    # halves of a block have weight gradients of their own, else (position, channel).
+    co = entry // 8 * 4 + entry % 4 if IS_PAIRED else entry % BLOCK
+    position = entry // 4 % 2 if IS_PAIRED else entry // BLOCK
+    mask_co = co < (CO_END if HAS_CHANNEL_MASK else BLOCK)
     x_dy = x_run[None, :] + (position * DILATION)[:, None]  # [16, RUNS]
     in_image = (x_dy >= 0) & (x_dy < W)
     terms = load_terms(terms_ptr, co, mask_co, in_image, HAS_RELU, HAS_NORM)
@@ -84,51 +82,75 @@ def branch_gradients(
         mask_in &= (ci < CI_END)[None, :]
     offs_x = x_in * stride_xw + ci[None, :]
 
-    own_runs = equal_to(run, run, dtype)
-    left_runs = equal_to(run, run + DILATION, dtype)
-    right_runs = equal_to(run, run - DILATION, dtype)
     for first in tl.static_range(min(DILATION, RUN_H)):
         # Every DILATION-th row: the gradient's row k is DILATION above the tile's own row k of them.
         dys = ()
-        for k in tl.static_range((RUN_H - 1 - first) // DILATION + 3):
-            y_row = y_first + first + (k - 1) * DILATION
-            rows = tl.full([1, 1], y_row, tl.int32)
-            is_row = (rows >= 0) & (rows < H)
-            mask = mask_read
-            if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
-                mask = mask_read & is_row
-            dy = row_gradient(
-                dv_ptr + y_row * stride_dvh + offs_dv, y_ptr + y_row * stride_yh + offs_y, mask, to_accumulator, terms,
-                HAS_RELU, HAS_NORM,
-            )  # fmt: skip
-            if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
-                dy *= is_row.to(tl.float32)
-            dy = dy.to(dtype)
-            columns = transposed(dy)
-            dys = dys + (halves(dy) if IS_PAIRED else (columns, columns),)
-            # What the data gradient reads: a run's own two points, and the two beyond it.
-            own = moved(own_runs, columns)
-            beyond = tl.where(
-                (position == 0)[None, :], tl.dot(right_runs, columns), tl.dot(left_runs, columns)
-            )
-            own, beyond = transposed(own), transposed(beyond.to(dtype))
-            for tap in tl.static_range(3):
-                if k - tap >= 0 and k - tap < (RUN_H - 1 - first) // DILATION + 1:
-                    acc = dx[first + (k - tap) * DILATION]
-                    acc = tl.dot(load_weight_operand(w_ptr + 2 * tap * 256, 16, 16), own, acc)
-                    acc = tl.dot(load_weight_operand(w_ptr + (2 * tap + 1) * 256, 16, 16), beyond, acc)
-                    dx = replaced(dx, first + (k - tap) * DILATION, acc)
-            if k >= 2:
-                y_in = y_first + first + (k - 2) * DILATION
-                low, high = input_points(
-                    x_ptr + y_in * stride_xh,
-                    offs_x,
-                    mask_in if IS_EVEN_H else mask_in & (tl.full([1, 1], y_in, tl.int32) < y_end),
-                    own_runs,
-                )
-                for ky in tl.static_range(3):
-                    dw = replaced(dw, 2 * ky, tl.dot(low, dys[k - ky][0], dw[2 * ky]))
-                    dw = replaced(dw, 2 * ky + 1, tl.dot(high, dys[k - ky][1], dw[2 * ky + 1]))
+        for _ in tl.static_range((RUN_H - 1 - first) // DILATION + 3):
+            dys = dys + (tl.zeros([16, RUNS], dtype),)
+        for start in tl.static_range(0, (RUN_H - 1 - first) // DILATION + 3, ROWS_AT_ONCE):
+            # A loop of one trip, or none where the tile's rows lie beyond the image: ptxas would lift the loads of all
+            # rows to the first of them, and spill. (Triton sends what an `if` returns through shared memory.)
+            trips = tl.minimum(y_end - (y_first + first + max(0, start - 2) * DILATION), 1)
+            for _ in tl.range(trips, disable_licm=True):
+                to_accumulator = load_weight_operand(moves_ptr, 16, 16)
+                own_runs = load_weight_operand(moves_ptr + 256, 16, 16)
+                left_runs = load_weight_operand(moves_ptr + DILATION * 512, 16, 16)
+                right_runs = load_weight_operand(moves_ptr + DILATION * 512 + 256, 16, 16)
+                for k in tl.static_range(
+                    start, min(start + ROWS_AT_ONCE, (RUN_H - 1 - first) // DILATION + 3)
+                ):
+                    rows = tl.full([1, 1], y_first + first + (k - 1) * DILATION, tl.int32)
+                    is_row = (rows >= 0) & (rows < H)
+                    mask = mask_read
+                    if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
+                        mask = mask_read & is_row
+                    dy = row_gradient(
+                        dv_ptr + (first + (k - 1) * DILATION) * stride_dvh + offs_dv,
+                        y_ptr + (first + (k - 1) * DILATION) * stride_yh + offs_y,
+                        mask, to_accumulator, terms, HAS_RELU, HAS_NORM,
+                    )  # fmt: skip
+                    if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
+                        dy *= is_row.to(tl.float32)
+                    dy = dy.to(dtype)
+                    dys = replaced(dys, k, dy)
+                    columns = transposed(dy)
+                    # What the data gradient reads: a run's own two points, and the two beyond it.
+                    own = moved(own_runs, columns)
+                    beyond = tl.where(
+                        (position == 0)[None, :], tl.dot(right_runs, columns), tl.dot(left_runs, columns)
+                    )
+                    own, beyond = transposed(own), transposed(beyond.to(dtype))
+                    for tap in tl.static_range(3):
+                        if k - tap >= 0 and k - tap < (RUN_H - 1 - first) // DILATION + 1:
+                            acc = dx[first + (k - tap) * DILATION]
+                            acc = tl.dot(load_weight_operand(w_ptr + 2 * tap * 256, 16, 16), own, acc)
+                            acc = tl.dot(
+                                load_weight_operand(w_ptr + (2 * tap + 1) * 256, 16, 16), beyond, acc
+                            )
+                            dx = replaced(dx, first + (k - tap) * DILATION, acc)
+                    if k >= 2:
+                        row = tl.full([1, 1], y_first + first + (k - 2) * DILATION, tl.int32)
+                        low, high = input_points(
+                            x_ptr + (first + (k - 2) * DILATION) * stride_xh,
+                            offs_x,
+                            mask_in if IS_EVEN_H else mask_in & (row < y_end),
+                        )
+                        # An accumulator holds every tap of a kernel row once per position; unpaired, points are shifted
+                        # so that both positions add to one.
+                        if not IS_PAIRED:
+                            next_point = load_weight_operand(moves_ptr + 6 * 256, 16, 16)
+                            low_next, high_next = moved(next_point, low), moved(next_point, high)
+                        low, high = moved(own_runs, low), moved(own_runs, high)
+                        for ky in tl.static_range(3):
+                            dy_low, dy_high = halves(dys[k - ky])
+                            if IS_PAIRED:
+                                dw = replaced(dw, 2 * ky, tl.dot(low, dy_low, dw[2 * ky]))
+                                dw = replaced(dw, 2 * ky + 1, tl.dot(high, dy_high, dw[2 * ky + 1]))
+                            else:
+                                acc = tl.dot(low, dy_low, dw[2 * ky])
+                                dw = replaced(dw, 2 * ky, tl.dot(low_next, dy_high, acc))
+                                acc = tl.dot(high, dy_low, dw[2 * ky + 1])
+                                dw = replaced(dw, 2 * ky + 1, tl.dot(high_next, dy_high, acc))
     return dx, dw
 
 
@@ -162,7 +184,6 @@ def branch_grad_stream_kernel(
     block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK.
     """
     OWN: tl.constexpr = 2 * RUNS - 2 * HALO
-    COLUMNS: tl.constexpr = 8 if IS_PAIRED else 16
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_dvn, stride_dvh, stride_dvw = widen(stride_dvn, stride_dvh, stride_dvw, IS_LARGE)
     stride_yn, stride_yh, stride_yw = widen(stride_yn, stride_yh, stride_yw, IS_LARGE)
@@ -173,6 +194,7 @@ def branch_grad_stream_kernel(
     co0 = block * CHANNELS_CO
     ci_end = tl.minimum(CHANNELS_CI, C_IN - ci0)
     co_end = tl.minimum(CHANNELS_CO, C_OUT - co0)
+    moves_ptr = w_ptr + tl.num_programs(0) * (M * 6 * 256)
     w_ptr += block * (M * 6 * 256)
     entry = tl.arange(0, 16)
     position = entry // BLOCK
@@ -181,12 +203,12 @@ def branch_grad_stream_kernel(
 
     dw = ()
     for _ in tl.static_range(6 * M):
-        dw = dw + (tl.zeros([16, COLUMNS], tl.float32),)
+        dw = dw + (tl.zeros([16, BLOCK], tl.float32),)
     # Tiles of an image column follow each other: rows that two of them read are still in the cache.
     n = (first_tile // (TILES_H * TILES_W)).to(tl.int64)
     x_start = first_tile // TILES_H % TILES_W * OWN
     y_first = first_tile % TILES_H * RUN_H
-    for _ in range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile)):
+    for _ in tl.range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile), disable_licm=True):
         x_first = x_start - HALO
         x_end = tl.minimum(x_start + OWN, W)
         y_end = tl.minimum(y_first + RUN_H, H)
@@ -199,14 +221,16 @@ def branch_grad_stream_kernel(
             for i in tl.static_range(6):
                 mine = mine + (dw[6 * m + i],)
             dx, mine = branch_gradients(
-                x_ptr + n * stride_xn + ci0,
-                dv_ptr + n * stride_dvn + co0,
-                y_ptr + m * stride_ym + n * stride_yn + co0,
+                x_ptr + n * stride_xn + ci0 + y_first * stride_xh,
+                dv_ptr + n * stride_dvn + co0 + y_first * stride_dvh,
+                y_ptr + m * stride_ym + n * stride_yn + co0 + y_first * stride_yh,
                 w_ptr + m * (6 * 256),
+                moves_ptr,
                 terms_ptr + ((n * M + m) * C_OUT + co0) * (6 if HAS_NORM else 2),
                 reordered(dx, DILATIONS[m]), mine, x_first, y_first, x_start, x_end, y_end,
                 H, W, ci_end, co_end, stride_xh, stride_xw, stride_dvh, stride_dvw, stride_yh, stride_yw,
                 DILATIONS[m], RUN_H, IS_EVEN_H, IS_PAIRED, HAS_RELU, HAS_NORM, HAS_CHANNEL_MASK,
+                2 if M > 1 else RUN_H + 2,  # one branch leaves registers enough for all
             )  # fmt: skip
             dx = reordered(dx, DILATIONS[m])
             added = added + mine
@@ -232,18 +256,23 @@ def branch_grad_stream_kernel(
         n += (x_start >= W).to(tl.int64)
         x_start = tl.where(x_start < W, x_start, 0)
 
-    # Every tap of a kernel row stands in its accumulators once per position: two summands, added in the second launch.
-    column = tl.arange(0, COLUMNS)
-    position = column // 4 % 2
-    kx = (entry // 2 % 4)[:, None] - position[None, :]  # [16, COLUMNS]
-    partial_ptr += ((tl.program_id(1) * 2 + position).to(tl.int64) * tl.num_programs(0) + block)[None, :] * (
-        M * 9 * BLOCK * GROUP_CI
-    )
+    column = tl.arange(0, BLOCK)
+    point = (entry // 2 % 4)[:, None]
+    if IS_PAIRED:
+        # Every tap of a kernel row stands in its accumulators once per position: two summands, added in the second
+        # launch.
+        position = column // 4
+        kx = point - position[None, :]  # [16, BLOCK]
+        summand = tl.program_id(1) * 2 + position
+    else:
+        kx = tl.broadcast_to(point, [16, BLOCK])
+        summand = tl.program_id(1) + tl.zeros([BLOCK], tl.int32)
+    partial_ptr += (summand.to(tl.int64) * tl.num_programs(0) + block)[None, :] * (M * 9 * BLOCK * GROUP_CI)
     for m in tl.static_range(M):
         for ky in tl.static_range(3):
             for half in tl.static_range(2):
                 ci = half * 4 + entry // 8 * 2 + entry % 2
-                co = (half if IS_PAIRED else column // 8) * 4 + column % 4
+                co = half * 4 + column % 4 if IS_PAIRED else column
                 mask = (kx >= 0) & (kx < 3) & (ci < CHANNELS_CI)[:, None] & (co < CHANNELS_CO)[None, :]
                 mask &= (ci // GROUP_CI)[:, None] == (co // GROUP_CO)[None, :]
                 offs = (((m * 3 + ky) * 3 + kx) * BLOCK + co[None, :]) * GROUP_CI + (ci % GROUP_CI)[:, None]

@@ -69,6 +69,8 @@ def branch_grad_data_kernel(
                 RUN_H if IS_WHOLE_H else RUN_H + KERNELS[m] // 2 * DILATIONS[m],
             ):
                 y_row = y_first + i
+                # Without it ptxas lifts the loads of all rows to the first of them, and spills.
+                tl.debug_barrier()
                 rows = tl.full([1, 1], y_row, tl.int32)
                 is_row = (rows >= 0) & (rows < H)
                 dy = row_gradient(

@@ -151,11 +151,12 @@ class GradStreamConfig:
 
 @dataclass(frozen=True)
 class GradWideConfig:
-    """`branch_grad_data_kernel` and `branch_grad_weight_kernel`: tiles of RUN_H rows x 16 pixels; for weights, a
-    program walks TILES_PER_PROGRAM."""
+    """`branch_grad_weight_kernel`: tiles of RUN_H rows x 16 pixels, of which a program walks TILES_PER_PROGRAM;
+    `branch_grad_data_kernel`: tiles of DATA_RUN_H rows x 16 pixels, one a program."""
 
     RUN_H: int
     TILES_PER_PROGRAM: int
+    DATA_RUN_H: int = 4
     num_warps: int = 1
     num_stages: int = 1
 

@@ -74,6 +74,11 @@ def grad_tiles(config: GradConfig, h: int, w: int) -> tuple[int, int]:
     return cdiv(h, config.RUN_H), cdiv(w, columns)
 
 
+def is_paired(shape: ConvShape) -> bool:
+    """Whether `branch_grad_stream` keeps weight gradients of either half of a channel block: no group has both."""
+    return shape.c_in == shape.c_out and 4 % (shape.c_in // shape.groups) == 0
+
+
 def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) -> tuple[int, ...]:
     """Shape of the fp32 workspace for `n` images of `h` x `w` pixels: summands, blocks of output channels, kernel taps
     of all branches, channels of a block, input channels of a group."""
@@ -81,7 +86,7 @@ def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) 
     strips = cdiv(n * tiles_h * tiles_w, config.TILES_PER_PROGRAM)
     blocks = grad_blocks(shape, config)
     taps = sum(k * k for k in shape.kernels)
-    summands = 2 * strips if isinstance(config, GradStreamConfig) else strips
+    summands = 2 * strips if isinstance(config, GradStreamConfig) and is_paired(shape) else strips
     return summands, blocks.count * blocks.chunks_co, taps, blocks.size, shape.c_in // shape.groups
 
 
@@ -91,16 +96,19 @@ def pack_grad_weights(
     """Pack `weights[m] [c_out, c_in / groups, k, k]` for `branch_grad` under `config`, rounded to `dtype`: transposed
     and rotated, each 16 x 16 matrix in the order of the tensor core's registers.
 
-    GradStreamConfig: `[blocks][M][3][2]` matrices of input `(o, ci)` and gradient `(half of co, h, co)`: of kernel row
-    ky, the weight of row `2 - ky` and column `o - j + 2`, where point j of a run is `1 + h` in the first matrix, and 3
-    and 0 in the second. GradWideConfig: `[blocks][pieces of ci][M][pieces of co][k][k]` matrices of input and output
-    channels.
+    GradStreamConfig: `[blocks][M][3][2]` matrices of input `(o, ci)` and gradient `(half of co, h, co)`, or `(h, co)`
+    unless `is_paired`: of kernel row ky, the weight of row `2 - ky` and column `o - j + 2`, where point j of a run is
+    `1 + h` in the first matrix, and 3 and 0 in the second; then the seven 0/1 matrices that move data between threads.
+    GradWideConfig: `[blocks][pieces of ci][M][pieces of co][k][k]` matrices of input and output channels.
     """
     packed = []
     for weight, kernel in zip(weights, shape.kernels, strict=True):
         index, is_empty = _gather_index(shape, config, kernel, weight.device)
         packed.append(weight.reshape(-1)[index].masked_fill_(is_empty, 0.0))
-    return torch.cat(packed, 1).to(dtype).reshape(-1)
+    entries = torch.cat(packed, 1).reshape(-1)
+    if isinstance(config, GradStreamConfig):
+        entries = torch.cat([entries, _moves(is_paired(shape), entries.device)])
+    return entries.to(dtype)
 
 
 @lru_cache(maxsize=256)
@@ -111,8 +119,11 @@ def _gather_index(
     blocks = grad_blocks(shape, config)
     pieces = blocks.count
     if isinstance(config, GradStreamConfig):
-        block, ky, part, o, ci, half, h, co = _axes((blocks.count, 3, 2, 2, 8, 2, 2, 4))
-        co = half * 4 + co
+        if is_paired(shape):
+            block, ky, part, o, ci, half, h, co = _axes((blocks.count, 3, 2, 2, 8, 2, 2, 4))
+            co = half * 4 + co
+        else:
+            block, ky, part, o, ci, h, co = _axes((blocks.count, 3, 2, 2, 8, 2, 8))
         kx = 2 + o - torch.where(part == 0, 1 + h, 3 * (1 - h))
     else:
         sizes = (blocks.count, blocks.chunks_ci, blocks.chunks_co, kernel, kernel, 16, 16)
@@ -127,12 +138,34 @@ def _gather_index(
     mask = mask & (ci // group_ci == co // group_co)
     index = (((group * group_co + co % group_co) * group_ci + ci % group_ci) * kernel + ky) * kernel + kx
 
-    def by_register(table: torch.Tensor) -> torch.Tensor:
-        # (row half, row, column half, thread, parity) of each matrix, in the order of a thread's registers.
-        matrices = table.reshape(pieces, -1, 2, 8, 2, 4, 2).permute(0, 1, 3, 5, 4, 2, 6)
-        return matrices.reshape(pieces, -1).to(device)
+    tables = torch.where(mask, index, 0), ~mask.expand_as(index)
+    index, is_empty = (_by_register(table).reshape(pieces, -1).to(device) for table in tables)
+    return index, is_empty
 
-    return by_register(torch.where(mask, index, 0)), by_register(~mask.expand_as(index))
+
+def _by_register(matrices: torch.Tensor) -> torch.Tensor:
+    """Entries of `matrices [..., 16, 16]` (flat, or in that shape) in the order of a thread's registers."""
+    # (row half, row, column half, thread, parity)
+    return matrices.reshape(-1, 2, 8, 2, 4, 2).permute(0, 2, 4, 3, 1, 5)
+
+
+@lru_cache(maxsize=64)
+def _moves(pairs_halves: bool, device: torch.device) -> torch.Tensor:
+    """What `branch_grad_stream` multiplies with to move data, flat: the order of memory to that of accumulators; the
+    identity; runs shifted by a dilation of 1 to the right and to the left, and of 2; the next point of every run.
+    """
+    entry = torch.arange(16, device="cpu")
+    read = entry // 2 % 4 * 4 + entry // 8 * 2 + entry % 2
+    half, position, channel = read // 8, read // 4 % 2, read % 4
+    # Rows of accumulators are (half of the channels, position, channel) or (position, channel).
+    row = half * 8 + position * 4 + channel if pairs_halves else position * 8 + half * 4 + channel
+    next_point = torch.where(entry // 2 % 4 < 3, entry + 2, -1)
+    sources = [(entry, row), (entry, entry)]
+    for dilation in (1, 2):
+        sources += [(entry, entry + dilation), (entry, entry - dilation)]
+    sources.append((next_point, entry))
+    matrices = torch.stack([rows[:, None] == columns for rows, columns in sources])
+    return _by_register(matrices).reshape(-1).to(device, torch.float32)
 
 
 def _axes(sizes: tuple[int, ...]) -> list[torch.Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from .chips import Chip
@@ -18,7 +20,7 @@ def grad_config(
     shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip
 ) -> GradConfig | None:
     """Config for the gradients of `shape` on `n` images of `h` x `w` pixels; None where `can_run_grad` refuses all."""
-    candidates: tuple[GradConfig, ...] = (GradStreamConfig(4, 1), GradWideConfig(4, 1))
+    candidates: tuple[GradConfig, ...] = (GradStreamConfig(4, 1), GradWideConfig(4, 1, _data_rows(shape, h)))
     for config in candidates:
         if can_run_grad(shape, dtype, config, w) is None:
             blocks = grad_blocks(shape, config)
@@ -26,5 +28,16 @@ def grad_config(
             pieces = blocks.count * blocks.chunks_ci * blocks.chunks_co
             programs = STREAM_PROGRAMS if isinstance(config, GradStreamConfig) else WIDE_PROGRAMS
             strips = max(1, programs * chip.processors // pieces)
-            return type(config)(config.RUN_H, cdiv(n * tiles_h * tiles_w, strips))
+            return replace(config, TILES_PER_PROGRAM=cdiv(n * tiles_h * tiles_w, strips))
     return None
+
+
+def _data_rows(shape: ConvShape, h: int) -> int:
+    """Rows of a tile of the wide data gradients: as many as no chip spills at, and as waste least beyond `h` rows."""
+    blocks = grad_blocks(shape, GradWideConfig(4, 1))
+    if blocks.chunks_co > 1:
+        return 2
+    if set(shape.kernels) != {3} or blocks.ci < blocks.size or blocks.co < blocks.size:
+        return 4
+    halo = max(shape.dilations)
+    return min((7, 4), key=lambda rows: cdiv(h, rows) * (rows + 2 * halo))
