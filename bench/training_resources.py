@@ -28,13 +28,15 @@ def launches(case: Case, target: str) -> list[Launch]:
     return list(different.values())
 
 
-def measure(case: Case, target: str) -> list[Row]:
+def measure(case: Case, target: str, kernels: str = "") -> list[Row]:
     """Compiles the kernels of a case's training steps for `target` and reads what they use; `per_output` is by element
-    of all branches."""
+    of all branches. `kernels`: how the names of those wanted begin."""
     from .compile import compile_launch
 
     height, width = case.spec.output_size(case.size, case.size)
     outputs = case.n * height * width * case.spec.out_channels * case.spec.num_branches
     return [
-        row_of(case, launch, compile_launch(launch, target), outputs) for launch in launches(case, target)
+        row_of(case, launch, compile_launch(launch, target), outputs)
+        for launch in launches(case, target)
+        if kernel_name(launch).startswith(kernels)
     ]

@@ -1,5 +1,7 @@
 """The kernels of training steps compiled for the chips that training is budgeted for."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,14 +15,21 @@ CHIPS = ["sm_80", "sm_90", "sm_100"]
 STAGES = [
     case for case in CASES if case.precision == "fp16" and case.name in ("stage 1", "stage 3", "stage 4")
 ]
-ONE_BRANCH = Case(
-    "stage 1, one branch", paper_unit(128, kernels=(3,), dilations=(1,)), 128, 56, torch.float16
-)
+# Whose gradients alone are compiled.
+GRADIENTS = [
+    *(case for case in CASES if case.precision == "fp16" and case.name in ("stage 2", "one branch")),
+    Case("2 channels per group", paper_unit(64), 128, 56, torch.float16),
+    Case("stage 2, one branch", paper_unit(256, kernels=(3,), dilations=(2,)), 128, 28, torch.float16),
+]
 
 
 @pytest.fixture(scope="module")
 def rows():
-    measured = resources.measure_all([*STAGES, ONE_BRANCH], CHIPS, 2, training_resources.measure)
+    gradients = partial(training_resources.measure, kernels="branch_grad")
+    measured = (
+        *resources.measure_all(STAGES, CHIPS, 2, training_resources.measure),
+        *resources.measure_all(GRADIENTS, CHIPS, 2, gradients),
+    )
     return [row for found in measured for row in found]
 
 
@@ -33,18 +42,19 @@ def test_every_product_takes_the_tensor_cores(rows):
     }
 
 
-def test_only_gradients_of_two_narrow_branches_and_data_gradients_of_wide_groups_spill(rows):
-    """By how much: kernels/README.md."""
-    spilling = {(row.case.name, row.kernel) for row in rows if row.resources.spills}
-    assert spilling <= {("stage 1", "branch_grad_stream"), ("stage 3", "branch_grad_data")}
+def test_no_kernel_spills(rows):
+    gradients = {row.case.name for row in rows if row.kernel.startswith("branch_grad")}
+    assert gradients >= {"stage 1", "stage 2", "stage 3", "one branch", "2 channels per group"}
+    spilling = {(row.case.name, row.kernel, row.resources.target) for row in rows if row.resources.spills}
+    assert not spilling
 
 
 def test_instructions_per_output_of_narrow_groups(rows):
     """Data and weight gradients together; 47 are what five passes over memory leave an H100 in stage 1."""
     case = "stage 1", "branch_grad_stream"
     counts = {row.resources.target: row.per_output for row in rows if (row.case.name, row.kernel) == case}
-    assert counts["sm_90"] <= 38
-    assert max(counts.values()) <= 40
+    assert counts["sm_90"] <= 40
+    assert max(counts.values()) <= 41
 
 
 def test_taking_moments_alone_costs_no_more_than_storing_too(rows):

@@ -32,6 +32,7 @@ CASES = {
     "stream, depthwise": (ConvShape(12, 12, 12, (3, 3), (1, 2)), GradStreamConfig(2, 1), 1, 3, 6),
     "wide, 16 channels per group": (ConvShape(32, 32, 2, (3, 3), (1, 2)), WIDE, 2, 4, 3),
     "wide, whole images": (ConvShape(16, 16, 1, (3, 3), (1, 2)), GradWideConfig(4, 2), 2, 4, 5),
+    "wide, data in higher tiles": (ConvShape(16, 16, 1, (3, 3), (1, 2)), GradWideConfig(2, 2, 5), 1, 6, 4),
     "wide, 32 channels per group": (ConvShape(32, 32, 1, (3,), (1,)), WIDE, 1, 2, 5),
     "wide, dense, more outputs": (ConvShape(20, 40, 1, (3,), (2,)), WIDE, 1, 2, 18),
     "wide, three branches": (ConvShape(16, 16, 4, (3, 5, 1), (1, 1, 1)), WIDE, 1, 4, 6),
