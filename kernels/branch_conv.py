@@ -10,7 +10,7 @@ from .branch_conv_depthwise import branch_conv_depthwise_fwd_kernel
 from .branch_conv_stream import branch_conv_stream_fwd_kernel
 from .branch_conv_tap import branch_conv_tap_fwd_kernel
 from .config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig
-from .geometry import Blocking, ConvShape, blocking, can_run, cdiv, column_runs, lattice, tiles
+from .geometry import Blocking, ConvShape, blocking, can_run, cdiv, column_runs, is_full, lattice, tiles
 from .launch import Launch
 
 # Columns of the product that pools a tile, one per position in a run: the fewest that Triton takes.
@@ -242,7 +242,7 @@ def shared_constexprs(
             # Pooling on the tensor core multiplies by 0 or 1: a NaN would reach the other samples of its tile, and
             # fp32 sums would be rounded to TF32.
             "POOL_BY_DOT": config.BLOCK_N == 1 and x.element_size() == 2,
-            "HAS_CHANNEL_MASK": not _is_full(shape, layout, config),
+            "HAS_CHANNEL_MASK": not is_full(shape, config),
             "PRECISION": "tf32" if allow_tf32 else "ieee",
         }
     return constexprs
@@ -275,12 +275,3 @@ def task_constexprs(
 
 def _even_rows(layout: Blocking, config: StreamConfig | TapConfig, w: int) -> tuple[bool, ...]:
     return tuple(w % (config.RUN_W * spacing) == 0 for spacing in layout.spacings)
-
-
-def _is_full(shape: ConvShape, layout: Blocking, config: StreamConfig | ColumnConfig | TapConfig) -> bool:
-    """Whether every channel block is full, so that channels need no mask."""
-    return (
-        layout.channels_ci == layout.chunks * config.BLOCK_CI
-        and layout.channels_co == layout.blocks_per_group * config.BLOCK_CO
-        and layout.blocks * layout.groups_per_block == layout.blocks_per_group * shape.groups
-    )

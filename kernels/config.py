@@ -120,7 +120,8 @@ class ResidentConfig:
     A gate item is GATE_CHANNELS channels, BLOCK_C at a time; it takes BLOCK_T tiles and BLOCK_S channels of the pooled
     sums at a time, and z of BLOCK_D entries as a whole. A program takes ITEMS_PER_TURN adjacent items at a time.
     GATE_LAG and SELECT_LAG: samples between a sample's pooling and its gate, its selection.
-    `programs_per_processor` run at once on each of a chip's `processors`.
+    `programs_per_processor` run at once on each of a chip's `processors`, with at most `maxnreg` registers a thread;
+    None leaves that to the compiler.
     """
 
     branch: StreamConfig | ColumnConfig
@@ -134,6 +135,7 @@ class ResidentConfig:
     ITEMS_PER_TURN: int
     programs_per_processor: int
     processors: int
+    maxnreg: int | None = None
 
 
 BranchConfig = StreamConfig | ColumnConfig | TapConfig | DepthwiseConfig

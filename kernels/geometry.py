@@ -129,6 +129,16 @@ def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
     )
 
 
+def is_full(shape: ConvShape, config: StreamConfig | ColumnConfig | TapConfig) -> bool:
+    """Whether every channel block is full, so that channels need no mask."""
+    layout = blocking(shape, config)
+    return (
+        layout.channels_ci == layout.chunks * config.BLOCK_CI
+        and layout.channels_co == layout.blocks_per_group * config.BLOCK_CO
+        and layout.blocks * layout.groups_per_block == layout.blocks_per_group * shape.groups
+    )
+
+
 def lattice(shape: ConvShape) -> tuple[int, ...]:
     """Pitch in input pixels of the points each branch reads: its dilation, or the stride for a 1x1 kernel."""
     return tuple(d if k > 1 else shape.stride for k, d in zip(shape.kernels, shape.dilations, strict=True))

@@ -264,6 +264,7 @@ def unit_resident_fwd(
             "num_warps": branch.num_warps,
             "num_stages": branch.num_stages,
             "launch_cooperative_grid": True,
+            "maxnreg": config.maxnreg,
         },
         kept=(attention, state),
     )

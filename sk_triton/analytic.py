@@ -31,6 +31,7 @@ from .kernels.geometry import (
     cdiv,
     column_run,
     column_runs,
+    is_full,
     next_power_of_2,
     row_run,
     tiles,
@@ -87,11 +88,10 @@ def branch_candidates(
     elif dtype == torch.float32:
         is_narrow = group <= 8 and kernel <= 3
         candidates = stream_candidates(shape, is_ieee, dtype, chip, task) if is_narrow else []
+    elif takes_columns(shape):
+        candidates = column_candidates(shape, h, chip, task)
     elif group <= 8 and kernel <= 5:
         candidates = stream_candidates(shape, is_ieee, dtype, chip, task)
-    elif group <= MAX_UNROLLED_CHANNELS and kernel <= 3 and triton_version() >= NARROW_PRODUCTS:
-        # Triton 3.4 does not compile the column formulation: its `min` of two constants is none.
-        candidates = column_candidates(shape, h, chip, task)
     else:
         candidates = []
     return [config for config in candidates if can_run(task, shape, config)]
@@ -148,6 +148,16 @@ def pooled_sums_config(n: int, pixels: int, c: int, chip: Chip) -> ReductionConf
 def shares_row(shape: ConvShape) -> bool:
     """Whether neighbouring outputs of a run read the same input pixels but one, so that runs along a row pay."""
     return all(step == 1 for step in blocking(shape, TapConfig(16, 16, 1, 1)).steps)
+
+
+def takes_columns(shape: ConvShape) -> bool:
+    """Whether branches of 16-bit activations go one kernel column at a time: those of wider groups, and those of narrow
+    ones without runs along a row, where streaming holds every kernel column's rows and spills."""
+    # Triton 3.4 does not compile the column formulation: its `min` of two constants is none.
+    if max(shape.kernels) > 3 or triton_version() < NARROW_PRODUCTS:
+        return False
+    group = max(shape.c_in, shape.c_out) // shape.groups
+    return group <= MAX_UNROLLED_CHANNELS and not (group <= 8 and shares_row(shape))
 
 
 def stream_candidates(
@@ -225,18 +235,19 @@ def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[B
             is_unrolled = registers <= UNROLLED_REGISTERS and chip.name not in SPILLING_CHIPS
             # The rows between those of a strided output are held as well, and pooling or selecting takes registers too.
             is_unrolled = is_unrolled and (shape.stride == 1 or task == "store")
-        candidates.append(
-            ColumnConfig(
-                BLOCK_CI=block,
-                BLOCK_CO=block,
-                BLOCK_N=block_n,
-                BLOCK_H=pixels // block_n // block_w,
-                BLOCK_W=block_w,
-                RUN_H=run_h,
-                ROWS=8 if not is_scarce and (is_unrolled or block == 32) else 4,
-                UNROLL=is_unrolled,
-            )
+        config = ColumnConfig(
+            BLOCK_CI=block,
+            BLOCK_CO=block,
+            BLOCK_N=block_n,
+            BLOCK_H=pixels // block_n // block_w,
+            BLOCK_W=block_w,
+            RUN_H=run_h,
+            ROWS=8 if not is_scarce and (is_unrolled or block == 32) else 4,
+            UNROLL=is_unrolled,
         )
+        if task == "select" and is_unrolled and not is_full(shape, config):
+            config = replace(config, ROWS=2)  # channel masks take the other rows' registers
+        candidates.append(config)
     return candidates
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from .analytic import branch_cost, column_candidates, stream_candidates
+from .analytic import branch_cost, column_candidates, stream_candidates, takes_columns
 from .chips import Chip
 from .kernels.config import BranchConfig, ColumnConfig, ResidentConfig, StreamConfig
 from .kernels.geometry import (
@@ -14,14 +14,21 @@ from .kernels.geometry import (
     can_run,
     cdiv,
     column_run,
+    is_full,
     next_power_of_2,
     resident_items,
     tiles,
 )
 from .workload import Workload
 
-# Chips whose compiler spills with longer column runs than 4 where one kernel pools and selects, by kernel.
-SPILLING_RESIDENT_CHIPS = {StreamConfig: ("sm_80",), ColumnConfig: ("sm_80", "sm_120")}
+# Chips whose compiler spills with longer column runs than 4 where one kernel pools and selects, and where channel masks
+# take registers besides.
+SPILLING_RESIDENT_CHIPS = ("sm_80",)
+SPILLING_MASKED_CHIPS = ("sm_80", "sm_86", "sm_89")
+# Chips whose compiler spills for the sake of more programs than run, unless it is told the registers that there are;
+# that of the others, told, hoists loads until it spills.
+UNCAPPED_CHIPS = ("sm_90", "sm_100", "sm_120")
+MAX_REGISTERS = 255
 # Widest descriptor of which a warp holds a block of weights.
 MAX_RESIDENT_DESCRIPTOR = 128
 # Share of L2 that may pass between two uses of the same data: halves of it keep copies of each other's.
@@ -34,15 +41,22 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     group = max(shape.c_in, shape.c_out) // shape.groups
     kernel = max(shape.kernels)
     candidates: list[BranchConfig] = []
+    if takes_columns(shape):
+        candidates = column_candidates(shape, h, chip, "select") if group <= 16 else []
     # Rows of 5x5 branches take more registers: they spill where columns must be short already.
-    if group <= 8 and kernel <= (3 if chip.name in SPILLING_RESIDENT_CHIPS[StreamConfig] else 5):
+    elif group <= 8 and kernel <= (3 if chip.name in SPILLING_RESIDENT_CHIPS else 5):
         candidates = stream_candidates(shape, False, workload.dtype, chip, "select")
-    elif group <= 16 and kernel <= 3:
-        candidates = column_candidates(shape, h, chip, "select")
     tiles_of_one: list[StreamConfig | ColumnConfig] = []
     for tile in candidates:
-        longest = 4 if has_short_columns(tile, chip) else 7
-        if tile.BLOCK_N > 1 or column_run(tile) > longest or not can_run("select", shape, tile):
+        is_short = has_short_columns(tile, shape, chip)
+        if (
+            tile.BLOCK_N > 1
+            or column_run(tile) > (4 if is_short else 7)
+            or not can_run("select", shape, tile)
+        ):
+            continue
+        # Of columns of two outputs ptxas spills some to need no more than 128 registers.
+        if is_short and isinstance(tile, ColumnConfig) and column_run(tile) < 4 <= h:
             continue
         # One channel block, no loop unrolled: the kernel holds both tasks' code.
         if isinstance(tile, StreamConfig):
@@ -71,6 +85,7 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
         ITEMS_PER_TURN=per_turn,
         programs_per_processor=per_processor,
         processors=chip.processors,
+        maxnreg=MAX_REGISTERS if chip.name in UNCAPPED_CHIPS else None,
     )
     in_flight = cdiv(per_processor * chip.processors * per_turn, resident_items(shape, config, h, w).step)
     if n <= in_flight:
@@ -85,9 +100,10 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     return replace(config, GATE_LAG=min(n, in_flight + 1), SELECT_LAG=min(n, 2 * in_flight + 1))
 
 
-def has_short_columns(config: BranchConfig, chip: Chip) -> bool:
+def has_short_columns(config: BranchConfig, shape: ConvShape, chip: Chip) -> bool:
     """Whether a kernel that pools and selects with `config` would spill on a chip if its columns were longer than 4."""
-    return chip.name in SPILLING_RESIDENT_CHIPS.get(type(config), ())
+    is_masked = isinstance(config, ColumnConfig) and not is_full(shape, config)
+    return chip.name in (SPILLING_MASKED_CHIPS if is_masked else SPILLING_RESIDENT_CHIPS)
 
 
 def resident_bytes(workload: Workload, config: ResidentConfig) -> int:

@@ -45,6 +45,9 @@ CASES = {
     "column, two samples per tile": (
         ConvShape(24, 24, 2, (3, 3), (1, 3)), ColumnConfig(16, 16, 1, 8, RUN_H=4, BLOCK_N=2), 3, 6, 9,
     ),
+    "column, several groups, stride 2": (
+        ConvShape(32, 32, 8, (3, 3), (1, 2), stride=2), ColumnConfig(16, 16, 2, 8, RUN_H=4), 2, 13, 17,
+    ),
     "column, stride 2": (ConvShape(20, 40, 2, (3, 1), (2, 1), stride=2), ColumnConfig(16, 32, 1, 16, RUN_H=3), 2, 9, 5),
     "column, split input": (
         ConvShape(32, 32, 2, (3, 3), (1, 2), is_split=True), ColumnConfig(16, 16, 2, 8, RUN_H=2), 1, 7, 5,
