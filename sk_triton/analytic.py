@@ -218,11 +218,15 @@ def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[B
     for run_h, pixels, block_n, block_w in product(
         (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), _pixel_counts(chip), (1, 2), (8, 16)
     ):
-        # Fewer than 256 elements of a row are less than a thread's 16-byte load each.
-        if block * pixels < 256 or block_n * block_w > pixels:
+        if block_n * block_w > pixels:
             continue
         registers = run_h * block * pixels // 32
         is_whole = run_h == h and shape.stride == 1 and pixels == block_n * block_w
+        # Fewer than 256 elements of a row are less than a thread's 16-byte load each: worth it only to select columns
+        # as high as the image, where no row is loaded twice and none is masked.
+        is_whole_selection = is_whole and task == "select" and chip.name not in SPILLING_CHIPS
+        if block * pixels < (128 if is_whole_selection else 256):
+            continue
         # A long column pays where it is the whole image; elsewhere the usual lengths do.
         most = COLUMN_REGISTERS[block, is_scarce or chip.name in SPILLING_CHIPS]
         if block == 32 and is_scarce and chip.name in SPILLING_CHIPS:
