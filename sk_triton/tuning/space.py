@@ -37,7 +37,7 @@ from ..kernels.merging import strips
 MAX_STRIP_PROGRAMS = 64
 # Tiles that a program of a gradient walks at most: 128 images of stage 1 are 28 per program in the analytic choice.
 MAX_GRAD_TILES = 256
-_TILE_FIELDS = ("BLOCK_N", "BLOCK_H", "BLOCK_W", "RUN_H")
+_TILE_FIELDS = ("BLOCK_N", "BLOCK_H", "BLOCK_W", "RUN_H", "DATA_RUN_H")
 
 
 def branch_configs(
@@ -183,6 +183,6 @@ def _family(config: Any) -> Any:
 
 
 def _distance(config: Any, other: Any) -> float:
-    """Doublings that lead from one config to another."""
-    pairs = zip(asdict(config).values(), asdict(other).values(), strict=True)
-    return sum(abs(math.log2(a / b)) for a, b in pairs)
+    """Doublings that lead from one config to another, in what both have."""
+    sizes, others = asdict(config), asdict(other)
+    return sum(abs(math.log2(size / others[name])) for name, size in sizes.items() if name in others)
