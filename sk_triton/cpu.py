@@ -16,7 +16,7 @@ from .plan import Plan
 from .reasons import state_reason, tracing_reason, unit_reason
 from .spec import BranchSpec, SKSpec
 
-# A batch whose branch takes no more than this is computed whole, and its first branch becomes the result in place. A
+# A batch whose branch takes no more than this is computed whole, and its last branch becomes the result in place. A
 # larger one would leave the caches between two steps, and the memory its branches take would go back to the system at
 # every call, to be mapped and cleared anew at the next: it is computed in parts.
 WHOLE_BYTES = 4 << 20
@@ -26,8 +26,8 @@ PART_BYTES_PER_THREAD = 1 << 20
 class _Costs(NamedTuple):
     """What merging trades, in multiply-adds of oneDNN's convolution.
 
-    Fitted to times of both schedules on an AMD EPYC (Zen 4), two threads, batch 8, float32, over 4 to 32 channels per
-    group, 32 groups, 14 to 56 pixels a side, NCHW and channels_last.
+    Fitted to times of "folded" and "merged", and of "train" and "train_merged", on an AMD EPYC (Zen 4), two threads,
+    batch 8, float32, over 4 to 32 channels per group, 32 groups, 14 to 56 pixels a side, NCHW and channels_last.
 
     Attributes:
         convolutions: how often a product is computed: once, or for the output and both gradients.
@@ -56,7 +56,7 @@ def reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> s
 
 
 def can_train(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> bool:
-    """Whether the CPU's schedule "train" can run the unit on `x`: linear branches, no norms at all."""
+    """Whether the CPU's training schedules can run the unit on `x`: linear branches, no norms at all."""
     reason = _call_reason(x, spec) or state_reason(x, branches, gate, _SCHEDULES, is_training=True)
     return spec.is_linear and not spec.gate_norm and not reason
 

@@ -1,8 +1,6 @@
-"""The gate of a unit without norms, differentiable, for the CPU's training schedules."""
+"""The gate of a unit without norms, with its gradients, for the CPU's training schedules."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,30 +19,20 @@ def affine_gate(gate: Gate, dtype: torch.dtype) -> FoldedGate:
     )
 
 
-class RecordedGate:
-    """A gate that has run and can be differentiated: its tensors are small, autograd does it.
+def attend_bwd(s: Tensor, gate: FoldedGate, has_relu: bool, da: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+    """Gradients of :func:`.folding.attend`, which runs once more: its tensors are small, autograd differentiates it.
 
     Args:
-        s: pooled features ``[N, C]``, without a graph.
-        gate: its maps, without a graph.
-        has_relu: whether a ReLU stands between them.
+        s, gate, has_relu: as there.
+        da: gradient of the attention, ``[N, M, C]``.
 
-    Attributes:
-        a: attention ``[N, M, C]``.
+    Returns:
+        ds as s, and the gradients of the gate's four tensors.
     """
-
-    def __init__(self, s: Tensor, gate: Sequence[Tensor | None], has_relu: bool) -> None:
-        with torch.enable_grad():
-            self._inputs = [_leaf(t) for t in (s, *gate)]
-            self._attention = attend(self._inputs[0], FoldedGate(*self._inputs[1:]), has_relu)
-        self.a = self._attention.detach()
-
-    def backward(self, da: Tensor) -> list[Tensor | None]:
-        """Gradients of s and of the four tensors of the gate, from that of the attention."""
-        sources = [t for t in self._inputs if t is not None]
-        found = iter(torch.autograd.grad(self._attention, sources, da, retain_graph=True))
-        return [None if t is None else next(found) for t in self._inputs]
-
-
-def _leaf(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().requires_grad_()
+    s = s.detach().requires_grad_()
+    leaves = [None if t is None else t.detach().requires_grad_() for t in gate]
+    with torch.enable_grad():
+        a = attend(s, FoldedGate(*leaves), has_relu)  # type: ignore[arg-type]
+    ds, *found = torch.autograd.grad(a, [s, *(t for t in leaves if t is not None)], da)
+    grads = iter(found)
+    return ds, [None if t is None else next(grads) for t in leaves]

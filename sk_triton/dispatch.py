@@ -120,9 +120,10 @@ def run(
         if plan.schedule in _CPU_TRAIN:
             return _CPU_TRAIN[plan.schedule](plan, x, branches, gate, spec)
         compute = _CPU_PREPARE[plan.schedule](plan, memory_format(x), branches, gate, spec, cache)
+        v = compute(x)
         if recorder is not None:
             recorder.record_function(compute)
-        return compute(x)
+        return v
     raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")
 
 

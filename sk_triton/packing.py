@@ -155,7 +155,7 @@ def remember(
     if cache is None:
         return build()
     epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
-    return cache.get((key, epsilons), _sources(branches, gate), build)
+    return cache.get((key, epsilons), sources(branches, gate), build)
 
 
 # The fields of a config that decide where a weight is packed; batch and image size only change the others.
@@ -294,19 +294,20 @@ def _pack_merged(
     )
 
 
-def _sources(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
-    sources = [gate.reduce_weight, *gate.select_weight]
+def sources(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
+    """Every tensor that a unit computes from."""
+    found = [gate.reduce_weight, *gate.select_weight]
     if gate.reduce_bias is not None:
-        sources.append(gate.reduce_bias)
+        found.append(gate.reduce_bias)
     if gate.select_bias is not None:
-        sources.extend(gate.select_bias)
-    sources.extend(_norm_sources(gate.norm))
+        found.extend(gate.select_bias)
+    found.extend(_norm_sources(gate.norm))
     for branch in branches:
-        sources.append(branch.weight)
+        found.append(branch.weight)
         if branch.bias is not None:
-            sources.append(branch.bias)
-        sources.extend(_norm_sources(branch.norm))
-    return sources
+            found.append(branch.bias)
+        found.extend(_norm_sources(branch.norm))
+    return found
 
 
 def _norm_sources(norm: Any) -> list[Tensor]:

@@ -55,7 +55,7 @@ class Plan:
 
     Attributes:
         backend, schedule: "triton" and "store", "recompute", "merged", "resident", "library" or "train"; "torch" and
-            "folded" or "merged"; or "reference" and "eager".
+            "folded", "merged", "train" or "train_merged"; or "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
@@ -69,7 +69,7 @@ class Plan:
         resident: config of the Triton schedule "resident", else None.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
         samples: how many samples pass through all steps of a schedule on the CPU together.
-        merged: the kernel that holds those of all branches, for the CPU's schedule "merged".
+        merged: the kernel that holds those of all branches, for the CPU's schedules "merged" and "train_merged".
     """
 
     backend: str

@@ -2,8 +2,8 @@
 
 The first call of a kind is checked, planned and run as any other, and recorded: on a CPU, the function that computed
 it; on a GPU, its compiled kernels, and which of their arguments point into the input, the output or a workspace. A
-later call of the same kind, on an unchanged layer, allocates the output and one workspace, and starts those kernels
-with the new addresses.
+later call of the same kind, on an unchanged layer, calls that function, or allocates the output and one workspace and
+starts those kernels with the new addresses.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .backend import current_backend, current_schedule
 from .kernels.launch import Launch
 from .layout import with_adjacent_channels
-from .packing import Packed
+from .packing import Packed, sources
 from .precision import allows_tf32
 from .reasons import tracing_reason
 from .tuning import cache
@@ -27,6 +27,7 @@ from .watch import Watch
 
 if TYPE_CHECKING:
     from .steps import Step  # imports Triton
+    from .unit import SKUnit
 
 # Recordings of a layer; one that meets more kinds of calls forgets them and begins again.
 MAX_RECORDINGS = 64
@@ -38,7 +39,8 @@ class Replays:
     """The recorded calls of one layer. A deep copy or a pickle is empty."""
 
     def __init__(self) -> None:
-        self._recordings: dict[Hashable, Callable[[Tensor], Tensor]] = {}
+        # Each with the watch that it holds under: another thread may have begun anew.
+        self._recordings: dict[Hashable, tuple[Watch, Callable[[Tensor], Tensor]]] = {}
         self._watch: Watch | None = None
 
     def clear(self) -> None:
@@ -51,29 +53,32 @@ class Replays:
         if not self._recordings:
             return None
         kind = _kind(x)
-        start = None if kind is None else self._recordings.get(kind)
-        if start is None:
+        recording = None if kind is None else self._recordings.get(kind)
+        if recording is None:
             return None
-        # Another thread may have cleared it.
-        watch = self._watch
-        if watch is None or not watch.holds():
+        watch, start = recording
+        if not watch.holds():
             self.clear()
             return None
         return start(x)
 
-    def recorder(self, layer: nn.Module, x: Tensor) -> Recorder | None:
+    def recorder(self, layer: SKUnit, x: Tensor) -> Recorder | None:
         """What takes note of the layer's call on x, None where such a call is planned each time."""
         kind = _kind(x)
         return None if kind is None else Recorder(self, layer, kind, x.stride(1) != 1)
 
-    def add(self, layer: nn.Module, kind: Hashable, start: Callable[[Tensor], Tensor]) -> None:
+    def add(self, layer: SKUnit, kind: Hashable, start: Callable[[Tensor], Tensor]) -> None:
         """Take `start` for the layer's calls of a kind."""
         watch = self._watch
         if watch is None or not watch.holds() or len(self._recordings) == MAX_RECORDINGS:
             self.clear()
             self._watch = watch = Watch(layer)
-        if watch.is_possible:
-            self._recordings[kind] = start
+        # A subclass may compute its branches from whatever it likes.
+        is_ours = all(
+            method.__module__.startswith(f"{__package__}.") for method in (layer.branches, layer.gate)
+        )
+        if watch.is_possible and is_ours and watch.covers(sources(layer.branches(), layer.gate())):
+            self._recordings[kind] = watch, start
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replays:
         return Replays()
@@ -86,7 +91,7 @@ class Recorder(NamedTuple):
     """Takes note of one call of a layer."""
 
     replays: Replays
-    layer: nn.Module
+    layer: SKUnit
     kind: Hashable
     is_converted: bool
 

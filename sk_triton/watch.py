@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -65,6 +65,11 @@ class Watch:
             )
         except RuntimeError:  # an inference tensor, or one of another device, has taken a parameter's place
             return False
+
+    def covers(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether all of them lie in the memory of watched parameters and buffers: a plain attribute does not."""
+        watched = {t.untyped_storage().data_ptr() for t in self._expected_tensors}
+        return all(t.untyped_storage().data_ptr() in watched for t in tensors)
 
     def _list_settings(self) -> list[Any]:
         return [get(m) for m, get in self._parts]

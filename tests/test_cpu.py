@@ -23,7 +23,7 @@ from sk_triton import (
 from sk_triton.cpu_merging import window_sums
 
 from .tolerances import assert_errs_like_eager, assert_same
-from .units import PAPER, SEED, random_unit, sizes, specs
+from .units import PAPER, SEED, mergeable, random_unit, sizes, specs
 
 ACTS = ("relu", "identity")
 formats = st.sampled_from([torch.contiguous_format, torch.channels_last])
@@ -69,13 +69,6 @@ def test_folded_is_the_reference(dtype, spec, size, seed, memory_format, samples
     x = torch.randn(size[0], spec.in_channels, *size[1:], dtype=dtype).contiguous(memory_format=memory_format)
     v = run(spec, x, branches, gate, "folded", samples)
     assert_same(v, reference.sk_conv(x, branches, gate, spec))
-
-
-def mergeable(spec):
-    """The spec with linear branches of the same groups and input."""
-    groups = spec.branches[0].groups
-    branches = tuple(dataclasses.replace(branch, groups=groups) for branch in spec.branches)
-    return dataclasses.replace(spec, branches=branches, split_input=False, branch_act="identity")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -121,6 +121,36 @@ def test_a_second_call_is_not_planned_again(monkeypatch):
         assert_same(layer(other), changed)
 
 
+def assigned(layer, conv):
+    """The layer with a weight that is neither parameter nor buffer, as hypernetworks assign it."""
+    weight = conv.weight.detach().clone()
+    del conv.weight
+    conv.weight = weight
+    return layer
+
+
+class Scaled(SelectiveKernel):
+    factor = 1.0
+
+    def branches(self):
+        return tuple(branch._replace(weight=branch.weight * self.factor) for branch in super().branches())
+
+
+def test_what_cannot_be_watched_is_planned_each_time():
+    x = torch.randn(2, 16, 5, 4)
+    layer = paper_layer()
+    layer = assigned(layer, layer.paths[0].conv)
+    scaled = Scaled(16, groups=4, split_input=False).eval()
+    with torch.no_grad():
+        layer(x), scaled(x)
+        layer.paths[0].conv.weight.mul_(3)
+        scaled.factor = 3.0
+        for changed in (layer, scaled):
+            with use_backend("reference"):
+                expected = changed(x)
+            assert_same(changed(x), expected)
+
+
 def test_another_number_of_threads_is_planned_again(monkeypatch):
     layer, x = paper_layer(), torch.randn(2, 16, 5, 4)
     with torch.no_grad():

@@ -1,11 +1,14 @@
 """The CPU's training schedules: gradients against float64, and what autograd expects of an operator."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, cpu, dispatch, explain, functional, use_backend
@@ -13,7 +16,9 @@ from sk_triton.cpu_merging import add_to_windows
 from sk_triton.params import Gate
 
 from .tolerances import assert_typical_errors_like_eager
-from .units import random_unit, sizes, specs
+from .units import SEED, mergeable, random_unit, sizes, specs
+
+formats = st.sampled_from([torch.contiguous_format, torch.channels_last])
 
 
 @pytest.fixture(params=["train", "train_merged"], autouse=True, scope="module")
@@ -70,21 +75,31 @@ def test_the_gradient_of_window_sums(memory_format):
 
 
 @settings(max_examples=25)
-@given(specs(acts=("identity",)), sizes)
-def test_any_linear_unit(spec, size):
-    assume(spec.is_linear and not spec.gate_norm)
+@given(specs(linear=True).map(mergeable), sizes, st.integers(1, 3), formats)
+def test_any_linear_unit(spec, size, samples, memory_format):
+    spec = dataclasses.replace(
+        spec, gate_norm=False, gate_act=spec.gate_act if spec.gate_act == "relu" else "identity"
+    )
     n, h, w = size
     branches, gate = random_unit(spec, torch.float64)
-    x = torch.randn(n, spec.in_channels, h, w, dtype=torch.float64)
+    x = torch.randn(n, spec.in_channels, h, w, dtype=torch.float64).contiguous(memory_format=memory_format)
     leaves = [x, *(b.weight for b in branches), gate.reduce_weight, *gate.select_weight]
-    leaves += [t for t in (*(b.bias for b in branches), gate.reduce_bias) if t is not None]
+    leaves += [
+        t for t in (*(b.bias for b in branches), gate.reduce_bias, *(gate.select_bias or ())) if t is not None
+    ]
     for leaf in leaves:
         leaf.requires_grad_()
     found = []
     for backend in ("torch", "reference"):
-        with use_backend(backend):
+        with use_backend(backend), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu, "_part_samples", lambda *args: samples)
+            cpu._plan.cache_clear()
             v = functional.sk_conv(x, branches, gate, spec)
-        found.append(torch.autograd.grad(v, leaves, torch.ones_like(v)))
+        found.append(
+            torch.autograd.grad(
+                v, leaves, torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(v.dtype)
+            )
+        )
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected)
 
@@ -101,15 +116,61 @@ def test_auto_takes_it_for_linear_units_and_says_why_not_for_others(schedule):
         normed(x)
 
 
-def test_gradients_that_nobody_wants_are_not_computed(monkeypatch):
+class Convolutions(TorchDispatchMode):
+    """Which gradients of convolutions were computed: (by x, by the weights)."""
+
+    def __init__(self):
+        super().__init__()
+        self.masks = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.convolution_backward.default:
+            self.masks.append(tuple(args[-1][:2]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_gradients_that_nobody_wants_are_not_computed():
     layer, x = SKConv(8, 2, 2, 2), torch.randn(2, 8, 5, 4)
     layer.convs[0].weight.requires_grad_(False)
-    layer(x).sum().backward()
+    with Convolutions() as found:
+        layer(x).sum().backward()
+    assert not any(by_x for by_x, _ in found.masks)
     assert layer.convs[0].weight.grad is None
     assert layer.convs[0].bias.grad is not None
     frozen = SKConv(8, 2, 2, 2).requires_grad_(False)
-    (dx,) = torch.autograd.grad(frozen(x.requires_grad_()).sum(), x)
+    with Convolutions() as found:
+        (dx,) = torch.autograd.grad(frozen(x.requires_grad_()).sum(), x)
+    assert any(by_x for by_x, _ in found.masks)
     assert dx.shape == x.shape
+
+
+def test_backward_under_autocast_computes_as_forward_did():
+    layer, x = SKConv(8, 2, 2, 2), torch.randn(2, 8, 5, 4)
+    expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+    v = layer(x).square().sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.autograd.grad(v, list(layer.parameters()))
+    for ours, plain in zip(found, expected, strict=True):
+        assert torch.equal(ours, plain)
+
+
+def test_a_single_output_channel(memory_format):
+    spec = dataclasses.replace(
+        SEED,
+        in_channels=4,
+        out_channels=1,
+        branches=(BranchSpec(3), BranchSpec(5)),
+        gate_width=2,
+        gate_norm=False,
+    )
+    branches, gate = random_unit(spec, torch.float64)
+    x = torch.randn(2, 4, 6, 5, dtype=torch.float64).contiguous(memory_format=memory_format)
+    leaves = [b.weight.requires_grad_() for b in branches]
+    found = []
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            found.append(torch.autograd.grad(functional.sk_conv(x, branches, gate, spec).sum(), leaves))
+    torch.testing.assert_close(*found)
 
 
 def test_a_second_backward_needs_and_honours_retain_graph():
@@ -143,8 +204,11 @@ def test_a_gate_parameter_changed_between_the_passes_is_noticed():
 def test_under_a_checkpoint(use_reentrant):
     layer, x = SKConv(8, 2, 2, 2), torch.randn(2, 8, 5, 4, requires_grad=True)
     expected = torch.autograd.grad(layer(x).sum(), [x, *layer.parameters()])
+    calls = []
+    layer.register_forward_pre_hook(lambda *args: calls.append(1))
     v = checkpoint(layer, x, use_reentrant=use_reentrant).sum()
     v.backward()
+    assert len(calls) == 2
     for grad, tensor in zip(expected, [x, *layer.parameters()], strict=True):
         torch.testing.assert_close(tensor.grad, grad)
 

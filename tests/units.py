@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -38,6 +39,13 @@ def specs(draw: st.DrawFn, acts: tuple[str, ...] = tuple(ACTS), linear: bool = F
         gate_act=draw(st.sampled_from(acts)),
         select_bias=draw(st.booleans()),
     )
+
+
+def mergeable(spec):
+    """The spec with linear branches of the same groups and input."""
+    groups = spec.branches[0].groups
+    branches = tuple(dataclasses.replace(branch, groups=groups) for branch in spec.branches)
+    return dataclasses.replace(spec, branches=branches, split_input=False, branch_act="identity")
 
 
 # The classic class and the paper's unit, small.

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..cpu_gate import RecordedGate, affine_gate
-from ..folding import sum_dtype
+from ..cpu_gate import affine_gate, attend_bwd
+from ..folding import FoldedGate, attend, sum_dtype
 from ..layout import memory_format
 from ..params import Branch, Gate
 from ..plan import Plan
@@ -50,50 +50,52 @@ class _LinearUnit(torch.autograd.Function):
         s = us[0].mean((2, 3), dtype=sums)
         for u in us[1:]:
             s += u.mean((2, 3), dtype=sums)
-        ctx.gate = RecordedGate(s, parameters[2 * m :], spec.gate_act == "relu")
-        a = ctx.gate.a.to(x.dtype)[..., None, None]
+        attention = attend(s, FoldedGate(*parameters[2 * m :]), spec.gate_act == "relu")  # type: ignore[arg-type]
+        a = attention.to(x.dtype)[..., None, None]
         v = us[0] * a[:, 0]
         for i in range(1, m):
             v.addcmul_(us[i], a[:, i])
         ctx.spec = spec
-        ctx.save_for_backward(x, *parameters[:m], *us)
+        ctx.save_for_backward(x, s, attention, *parameters[2 * m :], *parameters[:m], *us)
         return v.contiguous(memory_format=memory_format(x))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
-        spec: SKSpec = ctx.spec
-        m = spec.num_branches
-        needs = ctx.needs_input_grad
-        x, *rest = ctx.saved_tensors
-        weights, us = rest[:m], rest[m:]
-        sums = sum_dtype(dv.dtype)
-        scratch = torch.empty_like(us[0])
-        da = torch.stack(
-            [torch.mul(dv, u, out=scratch).sum((2, 3), dtype=sums) for u in us], dim=1
-        )  # [N, M, C]
-        ds, *gate_grads = ctx.gate.backward(da)
-        assert ds is not None
-        pixels = dv.shape[2] * dv.shape[3]
-        a = ctx.gate.a
-        g = (ds / pixels).to(dv.dtype)[..., None, None]
-        dv_sum = dv.sum((2, 3), dtype=sums)
-        dxs: list[Tensor] = []
-        weight_grads, bias_grads = [], []
-        for i, (x_i, weight, branch) in enumerate(zip(_inputs(x, spec), weights, spec.branches, strict=True)):
-            du = torch.addcmul(g, a[:, i, :, None, None].to(dv.dtype), dv, out=scratch)
-            dx_i, weight_grad, _ = torch.ops.aten.convolution_backward(
-                du, x_i, weight, None, [spec.stride] * 2, [branch.padding] * 2, [branch.dilation] * 2, False,
-                [0, 0], branch.groups, [needs[1], needs[2 + i], False],
-            )  # fmt: skip
-            weight_grads.append(weight_grad)
-            bias_grads.append((a[:, i] * dv_sum + ds).sum(0).to(dv.dtype) if needs[2 + m + i] else None)
-            if needs[1] and (spec.split_input or not dxs):
-                dxs.append(dx_i)
-            elif needs[1]:
-                dxs[0] += dx_i
-        dx = dxs[0] if len(dxs) == 1 else torch.cat(dxs, dim=1) if dxs else None
-        return None, dx, *weight_grads, *bias_grads, *gate_grads
+        # Autograd may run under an autocast that the forward pass did not.
+        with torch.autocast("cpu", enabled=False):
+            return _backward(ctx, dv)
+
+
+def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
+    spec: SKSpec = ctx.spec
+    m = spec.num_branches
+    needs = ctx.needs_input_grad
+    x, s, a, *rest = ctx.saved_tensors
+    gate, weights, us = FoldedGate(*rest[:4]), rest[4 : 4 + m], rest[4 + m :]
+    sums = sum_dtype(dv.dtype)
+    scratch = torch.empty_like(us[0])
+    da = torch.stack([torch.mul(dv, u, out=scratch).sum((2, 3), dtype=sums) for u in us], dim=1)  # [N, M, C]
+    ds, gate_grads = attend_bwd(s, gate, spec.gate_act == "relu", da)
+    pixels = dv.shape[2] * dv.shape[3]
+    g = (ds / pixels).to(dv.dtype)[..., None, None]
+    dv_sum = dv.sum((2, 3), dtype=sums)
+    dxs: list[Tensor] = []
+    weight_grads, bias_grads = [], []
+    for i, (x_i, weight, branch) in enumerate(zip(_inputs(x, spec), weights, spec.branches, strict=True)):
+        du = torch.addcmul(g, a[:, i, :, None, None].to(dv.dtype), dv, out=scratch)
+        dx_i, weight_grad, _ = torch.ops.aten.convolution_backward(
+            du, x_i, weight, None, [spec.stride] * 2, [branch.padding] * 2, [branch.dilation] * 2, False,
+            [0, 0], branch.groups, [needs[1], needs[2 + i], False],
+        )  # fmt: skip
+        weight_grads.append(weight_grad)
+        bias_grads.append((a[:, i] * dv_sum + ds).sum(0).to(dv.dtype) if needs[2 + m + i] else None)
+        if needs[1] and (spec.split_input or not dxs):
+            dxs.append(dx_i)
+        elif needs[1]:
+            dxs[0] += dx_i
+    dx = dxs[0] if len(dxs) == 1 else torch.cat(dxs, dim=1) if dxs else None
+    return None, dx, *weight_grads, *bias_grads, *gate_grads
 
 
 def _inputs(x: Tensor, spec: SKSpec) -> Sequence[Tensor]:

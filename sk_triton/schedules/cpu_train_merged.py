@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..cpu_gate import RecordedGate, affine_gate
+from ..cpu_gate import affine_gate, attend_bwd
 from ..cpu_merging import (
     MergedKernels,
     add_to_windows,
@@ -29,6 +29,7 @@ from ..cpu_merging import (
     taps_of,
     window_sums,
 )
+from ..folding import FoldedGate, attend
 from ..layout import memory_format
 from ..params import Branch, Gate
 from ..plan import Plan
@@ -53,51 +54,53 @@ class _MergedUnit(torch.autograd.Function):
         kernels = merge(weights, parameters[m : 2 * m], spec, merged, memory_format(x))
         sums = window_sums(x, merged, spec.stride)
         s = pooled(sums, kernels, math.prod(spec.output_size(*x.shape[2:])))
-        ctx.gate = RecordedGate(s, parameters[2 * m :], spec.gate_act == "relu")
+        a = attend(s, FoldedGate(*parameters[2 * m :]), spec.gate_act == "relu")  # type: ignore[arg-type]
         ctx.plan, ctx.spec, ctx.merged = plan, spec, merged
-        ctx.save_for_backward(x, sums, *parameters[: 2 * m])
-        return convolve(x, ctx.gate.a, kernels, spec, merged, plan.samples)
+        ctx.save_for_backward(x, sums, s, a, *parameters)
+        return convolve(x, a, kernels, spec, merged, plan.samples)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
-        spec, merged = ctx.spec, ctx.merged
-        m, c = spec.num_branches, spec.out_channels
-        needs = ctx.needs_input_grad[2:]
-        x, sums, *parameters = ctx.saved_tensors
-        n, out_format = x.shape[0], memory_format(x)
-        kernels = merge(parameters[:m], parameters[m:], spec, merged, out_format)
-        a = ctx.gate.a
-        dv = dv.contiguous(memory_format=out_format)
-        dx, dk = _convolve_bwd(dv, x, a, kernels, spec, merged, ctx.plan.samples, needs_dx=needs[0])
+        # Autograd may run under an autocast that the forward pass did not.
+        with torch.autocast("cpu", enabled=False):
+            return _backward(ctx, dv)
 
-        # By channel, since attention weighs output channels; contiguous, or bmm copies channel by channel.
-        weights = torch.stack([weight.reshape(c, -1) for weight in kernels.weights], dim=-1)  # [C, F, M]
-        dk_by_channel = dk.flatten(2).transpose(0, 1).contiguous()  # [C, N, F]
-        a_by_channel = a.permute(2, 1, 0).contiguous()  # [C, M, N]
-        da = torch.bmm(dk_by_channel, weights).permute(1, 2, 0)  # [N, M, C]
-        dv_sum = dv.sum((2, 3))
-        if kernels.biases is not None:
-            da = da + dv_sum[:, None] * kernels.biases
-        ds, *gate_grads = ctx.gate.backward(da)
-        assert ds is not None
 
-        g = (ds / math.prod(dv.shape[2:])).view(n, merged.groups, -1)
-        dw = torch.bmm(a_by_channel, dk_by_channel)  # [C, M, F]
-        dw += torch.bmm(g.permute(1, 2, 0).contiguous(), by_group(sums, kernels).contiguous()).reshape(
-            c, 1, -1
-        )
-        side = merged.kernel_size
-        weight_grads = []
-        for i, branch in enumerate(spec.branches):
-            taps = taps_of(branch, merged)
-            dw_i = dw[:, i].view(c, -1, side, side)[:, :, taps, taps]
-            weight_grads.append(dw_i.contiguous() if needs[1 + i] else None)
-        bias_grads = [(a[:, i] * dv_sum + ds).sum(0) if needs[1 + m + i] else None for i in range(m)]
-        if dx is not None:
-            sums_grad = torch.bmm(g.transpose(0, 1), kernels.total_weight).transpose(0, 1)
-            add_to_windows(dx, sums_grad.reshape(sums.shape), merged, spec.stride)
-        return None, None, dx, *weight_grads, *bias_grads, *gate_grads
+def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
+    spec, merged = ctx.spec, ctx.merged
+    m, c = spec.num_branches, spec.out_channels
+    needs = ctx.needs_input_grad[2:]
+    x, sums, s, a, *parameters = ctx.saved_tensors
+    n, out_format = x.shape[0], memory_format(x)
+    kernels = merge(parameters[:m], parameters[m : 2 * m], spec, merged, out_format)
+    dv = dv.contiguous(memory_format=out_format)
+    dx, dk = _convolve_bwd(dv, x, a, kernels, spec, merged, ctx.plan.samples, needs_dx=needs[0])
+
+    # By channel, since attention weighs output channels; contiguous, or bmm copies channel by channel.
+    weights = torch.stack([weight.reshape(c, -1) for weight in kernels.weights], dim=-1)  # [C, F, M]
+    dk_by_channel = dk.flatten(2).transpose(0, 1).contiguous()  # [C, N, F]
+    a_by_channel = a.permute(2, 1, 0).contiguous()  # [C, M, N]
+    da = torch.bmm(dk_by_channel, weights).permute(1, 2, 0)  # [N, M, C]
+    dv_sum = dv.sum((2, 3))
+    if kernels.biases is not None:
+        da = da + dv_sum[:, None] * kernels.biases
+    ds, gate_grads = attend_bwd(s, FoldedGate(*parameters[2 * m :]), spec.gate_act == "relu", da)
+
+    g = (ds / math.prod(dv.shape[2:])).view(n, merged.groups, -1)
+    dw = torch.bmm(a_by_channel, dk_by_channel)  # [C, M, F]
+    dw += torch.bmm(g.permute(1, 2, 0).contiguous(), by_group(sums, kernels).contiguous()).reshape(c, 1, -1)
+    side = merged.kernel_size
+    weight_grads = []
+    for i, branch in enumerate(spec.branches):
+        taps = taps_of(branch, merged)
+        dw_i = dw[:, i].view(c, -1, side, side)[:, :, taps, taps]
+        weight_grads.append(dw_i.contiguous() if needs[1 + i] else None)
+    bias_grads = [(a[:, i] * dv_sum + ds).sum(0) if needs[1 + m + i] else None for i in range(m)]
+    if dx is not None:
+        sums_grad = torch.bmm(g.transpose(0, 1), kernels.total_weight).transpose(0, 1)
+        add_to_windows(dx, sums_grad.reshape(sums.shape), merged, spec.stride)
+    return None, None, dx, *weight_grads, *bias_grads, *gate_grads
 
 
 def _convolve_bwd(
@@ -119,6 +122,7 @@ def _convolve_bwd(
     fan_in = spec.in_channels // merged.groups
     dx = torch.empty_like(x, memory_format=out_format) if needs_dx else None
     dk = x.new_empty(n, c, fan_in, merged.kernel_size, merged.kernel_size)
+    shape_only = torch.empty_like(kernels.weights[0], memory_format=torch.contiguous_format)
 
     def convolution_bwd(dv: Tensor, x: Tensor, weight: Tensor, by_x: bool) -> Tensor:
         grads = torch.ops.aten.convolution_backward(
@@ -137,5 +141,5 @@ def _convolve_bwd(
         # rounding error, which attention's gradient would inherit.
         for dk_i, dv_i, x_i in zip(dk[part], dv[part].split(1), x[part].split(1), strict=True):
             dv_i, x_i = (t.contiguous(memory_format=torch.channels_last) for t in (dv_i, x_i))
-            dk_i.copy_(convolution_bwd(dv_i, x_i, weight[:c], by_x=False))
+            dk_i.copy_(convolution_bwd(dv_i, x_i, shape_only, by_x=False))
     return dx, dk
