@@ -66,8 +66,8 @@ class PackCache:
     An entry is used only while every source tensor has the address, version counter, dtype, shape and strides it was
     packed from; the entry keeps the sources' memory alive, so that an address cannot be reused. In-place updates,
     ``load_state_dict``, ``.to()`` and assignments to ``.data`` are all seen. A write that PyTorch itself does not count
-    (``p.data.add_(1)``, a NumPy view, a replayed CUDA graph) is not: call :meth:`clear` after it, or switch the layer
-    to ``train()`` and back.
+    (``p.data.add_(1)``, a NumPy view, a replayed CUDA graph, another process) is not: switch the layer to ``train()``
+    and back after it.
 
     A CUDA graph keeps the packed weights it was captured with, and those stay alive as long as the cache.
 

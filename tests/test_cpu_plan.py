@@ -241,8 +241,8 @@ class PeakMemory(TorchDispatchMode):
 
 @pytest.mark.parametrize("make", [lambda: SKConv(64, 2, 16, 16), lambda: SelectiveKernel(64, groups=16)])
 @pytest.mark.parametrize("size", [64, 7])
-def test_peak_memory_is_at_most_three_passes(make, size, memory_format):
-    """The result, two branches of a part of the batch, and small tensors."""
+def test_peak_memory_is_little_above_two_passes(make, size, memory_format):
+    """The result, the branches of a part of the batch, and small tensors."""
     layer = make().eval()
     x = torch.randn(16, 64, size, size).contiguous(memory_format=memory_format)
     with torch.no_grad():
