@@ -287,7 +287,7 @@ def test_copies_and_replicas_record_for_themselves(direct):
 def test_workspaces_of_a_call_do_not_overlap_and_are_aligned(direct):
     layer = paper_layer()
     layer(image(2, 5, 5))
-    (start,) = layer._replays._recordings.values()
+    ((_, start),) = layer._replays._recordings.values()
     recording = start.__self__
     offsets = {offset for start in recording.starts for _, base, offset in start.pointers if base == 2}
     assert len(offsets) == 3  # the branches, their pooled sums, the attention
