@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sk_triton import plans
 from sk_triton.backend import Schedule
+from sk_triton.layout import empty_output
 from sk_triton.packing import pack
 from sk_triton.params import Branch, Gate
 from sk_triton.plan import Plan
@@ -38,7 +39,7 @@ def prepared_steps(
     plan: Plan, x: Tensor, branches: list[Branch], gate: Gate, spec: SKSpec
 ) -> tuple[list[Step], Tensor]:
     """The steps of a plan for `x`, whose channels are adjacent in memory, and its output."""
-    from sk_triton.launching import empty_output, prepare
+    from sk_triton.launching import prepare
 
     v = empty_output(x, spec)
     return prepare(plan, x, v, pack(plan, x.shape[2], x.shape[3], branches, gate, None), spec), v

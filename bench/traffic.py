@@ -15,6 +15,7 @@ from torch import Tensor
 from sk_triton import SKSpec
 from sk_triton.backend import SCHEDULES
 from sk_triton.environment import require
+from sk_triton.layout import empty_output
 from sk_triton.library import Convolution
 from sk_triton.plan import BranchLaunch
 from sk_triton.save import SAVES, Save
@@ -126,7 +127,7 @@ def count(
     from sk_triton import dispatch, plans
     from sk_triton.chips import CHIPS
     from sk_triton.kernels.launch import Launch
-    from sk_triton.launching import empty_output, prepare
+    from sk_triton.launching import prepare
     from sk_triton.packing import pack
     from sk_triton.workload import Workload
 

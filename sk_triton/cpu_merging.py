@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .folding import sum_dtype
-from .layout import memory_format
+from .layout import empty_output, memory_format
 from .spec import BranchSpec, SKSpec
 
 
@@ -104,7 +104,7 @@ def convolve(
     Returns:
         ``[N, C, H', W']`` in the dtype and memory format of x.
     """
-    n, out_format = x.shape[0], memory_format(x)
+    n = x.shape[0]
     biases = None if kernels.biases is None else (a * kernels.biases).sum(1).to(x.dtype)  # [N, C]
 
     def convolve_part(part: slice) -> Tensor:
@@ -116,9 +116,8 @@ def convolve(
         return v.reshape(-1, spec.out_channels, *v.shape[2:])
 
     if samples >= n:
-        return convolve_part(slice(n)).contiguous(memory_format=out_format)
-    size = (n, spec.out_channels, *spec.output_size(*x.shape[2:]))
-    v = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=out_format)
+        return convolve_part(slice(n)).contiguous(memory_format=memory_format(x))
+    v = empty_output(x, spec)
     for start in range(0, n, samples):
         part = slice(start, start + samples)
         v[part] = convolve_part(part)

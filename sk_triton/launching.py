@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .layout import memory_format, with_adjacent_channels
+from .layout import empty_output, with_adjacent_channels
 from .packing import PackCache, Packed, pack
 from .params import Branch, Gate
 from .plan import Plan
@@ -44,12 +44,6 @@ def run(
     if recorder is not None:
         recorder.record_launches(x, v, packed, steps, started)
     return v
-
-
-def empty_output(x: Tensor, spec: SKSpec) -> Tensor:
-    """``[N, C, H', W']`` in the memory format of x, without values."""
-    size = (x.shape[0], spec.out_channels, *spec.output_size(x.shape[2], x.shape[3]))
-    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from .spec import SKSpec
+
 
 def memory_format(x: Tensor) -> torch.memory_format:
     """``torch.channels_last`` where x ``[N, C, H, W]`` is laid out so, else ``torch.contiguous_format``."""
@@ -14,6 +16,12 @@ def memory_format(x: Tensor) -> torch.memory_format:
     if channels > 1 and height * width > 1 and 0 < channel_stride < pixel_stride:
         return torch.channels_last
     return torch.contiguous_format
+
+
+def empty_output(x: Tensor, spec: SKSpec) -> Tensor:
+    """``[N, C, H', W']`` in the dtype and memory format of x, without values."""
+    size = (x.shape[0], spec.out_channels, *spec.output_size(*x.shape[2:]))
+    return torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def with_adjacent_channels(x: Tensor) -> Tensor:

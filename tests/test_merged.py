@@ -18,6 +18,7 @@ from sk_triton import dispatch, plans, reference
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.traffic import Meter
 from sk_triton.chips import CHIPS
+from sk_triton.layout import empty_output
 from sk_triton.packing import PackCache, pack
 from sk_triton.spec import BranchSpec
 from sk_triton.workload import Workload
@@ -237,7 +238,7 @@ def test_plan_counts_three_passes():
 )
 def test_moves_three_passes(full, spec, size):
     """x twice and v once, counted; what else there is stays small."""
-    from sk_triton.launching import empty_output, prepare
+    from sk_triton.launching import prepare
 
     branches, gate = random_unit(spec, torch.float16)
     x = torch.randn(1, spec.in_channels, size, size).half().to(memory_format=torch.channels_last)

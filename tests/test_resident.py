@@ -16,6 +16,7 @@ import torch
 from sk_triton import SelectiveKernel, plans, use_backend
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.chips import CHIPS
+from sk_triton.layout import empty_output
 from sk_triton.workload import Workload
 
 from .versions import needs_unhoisted_loops
@@ -85,7 +86,7 @@ def prepared(n=3, size=5, *, lags=None):
     if lags is not None:
         config = dataclasses.replace(plan.resident, GATE_LAG=lags[0], SELECT_LAG=lags[1])
         plan = dataclasses.replace(plan, resident=config)
-    v = launching.empty_output(x, layer.spec)
+    v = empty_output(x, layer.spec)
     with torch.no_grad():
         packed = pack(plan, size, size, layer.branches(), layer.gate(), None)
         (launch,) = launching.prepare(plan, x, v, packed, layer.spec)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..folding import FoldedUnit, attend, fold_unit, sum_dtype
+from ..layout import empty_output
 from ..packing import PackCache
 from ..params import Branch, Gate
 from ..plan import Plan
@@ -38,8 +39,7 @@ def _run(unit: FoldedUnit, spec: SKSpec, samples: int, out_format: torch.memory_
     if samples >= n:
         us, a = _split_and_fuse(x, unit, spec)
         return _select(us, a, out=us[-1]).contiguous(memory_format=out_format)
-    size = (n, spec.out_channels, *spec.output_size(*x.shape[2:]))
-    v = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=out_format)
+    v = empty_output(x, spec)
     for start in range(0, n, samples):
         us, a = _split_and_fuse(x[start : start + samples], unit, spec)
         _select(us, a, out=v[start : start + samples])

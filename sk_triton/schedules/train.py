@@ -15,7 +15,7 @@ from ..distributed import gather_moments, sum_over
 from ..gate_training import GateNorm, GateState, GateTensors, gate_bwd, gate_fwd
 from ..kernels.batch_stats import combine_moments_fwd
 from ..kernels.select_bwd import select_bwd
-from ..layout import memory_format, with_adjacent_channels, with_spaced_pixels
+from ..layout import empty_output, memory_format, with_adjacent_channels, with_spaced_pixels
 from ..plan import Plan
 from ..training import UnitTensors
 from ..training_branches import BranchNorm, TrainingUnit, convolve, sums_over_pixels
@@ -51,8 +51,7 @@ class Saved(NamedTuple):
 
 def forward(x: Tensor, unit: TrainingUnit, plan: Plan, *, save: str) -> list[Tensor]:
     """The outputs of the operator ``sk_triton::unit_fwd``."""
-    size = (x.shape[0], unit.spec.out_channels, *unit.spec.output_size(*x.shape[2:]))
-    v = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    v = empty_output(x, unit.spec)
     x = with_adjacent_channels(x)
     branches = (FoldedBranches if plan.folded_launches else StoredBranches)(x, unit, plan)
     mean, var, count, unbiased = _statistics(branches, v, unit)
