@@ -113,23 +113,26 @@ def _kind(x: Any) -> Hashable | None:
     # First of all: Dynamo, which would trace the rest, leaves here.
     if tracing_reason("replays"):
         return None
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.layout is not torch.strided or x.dim() != 4:
+    if torch.is_grad_enabled() or type(x) is not Tensor or x.layout is not torch.strided:
         return None
-    device = x.device
+    shape, device = x.shape, x.device
+    if len(shape) != 4:
+        return None
+    device_type = device.type
     # Autocast does not know the meta device, on which there is nothing to start.
-    if device.type == "meta" or torch.is_autocast_enabled(device.type):
+    if device_type == "meta" or torch.is_autocast_enabled(device_type):
         return None
     # A GPU's stream; a CPU's number of threads, by which a batch is computed in parts.
     executor = 0
-    if device.type == "cpu":
+    if device_type == "cpu":
         executor = torch.get_num_threads()
-    elif device.type == "cuda":
+    elif device_type == "cuda":
         if torch.cuda.current_device() != device.index or torch.cuda.is_current_stream_capturing():
             return None
         executor = torch.cuda.current_stream(device).cuda_stream
     dtype = x.dtype
     return (
-        x.shape,
+        shape,
         x.stride(),
         dtype,
         device,
@@ -167,13 +170,14 @@ class _Recording:
 
     Attributes:
         is_converted: whether x is copied so that its channels are adjacent.
-        v: size, stride, dtype and device of the output.
+        v: size and stride of the output, which has x's dtype.
+        workspace_size: in elements of x's dtype.
         packed, kept: keep alive what the kernels' other pointers point to.
     """
 
     is_converted: bool
-    v: tuple[torch.Size, tuple[int, ...], torch.dtype, torch.device]
-    workspace_bytes: int
+    v: tuple[torch.Size, tuple[int, ...]]
+    workspace_size: int
     starts: tuple[_Start, ...]
     packed: Packed
     kept: tuple[Tensor, ...] = ()
@@ -181,9 +185,8 @@ class _Recording:
     def start(self, x: Tensor) -> Tensor:
         if self.is_converted:
             x = with_adjacent_channels(x)
-        size, stride, dtype, device = self.v
-        v = torch.empty_strided(size, stride, dtype=dtype, device=device)
-        workspace = torch.empty(self.workspace_bytes, dtype=torch.uint8, device=device)
+        v = x.new_empty_strided(*self.v)
+        workspace = x.new_empty(self.workspace_size)
         # The last one is that of addresses that stay.
         bases = (x.data_ptr(), v.data_ptr(), workspace.data_ptr(), 0)
         for run, template, pointers, tuples in self.starts:
@@ -238,8 +241,8 @@ def _recording(
                 arguments[index] = None
                 tuples.append((index, tuple(map(place, argument))))
         starts.append(_Start(compiled[(*step.grid, 1, 1)[:3]], arguments, tuple(pointers), tuple(tuples)))
-    layout = (v.shape, v.stride(), v.dtype, v.device)
-    return _Recording(is_converted, layout, workspace_bytes, tuple(starts), packed, kept)
+    workspace_size = workspace_bytes // x.element_size()
+    return _Recording(is_converted, (v.shape, v.stride()), workspace_size, tuple(starts), packed, kept)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import attrgetter
+from collections.abc import Sequence
+from operator import attrgetter, itemgetter
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 # What a part computes besides its tensors. Others compute the same whatever their settings: a unit with an activation
 # that has some is not run by kernels.
-_SETTINGS: tuple[tuple[type[nn.Module], Callable[[Any], Any]], ...] = (
-    (nn.Conv2d, attrgetter("stride", "padding", "dilation", "groups", "padding_mode")),
-    (nn.modules.batchnorm._BatchNorm, attrgetter("training", "eps")),
-    (nn.modules.dropout._DropoutNd, attrgetter("training")),
+_SETTINGS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (nn.Conv2d, ("stride", "padding", "dilation", "groups", "padding_mode")),
+    (nn.modules.batchnorm._BatchNorm, ("training", "eps")),
+    (nn.modules.dropout._DropoutNd, ("training",)),
 )
+
+_version, _dtype = attrgetter("_version"), attrgetter("dtype")
 
 
 class Watch:
     """A layer's state when this was made: its modules, their settings and hooks, and its parameters and buffers.
 
-    Like the cache of packed weights it cannot see writes that PyTorch does not count.
+    Like the cache of packed weights it cannot see writes that PyTorch does not count. Besides, a vector, as those of
+    norms are, is taken for unchanged where its address is: other data that begin there go unseen. Asking each vector
+    for its size, stride and dtype takes Python as long as all the rest.
 
     Attributes:
-        is_possible: False where changes would go unseen: parametrized parameters, inference tensors, hooks.
+        is_possible: False where changes would go unseen: parametrized parameters, inference tensors, hooks, settings
+            that are no plain attributes.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -34,22 +38,29 @@ class Watch:
         self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self._children = [m._modules for m in modules if m._modules]
         self._expected_children = [{**children} for children in self._children]
-        self._parts = [(m, get) for m in modules for kind, get in _SETTINGS if isinstance(m, kind)]
+        settings = [(vars(m), names) for m in modules for kind, names in _SETTINGS if isinstance(m, kind)]
+        are_plain = all(name in attributes for attributes, names in settings for name in names)
+        self._settings = [(attributes, itemgetter(*names)) for attributes, names in settings if are_plain]
         self._expected_settings = self._list_settings()
-        self._slots = [
-            (own, name)
+        slots = [
+            (own, name, t)
             for m in modules
             for own in (m._parameters, m._buffers)
-            for name in own
+            for name, t in own.items()
             if name != "num_batches_tracked"
         ]
-        tensors = self._list_tensors()
-        self.is_possible = not (
-            any(t.is_inference() for t in tensors) or any(self._hooks) or any(map(is_parametrized, modules))
+        self._vectors = [(own, name) for own, name, t in slots if t is not None and t.dim() == 1]
+        self._arrays = [(own, name) for own, name, t in slots if t is None or t.dim() != 1]
+        vectors, arrays = _present(self._vectors), _present(self._arrays)
+        self.is_possible = are_plain and not (
+            any(t.is_inference() for t in vectors + arrays)
+            or any(self._hooks)
+            or any(map(is_parametrized, modules))
         )
         # They keep the memory alive: an address tells tensors apart no longer than that.
-        self._expected_tensors = [t.detach() for t in tensors]
-        self._expected_marks = _marks(tensors) if self.is_possible else []
+        self._expected_arrays = [t.detach() for t in arrays]
+        self._kept_vectors = [t.detach() for t in vectors]
+        self._expected_marks = _marks(vectors, arrays) if self.is_possible else ()
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
@@ -57,26 +68,32 @@ class Watch:
             return False
         if self._list_settings() != self._expected_settings:
             return False
-        tensors = self._list_tensors()
+        vectors, arrays = _present(self._vectors), _present(self._arrays)
         try:
             # Address, shape and strides in one call: a tuple of each, per tensor, takes Python longer than launching.
-            return all(map(Tensor.is_set_to, tensors, self._expected_tensors)) and (
-                _marks(tensors) == self._expected_marks
+            return all(map(Tensor.is_set_to, arrays, self._expected_arrays)) and (
+                _marks(vectors, arrays) == self._expected_marks
             )
         except RuntimeError:  # an inference tensor, or one of another device, has taken a parameter's place
             return False
 
     def covers(self, tensors: Sequence[Tensor]) -> bool:
         """Whether all of them lie in the memory of watched parameters and buffers: a plain attribute does not."""
-        watched = {t.untyped_storage().data_ptr() for t in self._expected_tensors}
+        watched = {t.untyped_storage().data_ptr() for t in self._kept_vectors + self._expected_arrays}
         return all(t.untyped_storage().data_ptr() in watched for t in tensors)
 
     def _list_settings(self) -> list[Any]:
-        return [get(m) for m, get in self._parts]
-
-    def _list_tensors(self) -> list[Tensor]:
-        return [t for own, name in self._slots if (t := own.get(name)) is not None]
+        return [get(attributes) for attributes, get in self._settings]
 
 
-def _marks(tensors: list[Tensor]) -> list[tuple[int, torch.dtype]]:
-    return [(t._version, t.dtype) for t in tensors]
+def _present(slots: list[tuple[dict[str, Tensor | None], str]]) -> list[Tensor]:
+    return [t for own, name in slots if (t := own.get(name)) is not None]
+
+
+def _marks(vectors: list[Tensor], arrays: list[Tensor]) -> tuple[list[Any], ...]:
+    return (
+        [*map(Tensor.data_ptr, vectors)],
+        [*map(_version, vectors)],
+        [*map(_version, arrays)],
+        [*map(_dtype, arrays)],
+    )

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, cpu, dispatch, explain, use_backend
+from sk_triton.watch import Watch
 
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import PAPER, SEED
@@ -134,6 +135,19 @@ class Scaled(SelectiveKernel):
 
     def branches(self):
         return tuple(branch._replace(weight=branch.weight * self.factor) for branch in super().branches())
+
+
+class Computed(nn.BatchNorm2d):
+    """Its eps is no plain attribute."""
+
+    eps = property(lambda self: 1e-5, lambda self, eps: None)
+
+
+def test_a_setting_that_is_computed_is_not_watched():
+    layer = paper_layer()
+    layer.attn.bn = Computed(layer.attn.bn.num_features).eval()
+    assert not Watch(layer).is_possible
+    assert Watch(paper_layer()).is_possible
 
 
 def test_what_cannot_be_watched_is_planned_each_time():

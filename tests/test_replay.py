@@ -127,6 +127,11 @@ def replaced_data(layer):
     layer.paths[0].conv.weight.data = torch.randn_like(layer.paths[0].conv.weight)
 
 
+def replaced_vector(layer):
+    norm = layer.paths[1].bn
+    norm.running_var.data = norm.running_var + 1
+
+
 def transposed_data(layer):
     weight = layer.attn.fc_reduce.weight
     weight.data = weight.data.transpose(0, 1)
@@ -141,6 +146,7 @@ CHANGES = {
     "an update of a buffer": lambda layer: layer.paths[1].bn.running_mean.add_(1),
     "another parameter": lambda layer: setattr(layer.paths[0].bn, "bias", nn.Parameter(torch.randn(8))),
     "other data": replaced_data,
+    "other data of a vector": replaced_vector,
     "the same data, transposed": transposed_data,
     "another eps": lambda layer: setattr(layer.attn.bn, "eps", 0.5),
     "another module": lambda layer: setattr(
@@ -293,4 +299,4 @@ def test_workspaces_of_a_call_do_not_overlap_and_are_aligned(direct):
     assert len(offsets) == 3  # the branches, their pooled sums, the attention
     assert all(offset % 256 == 0 for offset in offsets)
     branches = 2 * math.prod((2, 8, 5, 5)) * 4
-    assert recording.workspace_bytes >= branches + 2 * 8 * 4 + 2 * 2 * 8 * 4
+    assert 4 * recording.workspace_size >= branches + 2 * 8 * 4 + 2 * 2 * 8 * 4
