@@ -46,7 +46,10 @@ def column_outputs(
     IS_SHORT: tl.constexpr = IS_DIRECT and BLOCK_CI == 16
     _, ci = part_elements(BLOCK_CI, BLOCK_CI, IS_SHORT)
     co = tl.arange(0, BLOCK_CO)
-    offs_x = (sample * stride_xn + y * STRIDE * stride_xh + x * STRIDE * stride_xw)[:, None] + ci[None, :]
+    # Where each lane reads, once; a row of a kernel column is an offset that all lanes add.
+    own_ptrs = x_ptr + (
+        (sample * stride_xn + y * STRIDE * stride_xh + x * STRIDE * stride_xw)[:, None] + ci[None, :]
+    )
     offs_w = co[:, None] * BLOCK_CI + tl.arange(0, BLOCK_CI)[None, :]
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + co, mask=co < CO_END, other=0.0)
@@ -60,6 +63,7 @@ def column_outputs(
     for kx in tl.range(KERNEL, loop_unroll_factor=KERNEL if UNROLL else 1):
         dx = (kx - HALF) * DILATION
         x_in = x * STRIDE + dx
+        column_ptrs = own_ptrs + dx * stride_xw
         # Outputs beyond the image see no input at all, so that they stay finite.
         mask_x = mask_p & (x_in >= 0) & (x_in < W_IN)
         weights = ()
@@ -79,8 +83,8 @@ def column_outputs(
                 mask = mask[:, None]
                 if HAS_CHANNEL_MASK:
                     mask = mask & (ci < CI_END)[None, :]
-                row = (i * PITCH - HALF * DILATION) * stride_xh + dx * stride_xw
-                taps = tl.load(x_ptr + row + offs_x, mask=mask, other=0.0)
+                row = (i * PITCH - HALF * DILATION) * tl.cast(stride_xh, tl.int64)
+                taps = tl.load(column_ptrs + row, mask=mask, other=0.0)
                 rows = rows + (as_operand(taps, IS_SHORT) if IS_DIRECT else taps,)
             added = ()
             for r in tl.static_range(RUN_H):

@@ -21,10 +21,8 @@ from .kernels.geometry import (
 )
 from .workload import Workload
 
-# Chips whose compiler spills with longer column runs than 4 where one kernel pools and selects, and where channel masks
-# take registers besides.
+# Chips whose compiler spills with longer column runs than 4 where one kernel pools and selects.
 SPILLING_RESIDENT_CHIPS = ("sm_80",)
-SPILLING_MASKED_CHIPS = ("sm_80", "sm_86", "sm_89")
 # Chips whose compiler spills for the sake of more programs than run, unless it is told the registers that there are;
 # that of the others, told, hoists loads until it spills.
 UNCAPPED_CHIPS = ("sm_90", "sm_100", "sm_120")
@@ -58,11 +56,11 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
         # Of columns of two outputs ptxas spills some to need no more than 128 registers.
         if is_short and isinstance(tile, ColumnConfig) and column_run(tile) < 4 <= h:
             continue
-        # One channel block, no loop unrolled: the kernel holds both tasks' code.
+        # One channel block, no loop unrolled, few rows at a time: the kernel holds both tasks' code.
         if isinstance(tile, StreamConfig):
             tiles_of_one.append(replace(tile, BLOCKS_PER_PROGRAM=1))
         elif isinstance(tile, ColumnConfig):
-            tiles_of_one.append(replace(tile, UNROLL=False))
+            tiles_of_one.append(replace(tile, UNROLL=False, ROWS=min(tile.ROWS, 2)))
     if not tiles_of_one:
         return None
     branch = min(tiles_of_one, key=lambda config: branch_cost(config, shape, n, h, w, chip, "select"))
@@ -102,8 +100,8 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
 
 def has_short_columns(config: BranchConfig, shape: ConvShape, chip: Chip) -> bool:
     """Whether a kernel that pools and selects with `config` would spill on a chip if its columns were longer than 4."""
-    is_masked = isinstance(config, ColumnConfig) and not is_full(shape, config)
-    return chip.name in (SPILLING_MASKED_CHIPS if is_masked else SPILLING_RESIDENT_CHIPS)
+    is_full_column = isinstance(config, ColumnConfig) and is_full(shape, config)
+    return chip.name in SPILLING_RESIDENT_CHIPS and not is_full_column
 
 
 def resident_bytes(workload: Workload, config: ResidentConfig) -> int:

@@ -123,7 +123,7 @@ def _unmeasured_reason(workload: Workload) -> str:
     chip = workload.chip
     (launch,) = resident.branch_launches
     if analytic_resident.has_short_columns(launch.config, launch.shape, chip):
-        # Predicted for an A100: 204 µs against 194 in stage 1, 164 against 66 in stage 3.
+        # Predicted for an A100: 204 µs against 194 in stage 1.
         return f"it fits {chip.name}'s registers with short columns only, whose instructions cost more than a pass"
     # Its programs wait for one another: what no GPU has run is not what people get unasked.
     return (

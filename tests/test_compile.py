@@ -74,7 +74,7 @@ def test_pooling_narrow_groups_needs_no_shared_memory(rows, chip):
 
 
 @needs_narrow_products
-@pytest.mark.parametrize(("stage", "most"), [(1, 10), (2, 10), (3, 13.5), (4, 16)])
+@pytest.mark.parametrize(("stage", "most"), [(1, 10), (2, 10), (3, 12), (4, 16)])
 def test_instructions_per_output_of_the_convolution(rows, stage, most):
     counts = {
         row.kernel: row.per_output
