@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from operator import attrgetter, itemgetter
 from typing import Any
 
@@ -86,7 +86,7 @@ class Watch:
         return [get(attributes) for attributes, get in self._settings]
 
 
-def _present(slots: list[tuple[dict[str, Tensor | None], str]]) -> list[Tensor]:
+def _present(slots: Sequence[tuple[Mapping[str, Tensor | None], str]]) -> list[Tensor]:
     return [t for own, name in slots if (t := own.get(name)) is not None]
 
 
