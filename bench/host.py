@@ -56,7 +56,6 @@ def measure(setting: Setting, revisions: Sequence[Ours] = ()) -> Iterator[result
     else:
         for source in (Ours(), *revisions):
             yield from _stubbed_records(setting, source)
-        yield _conv2d_record(torch.zeros(1, 8, 1, 1), lambda: None)
         yield from _start_up_records(on_gpu=False)
 
 
@@ -83,10 +82,13 @@ def _gpu_records(setting: Setting) -> Iterator[results.Record]:
             else:
                 yield _measured(record, host_us, launches)
     x = torch.zeros(1, 8, 1, 1, device=setting.device, dtype=torch.float16)
-    yield _conv2d_record(x, torch.cuda.synchronize)
+    yardstick, call = _conv2d(x)
+    (host_us,) = _host_us([call], torch.cuda.synchronize)
+    yield _measured(yardstick, host_us, None)
 
 
 def _stubbed_records(setting: Setting, source: Ours) -> Iterator[results.Record]:
+    """A record of each unit and, beside the installed package's, the yardstick's: all timed in turns."""
     stubbed = Ours(
         "ours-stubbed" if source.key == "ours" else source.key,
         f"{source.label}, launches stubbed out",
@@ -95,27 +97,33 @@ def _stubbed_records(setting: Setting, source: Ours) -> Iterator[results.Record]
         package=source.package,
     )
     provider = Provider(stubbed, forms.CHANNELS_LAST)
-    for unit in UNITS:
-        case = Case(HOST, unit, stage_shape(unit, STAGE), 1, "fp16")
-        dtype = DTYPES[case.dtype]
-        x = make_input(RANDOM, 1, case.shape, dtype, setting.device, setting.seed)
-        record = _record(case, provider)
-        try:
-            with stubbed_launches(source.package) as started, provider.scope():
+    records, calls = [], []
+    with stubbed_launches(source.package) as started, provider.scope():
+        for unit in UNITS:
+            case = Case(HOST, unit, stage_shape(unit, STAGE), 1, "fp16")
+            dtype = DTYPES[case.dtype]
+            x = make_input(RANDOM, 1, case.shape, dtype, setting.device, setting.seed)
+            record = _record(case, provider)
+            try:
                 module = provider.module(case, make_state(case, setting.seed), dtype, setting.device)
                 entrant = Entrant(case, provider, module)
-                record = replace(record, runs=entrant.runs(x))
                 call, _ = entrant.bind(x, None)
                 call()
                 started.clear()
                 call()
-                launches = len(started)
-                host_us = _host_us(call, lambda: started.clear())
-        except Exception as error:
-            status, message = protocol.failure(error)
-            yield replace(record, status=status, message=message)
-        else:
-            yield _measured(record, host_us, launches)
+            except Exception as error:
+                status, message = protocol.failure(error)
+                yield replace(record, status=status, message=message)
+            else:
+                records.append(replace(record, runs=entrant.runs(x), launches=len(started)))
+                calls.append(call)
+        if source.key == "ours":
+            yardstick, call = _conv2d(torch.zeros(1, 8, 1, 1))
+            records.append(yardstick)
+            calls.append(call)
+        host_us = _host_us(calls, started.clear)
+    for record, us in zip(records, host_us, strict=True):
+        yield _measured(record, us, record.launches)
 
 
 @contextmanager
@@ -153,22 +161,25 @@ def stubbed_launches(package: ModuleType) -> Iterator[list[object]]:
 def _host_cost(entrant: Entrant, x: Tensor) -> tuple[float, int | None]:
     """Host microseconds of a call on `x`, and its launches."""
     call, _ = entrant.bind(x, None)
-    return _host_us(call, torch.cuda.synchronize), _launches(call)
+    (host_us,) = _host_us([call], torch.cuda.synchronize)
+    return host_us, _launches(call)
 
 
-def _host_us(call: Callable[[], object], between: Callable[[], object]) -> float:
-    """Median microseconds until `call` returns, over runs of CALLS calls with `between`, untimed, between them."""
-    for _ in range(3):
-        call()
-    samples = []
-    for _ in range(REPEATS):
-        between()
-        start = time.perf_counter()
-        for _ in range(CALLS):
+def _host_us(calls: Sequence[Callable[[], object]], between: Callable[[], object]) -> list[float]:
+    """Median microseconds until each call returns, over rounds of CALLS of each; `between`, untimed, before each."""
+    samples: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        for _ in range(3):
             call()
-        samples.append((time.perf_counter() - start) / CALLS * 1e6)
+    for _ in range(REPEATS):
+        for call, own in zip(calls, samples, strict=True):
+            between()
+            start = time.perf_counter()
+            for _ in range(CALLS):
+                call()
+            own.append((time.perf_counter() - start) / CALLS * 1e6)
     between()
-    return statistics.median(samples)
+    return [statistics.median(own) for own in samples]
 
 
 def _launches(call: Callable[[], object]) -> int | None:
@@ -182,7 +193,7 @@ def _launches(call: Callable[[], object]) -> int | None:
     return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ()) or None
 
 
-def _conv2d_record(x: Tensor, between: Callable[[], object]) -> results.Record:
+def _conv2d(x: Tensor) -> tuple[results.Record, Callable[[], Tensor]]:
     """PyTorch's own cheapest convolution call, one pixel of 8 channels, as a yardstick."""
     weight = x.new_zeros(8, 8, 1, 1)
 
@@ -190,11 +201,10 @@ def _conv2d_record(x: Tensor, between: Callable[[], object]) -> results.Record:
         with torch.no_grad():
             return F.conv2d(x, weight)
 
-    host_us = _host_us(call, between)
     shape = Shape(8, 1, 1, 1, (1,), (1,))
     case = Case(HOST, CONV2D, shape, 1, "fp32" if x.dtype == torch.float32 else "fp16")
     record = results.Record(case, CONV2D, "torch.nn.functional.conv2d, 1 pixel", "", "", results.PEER)
-    return _measured(record, host_us, None)
+    return record, call
 
 
 def _start_up_records(on_gpu: bool) -> Iterator[results.Record]:
