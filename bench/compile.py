@@ -17,6 +17,8 @@ from triton.compiler import ASTSource
 
 from sk_triton.kernels.launch import Launch
 
+from .loops import Instruction, loop_weights
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
@@ -122,12 +124,12 @@ def _pointer(tensor: torch.Tensor) -> str:
 
 def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources:
     sass, registers = _cuobjdump(compiled.asm["cubin"])
-    lines = _sass_lines(sass)
-    weights = _loop_weights(lines, trips)
+    code = _instructions(sass)
+    weights = loop_weights(code, trips)
     opcodes: Counter[str] = Counter()
     instructions: Counter[str] = Counter()
     counts: Counter[str] = Counter()
-    for (_, opcode, _), weight in zip(lines, weights or [1] * len(lines), strict=True):
+    for (_, opcode, _), weight in zip(code, weights or [1] * len(code), strict=True):
         base = opcode.split(".")[0]
         opcodes[base] += weight
         instructions[opcode] += weight
@@ -176,35 +178,17 @@ def _cuobjdump(cubin: bytes) -> tuple[str, int]:
     return done.stdout, int(found[1])
 
 
-def _sass_lines(sass: str) -> list[tuple[int, str, str]]:
-    """(address, opcode, text) of each instruction, without the padding behind the last exit."""
+def _instructions(sass: str) -> list[Instruction]:
+    """The instructions, without the padding behind the last exit."""
     pattern = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)")
-    lines = [(int(m[1], 16), m[2], line) for line in sass.splitlines() if (m := pattern.match(line))]
-    while lines and lines[-1][1] == "NOP":
-        lines.pop()
-    if lines and lines[-1][1] == "BRA":
-        lines.pop()
-    return lines
-
-
-def _loop_weights(lines: list[tuple[int, str, str]], trips: tuple[int, ...]) -> list[int] | None:
-    """How often each instruction runs, from the backward branches and the loops' trip counts in order."""
-    loops = set()
-    for address, opcode, text in lines:
-        target = re.search(r"0x([0-9a-f]+)\s*;", text)
-        if opcode.startswith("BRA") and target and int(target[1], 16) < address:
-            loops.add((int(target[1], 16), address))
-    weights = [1] * len(lines)
-    if not loops:
-        return weights
-    expected = [trip for trip in trips if trip != 1]
-    if len(loops) != len(expected):
-        return None
-    for (start, end), trip in zip(sorted(loops), expected, strict=True):
-        for i, (address, _, _) in enumerate(lines):
-            if start <= address <= end:
-                weights[i] *= max(1, trip)
-    return weights
+    found = [
+        Instruction(int(m[1], 16), m[2], line) for line in sass.splitlines() if (m := pattern.match(line))
+    ]
+    while found and found[-1].opcode == "NOP":
+        found.pop()
+    if found and found[-1].opcode == "BRA":
+        found.pop()
+    return found
 
 
 def _read_amdgcn(compiled: Any, target: str) -> Resources:

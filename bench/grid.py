@@ -74,6 +74,8 @@ UNITS: tuple[tuple[str, SKSpec, int, int], ...] = (
     ("stage 2, stride 2", paper_unit(256, stride=2), 128, 56),
     ("stage 3, stride 2", paper_unit(512, stride=2), 128, 28),
     ("seed, M = 2", seed_unit(128), 128, 56),
+    ("seed, stage 2", seed_unit(256), 128, 28),
+    ("seed, stage 3", seed_unit(512), 128, 14),
     ("seed, M = 3", seed_unit(128, num_branches=3), 128, 56),
     ("depthwise", paper_unit(64, groups=64), 128, 56),
     ("dense, split", paper_unit(64, groups=1, in_channels=64, split_input=True), 128, 56),

@@ -74,7 +74,7 @@ def _trips(launch: Launch, phase: str) -> tuple[int, ...]:
         return (0,)
     kernels = launch.constexprs["KERNELS"]
     waits = len(kernels) * (0,) if phase == "select" else ()
-    columns = kernels if launch.constexprs["IS_COLUMN"] else ()
+    columns = kernels if launch.constexprs["IS_COLUMN"] and not launch.constexprs["UNROLL"] else ()
     return (0, *waits, *columns, 0)
 
 

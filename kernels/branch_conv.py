@@ -10,7 +10,18 @@ from .branch_conv_depthwise import branch_conv_depthwise_fwd_kernel
 from .branch_conv_stream import branch_conv_stream_fwd_kernel
 from .branch_conv_tap import branch_conv_tap_fwd_kernel
 from .config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig
-from .geometry import Blocking, ConvShape, blocking, can_run, cdiv, column_runs, is_full, lattice, tiles
+from .geometry import (
+    Blocking,
+    ConvShape,
+    blocking,
+    can_run,
+    cdiv,
+    column_runs,
+    is_full,
+    is_whole_height,
+    lattice,
+    tiles,
+)
 from .launch import Launch
 
 # Columns of the product that pools a tile, one per position in a run: the fewest that Triton takes.
@@ -260,8 +271,7 @@ def task_constexprs(
         "STEPS_K": columns.steps_k,
     }
     if isinstance(config, ColumnConfig):
-        is_whole = h == config.RUN_H and config.BLOCK_H == 1 and shape.stride == 1
-        return {**constexprs, "IS_EVEN_H": even[0], "IS_WHOLE_H": is_whole}
+        return {**constexprs, "IS_EVEN_H": even[0], "IS_WHOLE_H": is_whole_height(shape, config, h)}
     layout = blocking(shape, config)
     return {
         **constexprs,

@@ -8,6 +8,7 @@ from .config import (
     BranchConfig,
     ColumnConfig,
     DepthwiseConfig,
+    MergedConfig,
     ResidentConfig,
     StreamConfig,
     TapConfig,
@@ -194,6 +195,14 @@ def tiles(
         max(cdiv(runs(h, run_h, s), config.BLOCK_H) for s in column_runs(shape, config, is_common).spacings),
         max(cdiv(runs(w, run_w, s), config.BLOCK_W) for s in blocking(shape, config).spacings),
     )
+
+
+def is_whole_height(shape: ConvShape, config: BranchConfig, h: int) -> bool:
+    """Whether a kernel that knows no row beyond the image walks columns as high as one of `h` rows."""
+    if not isinstance(config, ColumnConfig | MergedConfig):
+        return False
+    is_dense = all(spacing == 1 for spacing in column_runs(shape, config, False).spacings)
+    return h == config.RUN_H and config.BLOCK_H == 1 and shape.stride == 1 and is_dense
 
 
 def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from math import gcd
 from typing import NamedTuple
 
@@ -116,3 +117,22 @@ def row_parts(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) -> tup
         is_short = (points - starts[-1]) * config.BLOCK_CI <= 16
         starts.append(starts[-1] + (16 if is_short else longest) // config.BLOCK_CI)
     return tuple(starts)
+
+
+def branch_blocks(branches: ConvShape, config: MergedConfig, dtype: torch.dtype) -> tuple[bool, ...]:
+    """Whether there are taps, for each kernel row of the merged lattice, part of the row, and branch: nothing is built
+    of the weights that a branch does not have.
+    """
+    shape = merged_shape(branches)
+    kernel, pitch = shape.kernels[0], shape.dilations[0]
+    step, parts = blocking(shape, config).steps[0], row_parts(shape, config, dtype)
+    taps_of = []
+    for k, dilation in zip(branches.kernels, branches.dilations, strict=True):
+        spacing = dilation // pitch if k > 1 else 1
+        taps_of.append([kernel // 2 + spacing * (i - k // 2) for i in range(k)])
+    return tuple(
+        row in taps and any(start <= tap + o * step < stop for tap in taps for o in range(config.RUN_W))
+        for row in range(kernel)
+        for start, stop in pairwise(parts)
+        for taps in taps_of
+    )

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 
-from .config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig
+from .config import BranchConfig, ColumnConfig, DepthwiseConfig, MergedConfig, StreamConfig
 from .geometry import Blocking, ConvShape, blocking, row_run
+from .merging import row_parts
 
 
 def pack_branch_weights(
@@ -17,16 +19,15 @@ def pack_branch_weights(
     Depthwise: `[M][k * k][C]`. Otherwise `[blocks][M][k][taps_w][chunks][RUN_W * BLOCK_CO][span * BLOCK_CI]`: the entry
     for output `(o, co)` and input `(j, ci)` is the weight of kernel column `j - o * step`, zero where that is outside
     the kernel or co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups). Blocks
-    that go straight into registers (`is_operand`) are in the order of `operand_order`.
+    that go straight into registers are in the order of `operand_order` (`is_operand`); those that `merged_conv_fwd`
+    scales, in 16 bits, in that of `merging_order`.
     """
     if isinstance(config, DepthwiseConfig):
         return torch.cat([w.reshape(shape.c_out, -1).t().reshape(-1) for w in weights]).to(dtype)
     layout = blocking(shape, config)
     packed = []
     for m, weight in enumerate(weights):
-        block_m, block_k = row_run(config) * config.BLOCK_CO, layout.spans[m] * config.BLOCK_CI
-        is_ordered = is_operand(config, block_m, block_k, dtype)
-        index, is_empty = _gather_index(shape, config, layout, m, is_ordered, weight.device)
+        index, is_empty = _gather_index(shape, config, layout, m, dtype, weight.device)
         packed.append(weight.reshape(-1)[index].masked_fill_(is_empty, 0.0))
     return torch.cat(packed, dim=1).to(dtype).reshape(-1)
 
@@ -44,24 +45,55 @@ def operand_order(size: int, block_m: int, block_k: int) -> torch.Tensor:
     columns 2 t and 2 t + 1, then of columns 2 t + 8 and 2 t + 9. A column of an operand stands for the element of x
     that `as_operand` puts there.
     """
-    k = torch.arange(block_k)
-    # An operand's column is (product, half, thread, parity); x is read as (thread, product, half, parity), and where a
-    # thread reads 4 elements, not 8, its first bit stands last (`part_elements`).
-    product, half, thread, parity = k // 16, k // 8 % 2, k // 2 % 4, k % 2
-    first = thread * 8 + product * 4 if block_k == 32 else thread % 2 * 8 + thread // 2 * 4
-    source = torch.arange(block_m)[:, None] * block_k + first + half * 2 + parity
+    source = torch.arange(block_m)[:, None] * block_k + operand_elements(block_k)
     # [block_m, block_k] as (tile, row half, row, product, half, thread, parity), from most significant.
     source = source.reshape(block_m // 16, 2, 8, block_k // 16, 2, 4, 2).permute(3, 0, 2, 5, 4, 1, 6)
     blocks = torch.arange(size // (block_m * block_k))[:, None] * (block_m * block_k)
     return (blocks + source.reshape(1, -1)).reshape(-1)
 
 
+def operand_elements(block_k: int) -> torch.Tensor:
+    """The element, in the order of x's memory, that each column of an operand stands for. [block_k]"""
+    k = torch.arange(block_k)
+    # An operand's column is (product, half, thread, parity); x is read as (thread, product, half, parity), and where a
+    # thread reads 4 elements, not 8, its first bit stands last (`part_elements`).
+    product, half, thread, parity = k // 16, k // 8 % 2, k // 2 % 4, k % 2
+    first = thread * 8 + product * 4 if block_k == 32 else thread % 2 * 8 + thread // 2 * 4
+    return first + half * 2 + parity
+
+
+def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) -> torch.Tensor:
+    """Where each entry of a branch's weights of one channel block moves from, for `merged_conv.merged_weight`. [size]
+
+    A kernel row is cut into the parts in which x is read. A part is a right operand `[16 outputs, elements of x]`, its
+    columns in the order of `as_operand`: eight entries in a row are what a thread holds of 16 of them.
+    """
+    kernel, parts = shape.kernels[0], row_parts(shape, config, dtype)
+    block_m = config.RUN_W * config.BLOCK_CO
+    points = blocking(shape, config).spans[0] if config.RUN_W > 1 else kernel
+    row = torch.arange(block_m)[:, None, None]
+    point = torch.arange(points)[:, None]
+    ci = torch.arange(config.BLOCK_CI)
+    if config.RUN_W > 1:  # [block_m, points, BLOCK_CI] of a kernel row
+        entries = (row * points + point) * config.BLOCK_CI + ci
+    else:
+        entries = (point * block_m + row) * config.BLOCK_CI + ci
+    moved = []
+    for start, stop in pairwise(parts):
+        part = entries[:, start:stop].flatten(1)
+        part = part[:, operand_elements(part.shape[1])]
+        # (half, thread, parity) of the outputs, (pair of 8 columns, one of the pair, column), most significant first.
+        part = part.reshape(2, 4, 2, -1, 2, 8).permute(3, 5, 1, 4, 0, 2)
+        moved.append(part.reshape(-1))
+    rows = torch.arange(kernel)[:, None] * (block_m * points * config.BLOCK_CI)
+    return (rows + torch.cat(moved)).reshape(-1)
+
+
 @lru_cache(maxsize=256)
 def _gather_index(
-    shape: ConvShape, config: BranchConfig, layout: Blocking, m: int, is_ordered: bool, device: torch.device
+    shape: ConvShape, config: BranchConfig, layout: Blocking, m: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where in `weight.reshape(-1)` each packed entry comes from, and which are zero; `is_ordered`: in the order
-    of `operand_order`. [blocks, entries]"""
+    """Where in `weight.reshape(-1)` each packed entry comes from, and which are zero. [blocks, entries]"""
     assert not isinstance(config, DepthwiseConfig)
     k, taps_w, step = shape.kernels[m], layout.taps_w[m], layout.steps[m]
     sizes = (
@@ -96,8 +128,12 @@ def _gather_index(
     ) * k + kx
     index = torch.where(mask, index, 0).expand(sizes).reshape(layout.blocks, -1)
     is_empty = ~mask.expand(sizes).reshape(layout.blocks, -1)
-    if is_ordered:
-        block_m, block_k = row_run(config) * config.BLOCK_CO, layout.spans[m] * config.BLOCK_CI
+    block_m, block_k = row_run(config) * config.BLOCK_CO, layout.spans[m] * config.BLOCK_CI
+    order = None
+    if is_operand(config, block_m, block_k, dtype):
         order = operand_order(index.shape[1], block_m, block_k)
+    elif isinstance(config, MergedConfig) and dtype.itemsize == 2:
+        order = merging_order(shape, config, dtype)
+    if order is not None:
         index, is_empty = index[:, order], is_empty[:, order]
     return index.to(device), is_empty.to(device)

@@ -32,6 +32,7 @@ from .kernels.geometry import (
     column_run,
     column_runs,
     is_full,
+    is_whole_height,
     next_power_of_2,
     row_run,
     tiles,
@@ -203,7 +204,7 @@ def stream_candidates(
     ]
 
 
-def _pixel_counts(chip: Chip) -> tuple[int, ...]:
+def pixel_counts(chip: Chip) -> tuple[int, ...]:
     """Columns that a product may have."""
     is_narrow = triton_version() >= NARROW_PRODUCTS and not chip.name.startswith("gfx")
     return (8, 16) if is_narrow else (16,)
@@ -216,7 +217,7 @@ def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[B
     # Selecting keeps two branches' outputs alive, training three sums of each.
     is_scarce = task in ("select", "train")
     for run_h, pixels, block_n, block_w in product(
-        (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), _pixel_counts(chip), (1, 2), (8, 16)
+        (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), pixel_counts(chip), (1, 2), (8, 16)
     ):
         if block_n * block_w > pixels:
             continue
@@ -314,12 +315,11 @@ def branch_cost(
     run_h, run_w = column_run(config), row_run(config)
     # Outputs per tile, rows of input loaded per row of output, and the masks that an overhanging run needs.
     area = config.BLOCK_N * config.BLOCK_H * run_h * config.BLOCK_W * run_w
-    is_whole = isinstance(config, ColumnConfig) and run_h == h and config.BLOCK_H == 1 and shape.stride == 1
     rows = max(
         (run_h - 1) * step_r + (k - 1) * step_k + 1
         for step_r, step_k, k in zip(columns.steps_r, columns.steps_k, shape.kernels, strict=True)
     )
-    overlap = 1 if is_whole else rows / run_h
+    overlap = 1 if is_whole_height(shape, config, h) else rows / run_h
     is_even = all(h % (run_h * spacing) == 0 for spacing in columns.spacings)
     # Columns and rows of halo that a tile reads beyond its own: traffic from L2.
     reach = max(d * (k - 1) for d, k in zip(shape.dilations, shape.kernels, strict=True))

@@ -7,9 +7,8 @@ from itertools import product
 
 import torch
 
-from .analytic import branch_cost, shares_row
-from .chips import NARROW_PRODUCTS, Chip
-from .environment import triton_version
+from .analytic import branch_cost, pixel_counts, shares_row
+from .chips import Chip
 from .kernels.config import BorderConfig, MergedConfig
 from .kernels.geometry import ConvShape, blocking, cdiv, next_power_of_2, tiles
 from .kernels.merging import row_parts, strips
@@ -17,6 +16,8 @@ from .kernels.merging import row_parts, strips
 # Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
 MAX_MERGED_CHANNELS = 16
 MAX_MERGED_REGISTERS = 120
+# Chips whose compiler spills with longer columns than 4 beside the weights of a 7x7 lattice.
+SPILLING_MERGED_CHIPS = ("sm_80", "sm_90")
 
 
 def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:
@@ -39,7 +40,7 @@ def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> Borde
 
 def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip) -> MergedConfig:
     """Config for the merged `shape` on a batch of `n` outputs of `h` x `w` pixels."""
-    candidates = merged_candidates(shape, dtype, chip)
+    candidates = merged_candidates(shape, h, dtype, chip)
     config = min(candidates, key=lambda candidate: branch_cost(candidate, shape, n, h, w, chip, "store"))
     # A sample's weights are built once for all tiles of a program; a small batch is split to fill the chip.
     tiles_h, tiles_w = tiles(shape, config, h, w)
@@ -48,17 +49,25 @@ def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, 
     return replace(config, TILES_PER_PROGRAM=cdiv(tiles_h * tiles_w, splits))
 
 
-def merged_candidates(shape: ConvShape, dtype: torch.dtype, chip: Chip) -> list[MergedConfig]:
-    """Tiles of the merged `shape`, one per program."""
+def merged_candidates(shape: ConvShape, h: int, dtype: torch.dtype, chip: Chip) -> list[MergedConfig]:
+    """Tiles of the merged `shape` for outputs of `h` rows, one per program."""
     block, run_w = _merged_block(shape)
     registers = merged_registers(shape, dtype)
-    # What the weights leave: rows in flight, or pixels of a tile. Before sm_90 the compiler needs more for the same.
-    is_crowded = registers > 72 and (dtype == torch.float32 or chip.name in ("sm_80", "sm_86", "sm_89"))
-    pixels = 8 if (is_crowded or shape.stride > 1) and triton_version() >= NARROW_PRODUCTS else 16
-    longest = 4 if is_crowded or registers > 100 else 7
+    # (pixels of a tile, longest column of outputs) that the weights leave registers for.
+    if 8 not in pixel_counts(chip):
+        sizes = [(16, 4 if registers > 72 else 7)]
+    elif dtype == torch.float32:
+        sizes = [(8, 7)]
+    elif registers > 100 and run_w == 2:
+        sizes = [(8, 4 if chip.name in SPILLING_MERGED_CHIPS else 14)]
+    elif run_w == 1:
+        sizes = [(8, 14 if shape.stride == 1 else 7)]
+    else:
+        sizes = [(16, 7), (8, 14)]
     return [
         MergedConfig(block, block, pixels // block_w, block_w, run_h, run_w)
-        for run_h, block_w in product((7, 4, 2, 1), (2, 4, 8, 16))
+        for pixels, longest in sizes
+        for run_h, block_w in product(sorted({14, 7, 4, 2, 1, min(h, longest)}, reverse=True), (2, 4, 8, 16))
         if run_h <= longest and block_w <= pixels
     ]
 

@@ -15,6 +15,7 @@ from .kernels.geometry import (
     cdiv,
     column_run,
     is_full,
+    is_whole_height,
     next_power_of_2,
     resident_items,
     tiles,
@@ -27,6 +28,8 @@ SPILLING_RESIDENT_CHIPS = ("sm_80",)
 # that of the others, told, hoists loads until it spills.
 UNCAPPED_CHIPS = ("sm_90", "sm_100", "sm_120")
 MAX_REGISTERS = 255
+# Chips whose compiler does not spill where the loop over kernel columns is unrolled, for columns as high as the image.
+UNROLLED_CHIPS = ("sm_90", "sm_120")
 # Widest descriptor of which a warp holds a block of weights.
 MAX_RESIDENT_DESCRIPTOR = 128
 # Share of L2 that may pass between two uses of the same data: halves of it keep copies of each other's.
@@ -47,20 +50,19 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     tiles_of_one: list[StreamConfig | ColumnConfig] = []
     for tile in candidates:
         is_short = has_short_columns(tile, shape, chip)
-        if (
-            tile.BLOCK_N > 1
-            or column_run(tile) > (4 if is_short else 7)
-            or not can_run("select", shape, tile)
-        ):
+        is_whole = is_whole_height(shape, tile, h)
+        longest = 4 if is_short else h if is_whole else 7
+        if tile.BLOCK_N > 1 or column_run(tile) > longest or not can_run("select", shape, tile):
             continue
         # Of columns of two outputs ptxas spills some to need no more than 128 registers.
         if is_short and isinstance(tile, ColumnConfig) and column_run(tile) < 4 <= h:
             continue
-        # One channel block, no loop unrolled, few rows at a time: the kernel holds both tasks' code.
+        # One channel block, few rows at a time: the kernel holds both tasks' code.
         if isinstance(tile, StreamConfig):
             tiles_of_one.append(replace(tile, BLOCKS_PER_PROGRAM=1))
         elif isinstance(tile, ColumnConfig):
-            tiles_of_one.append(replace(tile, UNROLL=False, ROWS=min(tile.ROWS, 2)))
+            is_unrolled = chip.name in UNROLLED_CHIPS and is_whole and is_full(shape, tile)
+            tiles_of_one.append(replace(tile, UNROLL=is_unrolled, ROWS=min(tile.ROWS, 2)))
     if not tiles_of_one:
         return None
     branch = min(tiles_of_one, key=lambda config: branch_cost(config, shape, n, h, w, chip, "select"))

@@ -22,7 +22,7 @@ from sk_triton import (
 )
 from sk_triton.cpu_merging import window_sums
 
-from .tolerances import assert_errs_like_eager, assert_same
+from .tolerances import assert_same, assert_typical_errors_like_eager
 from .units import PAPER, SEED, mergeable, random_unit, sizes, specs
 
 ACTS = ("relu", "identity")
@@ -100,21 +100,30 @@ SPLIT = SKSpec(
 @pytest.mark.parametrize("size", [(1, 7, 7), (2, 2, 9), (3, 13, 17)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_schedules_err_like_eager(spec, schedule, size, dtype):
+    """Over several units together: the largest error of one small result is a matter of chance, and of the processor's
+    order of summation. None of them is far from eager's result."""
     n, h, w = size
     c = spec.in_channels
-    *branches, gate = unit(spec, dtype)
-    *exact_branches, exact_gate = (cast_to(part, torch.float64) for part in (*branches, gate))
-    for x in (
-        torch.randn(n, c, h, w),
-        torch.randn(n, h, w, c).permute(0, 3, 1, 2),
-        torch.randn(2 * n, c + 3, h + 2, w + 1)[::2, 2:-1, 1:-1, 1:],
-    ):
-        x = x.to(dtype)
-        eager = reference.sk_conv(x, branches, gate, spec)
-        exact = reference.sk_conv(x.double(), exact_branches, exact_gate, spec)
-        for samples in (1, n):
-            if samples == 1 or schedule == "folded" or layout.memory_format(x) != torch.channels_last:
-                assert_errs_like_eager(run(spec, x, branches, gate, schedule, samples), eager, exact)
+    found = {}  # by kind of input and samples of a part
+    for _ in range(4):
+        *branches, gate = unit(spec, dtype)
+        *exact_branches, exact_gate = (cast_to(part, torch.float64) for part in (*branches, gate))
+        inputs = {
+            "NCHW": torch.randn(n, c, h, w),
+            "channels_last": torch.randn(n, h, w, c).permute(0, 3, 1, 2),
+            "view": torch.randn(2 * n, c + 3, h + 2, w + 1)[::2, 2:-1, 1:-1, 1:],
+        }
+        for kind, x in inputs.items():
+            x = x.to(dtype)
+            eager = reference.sk_conv(x, branches, gate, spec)
+            exact = reference.sk_conv(x.double(), exact_branches, exact_gate, spec)
+            for samples in (1, n):
+                if samples == 1 or schedule == "folded" or layout.memory_format(x) != torch.channels_last:
+                    v = run(spec, x, branches, gate, schedule, samples)
+                    assert_same(v, eager)
+                    found.setdefault((kind, samples), []).append((v, eager, exact))
+    for results in found.values():
+        assert_typical_errors_like_eager(results)
 
 
 def test_window_sums_are_a_convolution_with_ones():

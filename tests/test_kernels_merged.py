@@ -11,6 +11,7 @@ from sk_triton.bench.traffic import Meter
 from sk_triton.kernels.config import BorderConfig, MergedConfig
 from sk_triton.kernels.geometry import ConvShape, cdiv
 from sk_triton.kernels.merging import (
+    branch_blocks,
     column_sections,
     merged_shape,
     row_parts,
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.interpret
 SEED = ConvShape(16, 16, 4, (3, 5), (1, 1))
 PAIRS = MergedConfig(8, 8, BLOCK_H=2, BLOCK_W=4, RUN_H=2, RUN_W=2, TILES_PER_PROGRAM=3)
 WIDE = MergedConfig(16, 16, BLOCK_H=2, BLOCK_W=8, RUN_H=2, RUN_W=1, TILES_PER_PROGRAM=2)
+WHOLE = MergedConfig(16, 16, BLOCK_H=1, BLOCK_W=8, RUN_H=6, RUN_W=1, TILES_PER_PROGRAM=2)
+PAIRS_WHOLE = MergedConfig(8, 8, BLOCK_H=1, BLOCK_W=8, RUN_H=4, RUN_W=2)
 BORDER = BorderConfig(BLOCK_C=16, BLOCK_W=8, ROWS=3, STRIPS_PER_PROGRAM=2)
 
 # name: (branches, config of the convolution, N, H, W)
@@ -38,6 +41,9 @@ CASES = {
     "dilations 2 and 4": (ConvShape(16, 16, 4, (3, 3), (2, 4)), PAIRS, 1, 9, 10),
     "dilation 3": (ConvShape(16, 16, 4, (3,), (3,)), PAIRS, 1, 8, 9),
     "1, 3, 5 and 7": (ConvShape(16, 16, 4, (1, 3, 5, 7), (1, 1, 1, 1)), PAIRS, 1, 8, 5),
+    "columns as high as the image": (ConvShape(32, 32, 2, (3, 5), (1, 1)), WHOLE, 2, 6, 9),
+    "pairs as high as the image": (SEED, MergedConfig(8, 8, 1, 8, RUN_H=5, RUN_W=2), 2, 5, 7),
+    "as high as the image, dilation 2": (ConvShape(16, 16, 4, (3, 3), (2, 4)), PAIRS_WHOLE, 1, 4, 10),
     "1x1 alone": (ConvShape(16, 16, 4, (1, 1), (1, 1)), PAIRS, 2, 7, 5),
     "one pixel": (SEED, PAIRS, 2, 1, 1),
     "smaller than the reach": (ConvShape(16, 16, 4, (7, 3), (1, 3)), PAIRS, 2, 2, 3),
@@ -118,7 +124,7 @@ def convolve(x, weights, scale, shift, attention, shape, config, memory_format=t
     v = guarded[1:-1, :, 1:-1, 1:-1]
     packed = pack_branch_weights(wide_weights(weights, shape), merged, config, x.dtype)
     launch = merged_conv_fwd(
-        x, packed, scale, shift, attention, v, shape=merged, allow_tf32=True, config=config
+        x, packed, scale, shift, attention, v, branches=shape, allow_tf32=True, config=config
     )
     launch_watched(launch, x)
     assert guarded.isfinite().sum() <= v.numel(), "the kernel wrote outside of its output"
@@ -192,6 +198,35 @@ def test_without_shift(has_scale):
         torch.einsum("mnchw,nmc->nchw", us, attention),
         torch.einsum("mnchw,nmc->nchw", exact, attention.double()),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1e3, 3e4])
+def test_scales_keep_their_digits(size, dtype):
+    """A norm's scale may be far from 1 and differ between branches; gains in 16 bits are relative to the largest."""
+    shape, config, *sizes = CASES["3 and 5"]
+    x, weights, scale, shift, attention = make(shape, *sizes, dtype)
+    scale[0] *= size
+    scale[1, 1] = 0.0
+    if size < 1:
+        scale[1] = -scale[0] / 7  # a gain of either sign, and both zero where one is
+        shift *= size
+    weights = [weight / max(1.0, size) for weight in weights]
+    check_conv([x, weights, scale, shift], attention, shape, config)
+
+
+def test_which_blocks_hold_taps_of_which_branch():
+    def blocks(shape, config):
+        found = branch_blocks(shape, config, torch.float16)
+        m = len(shape.kernels)
+        return ["".join("x" if has else "." for has in found[i::m]) for i in range(m)]
+
+    # Five rows of parts (points 0 to 3, 4 and 5): the 3x3 meets the three rows in the middle.
+    assert blocks(SEED, PAIRS) == ["..xxxxxx..", "xxxxxxxxxx"]
+    # Parts of points 0 and 1, 2 and 3, 4: its columns are 1 to 3.
+    assert blocks(ConvShape(32, 32, 2, (3, 5), (1, 1)), WIDE) == ["...xx.xx.xx....", "x" * 15]
+    # Dilation 2 on the same lattice: every other row, and columns 0, 2 and 4.
+    assert blocks(ConvShape(32, 32, 2, (3, 3), (1, 2)), WIDE) == ["...xx.xx.xx....", "xxx...xxx...xxx"]
 
 
 @pytest.mark.parametrize("view", ["crop", "channels", "every other pixel", "misaligned", "broadcast"])

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -34,6 +35,9 @@ from ..layout import memory_format
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import BranchSpec, SKSpec
+
+# Pixels whose products are added one by one to a gradient of weights.
+LONGEST_SUM = 512
 
 
 def run(plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
@@ -119,27 +123,61 @@ def _convolve_bwd(
         dx as x, None unless needed, and dK ``[N, C, fan_in, K, K]``.
     """
     n, c, out_format = x.shape[0], spec.out_channels, memory_format(x)
-    fan_in = spec.in_channels // merged.groups
+    fan_in, side = spec.in_channels // merged.groups, merged.kernel_size
     dx = torch.empty_like(x, memory_format=out_format) if needs_dx else None
-    dk = x.new_empty(n, c, fan_in, merged.kernel_size, merged.kernel_size)
-    shape_only = torch.empty_like(kernels.weights[0], memory_format=torch.contiguous_format)
-
-    def convolution_bwd(dv: Tensor, x: Tensor, weight: Tensor, by_x: bool) -> Tensor:
-        grads = torch.ops.aten.convolution_backward(
-            dv, x, weight, None, [spec.stride] * 2, [merged.padding] * 2, [merged.dilation] * 2, False, [0, 0],
-            x.shape[1] // fan_in, [by_x, not by_x, False],
-        )  # fmt: skip
-        return grads[0 if by_x else 1]
-
+    dk = x.new_empty(n, c, fan_in, side, side)
     for start in range(0, n, samples):
         part = slice(start, start + samples)
-        weight = sample_weights(kernels.weights, a[part])
         if dx is not None:
-            dx_part = convolution_bwd(side_by_side(dv[part]), side_by_side(x[part]), weight, by_x=True)
+            weight = sample_weights(kernels.weights, a[part])
+            padding = (merged.padding, merged.padding)
+            dv_part, x_part = side_by_side(dv[part]), side_by_side(x[part])
+            dx_part, _ = _convolution_backward(dv_part, x_part, weight, spec, merged, padding, (True, False))
             dx[part] = dx_part.view_as(dx[part])
-        # oneDNN's gradients of weights in NCHW add a whole image's products one by one: in large images four times the
-        # rounding error, which attention's gradient would inherit.
         for dk_i, dv_i, x_i in zip(dk[part], dv[part].split(1), x[part].split(1), strict=True):
-            dv_i, x_i = (t.contiguous(memory_format=torch.channels_last) for t in (dv_i, x_i))
-            dk_i.copy_(convolution_bwd(dv_i, x_i, shape_only, by_x=False))
+            _kernel_grad(dv_i, x_i, spec, merged, out=dk_i)
     return dx, dk
+
+
+def _kernel_grad(dv: Tensor, x: Tensor, spec: SKSpec, merged: BranchSpec, out: Tensor) -> None:
+    """The gradient of one sample's kernels ``[C, fan_in, K, K]``, written to `out`.
+
+    By strips of rows: oneDNN adds the products of all pixels one by one, in channels_last on some processors and in
+    NCHW on others, and the rounding of so long a sum would be several times that of eager's attention gradient.
+    """
+    h, w = dv.shape[2:]
+    strips = math.ceil(h * w / LONGEST_SUM)
+    padding = (merged.padding, merged.padding)
+    if strips > 1:
+        x = F.pad(x, (0, 0, merged.padding, merged.padding))
+        padding = (0, merged.padding)
+    dv, x = (t.contiguous(memory_format=torch.channels_last) for t in (dv, x))
+    rows = math.ceil(h / strips)
+    reach = 2 * merged.padding if strips > 1 else x.shape[2]
+    for start in range(0, h, rows):
+        dv_strip = dv[:, :, start : start + rows]
+        first = start * spec.stride
+        x_strip = x[:, :, first : first + (dv_strip.shape[2] - 1) * spec.stride + 1 + reach]
+        _, grad = _convolution_backward(dv_strip, x_strip, out, spec, merged, padding, (False, True))
+        if start == 0:
+            out.copy_(grad)
+        else:
+            out += grad
+
+
+def _convolution_backward(
+    dv: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    spec: SKSpec,
+    merged: BranchSpec,
+    padding: tuple[int, int],
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor, Tensor]:
+    """Gradients by x and by the weight, as far as `wanted`, of a merged convolution; that by the weight needs but its
+    shape."""
+    groups = x.shape[1] // weight.shape[1]
+    dx, dw, _ = torch.ops.aten.convolution_backward(
+        dv, x, weight, None, [spec.stride] * 2, padding, [merged.dilation] * 2, False, [0, 0], groups, [*wanted, False]
+    )  # fmt: skip
+    return dx, dw

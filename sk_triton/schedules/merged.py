@@ -47,7 +47,7 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: MergedPacked, spec: SKSpec
             packed.shifts[0],
             attention,
             v,
-            shape=plan.merged_launch.shape,
+            branches=plan.merged_launch.branches,
             allow_tf32=plan.allow_tf32,
             config=plan.merged_launch.conv,
         ),

@@ -143,7 +143,7 @@ def border_configs(shape: ConvShape, h: int, w: int) -> list[BorderConfig]:
 def merged_configs(shape: ConvShape, h: int, w: int, dtype: torch.dtype, chip: Chip) -> list[MergedConfig]:
     """Of the merged convolution, on outputs of `h` x `w` pixels."""
     found = []
-    for config in analytic_merged.merged_candidates(shape, dtype, chip):
+    for config in analytic_merged.merged_candidates(shape, h, dtype, chip):
         count = math.prod(tiles(shape, config, h, w))
         walks = (*(1 << i for i in range(count.bit_length())), count)
         found += [replace(config, TILES_PER_PROGRAM=walk) for walk in dict.fromkeys(walks)]
