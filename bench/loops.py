@@ -79,7 +79,8 @@ def natural_loops(instructions: Sequence[Instruction]) -> list[set[int]]:
                         body.add(member)
                         pending.extend(predecessors[member])
     return [
-        {i for block in bodies[header] for i in blocks[block]} for header in sorted(bodies, key=place.__getitem__)
+        {i for block in bodies[header] for i in blocks[block]}
+        for header in sorted(bodies, key=place.__getitem__)
     ]
 
 
@@ -125,7 +126,9 @@ def _reverse_postorder(successors: list[list[int]]) -> list[int]:
     return finished[::-1]
 
 
-def _dominators(order: list[int], place: dict[int, int], predecessors: dict[int, list[int]]) -> dict[int, int]:
+def _dominators(
+    order: list[int], place: dict[int, int], predecessors: dict[int, list[int]]
+) -> dict[int, int]:
     """The last block that every way to a block goes through (Cooper, Harvey, Kennedy, 2001)."""
     dominator = {order[0]: order[0]}
     has_changed = True

@@ -26,7 +26,9 @@ def test_a_loop_in_a_loop():
     assert natural_loops(instructions) == [{1, 2, 3, 4, 5}, {2, 3}]
     assert loop_weights(instructions, (5, 3)) == [1, 5, 15, 15, 5, 5, 1]
     assert loop_weights(instructions, (5, 1, 3)) == [1, 5, 15, 15, 5, 5, 1], "a loop of one trip is none"
-    assert loop_weights(instructions, (5, 0)) == [1, 5, 5, 5, 5, 5, 1], "what may run no more than once counts once"
+    assert loop_weights(instructions, (5, 0)) == [1, 5, 5, 5, 5, 5, 1], (
+        "what may run no more than once counts once"
+    )
 
 
 def test_a_jump_back_from_rarely_run_code_is_no_loop():

@@ -297,12 +297,12 @@ def test_convolution_reads_rows_without_shared_memory(compiled):
 
 @pytest.mark.compile
 @needs_narrow_products
-@pytest.mark.parametrize(("unit", "most"), [("seed, M = 2", 11), ("seed, stage 2", 16), ("seed, stage 3", 24)])
+@pytest.mark.parametrize(
+    ("unit", "most"), [("seed, M = 2", 11), ("seed, stage 2", 16), ("seed, stage 3", 24)]
+)
 def test_instructions_per_output(compiled, unit, most):
     """Of one convolution in place of two branches: the budget is 10, 10 and 12 for each branch."""
     (row,) = [
-        row
-        for row in compiled
-        if (row["chip"], row["unit"], row["kernel"]) == ("sm_90", unit, "merged_conv")
+        row for row in compiled if (row["chip"], row["unit"], row["kernel"]) == ("sm_90", unit, "merged_conv")
     ]
     assert row["per_output"] <= most
