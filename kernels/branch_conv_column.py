@@ -12,13 +12,13 @@ import triton.language as tl
 from .norm import lane_moments, store_moments
 from .tiling import (
     SIZES,
-    as_operand,
     branch_attention,
     fold_pool,
     load_weight_operand,
     locate_tile,
     part_elements,
     relu,
+    right_operand,
     widen,
 )
 
@@ -85,7 +85,7 @@ def column_outputs(
                     mask = mask & (ci < CI_END)[None, :]
                 row = (i * PITCH - HALF * DILATION) * tl.cast(stride_xh, tl.int64)
                 taps = tl.load(column_ptrs + row, mask=mask, other=0.0)
-                rows = rows + (as_operand(taps, IS_SHORT) if IS_DIRECT else taps,)
+                rows = rows + (right_operand(taps, IS_SHORT) if IS_DIRECT else tl.trans(taps),)
             added = ()
             for r in tl.static_range(RUN_H):
                 acc = outputs[r]
@@ -94,7 +94,7 @@ def column_outputs(
                         first + ROWS, STOP
                     ):
                         row = rows[r * STEP_R + ky * STEP_K - first]
-                        acc = tl.dot(weights[ky], tl.trans(row), acc, input_precision=PRECISION)
+                        acc = tl.dot(weights[ky], row, acc, input_precision=PRECISION)
                 added = added + (acc,)
             outputs = added
     return outputs

@@ -12,7 +12,6 @@ import triton.language as tl
 from .norm import lane_moments, store_moments
 from .tiling import (
     SIZES,
-    as_operand,
     branch_attention,
     fold_pool,
     in_image_order,
@@ -20,6 +19,7 @@ from .tiling import (
     locate_tile,
     pooled_pixels,
     relu,
+    right_operand,
     run_origin,
     widen,
 )
@@ -70,7 +70,7 @@ def stream_loads(
                 # The row term is uniform: one scalar offset per row, not one per element.
                 row = (i * PITCH - HALF * DILATION) * stride_xh + dx * stride_xw
                 taps = tl.load(x_ptr + row + offs_x, mask=mask, other=0.0)
-                rows = rows + (as_operand(taps, False) if IS_DIRECT else taps,)
+                rows = rows + (right_operand(taps, False) if IS_DIRECT else tl.trans(taps),)
             else:
                 rows = rows + (rows[0],)
 
@@ -101,7 +101,7 @@ def stream_output(
     acc = start
     for tap in tl.static_range(KERNEL * TAPS_W):
         row = rows[(r * STEP_R + tap // TAPS_W * STEP_K) * TAPS_W + tap % TAPS_W]
-        acc = tl.dot(weights[tap], tl.trans(row), acc, input_precision=PRECISION)
+        acc = tl.dot(weights[tap], row, acc, input_precision=PRECISION)
     if HAS_RELU:
         acc = relu(acc)
     return acc

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .grad_tiling import equal_to, load_terms, memory_rows, moved, replaced, row_gradient, transposed
-from .tiling import as_operand, load_weight_operand, part_elements, widen
+from .tiling import load_weight_operand, part_elements, right_operand, widen
 
 
 @triton.jit(do_not_specialize=("H", "W", "TILES_H", "TILES_W"))
@@ -175,7 +175,7 @@ def branch_grad_weight_kernel(
                 )
                 offs_x = (x_in * stride_xw)[:, None] + channel[None, :]
                 taps = tl.load(x_ptr + n * stride_xn + ci0 + y_in * stride_xh + offs_x, mask=mask, other=0.0)
-                pixels = moved(to_accumulator, tl.trans(as_operand(taps, True)))
+                pixels = moved(to_accumulator, right_operand(taps, True))
                 for ky in tl.static_range(ROWS_KY):
                     if (
                         i - (KY + ky - KERNEL // 2) * DILATION >= 0

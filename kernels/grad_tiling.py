@@ -7,7 +7,7 @@ one or two channels, by products with 0/1 matrices: exact, and conversions to fp
 import triton
 import triton.language as tl
 
-from .tiling import as_operand
+from .tiling import right_operand
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def moved(matrix, values):
 @triton.jit
 def memory_rows(SIZE: tl.constexpr):
     """Which of a thread quad's 16 elements, in the order of reading, stands in row r of a right operand that was loaded
-    with `as_operand(tile, True)`. [SIZE]
+    with `right_operand(tile, True)`. [SIZE]
     """
     row = tl.arange(0, SIZE)
     return row // 2 % 4 * 4 + row // 8 * 2 + row % 2
@@ -91,10 +91,10 @@ def row_gradient(
     dv_ptrs, y_ptrs, mask, to_accumulator, terms, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr
 ):
     """The gradient of a branch's convolution for one row of pixels, in fp32. [16, pixels]"""
-    grad = as_operand(tl.load(dv_ptrs, mask=mask, other=0.0), True)
-    dy = terms[0] * tl.dot(to_accumulator, tl.trans(grad)) + terms[1]
+    grad = right_operand(tl.load(dv_ptrs, mask=mask, other=0.0), True)
+    dy = terms[0] * tl.dot(to_accumulator, grad) + terms[1]
     if HAS_RELU or HAS_NORM:
-        conv = tl.dot(to_accumulator, tl.trans(as_operand(tl.load(y_ptrs, mask=mask, other=0.0), True)))
+        conv = tl.dot(to_accumulator, right_operand(tl.load(y_ptrs, mask=mask, other=0.0), True))
         if HAS_RELU and HAS_NORM:
             dy = tl.where(terms[2] * conv + terms[3] > 0.0, dy, terms[5]) + terms[4] * conv
         elif HAS_NORM:

@@ -13,7 +13,7 @@ from .config import MergedConfig
 from .geometry import ConvShape, blocking, cdiv, is_whole_height, tiles
 from .launch import Launch
 from .merging import branch_blocks, merged_shape, row_parts
-from .tiling import as_operand, part_elements, run_origin, widen
+from .tiling import part_elements, right_operand, run_origin, widen
 
 # Input rows in flight beyond those that the current output needs.
 ROWS_AHEAD = tl.constexpr(2)
@@ -42,12 +42,12 @@ def read_part(
     if HAS_CHANNEL_MASK:
         mask &= (ci < CI_END)[None, :]
     offs_x = (y * STRIDE * stride_xh)[:, None] + x_in * stride_xw + ci[None, :]
-    return as_operand(tl.load(x_ptr + offs_x, mask=mask, other=0.0), IS_SHORT)
+    return right_operand(tl.load(x_ptr + offs_x, mask=mask, other=0.0), IS_SHORT)
 
 
 @triton.jit
 def load_right_operand(w_ptr, BLOCK_K: tl.constexpr):
-    """A block of a branch's weights `[16, BLOCK_K]`, its columns in the order of `as_operand`, from the memory order of
+    """A block of a branch's weights `[16, BLOCK_K]`, its columns in the order of `right_operand`'s rows, from the memory order of
     `packing.merging_order`: each thread reads what it holds of the right operand at once.
     """
     flat = tl.load(w_ptr + tl.arange(0, 16 * BLOCK_K))
@@ -84,7 +84,7 @@ def multiplied_weight(
     for m in tl.static_range(len(gains)):
         if HAS_TAPS[FIRST + m]:
             merged += gains[m][:, None] * tl.load(w_ptr + m * stride_wm + offs_w)
-    return as_operand(merged, False)
+    return tl.trans(right_operand(merged, False))
 
 
 @triton.jit
@@ -248,7 +248,7 @@ def merged_conv_fwd_kernel(
                     for part in tl.static_range(len(PARTS) - 1):
                         weight = weights[ky * (len(PARTS) - 1) + part]
                         row = rows[(r * STEP + ky - START) * (len(PARTS) - 1) + part]
-                        acc = tl.dot(weight, tl.trans(row), acc, input_precision=PRECISION)
+                        acc = tl.dot(weight, row, acc, input_precision=PRECISION)
             if IS_RELATIVE:
                 acc = acc * factor[:, None] + shift[:, None]
             mask_r = mask_out

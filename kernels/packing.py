@@ -43,7 +43,7 @@ def operand_order(size: int, block_m: int, block_k: int) -> torch.Tensor:
 
     Eight entries in a row are the four registers that a thread holds of a 16 x 16 left operand: rows r and r + 8 of
     columns 2 t and 2 t + 1, then of columns 2 t + 8 and 2 t + 9. A column of an operand stands for the element of x
-    that `as_operand` puts there.
+    that `right_operand` puts there.
     """
     source = torch.arange(block_m)[:, None] * block_k + operand_elements(block_k)
     # [block_m, block_k] as (tile, row half, row, product, half, thread, parity), from most significant.
@@ -66,7 +66,7 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
     """Where each entry of a branch's weights of one channel block moves from, for `merged_conv.merged_weight`. [size]
 
     A kernel row is cut into the parts in which x is read. A part is a right operand `[16 outputs, elements of x]`, its
-    columns in the order of `as_operand`: eight entries in a row are what a thread holds of 16 of them.
+    columns in the order of `right_operand`'s rows: eight entries in a row are what a thread holds of 16 of them.
     """
     kernel, parts = shape.kernels[0], row_parts(shape, config, dtype)
     block_m = config.RUN_W * config.BLOCK_CO

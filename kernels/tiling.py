@@ -144,25 +144,28 @@ def part_elements(BLOCK_CI: tl.constexpr, BLOCK_K: tl.constexpr, IS_SHORT: tl.co
 
 
 @triton.jit
-def as_operand(tile, IS_SHORT: tl.constexpr):
-    """`tile [rows, BLOCK_K]` with its columns in another order: that in which a warp's threads, each of which has read
-    adjacent elements, already hold what the tensor core wants of them. No shared memory is needed, and no barrier that
-    would hold back the loads of the next rows. A product whose operands are both in this order is the same product.
+def right_operand(tile, IS_SHORT: tl.constexpr):
+    """`tile [columns, BLOCK_K]` as a right operand `[BLOCK_K, columns]`, its rows in another order: that in which a
+    warp's threads, each of which has read adjacent elements, already hold what the tensor core wants of them. No shared
+    memory is needed, and no barrier that would hold back the loads of the next rows. A product whose operands are both
+    in this order is the same product.
+
+    One permutation, not one and a transposition: Triton 3.8 sends what it sees transposed through shared memory.
     """
-    ROWS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[0]
     BLOCK_K: tl.constexpr = tile.shape[1]
     if tile.dtype.primitive_bitwidth == 32:
-        tile = tl.permute(tl.reshape(tile, [ROWS, 4, 2, 2]), [0, 2, 3, 1])
+        tile = tl.permute(tl.reshape(tile, [COLUMNS, 4, 2, 2]), [2, 3, 1, 0])
     elif IS_SHORT:
-        tile = tl.permute(tl.reshape(tile, [ROWS, 4, 2, 2]), [0, 2, 1, 3])
+        tile = tl.permute(tl.reshape(tile, [COLUMNS, 4, 2, 2]), [2, 1, 3, 0])
     else:
-        tile = tl.permute(tl.reshape(tile, [ROWS, 4, 2, 2, 2]), [0, 2, 3, 1, 4])
-    return tl.reshape(tile, [ROWS, BLOCK_K])
+        tile = tl.permute(tl.reshape(tile, [COLUMNS, 4, 2, 2, 2]), [2, 3, 1, 4, 0])
+    return tl.reshape(tile, [BLOCK_K, COLUMNS])
 
 
 @triton.jit
 def load_weight_operand(w_ptr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """A weight block `[BLOCK_M, BLOCK_K]`, its columns in the order of `as_operand`, from the memory order of
+    """A weight block `[BLOCK_M, BLOCK_K]`, its columns in the order of `right_operand`'s rows, from the memory order of
     `packing.operand_order`: each thread reads the four registers of its left operand at once.
     """
     flat = tl.load(w_ptr + tl.arange(0, BLOCK_M * BLOCK_K))

@@ -28,13 +28,14 @@ def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> Borde
     is_small = columns * programs_h < 2 * chip.processors
     block_w = min(32 if is_small else 64, max(4, next_power_of_2(w)))
     rows = cdiv(h, programs_h)
-    # 4096 sums a program spill in one warp; of 32 columns, two warps of 64 channels do as well before sm_90.
+    # 4096 sums a program spill in one warp, and on sm_120 half as many; of 32 columns, two warps of 64 channels do as
+    # well before sm_90.
     return BorderConfig(
         BLOCK_C=32 if block_w == 32 else 64,
         BLOCK_W=block_w,
         ROWS=rows,
         STRIPS_PER_PROGRAM=cdiv(len(strips(shape, h, rows)), programs_h),
-        num_warps=2 if block_w == 64 else 1,
+        num_warps=2 if block_w == 64 or (block_w == 32 and chip.name == "sm_120") else 1,
     )
 
 
