@@ -47,8 +47,8 @@ def read_part(
 
 @triton.jit
 def load_right_operand(w_ptr, BLOCK_K: tl.constexpr):
-    """A block of a branch's weights `[16, BLOCK_K]`, its columns in the order of `right_operand`'s rows, from the memory order of
-    `packing.merging_order`: each thread reads what it holds of the right operand at once.
+    """A block of a branch's weights `[16, BLOCK_K]`, its columns in the order of `right_operand`'s rows, as
+    `packing.merging_order` stores it: each thread reads what it holds of the right operand at once.
     """
     flat = tl.load(w_ptr + tl.arange(0, 16 * BLOCK_K))
     flat = tl.reshape(flat, [BLOCK_K // 16, 8, 4, 2, 2, 2])
