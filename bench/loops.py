@@ -27,18 +27,18 @@ class Instruction(NamedTuple):
         is_conditional = re.search(r"@!?U?P\w+\s+[A-Z]", self.text) is not None
         if self.opcode.startswith("BRA"):
             # A predicate or a register before the target: BRA.U UP0, BRA.DIV UR4, …
-            return is_conditional or re.search(r"BRA\S*\s+[^0`]", self.text) is not None
+            return is_conditional or re.search(r"BRA\S*\s+[^\s0]", self.text) is not None
         return is_conditional or not self.opcode.startswith(("EXIT", "RET", "JMP", "BRX"))
 
 
 def loop_weights(instructions: Sequence[Instruction], trips: Sequence[int]) -> list[int] | None:
     """How often each instruction runs where loops run `trips` times, in the order in which a program comes to them.
 
-    Loops of one trip may have been unrolled. None where the code has other loops than those of more trips or none.
+    Loops of one trip may have been unrolled. None where the code's loops are not those of the other trips.
     """
     expected = [trip for trip in trips if trip != 1]
     loops = natural_loops(instructions)
-    if loops and len(loops) != len(expected):
+    if loops is None or (loops and len(loops) != len(expected)):
         return None
     weights = [1] * len(instructions)
     for loop, trip in zip(loops, expected, strict=False):
@@ -47,8 +47,9 @@ def loop_weights(instructions: Sequence[Instruction], trips: Sequence[int]) -> l
     return weights
 
 
-def natural_loops(instructions: Sequence[Instruction]) -> list[set[int]]:
-    """The indices of the instructions of each loop, in the order in which a program comes to the loops.
+def natural_loops(instructions: Sequence[Instruction]) -> list[set[int]] | None:
+    """The indices of the instructions of each loop, in the order in which a program comes to the loops; None where a
+    loop can be entered in more than one place.
 
     A jump backwards alone makes no loop: code that is rarely run stands behind the rest and jumps back into it.
     """
@@ -70,7 +71,9 @@ def natural_loops(instructions: Sequence[Instruction]) -> list[set[int]]:
     bodies: dict[int, set[int]] = {}
     for block in order:
         for header in successors[block]:
-            if dominates(header, block):
+            if place[header] <= place[block]:
+                if not dominates(header, block):
+                    return None
                 body = bodies.setdefault(header, {header})
                 pending = [block]
                 while pending:

@@ -198,7 +198,7 @@ def tiles(
 
 
 def is_whole_height(shape: ConvShape, config: BranchConfig, h: int) -> bool:
-    """Whether a kernel that knows no row beyond the image walks columns as high as one of `h` rows."""
+    """Whether a column run is the image's whole height, so that a kernel that knows of it reads no row beyond."""
     if not isinstance(config, ColumnConfig | MergedConfig):
         return False
     is_dense = all(spacing == 1 for spacing in column_runs(shape, config, False).spacings)

@@ -84,7 +84,9 @@ def multiplied_weight(
     for m in tl.static_range(len(gains)):
         if HAS_TAPS[FIRST + m]:
             merged += gains[m][:, None] * tl.load(w_ptr + m * stride_wm + offs_w)
-    return tl.trans(right_operand(merged, False))
+    # As `right_operand`, but on the left: its columns in the same order, by one permutation for the same reason.
+    merged = tl.permute(tl.reshape(merged, [offs_m.shape[0], 4, 2, 2]), [0, 2, 3, 1])
+    return tl.reshape(merged, [offs_m.shape[0], BLOCK_K])
 
 
 @triton.jit
@@ -113,8 +115,8 @@ def merged_weights(
     W_BRANCH: tl.constexpr, RUN_W: tl.constexpr, BLOCK_CI: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """A sample's weights, `[RUN_W * BLOCK_CO, part]` for each kernel row and part; what outputs are then multiplied by,
-    and the shift added to them, one per row.
+    """A sample's weights, `[RUN_W * BLOCK_CO, part]` for each kernel row and part; what they are relative to, 1 unless
+    16-bit weights meet a norm's scale, and the outputs' shift, one per row.
     """
     dtype = w_ptr.dtype.element_ty
     BLOCK_M: tl.constexpr = offs_m.shape[0]
@@ -132,6 +134,7 @@ def merged_weights(
     factor = tl.where(largest == 0.0, 1.0, largest)
     weights = ()
     if dtype == tl.float32:
+        factor = tl.full([BLOCK_M], 1.0, tl.float32)
         for ky in tl.static_range(KERNEL):
             for part in tl.static_range(len(PARTS) - 1):
                 weight = multiplied_weight(

@@ -119,6 +119,7 @@ def row_parts(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) -> tup
     return tuple(starts)
 
 
+@lru_cache(maxsize=1024)
 def branch_blocks(branches: ConvShape, config: MergedConfig, dtype: torch.dtype) -> tuple[bool, ...]:
     """Whether there are taps, for each kernel row of the merged lattice, part of the row, and branch: nothing is built
     of the weights that a branch does not have.

@@ -63,7 +63,8 @@ def operand_elements(block_k: int) -> torch.Tensor:
 
 
 def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) -> torch.Tensor:
-    """Where each entry of a branch's weights of one channel block moves from, for `merged_conv.merged_weight`. [size]
+    """Where each entry of a branch's weights of one channel block moves from, for `merged_conv.load_right_operand`;
+    what no part reads is left out. [entries]
 
     A kernel row is cut into the parts in which x is read. A part is a right operand `[16 outputs, elements of x]`, its
     columns in the order of `right_operand`'s rows: eight entries in a row are what a thread holds of 16 of them.
@@ -71,6 +72,10 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
     kernel, parts = shape.kernels[0], row_parts(shape, config, dtype)
     block_m = config.RUN_W * config.BLOCK_CO
     points = blocking(shape, config).spans[0] if config.RUN_W > 1 else kernel
+    if block_m != 16 or parts[-1] > points:
+        raise ValueError(
+            f"config: products of 16-bit merged weights have 16 outputs and read whole parts, got {config}"
+        )
     row = torch.arange(block_m)[:, None, None]
     point = torch.arange(points)[:, None]
     ci = torch.arange(config.BLOCK_CI)

@@ -28,7 +28,7 @@ def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> Borde
     is_small = columns * programs_h < 2 * chip.processors
     block_w = min(32 if is_small else 64, max(4, next_power_of_2(w)))
     rows = cdiv(h, programs_h)
-    # 4096 sums a program spill in one warp, and on sm_120 half as many; of 32 columns, two warps of 64 channels do as
+    # 4096 sums a program spill in one warp, and on sm_120 a few of 1024; of 32 columns, two warps of 64 channels do as
     # well before sm_90.
     return BorderConfig(
         BLOCK_C=32 if block_w == 32 else 64,

@@ -28,7 +28,8 @@ SPILLING_RESIDENT_CHIPS = ("sm_80",)
 # that of the others, told, hoists loads until it spills.
 UNCAPPED_CHIPS = ("sm_90", "sm_100", "sm_120")
 MAX_REGISTERS = 255
-# Chips whose compiler does not spill where the loop over kernel columns is unrolled, for columns as high as the image.
+# Chips whose compiler does not spill where the loop over kernel columns is unrolled, for columns as high as the image
+# and two branches; with a third it does.
 UNROLLED_CHIPS = ("sm_90", "sm_120")
 # Widest descriptor of which a warp holds a block of weights.
 MAX_RESIDENT_DESCRIPTOR = 128
@@ -61,7 +62,8 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
         if isinstance(tile, StreamConfig):
             tiles_of_one.append(replace(tile, BLOCKS_PER_PROGRAM=1))
         elif isinstance(tile, ColumnConfig):
-            is_unrolled = chip.name in UNROLLED_CHIPS and is_whole and is_full(shape, tile)
+            is_unrolled = is_whole and is_full(shape, tile) and len(shape.kernels) <= 2
+            is_unrolled = is_unrolled and chip.name in UNROLLED_CHIPS
             tiles_of_one.append(replace(tile, UNROLL=is_unrolled, ROWS=min(tile.ROWS, 2)))
     if not tiles_of_one:
         return None

@@ -10,7 +10,7 @@ import torch
 NARROW_PRODUCTS = (3, 5)
 """The first Triton whose products may have 8 columns, on NVIDIA; 16 before."""
 UNHOISTED_LOOPS = (3, 6)
-"""The oldest Triton seen to leave loop invariants in a loop that asks for it; 3.4 cannot, 3.5 is untried."""
+"""The oldest Triton seen to leave loop invariants in a loop that asks for it; 3.4 cannot, 3.5 and 3.7 are untried."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from sk_triton import (
 )
 from sk_triton.cpu_merging import window_sums
 
-from .tolerances import assert_same, assert_typical_errors_like_eager
+from .tolerances import assert_errs_like_eager, assert_same, assert_typical_errors_like_eager
 from .units import PAPER, SEED, mergeable, random_unit, sizes, specs
 
 ACTS = ("relu", "identity")
@@ -100,8 +100,9 @@ SPLIT = SKSpec(
 @pytest.mark.parametrize("size", [(1, 7, 7), (2, 2, 9), (3, 13, 17)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_schedules_err_like_eager(spec, schedule, size, dtype):
-    """Over several units together: the largest error of one small result is a matter of chance, and of the processor's
-    order of summation. None of them is far from eager's result."""
+    """Over several units together. In float32 by the root mean square, with a quarter of a unit in the last place
+    granted, less than eager errs: the largest error of a small result is a matter of chance, and of the order in which
+    a processor's convolutions sum."""
     n, h, w = size
     c = spec.in_channels
     found = {}  # by kind of input and samples of a part
@@ -123,7 +124,11 @@ def test_the_schedules_err_like_eager(spec, schedule, size, dtype):
                     assert_same(v, eager)
                     found.setdefault((kind, samples), []).append((v, eager, exact))
     for results in found.values():
-        assert_typical_errors_like_eager(results)
+        if dtype == torch.float32:
+            assert_typical_errors_like_eager(results, granted=0.25)
+        else:
+            columns = zip(*results, strict=True)
+            assert_errs_like_eager(*(torch.cat([t.flatten() for t in column]) for column in columns))
 
 
 def test_window_sums_are_a_convolution_with_ones():

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, cpu, dispatch, explain, functional, use_backend
 from sk_triton.cpu_merging import add_to_windows
 from sk_triton.params import Gate
+from sk_triton.schedules import cpu_train_merged
 
 from .tolerances import assert_typical_errors_like_eager
 from .units import SEED, mergeable, random_unit, sizes, specs
@@ -75,8 +76,8 @@ def test_the_gradient_of_window_sums(memory_format):
 
 
 @settings(max_examples=25)
-@given(specs(linear=True).map(mergeable), sizes, st.integers(1, 3), formats)
-def test_any_linear_unit(spec, size, samples, memory_format):
+@given(specs(linear=True).map(mergeable), sizes, st.integers(1, 3), formats, st.sampled_from([1, 7, 512]))
+def test_any_linear_unit(spec, size, samples, memory_format, longest_sum):
     spec = dataclasses.replace(
         spec, gate_norm=False, gate_act=spec.gate_act if spec.gate_act == "relu" else "identity"
     )
@@ -93,13 +94,11 @@ def test_any_linear_unit(spec, size, samples, memory_format):
     for backend in ("torch", "reference"):
         with use_backend(backend), pytest.MonkeyPatch.context() as patch:
             patch.setattr(cpu, "_part_samples", lambda *args: samples)
+            patch.setattr(cpu_train_merged, "LONGEST_SUM", longest_sum)
             cpu._plan.cache_clear()
             v = functional.sk_conv(x, branches, gate, spec)
-        found.append(
-            torch.autograd.grad(
-                v, leaves, torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(v.dtype)
-            )
-        )
+            dv = torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(v.dtype)
+            found.append(torch.autograd.grad(v, leaves, dv))
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected)
 

@@ -229,6 +229,20 @@ def test_which_blocks_hold_taps_of_which_branch():
     assert blocks(ConvShape(32, 32, 2, (3, 3), (1, 2)), WIDE) == ["...xx.xx.xx....", "xxx...xxx...xxx"]
 
 
+@pytest.mark.parametrize("name", ["3 and 5", "16 channels per group"])
+def test_bad_weights_stay_in_their_channel_block(name):
+    """A product with a diagonal matrix spreads them over the block, and no further."""
+    shape, config, *sizes = CASES[name]
+    x, weights, scale, shift, attention = make(shape, *sizes, torch.float16)
+    clean = convolve(x, weights, scale, shift, attention, shape, config)
+    weights[0][config.BLOCK_CO] = math.nan
+    v = convolve(x, weights, scale, shift, attention, shape, config)
+    block = slice(config.BLOCK_CO, 2 * config.BLOCK_CO)
+    assert v[:, config.BLOCK_CO].isnan().all()
+    assert torch.equal(v[:, : config.BLOCK_CO], clean[:, : config.BLOCK_CO])
+    assert not v[:, block].isfinite().any()
+
+
 @pytest.mark.parametrize("view", ["crop", "channels", "every other pixel", "misaligned", "broadcast"])
 def test_strided_input(view):
     shape, config, n, *_ = CASES["3 and 5"]

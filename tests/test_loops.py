@@ -45,6 +45,12 @@ def test_a_loop_behind_the_end():
     assert loop_weights(instructions, (2, 9)) == [1, 9, 9, 1, 1, 2, 2, 1]
 
 
+def test_a_loop_with_two_entries_is_not_counted():
+    instructions = code("@P0 BRA 3", "MOV", "FFMA", "IADD3", "@P1 BRA 2", "EXIT")
+    assert natural_loops(instructions) is None
+    assert loop_weights(instructions, (9,)) is None
+
+
 @pytest.mark.parametrize("trips", [(), (4,), (4, 4, 4)])
 def test_loops_of_unknown_trips_are_not_counted(trips):
     instructions = code("MOV", "@P0 BRA 1", "FFMA", "@P1 BRA 2", "EXIT")

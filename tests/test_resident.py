@@ -220,6 +220,18 @@ def test_elsewhere_the_plan_says_why_not():
             plans.plan_schedule("resident", Workload(spec, 128, size, size, dtype, CHIPS["sm_90"]))
 
 
+@pytest.mark.parametrize(("dilations", "chip", "is_unrolled"), [
+    ((1, 2), "sm_90", True), ((1, 2), "sm_100", False), ((1, 2, 4), "sm_90", False),
+])  # fmt: skip
+def test_loops_are_unrolled_where_registers_allow_it(dilations, chip, is_unrolled):
+    """21 spills with three branches, 2 on sm_100."""
+    spec = paper_unit(512, kernels=(3,) * len(dilations), dilations=dilations)
+    workload = Workload(spec, 128, 14, 14, torch.float16, CHIPS[chip])
+    branch = plans.plan_schedule("resident", workload).resident.branch
+    assert branch.RUN_H == 14
+    assert branch.UNROLL is is_unrolled
+
+
 @pytest.mark.parametrize("n", [1, 2, 16, 128, 1000])
 def test_programs_fit_on_the_processors(n):
     for chip in CHIPS.values():

@@ -36,7 +36,7 @@ from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import BranchSpec, SKSpec
 
-# Pixels whose products are added one by one to a gradient of weights.
+# Pixels whose products are added one by one to a gradient of weights; a single row may have more.
 LONGEST_SUM = 512
 
 
@@ -146,23 +146,21 @@ def _kernel_grad(dv: Tensor, x: Tensor, spec: SKSpec, merged: BranchSpec, out: T
     NCHW on others, and the rounding of so long a sum would be several times that of eager's attention gradient.
     """
     h, w = dv.shape[2:]
-    strips = math.ceil(h * w / LONGEST_SUM)
-    padding = (merged.padding, merged.padding)
-    if strips > 1:
-        x = F.pad(x, (0, 0, merged.padding, merged.padding))
-        padding = (0, merged.padding)
+    rows = max(1, LONGEST_SUM // w)
+    if rows >= h:
+        dv, x = (t.contiguous(memory_format=torch.channels_last) for t in (dv, x))
+        padding = (merged.padding, merged.padding)
+        out.copy_(_convolution_backward(dv, x, out, spec, merged, padding, (False, True))[1])
+        return
+    x = F.pad(x, (0, 0, merged.padding, merged.padding))
     dv, x = (t.contiguous(memory_format=torch.channels_last) for t in (dv, x))
-    rows = math.ceil(h / strips)
-    reach = 2 * merged.padding if strips > 1 else x.shape[2]
+    out.zero_()
     for start in range(0, h, rows):
         dv_strip = dv[:, :, start : start + rows]
         first = start * spec.stride
-        x_strip = x[:, :, first : first + (dv_strip.shape[2] - 1) * spec.stride + 1 + reach]
-        _, grad = _convolution_backward(dv_strip, x_strip, out, spec, merged, padding, (False, True))
-        if start == 0:
-            out.copy_(grad)
-        else:
-            out += grad
+        x_strip = x[:, :, first : first + (dv_strip.shape[2] - 1) * spec.stride + 2 * merged.padding + 1]
+        padding = (0, merged.padding)
+        out += _convolution_backward(dv_strip, x_strip, out, spec, merged, padding, (False, True))[1]
 
 
 def _convolution_backward(
@@ -173,9 +171,9 @@ def _convolution_backward(
     merged: BranchSpec,
     padding: tuple[int, int],
     wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor]:
-    """Gradients by x and by the weight, as far as `wanted`, of a merged convolution; that by the weight needs but its
-    shape."""
+) -> tuple[Any, Any]:
+    """Gradients of a merged convolution by x and by the weight, None where not `wanted`. That by the weight reads the
+    weight's shape alone."""
     groups = x.shape[1] // weight.shape[1]
     dx, dw, _ = torch.ops.aten.convolution_backward(
         dv, x, weight, None, [spec.stride] * 2, padding, [merged.dilation] * 2, False, [0, 0], groups, [*wanted, False]
