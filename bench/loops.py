@@ -18,7 +18,7 @@ class Instruction(NamedTuple):
     @property
     def target(self) -> int | None:
         """Where a branch goes, None of other instructions."""
-        found = re.search(r"0x([0-9a-f]+)\s*;", self.text) if self.opcode.startswith("BRA") else None
+        found = re.search(r"\bBRA[^;]*?\b0x([0-9a-f]+)", self.text)
         return int(found[1], 16) if found else None
 
     @property

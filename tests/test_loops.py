@@ -17,6 +17,14 @@ def code(*texts):
     return found
 
 
+def test_a_branch_may_be_annotated():
+    """As some versions of cuobjdump print scheduling behind it."""
+    text = "        /*07e0*/               @P0 BRA 0x2f30                    ?trans5;     /* 0x0000002400d00947 */"
+    assert Instruction(0x7E0, "BRA", text).target == 0x2F30
+    assert Instruction(0x7E0, "BRA", text).falls_through
+    assert Instruction(0x7F0, "MOV", "        /*07f0*/      MOV R1, 0x2f30 ;").target is None
+
+
 def test_straight_code_runs_once():
     assert loop_weights(code("MOV R1, R2", "@P0 EXIT", "@!P1 BRA 4", "IADD3", "EXIT"), (1,)) == [1] * 5
 
