@@ -15,8 +15,8 @@ from sk_triton.bench.grid import CASES, Case, paper_unit
 from .versions import (
     HAS_NARROW_PRODUCTS,
     HAS_UNHOISTED_LOOPS,
+    needs_configured_compiler,
     needs_narrow_products,
-    needs_unhoisted_loops,
 )
 
 pytestmark = pytest.mark.compile
@@ -113,7 +113,7 @@ def test_faults_are_found(rows):
     ]
 
 
-@needs_unhoisted_loops
+@needs_configured_compiler
 def test_kernels_short_of_registers_have_no_fault():
     rows = [json.loads(line) for line in output_of("pressed_kernels.py").splitlines()]
     assert {row["kernel"] for row in rows} == {
