@@ -100,9 +100,9 @@ SPLIT = SKSpec(
 @pytest.mark.parametrize("size", [(1, 7, 7), (2, 2, 9), (3, 13, 17)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 def test_the_schedules_err_like_eager(spec, schedule, size, dtype):
-    """Over several units together. In float32 by the root mean square, with a quarter of a unit in the last place
-    granted, less than eager errs: the largest error of a small result is a matter of chance, and of the order in which
-    a processor's convolutions sum."""
+    """Over several units together. Merged in float32 by the root mean square, with a quarter of a unit in the last
+    place granted, less than eager errs: sums of other lengths than eager's leave the largest error of a small result to
+    chance and to the order in which a processor's convolutions sum."""
     n, h, w = size
     c = spec.in_channels
     found = {}  # by kind of input and samples of a part
@@ -124,7 +124,7 @@ def test_the_schedules_err_like_eager(spec, schedule, size, dtype):
                     assert_same(v, eager)
                     found.setdefault((kind, samples), []).append((v, eager, exact))
     for results in found.values():
-        if dtype == torch.float32:
+        if dtype == torch.float32 and schedule == "merged":
             assert_typical_errors_like_eager(results, granted=0.25)
         else:
             columns = zip(*results, strict=True)
