@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 
 MATRIX_KERNELS = (
-    *("branch_conv_stream", "branch_conv_column", "branch_conv_tap", "gate", "merged_conv", "unit_resident"),
+    *("branch_conv_stream", "branch_conv_window", "branch_conv_column", "branch_conv_tap", "gate"),
+    *("merged_conv", "unit_resident"),
     *("branch_grad_stream", "branch_grad_data", "branch_grad_weight"),
 )
 """What is meant to use tensor cores."""

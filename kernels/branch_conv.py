@@ -9,7 +9,8 @@ from .branch_conv_column import branch_conv_column_fwd_kernel
 from .branch_conv_depthwise import branch_conv_depthwise_fwd_kernel
 from .branch_conv_stream import branch_conv_stream_fwd_kernel
 from .branch_conv_tap import branch_conv_tap_fwd_kernel
-from .config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig
+from .branch_conv_window import branch_conv_window_fwd_kernel
+from .config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig, WindowConfig
 from .geometry import (
     Blocking,
     ConvShape,
@@ -20,6 +21,7 @@ from .geometry import (
     is_full,
     is_whole_height,
     lattice,
+    reach,
     tiles,
 )
 from .launch import Launch
@@ -175,7 +177,30 @@ def _launch(
     outputs = (unused if out is None else out, unused if partial is None else partial)
     partial_strides = (0, 0) if partial is None else (partial.stride(0), partial.stride(1))
     trips: tuple[int, ...]
-    if isinstance(config, StreamConfig | ColumnConfig):
+    if isinstance(config, WindowConfig):
+        if not can_run(task, shape, config) or x.element_size() != 2:
+            raise ValueError(
+                f"config: a window of rows takes 16-bit inputs, stride 1 and branches of the same channels; got "
+                f"{x.dtype} and {shape}"
+            )
+        constexprs = {
+            name: value for name, value in constexprs.items() if name in branch_conv_window_fwd_kernel.arg_names
+        }
+        constexprs |= {
+            "TASK": task,
+            "REACH": reach(shape),
+            "IS_EVEN_H": h % config.RUN_H == 0,
+            "IS_EVEN_W": w_out % config.RUN_W == 0,
+        }
+    if isinstance(config, StreamConfig | WindowConfig | ColumnConfig):
+        arguments: tuple[Any, ...] = (
+            *tensors, unused if attention is None else attention, *outputs,
+            *sizes, shape.c_in, shape.c_out, tiles_h, tiles_w, programs,
+            x.stride(0), x.stride(2), x.stride(3), *out_strides, *partial_strides,
+        )  # fmt: skip
+    if isinstance(config, WindowConfig):
+        kernel, trips = branch_conv_window_fwd_kernel, (config.RUN_H,)
+    elif isinstance(config, StreamConfig | ColumnConfig):
         constexprs |= {"TASK": task, **task_constexprs(task, shape, config, h, w_out)}
         if isinstance(config, StreamConfig):
             if not can_run(task, shape, config):
@@ -187,14 +212,9 @@ def _launch(
         else:
             kernel = branch_conv_column_fwd_kernel
             trips = () if config.UNROLL else shape.kernels
-        arguments: tuple[Any, ...] = (
-            *tensors, unused if attention is None else attention, *outputs,
-            *sizes, shape.c_in, shape.c_out, tiles_h, tiles_w, programs,
-            x.stride(0), x.stride(2), x.stride(3), *out_strides, *partial_strides,
-        )  # fmt: skip
     else:
         if task not in ("store", "train"):
-            raise ValueError(f"config must be a StreamConfig or a ColumnConfig to {task}, got {config}")
+            raise ValueError(f"config must be a StreamConfig, WindowConfig or ColumnConfig to {task}, got {config}")
         constexprs["SPACINGS"] = layout.spacings
         channels: tuple[int, ...]
         if isinstance(config, DepthwiseConfig):

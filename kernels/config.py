@@ -20,6 +20,26 @@ class StreamConfig:
 
 
 @dataclass(frozen=True)
+class WindowConfig:
+    """`branch_conv_window_fwd_kernel`: BLOCK_N samples x BLOCK_H strips of RUN_H rows x BLOCK_W lanes of RUN_W pixels
+    per tile, 8 lanes in all.
+
+    HOLD_WEIGHTS: all branches' weights stay in registers; else a branch's are read anew for each row.
+    """
+
+    BLOCK_CI: int
+    BLOCK_CO: int
+    BLOCK_H: int
+    BLOCK_W: int
+    RUN_H: int
+    RUN_W: int
+    BLOCK_N: int = 1
+    HOLD_WEIGHTS: bool = True
+    num_warps: int = 1
+    num_stages: int = 1
+
+
+@dataclass(frozen=True)
 class ColumnConfig:
     """`branch_conv_column_fwd_kernel`: BLOCK_N samples x BLOCK_H columns of RUN_H outputs x BLOCK_W pixels per tile.
 
@@ -138,7 +158,7 @@ class ResidentConfig:
     maxnreg: int | None = None
 
 
-BranchConfig = StreamConfig | ColumnConfig | TapConfig | DepthwiseConfig
+BranchConfig = StreamConfig | WindowConfig | ColumnConfig | TapConfig | DepthwiseConfig
 
 
 @dataclass(frozen=True)

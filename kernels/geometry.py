@@ -12,6 +12,7 @@ from .config import (
     ResidentConfig,
     StreamConfig,
     TapConfig,
+    WindowConfig,
 )
 
 
@@ -130,7 +131,7 @@ def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
     )
 
 
-def is_full(shape: ConvShape, config: StreamConfig | ColumnConfig | TapConfig) -> bool:
+def is_full(shape: ConvShape, config: StreamConfig | WindowConfig | ColumnConfig | TapConfig) -> bool:
     """Whether every channel block is full, so that channels need no mask."""
     layout = blocking(shape, config)
     return (
@@ -156,8 +157,13 @@ def column_run(config: BranchConfig) -> int:
 
 
 def row_run(config: BranchConfig) -> int:
-    """Outputs of a run along a row."""
+    """Outputs of a run along a row: those that one product computes from the points they share."""
     return config.RUN_W if isinstance(config, StreamConfig | TapConfig) else 1
+
+
+def reach(shape: ConvShape) -> int:
+    """Input pixels that the farthest kernel tap of any branch is away from the one in the middle."""
+    return max(k // 2 * d for k, d in zip(shape.kernels, shape.dilations, strict=True))
 
 
 @dataclass(frozen=True)
@@ -175,7 +181,7 @@ class ColumnRuns:
 def column_runs(shape: ConvShape, config: BranchConfig, is_common: bool) -> ColumnRuns:
     """Column runs of a launch. `is_common`: all branches of a tile cover the same pixels, as selecting them needs."""
     spacings = blocking(shape, config).spacings
-    if is_common or isinstance(config, ColumnConfig):
+    if is_common or isinstance(config, ColumnConfig | WindowConfig):
         spacings = (1,) * len(spacings)
     pitches = tuple(gcd(s * shape.stride, d) for s, d in zip(spacings, lattice(shape), strict=True))
     return ColumnRuns(
@@ -191,6 +197,8 @@ def tiles(
 ) -> tuple[int, int]:
     """Tiles along height and width of an `h` x `w` output: the most that any branch needs."""
     run_h, run_w = column_run(config), row_run(config)
+    if isinstance(config, WindowConfig):
+        return cdiv(h, run_h * config.BLOCK_H), cdiv(w, config.RUN_W * config.BLOCK_W)
     return (
         max(cdiv(runs(h, run_h, s), config.BLOCK_H) for s in column_runs(shape, config, is_common).spacings),
         max(cdiv(runs(w, run_w, s), config.BLOCK_W) for s in blocking(shape, config).spacings),
@@ -208,8 +216,11 @@ def is_whole_height(shape: ConvShape, config: BranchConfig, h: int) -> bool:
 def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
     """Whether a kernel does `task` ("store", "train", "measure", "pool" or "select") under `config`.
 
-    To select, a tile's row runs must be brought into the same order in every branch.
+    To select, a tile's row runs must be brought into the same order in every branch; a window of rows is one for all
+    branches, at stride 1.
     """
+    if isinstance(config, WindowConfig):
+        return shape.stride == 1 and not shape.is_split
     if task == "store":
         return True
     if task == "train":

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import torch
 
-from .config import BranchConfig, ColumnConfig, DepthwiseConfig, MergedConfig, StreamConfig
+from .config import BranchConfig, ColumnConfig, DepthwiseConfig, MergedConfig, StreamConfig, WindowConfig
 from .geometry import Blocking, ConvShape, blocking, row_run
 from .merging import row_parts
 
@@ -19,7 +19,8 @@ def pack_branch_weights(
     Depthwise: `[M][k * k][C]`. Otherwise `[blocks][M][k][taps_w][chunks][RUN_W * BLOCK_CO][span * BLOCK_CI]`: the entry
     for output `(o, co)` and input `(j, ci)` is the weight of kernel column `j - o * step`, zero where that is outside
     the kernel or co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups). Blocks
-    that go straight into registers are in the order of `operand_order` (`is_operand`); those that `merged_conv_fwd`
+    that go straight into registers are in the order of `operand_order` (`is_operand`) or, under a `WindowConfig`, of
+    `window_order`; those that `merged_conv_fwd`
     scales, in 16 bits, in that of `merging_order`.
     """
     if isinstance(config, DepthwiseConfig):
@@ -49,6 +50,16 @@ def operand_order(size: int, block_m: int, block_k: int) -> torch.Tensor:
     # [block_m, block_k] as (tile, row half, row, product, half, thread, parity), from most significant.
     source = source.reshape(block_m // 16, 2, 8, block_k // 16, 2, 4, 2).permute(3, 0, 2, 5, 4, 1, 6)
     blocks = torch.arange(size // (block_m * block_k))[:, None] * (block_m * block_k)
+    return (blocks + source.reshape(1, -1)).reshape(-1)
+
+
+def window_order(size: int) -> torch.Tensor:
+    """As `operand_order`, for blocks `[16, 16]` of `branch_conv_window.load_taps`, whose columns stay in their order:
+    rows r and r + 8 of columns 4 t and 4 t + 1, then of columns 4 t + 2 and 4 t + 3. [size]
+    """
+    # (row half, row, thread, pair, parity), from most significant.
+    source = torch.arange(256).reshape(2, 8, 4, 2, 2).permute(1, 2, 3, 0, 4)
+    blocks = torch.arange(size // 256)[:, None] * 256
     return (blocks + source.reshape(1, -1)).reshape(-1)
 
 
@@ -135,7 +146,9 @@ def _gather_index(
     is_empty = ~mask.expand(sizes).reshape(layout.blocks, -1)
     block_m, block_k = row_run(config) * config.BLOCK_CO, layout.spans[m] * config.BLOCK_CI
     order = None
-    if is_operand(config, block_m, block_k, dtype):
+    if isinstance(config, WindowConfig):
+        order = window_order(index.shape[1])
+    elif is_operand(config, block_m, block_k, dtype):
         order = operand_order(index.shape[1], block_m, block_k)
     elif isinstance(config, MergedConfig) and dtype.itemsize == 2:
         order = merging_order(shape, config, dtype)

@@ -12,6 +12,7 @@ from itertools import product
 
 import torch
 
+from .analytic_window import takes_window, window_candidates, window_cost
 from .chips import NARROW_PRODUCTS, Chip
 from .environment import triton_version
 from .kernels.config import (
@@ -23,6 +24,7 @@ from .kernels.config import (
     SelectConfig,
     StreamConfig,
     TapConfig,
+    WindowConfig,
 )
 from .kernels.geometry import (
     ConvShape,
@@ -84,7 +86,12 @@ def branch_candidates(
     is_ieee = dtype == torch.float32 and not allow_tf32
     group = max(shape.c_in, shape.c_out) // shape.groups
     kernel = max(shape.kernels)
-    if shape.is_depthwise and dtype == torch.float32:
+    candidates: list[BranchConfig] = []
+    if dtype.itemsize == 2 and takes_window(shape, chip):
+        candidates += window_candidates(shape, h, task)
+    if candidates:
+        pass
+    elif shape.is_depthwise and dtype == torch.float32:
         candidates = _depthwise_candidates(kernel)
     elif dtype == torch.float32:
         is_narrow = group <= 8 and kernel <= 3
@@ -308,6 +315,8 @@ def branch_cost(
     config: BranchConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip, task: str
 ) -> float:
     """Relative time of a branch convolution: its work over the whole chip, or its chain of waves, the larger."""
+    if isinstance(config, WindowConfig):
+        return window_cost(config, shape, n, h, w, chip)
     layout = blocking(shape, config)
     is_common = task == "select"
     columns = column_runs(shape, config, is_common)

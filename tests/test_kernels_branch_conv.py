@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from sk_triton.bench.traffic import Meter
-from sk_triton.kernels.config import ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig
+from sk_triton.kernels.config import ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig, WindowConfig
 from sk_triton.kernels.geometry import ConvShape, tiles
 
 from .interpreter import exact_bfloat16
@@ -37,6 +37,20 @@ CASES = {
     "stream, 3 channels per group": (ConvShape(15, 15, 5, (3, 3), (1, 2)), STREAM, 2, 7, 5),
     "stream, unequal block count": (ConvShape(24, 24, 6, (3, 3), (1, 2)), STREAM, 1, 7, 5),
     "stream, 5x5": (ConvShape(16, 16, 4, (3, 5), (1, 1)), STREAM, 1, 7, 5),
+    "window": (GROUPED, WindowConfig(16, 16, BLOCK_H=2, BLOCK_W=4, RUN_H=4, RUN_W=3), 2, 13, 17),
+    "window, even": (GROUPED, WindowConfig(16, 16, 1, 8, RUN_H=7, RUN_W=2), 1, 7, 16),
+    "window, four samples per tile": (GROUPED, WindowConfig(16, 16, 1, 2, RUN_H=7, RUN_W=4, BLOCK_N=4), 6, 7, 5),
+    "window, one pixel": (GROUPED, WindowConfig(16, 16, 1, 8, RUN_H=1, RUN_W=2), 2, 1, 1),
+    "window, weights read for each row": (
+        ConvShape(32, 32, 4, (3, 3), (1, 2)), WindowConfig(16, 16, 4, 2, RUN_H=2, RUN_W=2, HOLD_WEIGHTS=False), 1, 9, 5,
+    ),
+    "window, groups of 16": (ConvShape(32, 32, 2, (3, 3), (2, 1)), WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=2), 1, 6, 9),
+    "window, 1x1, 5x5, dilation 3": (
+        ConvShape(24, 24, 8, (1, 5, 3), (1, 1, 3)), WindowConfig(16, 16, 2, 4, RUN_H=4, RUN_W=2), 2, 9, 7,
+    ),
+    "window, one branch": (ConvShape(16, 16, 16, (3,), (2,)), WindowConfig(16, 16, 2, 4, RUN_H=4, RUN_W=2), 1, 7, 5),
+    "window, 3 channels per group": (ConvShape(21, 21, 7, (3, 3), (1, 2)), WindowConfig(16, 16, 2, 4, 4, 2), 2, 7, 5),
+    "window, channel multiplier": (ConvShape(8, 16, 4, (1, 3), (1, 2)), WindowConfig(16, 16, 2, 4, 4, 2), 2, 9, 6),
     "column": (ConvShape(32, 32, 2, (3, 3), (1, 2)), ColumnConfig(16, 16, BLOCK_H=2, BLOCK_W=8, RUN_H=4), 2, 13, 17),
     "column, whole height": (ConvShape(32, 32, 2, (3, 3), (1, 2)), ColumnConfig(16, 16, 1, 8, RUN_H=7), 2, 7, 5),
     "column, unrolled, few rows at a time": (
@@ -135,15 +149,28 @@ def check(x, weights, shift, shape, config, *, has_relu=True):
     assert_errs_like_eager(pooled, ours.double().sum(0).sum((2, 3)).float(), sums)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+def in_dtypes(names):
+    """`(name, dtype)` for every dtype that the case's kernel takes."""
+    return [
+        (name, dtype)
+        for name in names
+        for dtype in DTYPES
+        if dtype.itemsize == 2 or not name.startswith("window")
+    ]
+
+
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(CASES), ids=str)
 def test_matches_float64(name, dtype):
     shape, config, *size = CASES[name]
     x, weights, shift = make(shape, *size, dtype)
     check(x, weights, shift, shape, config)
 
 
-SELECTING = [name for name in CASES if name.startswith(("stream", "column")) and "dilation 3" not in name]
+SELECTING = [
+    name
+    for name in CASES
+    if name.startswith(("stream", "window", "column")) and not name.endswith("1x1 and dilation 3")
+]
 
 
 def recompute(x, weights, shift, attention, shape, config, *, has_relu, memory_format=torch.channels_last):
@@ -173,8 +200,7 @@ def recompute(x, weights, shift, attention, shape, config, *, has_relu, memory_f
     return inner_partial.sum(1), inner_v
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SELECTING)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(SELECTING), ids=str)
 def test_recomputing_matches_float64(name, dtype, memory_format):
     shape, config, *size = CASES[name]
     x, weights, shift = make(shape, *size, dtype)
@@ -198,18 +224,18 @@ def test_a_config_that_cannot_select_is_refused():
     settings = {"shape": shape, "has_relu": True, "allow_tf32": False}
     with pytest.raises(ValueError, match="BLOCK_W must be a multiple of every branch's spacing"):
         branch_select_fwd(x, weights[0], shift, x, torch.empty_like(x), config=config, **settings)
-    with pytest.raises(ValueError, match="config must be a StreamConfig or a ColumnConfig to pool"):
+    with pytest.raises(ValueError, match="config must be a StreamConfig, WindowConfig or ColumnConfig to pool"):
         branch_pool_fwd(x, weights[0], shift, x, config=TapConfig(16, 16, 4, 4), **settings)
 
 
-@pytest.mark.parametrize("name", ["stream", "tap, dense", "depthwise"])
+@pytest.mark.parametrize("name", ["stream", "window", "tap, dense", "depthwise"])
 def test_without_shift_and_relu(name):
     shape, config, *size = CASES[name]
-    x, weights, _ = make(shape, *size, torch.float32)
+    x, weights, _ = make(shape, *size, torch.float16 if name == "window" else torch.float32)
     check(x, weights, None, shape, config, has_relu=False)
 
 
-@pytest.mark.parametrize("name", ["stream", "tap, dense", "depthwise"])
+@pytest.mark.parametrize("name", ["stream", "window", "tap, dense", "depthwise"])
 @pytest.mark.parametrize("view", ["crop", "channels", "every other pixel", "misaligned", "broadcast"])
 def test_strided_input(name, view):
     shape, config, n, *_ = CASES[name]
@@ -230,7 +256,7 @@ def test_strided_input(name, view):
     check(x, weights, shift, shape, config)
 
 
-@pytest.mark.parametrize("name", ["stream", "tap, dense", "depthwise"])
+@pytest.mark.parametrize("name", ["stream", "window", "tap, dense", "depthwise"])
 @pytest.mark.parametrize("axis", [0, 2, 3], ids=["N", "H", "W"])
 def test_strides_beyond_31_bits(name, axis):
     """A view that spans more than 2^31 elements of a buffer of which little is ever touched."""
@@ -245,7 +271,11 @@ def test_strides_beyond_31_bits(name, axis):
 
 
 @pytest.mark.parametrize(
-    "name", ["stream", "stream, two samples per tile", "tap, wide groups", "depthwise, stride 2"]
+    "name",
+    [
+        *("stream", "stream, two samples per tile", "window", "window, four samples per tile"),
+        *("tap, wide groups", "depthwise, stride 2"),
+    ],
 )
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_values_stay_in_their_sample(name, value):
@@ -271,7 +301,11 @@ def test_stream_needs_whole_groups():
 
 
 @pytest.mark.parametrize("size", [(7, 7), (8, 7), (7, 8), (5, 3)], ids=str)
-@pytest.mark.parametrize("config", [STREAM, TapConfig(8, 8, 8, 4, RUN_W=2)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "config",
+    [STREAM, TapConfig(8, 8, 8, 4, RUN_W=2), WindowConfig(16, 16, 2, 4, RUN_H=4, RUN_W=3)],
+    ids=lambda c: type(c).__name__,
+)
 def test_overflow_beyond_the_image_stays_there(config, size):
     """Outputs that overhang see part of the image, and may exceed fp16 where no pixel of it does."""
     shape = ConvShape(8, 8, 2, (3, 3), (1, 2))

@@ -22,6 +22,7 @@ from ..kernels.config import (
     SelectConfig,
     StreamConfig,
     TapConfig,
+    WindowConfig,
 )
 from .keys import SCHEDULE, kind_of
 
@@ -37,6 +38,7 @@ Choice = Config | str
 
 _KERNELS: dict[str, type] = {
     "stream": StreamConfig,
+    "window": WindowConfig,
     "column": ColumnConfig,
     "tap": TapConfig,
     "depthwise": DepthwiseConfig,

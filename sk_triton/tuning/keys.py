@@ -24,6 +24,7 @@ from ..kernels.config import (
     SelectConfig,
     StreamConfig,
     TapConfig,
+    WindowConfig,
 )
 from ..kernels.geometry import ConvShape
 from ..spec import SKSpec
@@ -53,7 +54,7 @@ class Kind:
     is_shared: bool = False
 
 
-_BRANCH = (StreamConfig, ColumnConfig, TapConfig, DepthwiseConfig)
+_BRANCH = (StreamConfig, WindowConfig, ColumnConfig, TapConfig, DepthwiseConfig)
 SCHEDULE = "schedule"
 KINDS = {
     kind.name: kind

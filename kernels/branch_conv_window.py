@@ -1,0 +1,298 @@
+"""Branch convolutions of 16-bit activations whose groups fit a block of 16 channels: a window of rows in registers.
+
+A lane of the tensor core's right operand walks down the image with RUN_W adjacent pixels. The rows that all branches'
+kernels reach are held in registers as products take them, so an input element is loaded once per strip, whatever the
+kernels, and neighbouring pixels of a row are other registers of the same lane. What is loaded at once are 32 adjacent
+bytes of a pixel, a whole sector.
+"""
+
+import triton
+import triton.language as tl
+
+from .norm import lane_moments, store_moments
+from .tiling import (
+    SIZES,
+    branch_attention,
+    fold_pool,
+    locate_tile,
+    relu,
+    widen,
+)
+
+
+@triton.jit
+def load_row(
+    ptrs, row, stride_xw, y, x, mask_p, ci, H_IN, W_IN, CI_END,
+    REACH: tl.constexpr, RUN_W: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
+):  # fmt: skip
+    """One input row of every lane, RUN_W pixels and those that kernels reach beyond them: tensors `[16, 8]`.
+
+    `ptrs [8, 16]` points to a lane's first own pixel in image row `y`; `row` is added to it.
+    """
+    pixels = ()
+    mask_y = mask_p & (y >= 0) & (y < H_IN)
+    for s in tl.static_range(-REACH, RUN_W + REACH):
+        mask = (mask_y & (x + s >= 0) & (x + s < W_IN))[:, None]
+        if HAS_CHANNEL_MASK:
+            mask = mask & (ci < CI_END)[None, :]
+        taps = tl.load(ptrs + (row + s * stride_xw), mask=mask, other=0.0)
+        pixels = pixels + (packed(taps),)
+    return pixels
+
+
+@triton.jit
+def packed(taps):
+    """Pairs of 16-bit channels `[8, 16]` as words `[8, 8]`: what a loop carries as 16 bits it takes apart."""
+    low, high = tl.split(tl.reshape(taps, [taps.shape[0], 8, 2]))
+    low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return high.to(tl.int16, bitcast=True).to(tl.int32) << 16 | low
+
+
+@triton.jit
+def unpacked(words, dtype: tl.constexpr):
+    """The channels that `packed` made words of."""
+    low = words.to(tl.int16).to(dtype, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+    taps = tl.reshape(tl.join(low, high), [words.shape[0], 4, 2, 2])
+    return tl.reshape(tl.permute(taps, (1, 2, 3, 0)), [16, words.shape[0]])
+
+
+@triton.jit
+def load_taps(w_ptr):
+    """A weight block `[16, 16]`: a thread reads rows r and r + 8 of its four columns at once."""
+    flat = tl.load(w_ptr + tl.arange(0, 256))
+    # Row, column / 4, column / 2 % 2, row / 8, column % 2: four registers that the product takes in this order.
+    flat = tl.reshape(flat, [8, 4, 2, 2, 2])
+    return tl.reshape(tl.permute(flat, (3, 0, 1, 2, 4)), [16, 16])
+
+
+@triton.jit
+def window_outputs(
+    window, taps, start, dtype: tl.constexpr,
+    KERNEL: tl.constexpr, DILATION: tl.constexpr, REACH: tl.constexpr, RUN_W: tl.constexpr,
+):  # fmt: skip
+    """Every lane's RUN_W output pixels of one branch, before its activation: tensors `[16, 8]`.
+
+    Tap by tap, so that products that wait for one another are RUN_W apart.
+    """
+    WIDTH: tl.constexpr = RUN_W + 2 * REACH
+    FIRST: tl.constexpr = (REACH - KERNEL // 2 * DILATION) * (WIDTH + 1)
+    outputs = ()
+    for _ in tl.static_range(RUN_W):
+        outputs = outputs + (start,)
+    for ky in tl.static_range(KERNEL):
+        for kx in tl.static_range(KERNEL):
+            added = ()
+            for s in tl.static_range(RUN_W):
+                operand = unpacked(window[FIRST + (ky * WIDTH + kx) * DILATION + s], dtype)
+                added = added + (tl.dot(taps[ky * KERNEL + kx], operand, outputs[s]),)
+            outputs = added
+    return outputs
+
+
+@triton.jit
+def window_tile(
+    x_ptr, w_ptr, shift_ptr, attention_ptr, tag, out_ptr, partial_ptr,
+    block, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
+    stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
+    stride_partial_n, stride_partial_t,
+    TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr,
+    REACH: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
+    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    RUN_H: tl.constexpr, RUN_W: tl.constexpr, HOLD_WEIGHTS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
+):  # fmt: skip
+    """Every branch of one tile and channel block; TASK, `tile` and `tag` as in `stream_tile`.
+
+    A tile is BLOCK_N samples x BLOCK_H strips of RUN_H rows x BLOCK_W lanes of RUN_W pixels. A channel block is
+    CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO. Kernels reach REACH
+    pixels beyond their own.
+    """
+    M: tl.constexpr = len(KERNELS)
+    BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
+    WIDTH: tl.constexpr = RUN_W + 2 * REACH
+    ROWS: tl.constexpr = 2 * REACH + 1
+    IS_STORED: tl.constexpr = TASK == "store" or TASK == "train"
+    IS_MEASURED: tl.constexpr = TASK == "train" or TASK == "measure"
+    dtype = x_ptr.dtype.element_ty
+    stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
+    stride_on, stride_oh, stride_ow = widen(stride_on, stride_oh, stride_ow, IS_LARGE)
+    n0 = block_n.to(tl.int64) * BLOCK_N
+    n_left = tl.minimum(N - n0, BLOCK_N).to(tl.int32)
+    lane = tl.arange(0, BLOCK_P)
+    sample = lane // (BLOCK_H * BLOCK_W)
+    y0 = (tile_h * BLOCK_H + lane // BLOCK_W % BLOCK_H) * RUN_H
+    x0 = (tile_w * BLOCK_W + lane % BLOCK_W) * RUN_W
+    mask_p = (y0 < H) & (x0 < W) & (sample < n_left)
+    ci = tl.arange(0, BLOCK_CI)
+    co = tl.arange(0, BLOCK_CO)
+    ci0 = block * CHANNELS_CI
+    co0 = block * CHANNELS_CO
+    ci_end = tl.minimum(CHANNELS_CI, C_IN - ci0)
+    co_end = tl.minimum(CHANNELS_CO, C_OUT - co0)
+    # Where each lane reads, once; rows and pixels are offsets that all lanes add.
+    own = sample * stride_xn + y0 * stride_xh + x0 * stride_xw
+    ptrs = x_ptr + n0 * stride_xn + ci0 + (own[:, None] + ci[None, :])
+    offs_out = (sample * stride_on + y0 * stride_oh + x0 * stride_ow)[None, :] + co[:, None] * stride_oc
+    out_ptrs = out_ptr + n0 * stride_on + co0 * stride_oc + offs_out
+    mask_out = mask_p[None, :]  # [BLOCK_CO, BLOCK_P]
+    if HAS_CHANNEL_MASK:
+        mask_out &= (co < co_end)[:, None]
+    row_stride = tl.cast(stride_xh, tl.int64)
+
+    weights = ()
+    starts = ()
+    attention = ()
+    for m in tl.static_range(M):
+        if HOLD_WEIGHTS:
+            for tap in tl.static_range(KERNELS[m] * KERNELS[m]):
+                tap_ptr = w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m] + tap * (BLOCK_CO * BLOCK_CI)
+                weights = weights + (load_taps(tap_ptr),)
+        if HAS_SHIFT:
+            shift = tl.load(shift_ptr + m * C_OUT + co0 + co, mask=co < co_end, other=0.0)
+            starts = starts + (tl.broadcast_to(shift[:, None], [BLOCK_CO, BLOCK_P]),)
+        else:
+            starts = starts + (tl.zeros([BLOCK_CO, BLOCK_P], tl.float32),)
+        if TASK == "select":
+            a = branch_attention(
+                attention_ptr, n0, sample, n_left, m, co0, co, co_end, C_OUT, tag, M, BLOCK_N
+            )
+            attention = attention + (a,)
+
+    zeros = tl.zeros([BLOCK_CO, BLOCK_P], tl.float32)
+    sums = ()  # the tile's sum, or for each branch pivot, sum and sum of squares of its distances, number
+    if IS_MEASURED:
+        for _ in tl.static_range(M):
+            sums = sums + (zeros, zeros, zeros, zeros)
+    elif TASK != "select":
+        sums = (zeros,)
+
+    window = ()
+    for i in tl.static_range(-REACH, REACH):
+        window = window + load_row(
+            ptrs, i * row_stride, stride_xw, y0 + i, x0, mask_p, ci, H_IN, W_IN, ci_end,
+            REACH, RUN_W, HAS_CHANNEL_MASK,
+        )  # fmt: skip
+    for r in range(RUN_H):
+        window = window + load_row(
+            ptrs, (r + REACH) * row_stride, stride_xw, y0 + r + REACH, x0, mask_p, ci, H_IN, W_IN, ci_end,
+            REACH, RUN_W, HAS_CHANNEL_MASK,
+        )  # fmt: skip
+        mask_r = mask_out
+        if not IS_EVEN_H:
+            mask_r = mask_out & (y0 + r < H)[None, :]
+        selection = ()
+        added = ()
+        for m in tl.static_range(M):
+            taps = ()
+            for tap in tl.static_range(KERNELS[m] * KERNELS[m]):
+                if HOLD_WEIGHTS:
+                    taps = taps + (weights[sum_of_squares(KERNELS, m) + tap],)
+                else:
+                    tap_ptr = w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m] + tap * (BLOCK_CO * BLOCK_CI)
+                    taps = taps + (load_taps(tap_ptr),)
+            if IS_MEASURED:
+                pivot = sums[4 * m]
+                total = sums[4 * m + 1]
+                squares = sums[4 * m + 2]
+                count = sums[4 * m + 3]
+            outputs = window_outputs(window, taps, starts[m], dtype, KERNELS[m], DILATIONS[m], REACH, RUN_W)
+            chosen = ()
+            for s in tl.static_range(RUN_W):
+                acc = outputs[s]
+                if HAS_RELU:
+                    acc = relu(acc)
+                mask = mask_r
+                if not IS_EVEN_W:
+                    mask = mask_r & (x0 + s < W)[None, :]
+                if TASK == "select":
+                    acc *= attention[m]
+                    if m > 0:
+                        acc += selection[s].to(tl.float32)
+                    # In 16 bits between branches, as eager adds them: half the registers.
+                    chosen = chosen + (acc.to(dtype),)
+                else:
+                    u = acc.to(dtype)
+                    if IS_STORED:
+                        at = tl.cast(r * stride_oh + s * stride_ow, tl.int64)
+                        tl.store(out_ptrs + m * tl.cast(stride_om, tl.int64) + at, u, mask=mask)
+                    if IS_MEASURED:
+                        value = u.to(tl.float32)
+                        if s == 0:
+                            pivot = tl.where(r == 0, value, pivot)
+                        away = tl.where(mask, value - pivot, 0.0)
+                        total += away
+                        squares += away * away
+                        count += tl.where(mask, 1.0, 0.0)
+                    else:
+                        if not (IS_EVEN_H and IS_EVEN_W):
+                            acc = tl.where(mask, acc, 0.0)
+                        sums = (sums[0] + acc,)
+            selection = chosen
+            if IS_MEASURED:
+                added = added + (pivot, total, squares, count)
+        if IS_MEASURED:
+            sums = added
+        if TASK == "select":
+            for s in tl.static_range(RUN_W):
+                mask = mask_r
+                if not IS_EVEN_W:
+                    mask = mask_r & (x0 + s < W)[None, :]
+                at = tl.cast(r * stride_oh + s * stride_ow, tl.int64)
+                tl.store(out_ptrs + at, selection[s], mask=mask)
+        moved = ()
+        for i in tl.static_range(WIDTH, ROWS * WIDTH):
+            moved = moved + (window[i],)
+        window = moved
+
+    if IS_MEASURED:
+        for m in tl.static_range(M):
+            mean, m2 = lane_moments(sums[4 * m], sums[4 * m + 1], sums[4 * m + 2], sums[4 * m + 3])
+            store_moments(
+                partial_ptr + m * 3 * stride_partial_n + co0, mean, m2, sums[4 * m + 3], co, co < co_end,
+                stride_partial_n, 1, BLOCK_CO,
+            )  # fmt: skip
+    elif TASK != "select":
+        pool = tl.where(mask_p[None, :], sums[0], 0.0)
+        pooled = fold_pool(pool, 1, BLOCK_CO, BLOCK_N, False)
+        offs_n = tl.arange(0, BLOCK_N)
+        offs_partial = (n0 + offs_n)[:, None] * stride_partial_n + tile.to(tl.int64) * stride_partial_t
+        mask = (offs_n < n_left)[:, None] & (co < co_end)[None, :]
+        tl.store(partial_ptr + offs_partial + co0 + co[None, :], pooled, mask=mask)
+
+
+@triton.constexpr_function
+def sum_of_squares(kernels, m):
+    """Taps of the branches before branch m."""
+    return sum(k * k for k in kernels[:m])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def branch_conv_window_fwd_kernel(
+    x_ptr, w_ptr, shift_ptr, attention_ptr, out_ptr, partial_ptr,
+    N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
+    stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
+    stride_partial_n, stride_partial_t,
+    TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr,
+    REACH: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
+    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    RUN_H: tl.constexpr, RUN_W: tl.constexpr, HOLD_WEIGHTS: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
+):  # fmt: skip
+    """One tile of one channel block: `window_tile`."""
+    block, tile, tile_h, tile_w, block_n = locate_tile(tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W)
+    if TASK == "train" or TASK == "measure":  # moments of tiles of all samples
+        partial_ptr += tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS * stride_partial_t
+    window_tile(
+        x_ptr, w_ptr, shift_ptr, attention_ptr, 0, out_ptr, partial_ptr,
+        block, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
+        stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
+        stride_partial_n, stride_partial_t,
+        TASK, KERNELS, DILATIONS, W_OFFSETS, REACH, IS_EVEN_H, IS_EVEN_W, CHANNELS_CI, CHANNELS_CO,
+        BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, HOLD_WEIGHTS,
+        HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE,
+    )  # fmt: skip

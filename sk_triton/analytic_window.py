@@ -1,0 +1,80 @@
+"""Configs of the branch convolutions that hold a window of rows (`kernels/branch_conv_window.py`), from shapes alone."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from .chips import NARROW_PRODUCTS, Chip
+from .environment import triton_version
+from .kernels.config import WindowConfig
+from .kernels.geometry import ConvShape, blocking, cdiv, reach, tiles
+
+# Channels of a block: widest group, and what one product of 16-bit operands takes.
+BLOCK = 16
+LANES = 8
+# Registers of a thread, and what of them a program needs besides rows, accumulators and weights.
+REGISTERS, OTHER_REGISTERS = 255, 40
+# Sums of one branch in training: four tensors of a lane's four outputs.
+MOMENT_REGISTERS = 16
+# Of a tile, once its sums are read: an eighth of the shortest program.
+TILE_COST = 40
+
+
+def takes_window(shape: ConvShape, chip: Chip) -> bool:
+    """Whether 16-bit branches may go by a window of rows: products of 8 columns, groups of 16 channels, stride 1."""
+    group = max(shape.c_in, shape.c_out) // shape.groups
+    is_narrow = triton_version() >= NARROW_PRODUCTS and not chip.name.startswith("gfx")
+    return is_narrow and group <= BLOCK and shape.stride == 1 and not shape.is_split
+
+
+def window_candidates(shape: ConvShape, h: int, task: str) -> list[WindowConfig]:
+    """Configs that do `task` on outputs of `h` rows, as far as registers last."""
+    is_measured = task in ("train", "measure")
+    # Sums of a branch take the registers of the other's weights.
+    holds = (False,) if is_measured or len(shape.kernels) > 2 else (True, False)
+    heights = sorted({height for height in (56, 28, 16, 14, 8, 7, 4, 2, 1) if height < h} | {min(h, 56)})
+    found = []
+    for run_w in (7, 6, 5, 4, 3, 2):
+        hold = next((hold for hold in holds if _registers(shape, run_w, hold, is_measured) <= REGISTERS), None)
+        if hold is None:
+            continue
+        found += [
+            WindowConfig(
+                BLOCK_CI=BLOCK,
+                BLOCK_CO=BLOCK,
+                BLOCK_N=block_n,
+                BLOCK_H=LANES // block_n // block_w,
+                BLOCK_W=block_w,
+                RUN_H=run_h,
+                RUN_W=run_w,
+                HOLD_WEIGHTS=hold,
+            )
+            for run_h, block_n, block_w in product(heights, (1, 2, 4, 8), (1, 2, 4, 8))
+            if block_n * block_w <= LANES
+        ]
+    return found
+
+
+def _registers(shape: ConvShape, run_w: int, hold: bool, is_measured: bool) -> int:
+    """An estimate: two registers a pixel of the window, four a pixel of an output row, four a tap of the weights."""
+    far = reach(shape)
+    window = 2 * (2 * far + 1) * (run_w + 2 * far)
+    taps = [kernel * kernel for kernel in shape.kernels]
+    weights = 4 * (sum(taps) if hold else max(taps))
+    sums = MOMENT_REGISTERS * len(taps) if is_measured else 0
+    return window + 4 * run_w + weights + sums + OTHER_REGISTERS
+
+
+def window_cost(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
+    """Relative time: products and loads of a program's rows, over the whole chip, in waves of 8 programs a processor."""
+    far = reach(shape)
+    products = sum(kernel * kernel for kernel in shape.kernels)
+    loads = 4 * (config.RUN_W + 2 * far)
+    row = products * config.RUN_W + loads + 24
+    work = config.RUN_H * row + 2 * far * loads + 150
+    tiles_h, tiles_w = tiles(shape, config, h, w)
+    programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * blocking(shape, config).blocks
+    at_once = 8 * chip.processors
+    # A sample's tiles are summed one after the other.
+    return max(programs / at_once, cdiv(programs, at_once) * 0.9) * work + TILE_COST * tiles_h * tiles_w
+
