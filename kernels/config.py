@@ -67,12 +67,15 @@ class DepthwiseConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """`gate_fwd_kernel`: BLOCK_N samples x BLOCK_C channels; BLOCK_S channels of s, BLOCK_D entries of z at a time."""
+    """`gate_fwd_kernel`: BLOCK_N samples x BLOCK_C channels; BLOCK_S channels of s, BLOCK_D entries of z at a time, at
+    most BLOCK_T tiles of each sum.
+    """
 
     BLOCK_N: int
     BLOCK_S: int
     BLOCK_D: int
     BLOCK_C: int
+    BLOCK_T: int = 1
     num_warps: int = 4
 
 

@@ -69,12 +69,16 @@ def gate_configs(m: int, c: int, d: int, dtype: torch.dtype) -> list[GateConfig]
         return [1 << i for i in range(least.bit_length() - 1, max(least, most).bit_length())]
 
     return [
-        GateConfig(16, block_s, block_d, block_c, num_warps)
-        for block_s, block_d, block_c, num_warps in product(
-            powers(min(64, next_power_of_2(c))),
+        GateConfig(block_n, block_s, block_d, block_c, block_t, 8)
+        for block_n, block_s, block_d, block_c in product(
+            powers(16, 1),
+            powers(min(64 if dtype == torch.float32 else 512, next_power_of_2(c))),
             powers(min(widest, next_power_of_2(d))),
             powers(min(next_power_of_2(c), columns)),
-            (4, 8),
+        )
+        if block_s * block_d <= analytic.MAX_GATE_WEIGHTS
+        for block_t in dict.fromkeys(
+            analytic.gate_tiles(block_n, block_s, sums) for sums in analytic.GATE_SUMS
         )
     ]
 
