@@ -19,7 +19,7 @@ def pooled_moments_fwd_kernel(
     M: tl.constexpr, BLOCK_P: tl.constexpr, LANES_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_RELU: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
-    """One branch of one sample, STEPS * BLOCK_P of its pixels: counts and sums over the active ones, by LANES_P lanes."""
+    """One branch of one sample, STEPS * BLOCK_P of its pixels, by LANES_P lanes: counts and sums over active ones."""
     stride_yp, _, _ = widen(stride_yp, stride_yp, stride_yp, IS_LARGE)
     tile = tl.program_id(0) % TILES
     n = (tl.program_id(0) // TILES).to(tl.int64)

@@ -137,32 +137,39 @@ def select_config(pixels: int, c: int) -> SelectConfig:
 
 
 def reduction_config(pixels: int, c: int) -> ReductionConfig:
-    """Config for sums over the `pixels` pixels of a sample: up to 16384 elements per program, 1024 at a time.
+    """Config for sums over the `pixels` pixels of a sample: up to 65536 elements per program, 4096 at a time.
+
+    Four warps, of whose threads each loads 64 bytes of a 16-bit tensor at a time; blocks are spread evenly over
+    programs.
+    """
+    block_c = min(64, next_power_of_2(c))
+    block_p = min(4096 // block_c, next_power_of_2(pixels))
+    blocks = cdiv(pixels, block_p)
+    return ReductionConfig(
+        BLOCK_P=block_p, BLOCK_C=block_c, STEPS=cdiv(blocks, cdiv(blocks, 16)), num_warps=4
+    )
+
+
+def pooled_sums_config(n: int, pixels: int, c: int, chip: Chip) -> ReductionConfig:
+    """Config for the pooled sums of `n` samples: up to 16384 elements per program, 1024 at a time, in shorter programs
+    where those leave processors idle.
 
     One warp: what its threads share at the end are sums of four pixels, where more would go through shared memory.
     """
     block_c = min(64, next_power_of_2(c))
     block_p = min(1024 // block_c, next_power_of_2(pixels))
-    return ReductionConfig(
-        BLOCK_P=block_p, BLOCK_C=block_c, STEPS=min(16, cdiv(pixels, block_p)), num_warps=1
-    )
-
-
-def pooled_sums_config(n: int, pixels: int, c: int, chip: Chip) -> ReductionConfig:
-    """Config for the pooled sums of `n` samples: as above, in shorter programs where those leave processors idle."""
-    config = reduction_config(pixels, c)
 
     def tiles(steps: int) -> int:
-        return cdiv(pixels, config.BLOCK_P * steps)
+        return cdiv(pixels, block_p * steps)
 
-    steps = config.STEPS
+    steps = min(16, cdiv(pixels, block_p))
     while (
         steps > 1
-        and n * tiles(steps) * cdiv(c, config.BLOCK_C) < BUSY_WARPS * chip.processors
+        and n * tiles(steps) * cdiv(c, block_c) < BUSY_WARPS * chip.processors
         and tiles(cdiv(steps, 2)) <= MAX_POOLED_TILES
     ):
         steps = cdiv(steps, 2)
-    return replace(config, STEPS=steps)
+    return ReductionConfig(BLOCK_P=block_p, BLOCK_C=block_c, STEPS=steps, num_warps=1)
 
 
 def shares_row(shape: ConvShape) -> bool:

@@ -96,12 +96,13 @@ def select_configs(pixels: int, c: int) -> list[SelectConfig]:
 
 def pooled_sums_configs(pixels: int, c: int) -> list[ReductionConfig]:
     """Of the pooled sums of stored convolutions, for outputs of `pixels` pixels and `c` channels."""
-    base = analytic.reduction_config(pixels, c)
+    block_c = min(64, next_power_of_2(c))
+    base = min(1024 // block_c, next_power_of_2(pixels))
     found = []
-    for block_p, num_warps in product((base.BLOCK_P, 2 * base.BLOCK_P, 4 * base.BLOCK_P), (1, 2, 4)):
+    for block_p, num_warps in product((base, 2 * base, 4 * base), (1, 2, 4)):
         steps = cdiv(pixels, block_p)
         halves = [cdiv(min(16, steps), 1 << i) for i in range(5)]
-        found += [ReductionConfig(block_p, base.BLOCK_C, s, num_warps) for s in halves]
+        found += [ReductionConfig(block_p, block_c, s, num_warps) for s in halves]
     return list(dict.fromkeys(found))
 
 
@@ -110,7 +111,7 @@ def reduction_configs(pixels: int, c: int) -> list[ReductionConfig]:
     most_p, most_c = next_power_of_2(pixels), next_power_of_2(c)
     found = [analytic.reduction_config(pixels, c)]
     for elements, block_c, most_steps, num_warps in product(
-        (512, 1024, 2048), (32, 64, 128), (4, 8, 16, 32), (1, 2, 4)
+        (512, 1024, 2048, 4096), (32, 64, 128), (4, 8, 16, 32), (1, 2, 4)
     ):
         if block_c <= max(32, most_c):
             block_p = max(1, min(elements // block_c, most_p))
