@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .config import ReductionConfig
-from .geometry import cdiv
+from .geometry import cdiv, next_power_of_2
 from .launch import Launch
 from .norm import join_moments, lane_moments
 
@@ -52,33 +52,37 @@ def combine_moments_fwd_kernel(
     ROWS, C, TILES,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance of one branch from the moments of its tiles, BLOCK_T tiles at a time."""
+    """Mean and biased variance of one branch from the moments of its tiles, BLOCK_T tiles at a time.
+
+    A lane takes every BLOCK_T-th tile, from its first one's mean on: a large mean costs no digits.
+    """
     m = tl.program_id(1).to(tl.int64)
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
+    t = tl.arange(0, BLOCK_T)
     stride_part = TILES.to(tl.int64) * C
-    count_ptr = moments_ptr + m * 3 * stride_part
-    # From one tile's mean on: a large mean costs no digits.
-    pivot = tl.load(count_ptr + stride_part + c, mask=mask_c, other=0.0)[None, :]
-    total = tl.zeros([BLOCK_C], tl.float32)
-    for t0 in range(0, TILES, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        offs = t.to(tl.int64)[:, None] * C + c[None, :]
-        mask = (t < TILES)[:, None] & mask_c[None, :]
-        count = tl.load(count_ptr + offs, mask=mask, other=0.0)
-        tile_mean = tl.load(count_ptr + stride_part + offs, mask=mask, other=0.0)
-        total += tl.sum(tl.where(mask, count * (tile_mean - pivot), 0.0), axis=0)
-    mean = pivot + (total / ROWS)[None, :]
-    m2 = tl.zeros([BLOCK_C], tl.float32)
-    for t0 in range(0, TILES, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        offs = t.to(tl.int64)[:, None] * C + c[None, :]
-        mask = (t < TILES)[:, None] & mask_c[None, :]
-        count = tl.load(count_ptr + offs, mask=mask, other=0.0)
-        away = tl.load(count_ptr + stride_part + offs, mask=mask, other=0.0) - mean
-        within = tl.load(count_ptr + 2 * stride_part + offs, mask=mask, other=0.0)
-        m2 += tl.sum(tl.where(mask, within + count * away * away, 0.0), axis=0)
-    tl.store(mean_ptr + m * C + c, tl.sum(mean, axis=0), mask=mask_c)
+    count_ptr = moments_ptr + m * 3 * stride_part + t.to(tl.int64)[:, None] * C + c[None, :]
+    mask = (t < TILES)[:, None] & mask_c[None, :]
+    count = tl.load(count_ptr, mask=mask, other=0.0)
+    first = tl.load(count_ptr + stride_part, mask=mask, other=0.0)
+    within = tl.load(count_ptr + 2 * stride_part, mask=mask, other=0.0)
+    # An infinite one would make NaN of an infinite mean.
+    pivot = tl.where(tl.abs(first) < float("inf"), first, 0.0)
+    total = count * (first - pivot)
+    squares = total * (first - pivot)
+    for t0 in range(BLOCK_T, TILES, BLOCK_T):
+        count_ptr += BLOCK_T * C
+        mask = (t0 + t < TILES)[:, None] & mask_c[None, :]
+        tile_count = tl.load(count_ptr, mask=mask, other=0.0)
+        tile_mean = tl.load(count_ptr + stride_part, mask=mask, other=0.0)
+        within += tl.load(count_ptr + 2 * stride_part, mask=mask, other=0.0)
+        away = tl.where(mask, tile_mean - pivot, 0.0)
+        count += tile_count
+        total += tile_count * away
+        squares += tile_count * away * away
+    mean, m2 = lane_moments(pivot, total, squares, count)
+    mean, m2, _ = join_moments(mean, m2 + within, count, 0)
+    tl.store(mean_ptr + m * C + c, mean, mask=mask_c)
     tl.store(var_ptr + m * C + c, m2 / ROWS, mask=mask_c)
 
 
@@ -106,12 +110,13 @@ def combine_moments_fwd(
 ) -> Launch:
     """Write `mean` and biased `var`, `[M, C]` fp32, over `pixels` pixels from `moments [M, 3, TILES, C]`."""
     m, _, tiles, c = moments.shape
-    block_t = 256
+    # 8 sums of each kind a thread; adjacent channels share a sector of memory.
+    block_t = max(16, min(512, next_power_of_2(tiles)))
     return Launch(
         combine_moments_fwd_kernel,
         (cdiv(c, 8), m),
         (moments, mean, var, pixels, c, tiles),
         {"BLOCK_T": block_t, "BLOCK_C": 8},
-        {"num_warps": 4},
-        (cdiv(tiles, block_t),) * 2,
+        {"num_warps": max(1, block_t // 32)},
+        (cdiv(tiles, block_t) - 1,),
     )

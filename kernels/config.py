@@ -87,12 +87,15 @@ class DepthwiseConfig:
 
 @dataclass(frozen=True)
 class GateConfig:
-    """`gate_fwd_kernel`: BLOCK_N samples x BLOCK_C channels; BLOCK_S channels of s, BLOCK_D entries of z at a time."""
+    """`gate_fwd_kernel`: BLOCK_N samples x BLOCK_C channels; BLOCK_S channels of s, BLOCK_D entries of z at a time, at
+    most BLOCK_T tiles of each sum.
+    """
 
     BLOCK_N: int
     BLOCK_S: int
     BLOCK_D: int
     BLOCK_C: int
+    BLOCK_T: int = 1
     num_warps: int = 4
 
 
@@ -124,13 +127,16 @@ class MergedConfig(StreamConfig):
 
 @dataclass(frozen=True)
 class BorderConfig:
-    """`border_sums_fwd_kernel`: BLOCK_C channels x BLOCK_W columns x STRIPS_PER_PROGRAM strips of at most ROWS rows."""
+    """`border_sums_fwd_kernel`: BLOCK_C channels x BLOCK_W columns x STRIPS_PER_PROGRAM strips of at most ROWS rows, of
+    BLOCK_N samples.
+    """
 
     BLOCK_C: int
     BLOCK_W: int
     ROWS: int
     STRIPS_PER_PROGRAM: int
     num_warps: int = 1
+    BLOCK_N: int = 1
 
 
 @dataclass(frozen=True)

@@ -14,33 +14,56 @@ from .tiling import relu, store_tagged
 def gate_logits(
     partial_ptr, reduce_ptr, scale_ptr, shift_ptr, select_ptr,
     n, mask_n, row, mask_row, d0, TILES, C, D, PIXELS, stride_partial_n, stride_partial_t,
-    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, HAS_RELU: tl.constexpr,
+    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_RELU: tl.constexpr,
 ):  # fmt: skip
-    """What BLOCK_D entries of the descriptor z, from `d0` on, add to the logits of the select rows. [BLOCK_N, rows]"""
+    """What BLOCK_D entries of the descriptor z, from `d0` on, add to the logits of the select rows. [ROWS, rows]
+
+    `n` and `mask_n` are of BLOCK_T * BLOCK_N rows, a tile's samples adjacent. What does not wait for z is loaded before
+    z is computed.
+    """
     dtype = reduce_ptr.dtype.element_ty
     offs_s = tl.arange(0, BLOCK_S)
+    t = tl.arange(0, BLOCK_T * BLOCK_N) // BLOCK_N
     d = d0 + tl.arange(0, BLOCK_D)
     mask_d = d < D
-    z = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for s0 in range(0, C, BLOCK_S):
-        mask_s = s0 + offs_s < C
-        offs_partial = n[:, None] * stride_partial_n + (s0 + offs_s)[None, :]
-        mask_partial = mask_n[:, None] & mask_s[None, :]
-        s = tl.zeros([BLOCK_N, BLOCK_S], tl.float32)
-        for t in range(TILES):
-            s += tl.load(partial_ptr + t * stride_partial_t + offs_partial, mask=mask_partial, other=0.0)
-        mask_w = mask_d[:, None] & mask_s[None, :]
-        w = tl.load(reduce_ptr + d[:, None] * C + (s0 + offs_s)[None, :], mask=mask_w, other=0.0)
-        z = tl.dot((s / PIXELS).to(dtype), tl.trans(w), z, input_precision="ieee")
     scale = tl.load(scale_ptr + d, mask=mask_d, other=0.0)
     shift = tl.load(shift_ptr + d, mask=mask_d, other=0.0)
+    offs_select = row[:, None] * D + d[None, :]
+    mask_select = mask_row[:, None] & mask_d[None, :]
+    # Of fp32, which products without tensor cores take from registers, ptxas would spill what is loaded early.
+    IS_EARLY: tl.constexpr = dtype != tl.float32
+    if IS_EARLY:
+        w_select = tl.load(select_ptr + offs_select, mask=mask_select, other=0.0)
+    z = tl.zeros([ROWS, BLOCK_D], tl.float32)
+    for s0 in range(0, C, BLOCK_S):
+        mask_s = s0 + offs_s < C
+        offs_partial = (n * stride_partial_n + t * stride_partial_t)[:, None] + (s0 + offs_s)[None, :]
+        mask_partial = (mask_n & (t < TILES))[:, None] & mask_s[None, :]
+        s = tl.load(partial_ptr + offs_partial, mask=mask_partial, other=0.0)
+        # After the sums' first loads: Triton waits for an operand of a product where it is loaded.
+        mask_w = mask_d[:, None] & mask_s[None, :]
+        w = tl.load(reduce_ptr + d[:, None] * C + (s0 + offs_s)[None, :], mask=mask_w, other=0.0)
+        for t0 in range(BLOCK_T, TILES, BLOCK_T):
+            mask_partial = (mask_n & (t0 + t < TILES))[:, None] & mask_s[None, :]
+            s += tl.load(partial_ptr + t0 * stride_partial_t + offs_partial, mask=mask_partial, other=0.0)
+        if BLOCK_T > 1:
+            s = tl.sum(tl.reshape(s, [BLOCK_T, BLOCK_N, BLOCK_S]), axis=0)
+        s = (s / PIXELS).to(dtype)
+        if BLOCK_N < ROWS:
+            # A product has no fewer rows: the samples repeat.
+            s = tl.broadcast_to(s[None, :, :], [ROWS // BLOCK_N, BLOCK_N, BLOCK_S])
+            s = tl.reshape(s, [ROWS, BLOCK_S])
+        z = tl.dot(s, tl.trans(w), z, input_precision="ieee")
+        if IS_EARLY:
+            # Always true, which Triton does not see: it would wait for this operand before it loads what follows.
+            w_select = tl.where(s0 >= 0, w_select, 0.0)
     z = z * scale[None, :] + shift[None, :]
     if HAS_RELU:
         z = relu(z)
-    w = tl.load(
-        select_ptr + row[:, None] * D + d[None, :], mask=mask_row[:, None] & mask_d[None, :], other=0.0
-    )
-    return tl.dot(z.to(dtype), tl.trans(w), input_precision="ieee")
+    if not IS_EARLY:
+        w_select = tl.load(select_ptr + offs_select, mask=mask_select, other=0.0)
+    return tl.dot(z.to(dtype), tl.trans(w_select), input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=("N", "TILES", "PIXELS"))
@@ -48,16 +71,18 @@ def gate_fwd_kernel(
     partial_ptr, reduce_ptr, scale_ptr, shift_ptr, select_ptr, select_bias_ptr, attention_ptr,
     N, TILES, C, D, PIXELS,
     stride_partial_n, stride_partial_t,
-    M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, IS_ONE_BLOCK_D: tl.constexpr,
     HAS_RELU: tl.constexpr, HAS_SELECT_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Attention of BLOCK_N samples for BLOCK_C channels and all M branches.
 
-    Every program computes the whole descriptor z, BLOCK_D entries and BLOCK_S pooled channels at a time: cheaper than
-    a second launch or a grid-wide wait.
+    Every program computes the whole descriptor z, BLOCK_D entries and BLOCK_S pooled channels at a time, BLOCK_T tiles
+    of each: cheaper than a second launch or a grid-wide wait.
     """
-    n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ROWS: tl.constexpr = 16 if BLOCK_N < 16 else BLOCK_N
+    n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_T * BLOCK_N) % BLOCK_N
     mask_n = n < N
     offs_mc = tl.arange(0, BLOCK_M * BLOCK_C)
     m = offs_mc // BLOCK_C
@@ -65,10 +90,12 @@ def gate_fwd_kernel(
     mask_mc = (m < M) & (c < C)
     row = m * C + c
 
+    if HAS_SELECT_BIAS:
+        bias = tl.load(select_bias_ptr + row, mask=mask_mc, other=0.0)
     logits = gate_logits(
         partial_ptr, reduce_ptr, scale_ptr, shift_ptr, select_ptr,
         n, mask_n, row, mask_mc, 0, TILES, C, D, PIXELS, stride_partial_n, stride_partial_t,
-        BLOCK_N, BLOCK_S, BLOCK_D, HAS_RELU,
+        BLOCK_N, ROWS, BLOCK_T, BLOCK_S, BLOCK_D, HAS_RELU,
     )  # fmt: skip
     # Left out where it would not run: ptxas spills accumulators that live across a loop, however cold.
     if not IS_ONE_BLOCK_D:
@@ -76,17 +103,19 @@ def gate_fwd_kernel(
             logits += gate_logits(
                 partial_ptr, reduce_ptr, scale_ptr, shift_ptr, select_ptr,
                 n, mask_n, row, mask_mc, d0, TILES, C, D, PIXELS, stride_partial_n, stride_partial_t,
-                BLOCK_N, BLOCK_S, BLOCK_D, HAS_RELU,
+                BLOCK_N, ROWS, BLOCK_T, BLOCK_S, BLOCK_D, HAS_RELU,
             )  # fmt: skip
     if HAS_SELECT_BIAS:
-        logits += tl.load(select_bias_ptr + row, mask=mask_mc, other=0.0)[None, :]
+        logits += bias[None, :]
     logits = tl.where((m < M)[None, :], logits, float("-inf"))
-    logits = tl.reshape(logits, [BLOCK_N, BLOCK_M, BLOCK_C])
+    logits = tl.reshape(logits, [ROWS, BLOCK_M, BLOCK_C])
     # A maximum may drop NaN; the subtraction puts it back, so one NaN logit makes all its branches NaN.
     e = tl.exp(logits - tl.max(logits, axis=1)[:, None, :])
-    attention = tl.reshape(e / tl.sum(e, axis=1)[:, None, :], [BLOCK_N, BLOCK_M * BLOCK_C])
-    offs_attention = n[:, None] * (M * C) + row[None, :]
-    tl.store(attention_ptr + offs_attention, attention, mask=mask_n[:, None] & mask_mc[None, :])
+    attention = tl.reshape(e / tl.sum(e, axis=1)[:, None, :], [ROWS, BLOCK_M * BLOCK_C])
+    i = tl.arange(0, ROWS)
+    mask_i = (i < BLOCK_N) & (n0 + i < N)
+    offs_attention = (n0 + i)[:, None] * (M * C) + row[None, :]
+    tl.store(attention_ptr + offs_attention, attention, mask=mask_i[:, None] & mask_mc[None, :])
 
 
 @triton.jit
@@ -169,6 +198,7 @@ def gate_fwd(
         "M": m,
         "BLOCK_M": next_power_of_2(m),
         "BLOCK_N": config.BLOCK_N,
+        "BLOCK_T": min(config.BLOCK_T, next_power_of_2(tiles)),
         "BLOCK_S": config.BLOCK_S,
         "BLOCK_D": config.BLOCK_D,
         "BLOCK_C": config.BLOCK_C,

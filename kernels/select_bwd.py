@@ -6,6 +6,7 @@ import triton.language as tl
 
 from .config import ReductionConfig
 from .geometry import cdiv
+from .lanes import lane_sums, lanes
 from .launch import Launch
 from .norm import activation_mask, load_norm, normalized
 from .tiling import widen
@@ -15,10 +16,12 @@ from .tiling import widen
 def select_bwd_kernel(
     dv_ptr, y_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, grad_ptr, scaled_ptr, active_ptr, pooled_ptr,
     N, PIXELS, C, TILES, stride_dn, stride_dp, stride_ym, stride_yn, stride_yp,
-    M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
+    M: tl.constexpr, BLOCK_P: tl.constexpr, LANES_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
     HAS_NORM: tl.constexpr, HAS_RELU: tl.constexpr, HAS_POOLED: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
-    """All branches of one sample, STEPS * BLOCK_P of its pixels. Branches after the first find dv in a cache."""
+    """All branches of one sample, STEPS * BLOCK_P of its pixels, by LANES_P lanes. Branches after the first find dv in
+    a cache.
+    """
     stride_dp, stride_yp, _ = widen(stride_dp, stride_yp, stride_yp, IS_LARGE)
     tile = tl.program_id(0) % TILES
     n = (tl.program_id(0) // TILES).to(tl.int64)
@@ -30,23 +33,29 @@ def select_bwd_kernel(
         mean, rstd, gamma, beta = load_norm(
             mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, m * C + c, mask_c, HAS_NORM
         )
-        grad = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-        scaled = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+        grad = tl.zeros([LANES_P, BLOCK_C], tl.float32)
+        scaled = tl.zeros([LANES_P, BLOCK_C], tl.float32)
         if HAS_POOLED:
-            active = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
-            pooled = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
+            active = tl.zeros([LANES_P, BLOCK_C], tl.float32)
+            pooled = tl.zeros([LANES_P, BLOCK_C], tl.float32)
+        p = tile * STEPS * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = (p < PIXELS)[:, None] & mask_c[None, :]
+        dv_next = tl.load(dv_ptr + (p * stride_dp)[:, None] + c[None, :], mask=mask, other=0.0)
+        y_next = tl.load(y_ptr + (p * stride_yp)[:, None] + c[None, :], mask=mask, other=0.0)
         for step in range(STEPS):
-            p = (tile * STEPS + step) * BLOCK_P + tl.arange(0, BLOCK_P)
-            mask = (p < PIXELS)[:, None] & mask_c[None, :]
-            dv = tl.load(dv_ptr + (p * stride_dp)[:, None] + c[None, :], mask=mask, other=0.0).to(tl.float32)
-            y = tl.load(y_ptr + (p * stride_yp)[:, None] + c[None, :], mask=mask, other=0.0)
+            # The next step's loads are on their way while this one's values are added.
+            dv, y, mask = dv_next.to(tl.float32), y_next, (p < PIXELS)[:, None] & mask_c[None, :]
+            p += BLOCK_P
+            mask_next = ((p < PIXELS) & (step + 1 < STEPS))[:, None] & mask_c[None, :]
+            dv_next = tl.load(dv_ptr + (p * stride_dp)[:, None] + c[None, :], mask=mask_next, other=0.0)
+            y_next = tl.load(y_ptr + (p * stride_yp)[:, None] + c[None, :], mask=mask_next, other=0.0)
             y_hat = normalized(y, mean, rstd, HAS_NORM)
             is_active = activation_mask(y_hat, gamma, beta, mask, HAS_NORM, HAS_RELU)
-            grad += tl.where(is_active, dv, 0.0)
-            scaled += tl.where(is_active, dv * y_hat, 0.0)
+            grad += lane_sums(tl.where(is_active, dv, 0.0), LANES_P)
+            scaled += lane_sums(tl.where(is_active, dv * y_hat, 0.0), LANES_P)
             if HAS_POOLED:
-                active += tl.where(is_active, 1.0, 0.0)
-                pooled += tl.where(is_active, y_hat, 0.0)
+                active += lane_sums(tl.where(is_active, 1.0, 0.0), LANES_P)
+                pooled += lane_sums(tl.where(is_active, y_hat, 0.0), LANES_P)
         offs = ((tile.to(tl.int64) * N + n) * M + m) * C + c
         tl.store(grad_ptr + offs, tl.sum(grad, axis=0), mask=mask_c)
         tl.store(scaled_ptr + offs, tl.sum(scaled, axis=0), mask=mask_c)
@@ -88,6 +97,7 @@ def select_bwd(
     constexprs = {
         "M": m,
         "BLOCK_P": config.BLOCK_P,
+        "LANES_P": lanes(y.dtype, config),
         "BLOCK_C": config.BLOCK_C,
         "STEPS": config.STEPS,
         "HAS_NORM": has_norm,

@@ -52,6 +52,11 @@ SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
 SPILLING_UNROLLED_CHIPS = ("sm_80", "gfx942")
 # Chips whose compiler does not spill where a program selects two channel blocks, one after the other.
 PAIRED_SELECT_CHIPS = ("sm_80", "sm_120")
+# Pooled sums (in 16 bits, in fp32) and weights that eight warps of the gate load at a time and keep in registers, and
+# tiles of a sample.
+GATE_SUMS = (8192, 4096)
+MAX_GATE_WEIGHTS = 32768
+MAX_GATE_TILES = 32
 # Warps per processor that keep memory busy, and tiles of a sample past which the gate would walk long.
 BUSY_WARPS = 16
 MAX_POOLED_TILES = 32
@@ -105,17 +110,31 @@ def branch_candidates(
     return [config for config in candidates if can_run(task, shape, config)]
 
 
-def gate_config(m: int, c: int, d: int, dtype: torch.dtype) -> GateConfig:
-    """Config for `m` branches, `c` channels and a descriptor of `d` entries."""
+def gate_config(m: int, c: int, d: int, n: int, dtype: torch.dtype, chip: Chip) -> GateConfig:
+    """Config for `m` branches, `c` channels and a descriptor of `d` entries of each of `n` samples."""
     # Products of fp32 operands run without tensor cores and hold both in registers.
-    widest, columns = (64, 64) if dtype == torch.float32 else (128, 128)
+    widest, columns, longest = (64, 64, 32) if dtype == torch.float32 else (128, 128, 512)
+    block_c = max(16, min(next_power_of_2(c), columns // next_power_of_2(m)))
+    block_d = min(widest, max(16, next_power_of_2(d)))
+    # A program takes as long as its loads: as few samples each as leave no more programs than run at once.
+    block_n = 16
+    while block_n > 1 and 2 * cdiv(n, block_n) * cdiv(c, block_c) <= chip.processors:
+        block_n //= 2
+    elements = MAX_GATE_WEIGHTS // (2 if chip.name.startswith("gfx") else 1)
+    block_s = min(longest, elements // block_d, max(16, next_power_of_2(c)))
     return GateConfig(
-        BLOCK_N=16,
-        BLOCK_S=min(32, max(16, next_power_of_2(c))),
-        BLOCK_D=min(widest, max(16, next_power_of_2(d))),
-        BLOCK_C=max(16, min(next_power_of_2(c), columns // next_power_of_2(m))),
+        BLOCK_N=block_n,
+        BLOCK_S=block_s,
+        BLOCK_D=block_d,
+        BLOCK_C=block_c,
+        BLOCK_T=gate_tiles(block_n, block_s, GATE_SUMS[dtype == torch.float32]),
         num_warps=8,
     )
+
+
+def gate_tiles(block_n: int, block_s: int, sums: int) -> int:
+    """Tiles of BLOCK_N samples and BLOCK_S channels that are `sums` sums."""
+    return min(MAX_GATE_TILES, max(1, sums // (block_n * block_s)))
 
 
 def select_config(pixels: int, c: int) -> SelectConfig:
@@ -125,32 +144,39 @@ def select_config(pixels: int, c: int) -> SelectConfig:
 
 
 def reduction_config(pixels: int, c: int) -> ReductionConfig:
-    """Config for sums over the `pixels` pixels of a sample: up to 16384 elements per program, 1024 at a time.
+    """Config for sums over the `pixels` pixels of a sample: up to 65536 elements per program, 4096 at a time.
+
+    Four warps, of whose threads each loads 64 bytes of a 16-bit tensor at a time; blocks are spread evenly over
+    programs.
+    """
+    block_c = min(64, next_power_of_2(c))
+    block_p = min(4096 // block_c, next_power_of_2(pixels))
+    blocks = cdiv(pixels, block_p)
+    return ReductionConfig(
+        BLOCK_P=block_p, BLOCK_C=block_c, STEPS=cdiv(blocks, cdiv(blocks, 16)), num_warps=4
+    )
+
+
+def pooled_sums_config(n: int, pixels: int, c: int, chip: Chip) -> ReductionConfig:
+    """Config for the pooled sums of `n` samples: up to 16384 elements per program, 1024 at a time, in shorter programs
+    where those leave processors idle.
 
     One warp: what its threads share at the end are sums of four pixels, where more would go through shared memory.
     """
     block_c = min(64, next_power_of_2(c))
     block_p = min(1024 // block_c, next_power_of_2(pixels))
-    return ReductionConfig(
-        BLOCK_P=block_p, BLOCK_C=block_c, STEPS=min(16, cdiv(pixels, block_p)), num_warps=1
-    )
-
-
-def pooled_sums_config(n: int, pixels: int, c: int, chip: Chip) -> ReductionConfig:
-    """Config for the pooled sums of `n` samples: as above, in shorter programs where those leave processors idle."""
-    config = reduction_config(pixels, c)
 
     def tiles(steps: int) -> int:
-        return cdiv(pixels, config.BLOCK_P * steps)
+        return cdiv(pixels, block_p * steps)
 
-    steps = config.STEPS
+    steps = min(16, cdiv(pixels, block_p))
     while (
         steps > 1
-        and n * tiles(steps) * cdiv(c, config.BLOCK_C) < BUSY_WARPS * chip.processors
+        and n * tiles(steps) * cdiv(c, block_c) < BUSY_WARPS * chip.processors
         and tiles(cdiv(steps, 2)) <= MAX_POOLED_TILES
     ):
         steps = cdiv(steps, 2)
-    return replace(config, STEPS=steps)
+    return ReductionConfig(BLOCK_P=block_p, BLOCK_C=block_c, STEPS=steps, num_warps=1)
 
 
 def shares_row(shape: ConvShape) -> bool:

@@ -22,20 +22,29 @@ SPILLING_MERGED_CHIPS = ("sm_80", "sm_90")
 
 def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:
     """Config for the pooled sums of the merged `shape` over `n` inputs of `h` x `w` pixels."""
-    columns = max(1, n) * cdiv(shape.c_in, 64) * cdiv(w, 64)
-    # Four programs keep one processor busy; a batch that gives fewer is cut into strips of rows, down to four rows.
-    programs_h = max(1, min(4 * chip.processors // columns, cdiv(h, 4)))
+    block_w = min(64, max(4, next_power_of_2(w)))
+    blocks = cdiv(shape.c_in, 64) * cdiv(w, block_w)
+    # 64 columns, of several samples where images are narrower, since those share the loads of weights; of fewer samples
+    # or columns where programs would be too few.
+    block_n = max(1, min(64 // block_w, 4))
+    while block_n > 1 and cdiv(max(1, n), block_n) * blocks < chip.processors:
+        block_n //= 2
+    columns = cdiv(max(1, n), block_n) * blocks
+    # Eight programs, half of them at a time, keep one processor busy; a batch that gives fewer is cut into strips of
+    # rows, down to four rows.
+    programs_h = max(1, min(8 * chip.processors // columns, cdiv(h, 4)))
     is_small = columns * programs_h < 2 * chip.processors
-    block_w = min(32 if is_small else 64, max(4, next_power_of_2(w)))
+    if is_small:
+        block_w = min(32, block_w)
     rows = cdiv(h, programs_h)
-    # 4096 sums a program spill in one warp, and on sm_120 a few of 1024; of 32 columns, two warps of 64 channels do as
-    # well before sm_90.
     return BorderConfig(
-        BLOCK_C=32 if block_w == 32 else 64,
+        BLOCK_C=32 if is_small and block_w == 32 else 64,
         BLOCK_W=block_w,
         ROWS=rows,
         STRIPS_PER_PROGRAM=cdiv(len(strips(shape, h, rows)), programs_h),
-        num_warps=2 if block_w == 64 or (block_w == 32 and chip.name == "sm_120") else 1,
+        # 16 bytes a thread, of each of two rows, four at a time.
+        num_warps=4 if block_n * block_w == 64 else 2 if block_n * block_w == 32 else 1,
+        BLOCK_N=block_n,
     )
 
 

@@ -1,6 +1,7 @@
 """The gate kernel, interpreted, against float64."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,7 +24,10 @@ CASES = [
 ]
 
 
-def run(n, tiles, c, m, d, dtype, *, has_bias=True, partial=None):
+CONFIG = GateConfig(BLOCK_N=16, BLOCK_S=16, BLOCK_D=16, BLOCK_C=16)
+
+
+def run(n, tiles, c, m, d, dtype, *, has_bias=True, partial=None, config=CONFIG):
     from sk_triton.kernels.gate import gate_fwd
 
     partial = torch.randn(n, tiles, c) * 7 if partial is None else partial
@@ -34,7 +38,7 @@ def run(n, tiles, c, m, d, dtype, *, has_bias=True, partial=None):
     attention = torch.full((n, m, c), math.nan)
     launch = gate_fwd(
         partial, reduce_weight, scale, shift, select_weight, bias, attention,
-        pixels=7, has_relu=True, config=GateConfig(BLOCK_N=16, BLOCK_S=16, BLOCK_D=16, BLOCK_C=16),
+        pixels=7, has_relu=True, config=config,
     )  # fmt: skip
     with Meter({str(i): t for i, t in enumerate(launch.arguments) if isinstance(t, torch.Tensor)}).watch():
         launch()
@@ -56,15 +60,26 @@ def test_matches_float64(case, dtype):
     torch.testing.assert_close(attention.sum(1), torch.ones(case[0], case[2]))
 
 
+@pytest.mark.parametrize("block_n", [1, 2, 8, 32])
+@pytest.mark.parametrize("block_t", [1, 2, 4, 32])
+def test_any_samples_and_tiles_at_a_time(block_n, block_t):
+    config = replace(CONFIG, BLOCK_N=block_n, BLOCK_T=block_t)
+    attention, eager, exact = run(9, 5, 20, 2, 17, torch.float16, config=config)
+    assert_errs_like_eager(attention.to(torch.float16), eager, exact)
+
+
 def test_without_bias():
     attention, eager, exact = run(2, 2, 20, 2, 10, torch.float32, has_bias=False)
     assert_errs_like_eager(attention, eager, exact)
 
 
+@pytest.mark.parametrize(
+    "config", [CONFIG, replace(CONFIG, BLOCK_N=2, BLOCK_T=2)], ids=["rows", "repeated rows"]
+)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_bad_sums_stay_in_their_sample(value):
+def test_bad_sums_stay_in_their_sample(value, config):
     partial = torch.randn(3, 2, 20)
     partial[1, 0, 5] = value
-    attention, _, exact = run(3, 2, 20, 2, 10, torch.float32, partial=partial)
+    attention, _, exact = run(3, 2, 20, 2, 10, torch.float32, partial=partial, config=config)
     assert torch.equal(attention.isnan(), exact.isnan())
     assert attention[[0, 2]].isfinite().all()

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.interpret
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 SHAPES = pytest.mark.parametrize("shape", [(2, 3, 5, 7, 20), (3, 1, 1, 9, 1)], ids=str)
-CONFIG = ReductionConfig(BLOCK_P=8, BLOCK_C=16, STEPS=3)
+# A thread loads more pixels at a time than it has sums.
+CONFIG = ReductionConfig(BLOCK_P=8, BLOCK_C=64, STEPS=3, num_warps=1)
 
 
 def launch(prepared, **tensors):
@@ -76,6 +77,20 @@ def test_batch_statistics(shape, dtype, offset):
     exact_var, exact_mean = torch.var_mean(y.double(), (1, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(var.double(), exact_var, rtol=6e-5 if offset else 2e-6, atol=1e-12)
+
+
+def test_statistics_of_many_tiles():
+    """More tiles than are combined at a time; channel 1 has an outlier in the first, channel 2 has it infinite."""
+    from sk_triton.kernels.batch_stats import combine_moments_fwd
+
+    count, mean, m2 = torch.full((1, 1100, 3), 8.0), 30 + torch.randn(1, 1100, 3), torch.rand(1, 1100, 3)
+    mean[0, 0, 1], mean[0, 0, 2] = 1e4, math.inf
+    moments, found, var = torch.stack([count, mean, m2], 1), nans(1, 3), nans(1, 3)
+    launch(combine_moments_fwd(moments, found, var, pixels=8800), moments=moments, mean=found, var=var)
+    exact = mean.double().mean(1)
+    exact_var = (m2.double() / 8 + (mean.double() - exact[:, None]) ** 2).mean(1)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=0, equal_nan=True)
 
 
 def test_statistics_of_a_channel_with_a_bad_value():

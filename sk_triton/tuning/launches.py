@@ -41,7 +41,7 @@ def gate_config(workload: Workload) -> Found:
         "gate",
         _key(workload, "gate", f"m{m}/c{c}/d{d}"),
         partial(space.gate_configs, m, c, d, dtype),
-        partial(analytic.gate_config, m, c, d, dtype),
+        partial(analytic.gate_config, m, c, d, workload.n, dtype, workload.chip),
     )
     return resolve(request, workload.chip)
 

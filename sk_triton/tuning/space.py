@@ -69,12 +69,16 @@ def gate_configs(m: int, c: int, d: int, dtype: torch.dtype) -> list[GateConfig]
         return [1 << i for i in range(least.bit_length() - 1, max(least, most).bit_length())]
 
     return [
-        GateConfig(16, block_s, block_d, block_c, num_warps)
-        for block_s, block_d, block_c, num_warps in product(
-            powers(min(64, next_power_of_2(c))),
+        GateConfig(block_n, block_s, block_d, block_c, block_t, 8)
+        for block_n, block_s, block_d, block_c in product(
+            powers(16, 1),
+            powers(min(64 if dtype == torch.float32 else 512, next_power_of_2(c))),
             powers(min(widest, next_power_of_2(d))),
             powers(min(next_power_of_2(c), columns)),
-            (4, 8),
+        )
+        if block_s * block_d <= analytic.MAX_GATE_WEIGHTS
+        for block_t in dict.fromkeys(
+            analytic.gate_tiles(block_n, block_s, sums) for sums in analytic.GATE_SUMS
         )
     ]
 
@@ -92,12 +96,13 @@ def select_configs(pixels: int, c: int) -> list[SelectConfig]:
 
 def pooled_sums_configs(pixels: int, c: int) -> list[ReductionConfig]:
     """Of the pooled sums of stored convolutions, for outputs of `pixels` pixels and `c` channels."""
-    base = analytic.reduction_config(pixels, c)
+    block_c = min(64, next_power_of_2(c))
+    base = min(1024 // block_c, next_power_of_2(pixels))
     found = []
-    for block_p, num_warps in product((base.BLOCK_P, 2 * base.BLOCK_P, 4 * base.BLOCK_P), (1, 2, 4)):
+    for block_p, num_warps in product((base, 2 * base, 4 * base), (1, 2, 4)):
         steps = cdiv(pixels, block_p)
         halves = [cdiv(min(16, steps), 1 << i) for i in range(5)]
-        found += [ReductionConfig(block_p, base.BLOCK_C, s, num_warps) for s in halves]
+        found += [ReductionConfig(block_p, block_c, s, num_warps) for s in halves]
     return list(dict.fromkeys(found))
 
 
@@ -106,7 +111,7 @@ def reduction_configs(pixels: int, c: int) -> list[ReductionConfig]:
     most_p, most_c = next_power_of_2(pixels), next_power_of_2(c)
     found = [analytic.reduction_config(pixels, c)]
     for elements, block_c, most_steps, num_warps in product(
-        (512, 1024, 2048), (32, 64, 128), (4, 8, 16, 32), (1, 2, 4)
+        (512, 1024, 2048, 4096), (32, 64, 128), (4, 8, 16, 32), (1, 2, 4)
     ):
         if block_c <= max(32, most_c):
             block_p = max(1, min(elements // block_c, most_p))
@@ -135,8 +140,10 @@ def border_configs(shape: ConvShape, h: int, w: int) -> list[BorderConfig]:
     for programs_h in range(1, min(cdiv(h, 4), MAX_STRIP_PROGRAMS) + 1):
         rows = cdiv(h, programs_h)
         per_program = cdiv(len(strips(shape, h, rows)), programs_h)
-        for block_c, block_w, num_warps in product((32, 64), (16, 32, 64), (1, 2, 4)):
-            found.append(BorderConfig(block_c, min(block_w, widest), rows, per_program, num_warps))
+        for block_c, block_w, num_warps, block_n in product((32, 64), (16, 32, 64), (1, 2, 4), (1, 2, 4)):
+            if block_n == 1 or block_n * block_w <= 64:
+                width = min(block_w, widest)
+                found.append(BorderConfig(block_c, width, rows, per_program, num_warps, block_n))
     return list(dict.fromkeys(found))
 
 
