@@ -79,12 +79,13 @@ def branch_grad_data_kernel(
                     mask_read & is_row, to_accumulator, terms, HAS_RELU, HAS_NORM,
                 )  # fmt: skip
                 columns = transposed((dy * is_row.to(tl.float32)).to(dtype))
-                for kx in tl.static_range(KERNELS[m]):
+                # Triton 3.6 hands out a tuple's members as plain numbers, over which no static range goes.
+                for kx in tl.static_range(tl.constexpr(KERNELS[m])):
                     pixels = moved(
                         equal_to(entry, entry - (kx - KERNELS[m] // 2) * DILATIONS[m], dtype), columns
                     )
                     pixels = transposed(pixels)
-                    for ky in tl.static_range(KERNELS[m]):
+                    for ky in tl.static_range(tl.constexpr(KERNELS[m])):
                         # Only expressions stay constants: a name for the row would not.
                         if (
                             i - (ky - KERNELS[m] // 2) * DILATIONS[m] >= 0

@@ -101,21 +101,32 @@ def pack_grad_weights(
     `1 + h` in the first matrix, and 3 and 0 in the second; then the seven 0/1 matrices that move data between threads.
     GradWideConfig: `[blocks][pieces of ci][M][pieces of co][k][k]` matrices of input and output channels.
     """
-    packed = []
-    for weight, kernel in zip(weights, shape.kernels, strict=True):
-        index, is_empty = _gather_index(shape, config, kernel, weight.device)
-        packed.append(weight.reshape(-1)[index].masked_fill_(is_empty, 0.0))
-    entries = torch.cat(packed, 1).reshape(-1)
-    if isinstance(config, GradStreamConfig):
-        entries = torch.cat([entries, _moves(is_paired(shape), entries.device)])
-    return entries.to(dtype)
+    first = weights[0]
+    index, end = _gather(shape, config, first.dtype, first.device)
+    source = torch.cat([*(weight.reshape(-1) for weight in weights), end])
+    return source.to(dtype).index_select(0, index)
 
 
 @lru_cache(maxsize=256)
-def _gather_index(
-    shape: ConvShape, config: GradConfig, kernel: int, device: torch.device
+def _gather(
+    shape: ConvShape, config: GradConfig, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where in `weight.reshape(-1)` each packed entry comes from, and which entries are zero. [blocks, entries]"""
+    """Where each entry that `pack_grad_weights` returns comes from, in the weights, flat one after another, and behind
+    them the second tensor, of `dtype`: what is no weight."""
+    is_stream = isinstance(config, GradStreamConfig)
+    moves = _moves(is_paired(shape)) if is_stream else torch.zeros(0, device="cpu")
+    sizes = [shape.c_out * (shape.c_in // shape.groups) * kernel * kernel for kernel in shape.kernels]
+    zero = sum(sizes) + moves.numel()
+    indices = []
+    for m, kernel in enumerate(shape.kernels):
+        index, mask = _gather_index(shape, config, kernel)
+        indices.append(torch.where(mask, index + sum(sizes[:m]), zero))
+    index = torch.cat([torch.cat(indices, 1).reshape(-1), torch.arange(sum(sizes), zero, device="cpu")])
+    return index.to(device), torch.cat([moves, moves.new_zeros(1)]).to(device, dtype)
+
+
+def _gather_index(shape: ConvShape, config: GradConfig, kernel: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where in `weight.reshape(-1)` each packed entry comes from, and which entries are any. [blocks, entries]"""
     blocks = grad_blocks(shape, config)
     pieces = blocks.count
     if isinstance(config, GradStreamConfig):
@@ -137,10 +148,7 @@ def _gather_index(
     mask = (kx >= 0) & (kx < kernel) & (ci < blocks.ci) & (co < blocks.co) & (group < shape.groups)
     mask = mask & (ci // group_ci == co // group_co)
     index = (((group * group_co + co % group_co) * group_ci + ci % group_ci) * kernel + ky) * kernel + kx
-
-    tables = torch.where(mask, index, 0), ~mask.expand_as(index)
-    index, is_empty = (_by_register(table).reshape(pieces, -1).to(device) for table in tables)
-    return index, is_empty
+    return _by_register(index).reshape(pieces, -1), _by_register(mask.expand_as(index)).reshape(pieces, -1)
 
 
 def _by_register(matrices: torch.Tensor) -> torch.Tensor:
@@ -149,8 +157,7 @@ def _by_register(matrices: torch.Tensor) -> torch.Tensor:
     return matrices.reshape(-1, 2, 8, 2, 4, 2).permute(0, 2, 4, 3, 1, 5)
 
 
-@lru_cache(maxsize=64)
-def _moves(pairs_halves: bool, device: torch.device) -> torch.Tensor:
+def _moves(pairs_halves: bool) -> torch.Tensor:
     """What `branch_grad_stream` multiplies with to move data, flat: the order of memory to that of accumulators; the
     identity; runs shifted by a dilation of 1 to the right and to the left, and of 2; the next point of every run.
     """
@@ -165,7 +172,7 @@ def _moves(pairs_halves: bool, device: torch.device) -> torch.Tensor:
         sources += [(entry, entry + dilation), (entry, entry - dilation)]
     sources.append((next_point, entry))
     matrices = torch.stack([rows[:, None] == columns for rows, columns in sources])
-    return _by_register(matrices).reshape(-1).to(device, torch.float32)
+    return _by_register(matrices).reshape(-1).to(torch.float32)
 
 
 def _axes(sizes: tuple[int, ...]) -> list[torch.Tensor]:

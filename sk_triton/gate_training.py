@@ -16,7 +16,7 @@ class GateTensors(NamedTuple):
 
     Attributes:
         reduce_weight, reduce_bias: ``[d, C]``, ``[d]``.
-        gamma, beta: ``[d]``, of its norm.
+        gamma, beta: ``[d]``, of its norm, fp32; None without a norm alone.
         select_weight, select_bias: ``[M * C, d]``, ``[M * C]``.
     """
 
@@ -42,14 +42,15 @@ class GateState(NamedTuple):
 
     Attributes:
         s: ``[N, C]``, the pooled features.
-        h: ``[N, d]``, before the norm.
-        mean, rstd: ``[d]``.
-        size: the samples behind the statistics, a tensor of no dimensions.
+        h, z: ``[N, d]``, before the norm and after the activation.
+        mean, rstd: ``[d]``; empty without a norm.
+        size: the samples behind the statistics, a tensor of no dimensions; empty outside of a group.
         attention: ``[N, M, C]``.
     """
 
     s: Tensor
     h: Tensor
+    z: Tensor
     mean: Tensor
     rstd: Tensor
     size: Tensor
@@ -57,80 +58,85 @@ class GateState(NamedTuple):
 
 
 class GateGrads(NamedTuple):
-    """Gradients of the pooled features, ``[N, C]``, and of the parameters, of any part that the gate has."""
+    """Gradients of the pooled features, ``[N, C]``, and of the parameters; None for biases that the gate lacks."""
 
     s: Tensor
     reduce_weight: Tensor
-    reduce_bias: Tensor
-    gamma: Tensor
-    beta: Tensor
+    reduce_bias: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
     select_weight: Tensor
-    select_bias: Tensor
+    select_bias: Tensor | None
 
 
 def gate_fwd(
     s: Tensor, tensors: GateTensors, norm: GateNorm, running: tuple[Tensor, Tensor] | None
 ) -> tuple[GateState, Tensor]:
-    """The attention with what its gradient needs, and the variance ``[d]`` over the batch (Eqs. 3 and 5)."""
+    """The attention with what its gradient needs, and the unbiased variance ``[d]`` over the batch, empty where it is
+    not taken (Eqs. 3 and 5)."""
     h = _linear(s, tensors.reduce_weight, tensors.reduce_bias)
-    n = h.shape[0]
-    count = h.new_full((), n)
-    if norm.kind == "batch":
-        var, mean = torch.var_mean(h, 0, correction=0)
-        if norm.group:
-            mean, var, count = gather_moments(mean, var, n, norm.group)
-    elif running is not None:
-        mean, var = (statistic.to(torch.float32, copy=True) for statistic in running)
+    mean, rstd, var, size = (h.new_empty(0) for _ in range(4))  # outputs of an operator must not share memory
+    if norm.kind == "none":
+        z = h.clone()
+    elif norm.kind == "batch" and not norm.group:
+        z, mean, rstd = torch.native_batch_norm(
+            h, tensors.gamma, tensors.beta, None, None, True, 0.0, norm.epsilon
+        )
+        var = h.var(0)
     else:
-        mean, var = torch.zeros_like(h[0]), torch.ones_like(h[0])
-    rstd = torch.ones_like(var) if norm.kind == "none" else (var + norm.epsilon).rsqrt()
-    _, _, z = _descriptor(h, mean, rstd, tensors, norm)
+        if norm.group:
+            var, mean = torch.var_mean(h, 0, correction=0)
+            mean, var, size = gather_moments(mean, var, h.shape[0], norm.group)
+        else:
+            assert running is not None
+            mean, var = (statistic.to(torch.float32, copy=True) for statistic in running)
+        rstd = (var + norm.epsilon).rsqrt()
+        if norm.group:
+            var = var * (size / (size - 1))
+        assert tensors.gamma is not None
+        assert tensors.beta is not None
+        z = torch.addcmul(tensors.beta, (h - mean) * rstd, tensors.gamma)
+    if norm.has_relu:
+        z = z.relu_()
     logits = _linear(z, tensors.select_weight, tensors.select_bias)
     attention = logits.unflatten(1, (-1, s.shape[1])).softmax(1)
-    return GateState(s, h, mean, rstd, count, attention), var
+    return GateState(s, h, z, mean, rstd, size, attention), var
 
 
 def gate_bwd(grad: Tensor, state: GateState, tensors: GateTensors, norm: GateNorm) -> GateGrads:
     """Gradients from that of the attention, ``[N, M, C]``."""
-    a = state.attention
-    dlogits = (a * (grad - (a * grad).sum(1, keepdim=True))).flatten(1)
-    h_hat, mask, z = _descriptor(state.h, state.mean, state.rstd, tensors, norm)
-    dz = (dlogits @ tensors.select_weight.float()) * mask
-    beta, gamma = dz.sum(0), (dz * h_hat).sum(0)
-    dh = dz
-    if norm.kind == "batch":
-        sums = torch.stack([beta, gamma])
+    aten = torch.ops.aten
+    dlogits = aten._softmax_backward_data(grad, state.attention, 1, torch.float32).flatten(1)
+    dz = dlogits @ tensors.select_weight.float()
+    if norm.has_relu:
+        dz = aten.threshold_backward(dz, state.z, 0)
+    gamma: Tensor | None = None
+    beta: Tensor | None = None
+    if norm.kind == "none":
+        dh = dz
+    elif norm.kind == "batch" and not norm.group:
+        dh, gamma, beta = aten.native_batch_norm_backward(
+            dz, state.h, tensors.gamma, None, None, state.mean, state.rstd, True, norm.epsilon, [True] * 3
+        )
+    else:
+        assert tensors.gamma is not None
+        h_hat = (state.h - state.mean) * state.rstd
+        sums = torch.stack([dz.sum(0), (dz * h_hat).sum(0)])
+        beta, gamma = sums
         if norm.group:
-            sums = sum_over(sums, norm.group)
-        dbeta, dgamma = sums / state.size
-        dh = dz - dbeta - h_hat * dgamma
-    if norm.kind != "none":
-        dh = dh * (state.rstd if tensors.gamma is None else state.rstd * tensors.gamma.float())
+            dbeta, dgamma = sum_over(sums, norm.group) / state.size
+            dz = dz - dbeta - h_hat * dgamma
+        dh = dz * (state.rstd * tensors.gamma)
     return GateGrads(
         s=dh @ tensors.reduce_weight.float(),
         reduce_weight=dh.T @ state.s,
-        reduce_bias=dh.sum(0),
+        reduce_bias=None if tensors.reduce_bias is None else dh.sum(0),
         gamma=gamma,
         beta=beta,
-        select_weight=dlogits.T @ z,
-        select_bias=dlogits.sum(0),
+        select_weight=dlogits.T @ state.z,
+        select_bias=None if tensors.select_bias is None else dlogits.sum(0),
     )
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight.float(), None if bias is None else bias.float())
-
-
-def _descriptor(
-    h: Tensor, mean: Tensor, rstd: Tensor, tensors: GateTensors, norm: GateNorm
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The normalized h, where the activation hands gradients on, and z, ``[N, d]`` each."""
-    h_hat = h if norm.kind == "none" else (h - mean) * rstd
-    z = h_hat
-    if tensors.gamma is not None:
-        z = z * tensors.gamma.float()
-    if tensors.beta is not None:
-        z = z + tensors.beta.float()
-    if not norm.has_relu:
-        return h_hat, torch.ones_like(z), z
-    return h_hat, (~(z <= 0)).to(z.dtype), z.relu()

@@ -15,8 +15,9 @@ from .layout import memory_format
 from .spec import SKSpec
 from .training import NormSettings, UnitTensors
 
-# Outputs of the forward operator that its gradient reads: all after v, mean, var, gate_mean and gate_var.
-FIRST_SAVED = 5
+# Outputs of the forward operator that its gradient reads: all after v and the unbiased variances. Two of them are the
+# means over the batch.
+FIRST_SAVED, MEAN, GATE_MEAN = 3, 4, 12
 
 
 @torch.library.custom_op("sk_triton::unit_fwd", mutates_args=())
@@ -42,8 +43,8 @@ def unit_fwd(
         save: "branches" or "input".
 
     Returns:
-        v; mean and unbiased variance ``[M, C]`` of the branches over the batch, and ``[d]`` of the gate; then what the
-        gradient needs: :class:`.schedules.train.Saved`.
+        v; the unbiased variance over the batch of the branches, ``[M, C]``, and of the gate, ``[d]``, empty where the
+        statistics are not the batch's; then what the gradient needs: :class:`.schedules.train.Saved`.
     """
     from .dispatch import workload_of
     from .schedules import train
@@ -86,17 +87,21 @@ def _(x, params, running, has, spec, kinds, epsilons, groups, save):
     h, w = unit.output_size(h_in, w_in)
     m, c, d = unit.num_branches, unit.out_channels, unit.gate_width
 
-    def sums(*size: Any) -> Tensor:
-        return x.new_empty(size, dtype=torch.float32)
+    branch_kinds, gate_kind = kinds[:m], kinds[-1]
+    branch_groups, gate_group = groups.split(",")[:m], groups.split(",")[-1]
+
+    def sums(*size: Any, when: bool = True) -> Tensor:
+        return x.new_empty(size if when else (0,), dtype=torch.float32)
 
     v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    is_kept = save == "branches"
+    is_kept, has_norm, has_gate_norm = save == "branches", unit.branch_norm, unit.gate_norm
+    variances = [sums(m, c, when="b" in branch_kinds), sums(d, when=gate_kind != "-")]
     y = x.new_empty((m, n, h, w, c) if is_kept else (0,))
-    pooled = [sums(n, m, c) if is_kept else sums(0) for _ in range(2)]
-    statistics = [sums(m, c), sums(m, c), sums(d), sums(d)]
-    branches = [sums(m, c), sums(m, c), sums(m), *pooled]
-    gate = [sums(n, c), sums(n, d), sums(d), sums(d), sums(), sums(n, m, c)]
-    return [v, *statistics, y, *branches, *gate]
+    statistics = [sums(m, c, when=has_norm), sums(m, c, when=has_norm), sums(m, when=any(branch_groups))]
+    affine = sums(2 * m * c * has_norm + 2 * d * has_gate_norm)
+    gate = [sums(n, c), sums(n, d), sums(n, d), *(sums(d, when=has_gate_norm) for _ in range(2))]
+    size = sums(when=bool(gate_group))
+    return [v, *variances, y, *statistics, affine, sums(2, n, m, c, when=is_kept), *gate, size, sums(n, m, c)]
 
 
 @unit_bwd.register_fake

@@ -76,7 +76,7 @@ def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: S
     Raises:
         ValueError: batch statistics of a single value per channel, as ``nn.BatchNorm2d``.
     """
-    from .ops import unit_fwd
+    from .ops import GATE_MEAN, MEAN, unit_fwd
 
     norms = _norms(branches, gate)
     settings = norm_settings(norms)
@@ -88,7 +88,7 @@ def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: S
         if kind == "r"
         for statistic in (norm.running_mean, norm.running_var)
     ]
-    v, mean, var, gate_mean, gate_var, *_ = unit_fwd(
+    outputs = unit_fwd(
         x,
         [t for t in tensors if t is not None],
         running,
@@ -97,12 +97,17 @@ def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: S
         *settings,
         save,
     )
-    with torch.no_grad():
-        for norm, batch_mean, batch_var in zip(
-            norms, (*mean.unbind(0), gate_mean), (*var.unbind(0), gate_var), strict=True
-        ):
-            if _uses_batch(norm):
-                _update_running(norm, batch_mean, batch_var)
+    v, var, gate_var = outputs[:3]
+    mean, gate_mean = outputs[MEAN], outputs[GATE_MEAN]
+    dtypes = {norm.running_mean.dtype for norm in norms if _updates_running(norm)}
+    if len(dtypes) == 1:
+        (dtype,) = dtypes
+        mean, var, gate_mean, gate_var = (t.to(dtype) for t in (mean, var, gate_mean, gate_var))
+    updates = [(norm, mean[i], var[i]) for i, norm in enumerate(norms[:-1]) if _updates_running(norm)]
+    if _updates_running(norms[-1]):
+        updates.append((norms[-1], gate_mean, gate_var))
+    if updates:
+        _update_running(updates)
     return v
 
 
@@ -173,16 +178,31 @@ def _check_batch(x: Tensor, spec: SKSpec, settings: NormSettings) -> None:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
 
 
-def _update_running(norm: Any, mean: Tensor, var: Tensor) -> None:
-    """The update of ``nn.BatchNorm2d``, from the mean and the unbiased variance ``[C]`` of a batch."""
-    if not (norm.training and norm.track_running_stats) or norm.running_mean is None:
+def _updates_running(norm: Any) -> bool:
+    return _uses_batch(norm) and norm.training and norm.track_running_stats and norm.running_mean is not None
+
+
+@torch.no_grad()
+def _update_running(updates: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
+    """The update of ``nn.BatchNorm2d`` for each norm, from the mean and the unbiased variance ``[C]`` of a batch."""
+    counters = [norm.num_batches_tracked for norm, _, _ in updates if norm.num_batches_tracked is not None]
+    momenta = [norm.momentum for norm, _, _ in updates]
+    kinds = {(norm.running_mean.dtype, norm.running_var.dtype) for norm, _, _ in updates}
+    # One norm of several branches takes its updates one after another.
+    is_joint = len({id(norm) for norm, _, _ in updates}) == len(updates) == len(counters)
+    if len(updates) > 1 and is_joint and len({*momenta}) == 1 and momenta[0] is not None and len(kinds) == 1:
+        running = [s for norm, _, _ in updates for s in (norm.running_mean, norm.running_var)]
+        batch = [s.to(running[0].dtype) for _, mean, var in updates for s in (mean, var)]
+        torch._foreach_add_(counters, 1)
+        torch._foreach_lerp_(running, batch, momenta[0])
         return
-    momentum: Any = norm.momentum
-    if norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:  # the average over all batches; on the device, where the count is
-            momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
-    if momentum is None:
-        momentum = 0.0
-    norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-    norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
+    for norm, mean, var in updates:
+        momentum: Any = norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if momentum is None:  # the average over all batches; on the device, where the count is
+                momentum = norm.num_batches_tracked.to(norm.running_mean.dtype).reciprocal()
+        if momentum is None:
+            momentum = 0.0
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)

@@ -32,12 +32,22 @@ class TrainingUnit(NamedTuple):
 
 
 class BranchNorm(NamedTuple):
-    """The branches' norms as the kernels read them: ``[M, C]`` fp32 each."""
+    """The branches' norms as the kernels read them, ``[M, C]`` fp32 each; all empty without norms.
+
+    Attributes:
+        affine: ``[2, M, C]``, beta and gamma.
+    """
 
     mean: Tensor
     rstd: Tensor
     gamma: Tensor
     beta: Tensor
+    affine: Tensor
+
+    @property
+    def operands(self) -> tuple[Tensor, ...]:
+        """What a kernel takes: all but `affine`."""
+        return self.mean, self.rstd, self.gamma, self.beta
 
 
 def convolve(x: Tensor, unit: TrainingUnit, plan: Plan) -> tuple[Tensor, list[Moments]]:
@@ -72,9 +82,14 @@ def convolve(x: Tensor, unit: TrainingUnit, plan: Plan) -> tuple[Tensor, list[Mo
 def operands(launch: BranchLaunch, unit: TrainingUnit, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
     """Packed weights and biases ``[M, C]`` of the branches of a launch."""
     members = slice(launch.start, launch.stop)
-    biases = [bias.float() for bias in unit.tensors.biases[members] if bias is not None]
     packed = pack_branch_weights(unit.tensors.weights[members], launch.shape, launch.config, dtype)
-    return packed, torch.stack(biases) if biases else None
+    return packed, stacked_biases(unit, members)
+
+
+def stacked_biases(unit: TrainingUnit, members: slice = slice(None)) -> Tensor | None:
+    """The biases ``[M, C]`` fp32 of some branches' convolutions, None where these have none."""
+    biases = [bias for bias in unit.tensors.biases[members] if bias is not None]
+    return torch.cat(biases).float().view(len(biases), -1) if biases else None
 
 
 def conv_settings(launch: BranchLaunch, plan: Plan) -> dict[str, Any]:
@@ -92,15 +107,17 @@ def empty_moments(x: Tensor, launch: BranchLaunch, unit: TrainingUnit) -> Tensor
 
 def sums_over_pixels(
     kernel: Any, inputs: Sequence[Tensor], count: int, y: Tensor, unit: TrainingUnit, plan: Plan
-) -> tuple[Tensor, ...]:
-    """The `count` sums over the pixels of ``y``, ``[N, M, C]`` fp32 each, of a kernel that takes them by tiles."""
+) -> Tensor:
+    """The `count` sums over the pixels of ``y``, ``[count, N, M, C]`` fp32, of a kernel that takes them by tiles."""
     config = plan.reduction
     assert config is not None
     m, n, h, w, c = y.shape
     tile_count = cdiv(h * w, config.BLOCK_P * config.STEPS)
-    partial = [y.new_empty((tile_count, n, m, c), dtype=torch.float32) for _ in range(count)]
-    kernel(*inputs, *partial, has_norm=unit.spec.branch_norm, has_relu=plan.has_relu, config=config)()
-    return tuple([sums[0] if tile_count == 1 else sums.sum(0) for sums in partial])
+    partial = y.new_empty((count, tile_count, n, m, c), dtype=torch.float32)
+    kernel(
+        *inputs, *partial.unbind(0), has_norm=unit.spec.branch_norm, has_relu=plan.has_relu, config=config
+    )()
+    return partial.squeeze(1) if tile_count == 1 else partial.sum(1)
 
 
 def _convolve_by_library(x: Tensor, unit: TrainingUnit, y: Tensor) -> None:

@@ -22,6 +22,7 @@ from .training_branches import (
     convolve,
     empty_moments,
     operands,
+    stacked_biases,
     sums_over_pixels,
 )
 
@@ -31,13 +32,13 @@ class StoredBranches:
 
     Attributes:
         y: ``[M, N, H', W', C]``.
-        active, pooled: ``[N, M, C]`` fp32 of `pooled_moments_fwd`, once :meth:`pool` has run.
+        sums: ``[2, N, M, C]`` fp32, `active` and `pooled` of `pooled_moments_fwd`, once :meth:`pool` has run.
     """
 
     def __init__(self, x: Tensor, unit: TrainingUnit, plan: Plan) -> None:
         self.unit, self.plan = unit, plan
         self.y, self._moments = convolve(x, unit, plan)
-        self.active = self.pooled = self.y.new_empty(0, dtype=torch.float32)
+        self.sums = self.y.new_empty(0, dtype=torch.float32)
 
     def moments(self) -> list[Moments]:
         """Moments of every branch's convolution, by launches."""
@@ -47,18 +48,20 @@ class StoredBranches:
         assert config is not None
         m, *sizes, c = self.y.shape
         for i in {*range(m)} - measured:
-            moments = self.active.new_empty((1, 3, moment_tiles(math.prod(sizes), config), c))
+            moments = self.sums.new_empty((1, 3, moment_tiles(math.prod(sizes), config), c))
             tile_moments_fwd(self.y[i : i + 1], moments, config=config)()
             found.append((slice(i, i + 1), moments))
         return found
 
     def pool(self, norm: BranchNorm) -> Tensor:
         """The pooled features ``[N, C]`` fp32 (Eqs. 1 and 2)."""
-        self.active, self.pooled = sums_over_pixels(
-            pooled_moments_fwd, (self.y, *norm), 2, self.y, self.unit, self.plan
+        self.sums = sums_over_pixels(
+            pooled_moments_fwd, (self.y, *norm.operands), 2, self.y, self.unit, self.plan
         )
         pixels = self.y.shape[2] * self.y.shape[3]
-        return torch.addcmul(norm.gamma * self.pooled, norm.beta, self.active).sum(1) / pixels
+        if not self.unit.spec.branch_norm:
+            return self.sums[1].sum(1) / pixels
+        return (self.sums * norm.affine[:, None]).sum((0, 2)) / pixels
 
     def select(self, norm: BranchNorm, attention: Tensor, v: Tensor) -> None:
         """Write the output ``v`` (Eq. 6)."""
@@ -67,7 +70,7 @@ class StoredBranches:
             self.y,
             attention,
             v,
-            norm=norm if self.unit.spec.branch_norm else None,
+            norm=norm.operands if self.unit.spec.branch_norm else None,
             has_relu=self.plan.has_relu,
             config=self.plan.select,
         )()
@@ -75,12 +78,13 @@ class StoredBranches:
 
 class FoldedBranches:
     """Convolutions that are computed for their moments, again to pool and again to select, by then with the norms in
-    their weights; `y`, `active` and `pooled` are empty."""
+    their weights; `y` and `sums` are empty."""
 
     def __init__(self, x: Tensor, unit: TrainingUnit, plan: Plan) -> None:
         self.x, self.unit, self.plan = x, unit, plan
         self.y = x.new_empty(0)
-        self.active = self.pooled = x.new_empty(0, dtype=torch.float32)
+        self.sums = x.new_empty(0, dtype=torch.float32)
+        self._scaled: tuple[list[Tensor], Tensor] | None = None
 
     def moments(self) -> list[Moments]:
         """Moments of every branch's convolution, by launches."""
@@ -108,15 +112,18 @@ class FoldedBranches:
         packed, shift = self._normalizing(launch, norm)
         branch_select_fwd(self.x, packed, shift, attention, v, has_relu=self.plan.has_relu, **settings)()
 
-    def _normalizing(self, launch: BranchLaunch, norm: BranchNorm) -> tuple[Tensor, Tensor]:
+    def _normalizing(self, launch: BranchLaunch, norm: BranchNorm) -> tuple[Tensor, Tensor | None]:
         """Packed weights and shift ``[M, C]`` with which the convolutions come out normalized."""
-        tensors, scale = self.unit.tensors, norm.gamma * norm.rstd
-        scaled = [
-            weight.float() * scale_m[:, None, None, None]
-            for weight, scale_m in zip(tensors.weights, scale, strict=True)
-        ]
-        away = -norm.mean
-        if tensors.biases[0] is not None:
-            away = torch.stack([bias.float() for bias in tensors.biases if bias is not None]) - norm.mean
-        packed = pack_branch_weights(scaled, launch.shape, launch.config, self.x.dtype)
-        return packed, torch.addcmul(norm.beta, scale, away)
+        if not self.unit.spec.branch_norm:
+            return operands(launch, self.unit, self.x.dtype)
+        if self._scaled is None:
+            scale = norm.gamma * norm.rstd
+            scaled = [
+                weight.float() * scale_m[:, None, None, None]
+                for weight, scale_m in zip(self.unit.tensors.weights, scale.unbind(0), strict=True)
+            ]
+            biases = stacked_biases(self.unit)
+            away = norm.mean if biases is None else norm.mean - biases
+            self._scaled = scaled, torch.addcmul(norm.beta, scale, away, value=-1)
+        weights, shift = self._scaled
+        return pack_branch_weights(weights, launch.shape, launch.config, self.x.dtype), shift

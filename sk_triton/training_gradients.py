@@ -90,13 +90,21 @@ def _terms(upstream: Upstream, *, has_norm: bool) -> Tensor:
     """What `branch_grad` takes: gain, lift, scale, shift, slope, level of `dy = mask * (gain * dv + lift) + slope * y +
     level`, `mask = scale * y + shift > 0`."""
     _, attention, pooled, norm, dbeta, dgamma = upstream
-    lift = pooled[:, None].expand_as(attention)
+    lift = pooled[:, None]
     if not has_norm:
-        return torch.stack([attention, lift], -1)
-    scale = norm.gamma * norm.rstd
-    slope = -scale * norm.rstd * dgamma
-    fixed = (scale, norm.beta - norm.mean * scale, slope, -scale * dbeta - slope * norm.mean)
-    return torch.stack([scale * attention, scale * lift, *(t.expand_as(attention) for t in fixed)], -1)
+        return torch.stack([attention, lift.expand_as(attention)], -1)
+    terms = attention.new_empty((*attention.shape, 6))
+    fixed = attention.new_empty((*norm.mean.shape, 4))
+    scale, shift, slope, level = fixed.unbind(-1)
+    torch.mul(norm.gamma, norm.rstd, out=scale)
+    torch.addcmul(norm.beta, norm.mean, scale, value=-1, out=shift)
+    away = scale * norm.rstd * dgamma
+    torch.neg(away, out=slope)
+    torch.addcmul(away * norm.mean, scale, dbeta, value=-1, out=level)
+    torch.mul(scale, attention, out=terms[..., 0])
+    torch.mul(scale, lift, out=terms[..., 1])
+    terms[..., 2:] = fixed
+    return terms
 
 
 def _through_library(
@@ -110,7 +118,7 @@ def _through_library(
         y,
         upstream.attention,
         upstream.pooled,
-        *upstream.norm,
+        *upstream.norm.operands,
         upstream.dbeta,
         upstream.dgamma,
         dy,

@@ -1,9 +1,11 @@
 """Takes launches through Triton's JIT entry, up to the driver: run as a script where kernels are not interpreted.
 
 Checks what compiling by hand cannot: that the JIT binds the arguments, hashes the constexprs and accepts the options.
+With the argument "gradients", of the backward kernels; else, of those of inference.
 """
 
 import dataclasses
+import sys
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -11,6 +13,10 @@ from triton.runtime import driver
 
 from sk_triton.bench import resources
 from sk_triton.bench.grid import CASES
+from sk_triton.kernels.branch_grad import branch_grad, reduce_weight_grad
+from sk_triton.kernels.config import GradStreamConfig, GradWideConfig
+from sk_triton.kernels.geometry import ConvShape
+from sk_triton.kernels.grad_geometry import pack_grad_weights, partial_shape
 
 
 class AbsentDevice:
@@ -41,19 +47,43 @@ CHOSEN = {
     ("depthwise", "tf32"),
 }
 
+# (shape, config, whether there are norms and ReLUs). Few rows: the code, and the time to compile it, grow with them.
+GRADIENTS = (
+    (ConvShape(16, 16, 4, (3,), (1,)), GradStreamConfig(1, 2), True),
+    (ConvShape(32, 32, 2, (1, 3), (1, 2)), GradWideConfig(1, 2), False),
+)
+
+
+def inference_launches():
+    for case in CASES:
+        if (case.name, case.precision) in CHOSEN:
+            small = dataclasses.replace(case, n=2, size=8)
+            for schedule in resources.schedules(small, "sm_90"):
+                yield from resources.launches(small, "sm_90", schedule)[1]
+
+
+def gradient_launches():
+    for shape, config, has_norm in GRADIENTS:
+        (n, h, w), c, m = (2, 4, 8), shape.c_out, len(shape.kernels)
+        x, dv, dx = (torch.empty(n, h, w, c).half().permute(0, 3, 1, 2) for _ in range(3))
+        y = torch.empty(m, n, h, w, c).half()
+        weights = [torch.empty(c, shape.c_in // shape.groups, k, k) for k in shape.kernels]
+        terms = torch.empty(n, m, c, 6 if has_norm else 2)
+        partial = torch.empty(partial_shape(shape, config, n, h, w))
+        packed = pack_grad_weights(weights, shape, config, x.dtype)
+        settings = {"shape": shape, "config": config}
+        yield from branch_grad(x, dv, y, terms, packed, dx, partial, has_relu=has_norm, **settings)
+        yield from reduce_weight_grad(partial, weights, **settings)
+
+
 driver.set_active(AbsentDevice())
-for case in CASES:
-    if (case.name, case.precision) in CHOSEN:
-        small = dataclasses.replace(case, n=2, size=8)
-        for schedule in resources.schedules(small, "sm_90"):
-            _, launches = resources.launches(small, "sm_90", schedule)
-            for launch in launches:
-                compiled = launch.kernel.warmup(
-                    *map(small_tensor, launch.arguments),
-                    grid=launch.grid,
-                    **launch.constexprs,
-                    **launch.compile_options,
-                )
-                assert compiled.metadata.num_warps == launch.options["num_warps"]
-                assert compiled.metadata.enable_fp_fusion
-                print(launch.kernel.fn.__name__)
+for launch in gradient_launches() if sys.argv[1:] == ["gradients"] else inference_launches():
+    compiled = launch.kernel.warmup(
+        *map(small_tensor, launch.arguments),
+        grid=launch.grid,
+        **launch.constexprs,
+        **launch.compile_options,
+    )
+    assert compiled.metadata.num_warps == launch.options["num_warps"]
+    assert compiled.metadata.enable_fp_fusion
+    print(launch.kernel.fn.__name__)

@@ -122,12 +122,12 @@ def test_kernels_short_of_registers_have_no_fault():
     assert not [row for row in rows if row["faults"]]
 
 
-def output_of(name):
-    """What a script beside this file prints in a process that compiles kernels."""
+def output_of(name, *arguments):
+    """What a script beside this file prints, given arguments, in a process that compiles kernels."""
     script = Path(__file__).with_name(name)
     env = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run(
-        [sys.executable, "-P", script], env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", script, *arguments], env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -143,3 +143,10 @@ def test_launches_pass_the_jit():
     if HAS_UNHOISTED_LOOPS:
         expected.add("unit_resident")
     assert {line.removesuffix("_fwd_kernel") for line in output_of("jit_path.py").split()} == expected
+
+
+@needs_narrow_products
+def test_backward_launches_pass_the_jit():
+    expected = {"branch_grad_stream", "branch_grad_data", "branch_grad_weight", "branch_grad_reduce"}
+    started = output_of("jit_path.py", "gradients").split()
+    assert {line.removesuffix("_kernel") for line in started} == expected

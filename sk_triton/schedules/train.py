@@ -28,21 +28,23 @@ class Saved(NamedTuple):
 
     Attributes:
         y: ``[M, N, H', W', C]``, the branches' convolutions.
-        mean, rstd: ``[M, C]`` fp32, of the norms; 0 and 1 without them.
-        sizes: ``[M]`` fp32, values behind each branch's statistics.
-        active, pooled: ``[N, M, C]`` fp32, of `pooled_moments_fwd`. They and y are empty where they will be computed
-            again.
-        s, h, gate_mean, gate_rstd, gate_size, attention: :class:`.gate_training.GateState`.
+        mean, rstd: ``[M, C]`` fp32, of the norms; empty without them.
+        sizes: ``[M]`` fp32, values behind each branch's statistics; empty where no group shares them.
+        affine: fp32, beta then gamma of every branch's norm, and of the gate's; nothing of norms that are not there.
+        sums: ``[2, N, M, C]``, active and pooled of `pooled_moments_fwd`. They and y are empty where they will be
+            computed again.
+        s, h, z, gate_mean, gate_rstd, gate_size, attention: :class:`.gate_training.GateState`.
     """
 
     y: Tensor
     mean: Tensor
     rstd: Tensor
     sizes: Tensor
-    active: Tensor
-    pooled: Tensor
+    affine: Tensor
+    sums: Tensor
     s: Tensor
     h: Tensor
+    z: Tensor
     gate_mean: Tensor
     gate_rstd: Tensor
     gate_size: Tensor
@@ -54,17 +56,16 @@ def forward(x: Tensor, unit: TrainingUnit, plan: Plan, *, save: str) -> list[Ten
     v = empty_output(x, unit.spec)
     x = with_adjacent_channels(x)
     branches = (FoldedBranches if plan.folded_launches else StoredBranches)(x, unit, plan)
-    mean, var, count, unbiased = _statistics(branches, v, unit)
-    rstd = _rstd(var, unit)
-    norm = _norm(mean, rstd, unit)
+    mean, rstd, sizes, unbiased = _statistics(branches, v, unit)
+    affine = _affine(unit, v)
+    norm = _norm(mean, rstd, affine, unit)
     s = branches.pool(norm)
-    state, gate_var = gate_fwd(s, _gate_tensors(unit), _gate_norm(unit), _gate_running(unit))
+    state, gate_unbiased = gate_fwd(s, _gate_tensors(affine, unit), _gate_norm(unit), _gate_running(unit))
     branches.select(norm, state.attention, v)
-    kept = (branches.y, branches.active, branches.pooled)
-    y, active, pooled = kept if save == "branches" else (t.new_empty(0) for t in kept)
-    saved = Saved(y, mean, rstd, count, active, pooled, *state)
+    kept = (branches.y, branches.sums)
+    y, sums = kept if save == "branches" else (t.new_empty(0) for t in kept)
     # Outputs of an operator must not share memory.
-    return [v, mean.clone(), unbiased, state.mean.clone(), _unbiased(gate_var, state.size), *saved]
+    return [v, unbiased, gate_unbiased, *Saved(y, mean, rstd, sizes, affine, sums, *state)]
 
 
 def backward(
@@ -74,35 +75,31 @@ def backward(
     in_format = memory_format(x)
     x = with_adjacent_channels(x)
     dv = with_spaced_pixels(dv)
-    y, active, pooled = saved.y, saved.active, saved.pooled
-    norm = _norm(saved.mean, saved.rstd, unit)
+    y, sums = saved.y, saved.sums
+    norm = _norm(saved.mean, saved.rstd, saved.affine, unit)
     if y.numel():
-        grad, scaled = sums_over_pixels(select_bwd, (dv, y, *norm), 2, y, unit, plan)
+        grads = sums_over_pixels(select_bwd, (dv, y, *norm.operands), 2, y, unit, plan)
     else:
         y, _ = convolve(x, unit, plan)
-        grad, scaled, active, pooled = sums_over_pixels(select_bwd, (dv, y, *norm), 4, y, unit, plan)
-    m, _, h, w, _ = y.shape
+        both = sums_over_pixels(select_bwd, (dv, y, *norm.operands), 4, y, unit, plan)
+        grads, sums = both[:2], both[2:]
+    m, n, h, w, _ = y.shape
     state = GateState(*saved[6:])
-    d_attention = torch.addcmul(norm.gamma * scaled, norm.beta, grad)
-    gate = gate_bwd(d_attention, state, _gate_tensors(unit), _gate_norm(unit))
+    # Of beta, then of gamma: what multiplies them, summed over pixels, is in `grads` and in `sums`.
+    d_attention = (grads * norm.affine[:, None]).sum(0) if unit.spec.branch_norm else grads[1]
+    gate = gate_bwd(d_attention, state, _gate_tensors(saved.affine, unit), _gate_norm(unit))
     g = gate.s / (h * w)
     a = state.attention
-    dbeta = torch.addcmul(a * grad, g[:, None], active).sum(0)
-    dgamma = torch.addcmul(a * scaled, g[:, None], pooled).sum(0)
+    d_affine = torch.addcmul(a * grads, g[:, None], sums).sum(1)
+    dbeta, dgamma = d_affine.unbind(0)
 
     parts = [needs[0], *_spread(needs[1:], unit)[:m]]
     dx: Tensor | None = None
     weights: list[Any] = [None] * m
     if any(parts):
-        dx, weights = branch_backward(
-            x,
-            y,
-            Upstream(dv, a, g, norm, *_batch_terms(dbeta, dgamma, saved.sizes, unit)),
-            unit,
-            plan,
-            parts,
-        )
-    grads = UnitTensors(
+        terms = _batch_terms(d_affine, n * h * w, saved.sizes, unit)
+        dx, weights = branch_backward(x, y, Upstream(dv, a, g, norm, *terms.unbind(0)), unit, plan, parts)
+    found = UnitTensors(
         weights=tuple(weights),
         biases=tuple(_bias_grads(dbeta, norm, unit)),
         gammas=dgamma.unbind(0),
@@ -114,91 +111,122 @@ def backward(
         select_weight=gate.select_weight,
         select_bias=gate.select_bias,
     )
-    found = [] if dx is None else [dx.contiguous(memory_format=in_format)]
     present = [
-        (p, value) for p, value in zip(unit.tensors.flat(), grads.flat(), strict=True) if p is not None
+        (p, value) for p, value in zip(unit.tensors.flat(), found.flat(), strict=True) if p is not None
     ]
+    outputs, values = [], []
     for (parameter, value), is_needed in zip(present, needs[1:], strict=True):
         if is_needed:
             assert value is not None
-            found.append(torch.empty_like(parameter).copy_(value))
-    return found
+            outputs.append(torch.empty_like(parameter))
+            values.append(value)
+    if outputs:
+        torch._foreach_copy_(outputs, values)
+    return outputs if dx is None else [dx.contiguous(memory_format=in_format), *outputs]
 
 
 def _statistics(
     branches: StoredBranches | FoldedBranches, v: Tensor, unit: TrainingUnit
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean and variance ``[M, C]`` that the norms take, values behind them ``[M]``, and the unbiased variance."""
+    """Mean and 1 / deviation ``[M, C]`` that the norms take, values behind them ``[M]`` where a group shares them, and
+    the unbiased variance ``[M, C]`` where it is the batch's; each empty elsewhere."""
     n, c, h, w = v.shape
     m, pixels = unit.spec.num_branches, n * h * w
-    kinds = unit.norms.kinds[:m]
-    mean = v.new_zeros((m, c), dtype=torch.float32)
-    var = torch.ones_like(mean)
-    count = mean.new_full((m,), pixels)
+    kinds, groups = unit.norms.kinds[:m], unit.norms.groups.split(",")[:m]
+    names = sorted({*groups} - {""})
+
+    def absent() -> Tensor:
+        return v.new_empty(0, dtype=torch.float32)  # one each: outputs of an operator must not share memory
+
+    if not unit.spec.branch_norm:
+        return absent(), absent(), absent(), absent()
+    mean, var = (v.new_empty((m, c), dtype=torch.float32) for _ in range(2))
+    sizes = mean.new_full((m,), pixels) if names else absent()
     if "b" in kinds:
         for members, moments in branches.moments():
             combine_moments_fwd(moments, mean[members], var[members], pixels=pixels)()
+    if names:
         own_mean, own_var = mean.clone(), var.clone()
-        for name in sorted({*unit.norms.groups.split(",")[:m]} - {""}):
-            sharing = [i for i, group in enumerate(unit.norms.groups.split(",")[:m]) if group == name]
+        for name in names:
+            sharing = [i for i, group in enumerate(groups) if group == name]
             joined = gather_moments(own_mean, own_var, pixels, name)
             for i in sharing:
-                mean[i], var[i], count[i] = joined[0][i], joined[1][i], joined[2]
+                mean[i], var[i], sizes[i] = joined[0][i], joined[1][i], joined[2]
     for i, kind in enumerate(kinds):
         if kind == "r":
             first = 2 * kinds[:i].count("r")
             mean[i], var[i] = unit.running[first], unit.running[first + 1]
-    return mean, var, count, _unbiased(var, count[:, None])
-
-
-def _unbiased(var: Tensor, count: Tensor) -> Tensor:
-    return var * (count / (count - 1))
+    if names:
+        unbiased = var * (sizes / (sizes - 1))[:, None]
+    elif "b" in kinds:
+        unbiased = var * (pixels / (pixels - 1))
+    else:
+        unbiased = absent()
+    return mean, _rstd(var, unit), sizes, unbiased
 
 
 def _rstd(var: Tensor, unit: TrainingUnit) -> Tensor:
-    if not unit.spec.branch_norm:
-        return torch.ones_like(var)
     epsilons = unit.norms.epsilons[: unit.spec.num_branches]
     if len({*epsilons}) == 1:
-        return (var + epsilons[0]).rsqrt()
+        return (var + epsilons[0]).rsqrt_()
     return torch.stack([(var_m + epsilon).rsqrt() for var_m, epsilon in zip(var, epsilons, strict=True)])
 
 
-def _norm(mean: Tensor, rstd: Tensor, unit: TrainingUnit) -> BranchNorm:
-    def stack(parts: tuple[Tensor | None, ...], default: float) -> Tensor:
-        rows = [torch.full_like(mean[0], default) if part is None else part.float() for part in parts]
-        return torch.stack(rows)
+def _affine(unit: TrainingUnit, v: Tensor) -> Tensor:
+    """``Saved.affine``, from the parameters; 0 and 1 stand for those that a norm lacks."""
+    t = unit.tensors
 
-    return BranchNorm(mean, rstd, stack(unit.tensors.gammas, 1.0), stack(unit.tensors.betas, 0.0))
+    def present(values: tuple[Tensor | None, ...], size: int, default: float) -> list[Tensor]:
+        return [
+            v.new_full((size,), default, dtype=torch.float32) if value is None else value for value in values
+        ]
+
+    c, d = unit.spec.out_channels, unit.spec.gate_width
+    parts = [*present(t.betas, c, 0.0), *present(t.gammas, c, 1.0)] if unit.spec.branch_norm else []
+    if unit.spec.gate_norm:
+        parts += [*present((t.gate_beta,), d, 0.0), *present((t.gate_gamma,), d, 1.0)]
+    return torch.cat(parts).float() if parts else v.new_empty(0, dtype=torch.float32)
 
 
-def _batch_terms(dbeta: Tensor, dgamma: Tensor, count: Tensor, unit: TrainingUnit) -> tuple[Tensor, Tensor]:
-    """What the statistics' own gradients take from every pixel: the norms' gradients over the number of values."""
+def _norm(mean: Tensor, rstd: Tensor, affine: Tensor, unit: TrainingUnit) -> BranchNorm:
+    if not unit.spec.branch_norm:
+        return BranchNorm(mean, rstd, mean, mean, mean)
+    branches = affine[: 2 * mean.numel()].view(2, *mean.shape)
+    beta, gamma = branches.unbind(0)
+    return BranchNorm(mean, rstd, gamma, beta, branches)
+
+
+def _batch_terms(d_affine: Tensor, pixels: int, sizes: Tensor, unit: TrainingUnit) -> Tensor:
+    """What the statistics' own gradients take from every pixel, of beta then of gamma: the norms' gradients over the
+    number of values."""
     m = unit.spec.num_branches
-    sums = torch.stack([dbeta, dgamma])
     groups, kinds = unit.norms.groups.split(",")[:m], unit.norms.kinds[:m]
-    joined = {name: sum_over(sums, name) for name in sorted({*groups} - {""})}
+    names = sorted({*groups} - {""})
+    if not names and "r" not in kinds:
+        return d_affine / pixels
+    joined = {name: sum_over(d_affine, name) for name in names}
+    terms = d_affine.clone()
     for i, (name, kind) in enumerate(zip(groups, kinds, strict=True)):
         if kind != "b":
-            sums[:, i] = 0
+            terms[:, i] = 0
         elif name:
-            sums[:, i] = joined[name][:, i]
-    sums /= count[:, None]
-    return sums[0], sums[1]
+            terms[:, i] = joined[name][:, i]
+    return terms / (sizes[:, None] if names else pixels)
 
 
-def _bias_grads(dbeta: Tensor, norm: BranchNorm, unit: TrainingUnit) -> list[Tensor]:
+def _bias_grads(dbeta: Tensor, norm: BranchNorm, unit: TrainingUnit) -> list[Tensor | None]:
     """Gradients of the convolutions' biases: none pass a norm that subtracts the batch's mean."""
-    kinds = unit.norms.kinds[: unit.spec.num_branches]
-    grads = dbeta * norm.gamma * norm.rstd
-    return [torch.zeros_like(grads[m]) if kind == "b" else grads[m] for m, kind in enumerate(kinds)]
+    kinds, biases = unit.norms.kinds[: unit.spec.num_branches], unit.tensors.biases
+    if all(bias is None for bias in biases):
+        return [*biases]
+    grads = dbeta * norm.gamma * norm.rstd if unit.spec.branch_norm else dbeta
+    return [torch.zeros_like(grad) if kind == "b" else grad for grad, kind in zip(grads, kinds, strict=True)]
 
 
-def _gate_tensors(unit: TrainingUnit) -> GateTensors:
-    t = unit.tensors
-    return GateTensors(
-        t.reduce_weight, t.reduce_bias, t.gate_gamma, t.gate_beta, t.select_weight, t.select_bias
-    )
+def _gate_tensors(affine: Tensor, unit: TrainingUnit) -> GateTensors:
+    t, d = unit.tensors, unit.spec.gate_width
+    beta, gamma = affine[-2 * d :].view(2, d).unbind(0) if unit.spec.gate_norm else (None, None)
+    return GateTensors(t.reduce_weight, t.reduce_bias, gamma, beta, t.select_weight, t.select_bias)
 
 
 def _gate_norm(unit: TrainingUnit) -> GateNorm:
