@@ -9,10 +9,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .config import MergedConfig
-from .geometry import ConvShape, blocking, cdiv, is_whole_height, tiles
+from .config import MergedConfig, WindowConfig
+from .geometry import ConvShape, blocking, can_run, cdiv, is_full, is_whole_height, reach, tiles
 from .launch import Launch
-from .merging import branch_blocks, merged_shape, row_parts
+from .merged_conv_window import merged_conv_window_fwd_kernel
+from .merging import branch_blocks, lattice_points, merged_shape, row_parts
 from .tiling import part_elements, right_operand, run_origin, widen
 
 # Input rows in flight beyond those that the current output needs.
@@ -270,14 +271,16 @@ def merged_conv_fwd(
     *,
     branches: ConvShape,
     allow_tf32: bool,
-    config: MergedConfig,
+    config: MergedConfig | WindowConfig,
 ) -> Launch:
     """Write `v [N, C_out, H, W]`, the sum over m of `attention[:, m] * (scale[m] * conv_m(x) + shift[m])`.
 
     `x [N, C_in, H_in, W_in]`, channels adjacent in memory (stride 1), other strides free; strides of `v` are free. `w`
-    from `pack_branch_weights` for `merged_shape(branches)`; `scale` and `shift [M, C_out]`, `attention [N, M, C_out]`
+    from `pack_branch_weights` for `merged_shape(branches)`, or under a `WindowConfig` for `branches`; `scale` and `shift [M, C_out]`, `attention [N, M, C_out]`
     fp32, contiguous. The merged weights are rounded to x's dtype.
     """
+    if isinstance(config, WindowConfig):
+        return _window_launch(x, w, scale, shift, attention, v, branches, config)
     shape = merged_shape(branches)
     n, _, h_in, w_in = x.shape
     _, _, h, w_out = v.shape
@@ -336,3 +339,56 @@ def merged_conv_fwd(
         {"num_warps": config.num_warps, "num_stages": 1},
         (per_program,),
     )
+
+
+def _window_launch(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    attention: torch.Tensor,
+    v: torch.Tensor,
+    branches: ConvShape,
+    config: WindowConfig,
+) -> Launch:
+    if not can_run("select", branches, config) or x.element_size() != 2 or config.BLOCK_N > 1:
+        raise ValueError(
+            f"config: a window of rows merges 16-bit branches of stride 1, a sample a program; got {x.dtype}, "
+            f"{branches} and {config}"
+        )
+    n, _, h_in, w_in = x.shape
+    _, _, h, w_out = v.shape
+    layout = blocking(branches, config)
+    tiles_h, tiles_w = tiles(branches, config, h, w_out)
+    points = lattice_points(branches)
+    extent_x = (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3) + branches.c_in
+    extent_v = (h - 1) * v.stride(2) + (w_out - 1) * v.stride(3) + branches.c_out * v.stride(1)
+    arguments = (
+        x, w, w if scale is None else scale, w if shift is None else shift, attention, v,
+        h_in, w_in, h, w_out, branches.c_in, branches.c_out, tiles_h, tiles_w, layout.blocks,
+        x.stride(0), x.stride(2), x.stride(3), v.stride(0), v.stride(1), v.stride(2), v.stride(3),
+    )  # fmt: skip
+    constexprs = {
+        "M": len(branches.kernels),
+        "TAPS": tuple(tap for _, taps in points for tap in taps),
+        "POINTS": tuple(offset for point, _ in points for offset in point),
+        "REACH": reach(branches),
+        "W_OFFSETS": layout.offsets,
+        "IS_EVEN_H": h % config.RUN_H == 0,
+        "IS_EVEN_W": w_out % config.RUN_W == 0,
+        "CHANNELS_CI": layout.channels_ci,
+        "CHANNELS_CO": layout.channels_co,
+        "BLOCK_CI": config.BLOCK_CI,
+        "BLOCK_CO": config.BLOCK_CO,
+        "BLOCK_H": config.BLOCK_H,
+        "BLOCK_W": config.BLOCK_W,
+        "RUN_H": config.RUN_H,
+        "RUN_W": config.RUN_W,
+        "HAS_SCALE": scale is not None,
+        "HAS_SHIFT": shift is not None,
+        "HAS_CHANNEL_MASK": not is_full(branches, config),
+        "IS_LARGE": max(extent_x, extent_v) >= 2**31,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    grid = (n * tiles_h * tiles_w * layout.blocks,)
+    return Launch(merged_conv_window_fwd_kernel, grid, arguments, constexprs, options, (config.RUN_H,))

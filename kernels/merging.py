@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from .config import MergedConfig
-from .geometry import ConvShape, blocking
+from .geometry import ConvShape, blocking, lattice, reach
 
 
 def merged_shape(shape: ConvShape) -> ConvShape:
@@ -117,6 +117,23 @@ def row_parts(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) -> tup
         is_short = (points - starts[-1]) * config.BLOCK_CI <= 16
         starts.append(starts[-1] + (16 if is_short else longest) // config.BLOCK_CI)
     return tuple(starts)
+
+
+@lru_cache(maxsize=1024)
+def lattice_points(branches: ConvShape) -> tuple[tuple[tuple[int, int], tuple[int, ...]], ...]:
+    """The points at which some branch has a tap: rows and pixels from an output, and each branch's tap there or -1."""
+    far = reach(branches)
+    found = []
+    for dy in range(-far, far + 1):
+        for dx in range(-far, far + 1):
+            taps = []
+            for k, d in zip(branches.kernels, lattice(branches), strict=True):
+                ky, kx = dy // d + k // 2, dx // d + k // 2
+                has_tap = dy % d == dx % d == 0 and 0 <= ky < k and 0 <= kx < k
+                taps.append(ky * k + kx if has_tap else -1)
+            if max(taps) >= 0:
+                found.append(((dy, dx), tuple(taps)))
+    return tuple(found)
 
 
 @lru_cache(maxsize=1024)

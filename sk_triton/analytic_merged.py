@@ -8,8 +8,9 @@ from itertools import product
 import torch
 
 from .analytic import branch_cost, pixel_counts, shares_row
+from .analytic_window import merged_window_candidates, merged_window_cost, takes_window
 from .chips import Chip
-from .kernels.config import BorderConfig, MergedConfig
+from .kernels.config import BorderConfig, MergedConfig, WindowConfig
 from .kernels.geometry import ConvShape, blocking, cdiv, next_power_of_2, tiles
 from .kernels.merging import row_parts, strips
 
@@ -48,8 +49,15 @@ def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> Borde
     )
 
 
-def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip) -> MergedConfig:
-    """Config for the merged `shape` on a batch of `n` outputs of `h` x `w` pixels."""
+def merged_config(
+    branches: ConvShape, shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip
+) -> MergedConfig | WindowConfig:
+    """Config for the merged convolution of `branches`, `shape` on their common lattice, on a batch of `n` outputs of
+    `h` x `w` pixels."""
+    if dtype.itemsize == 2 and takes_window(branches, chip):
+        windows = merged_window_candidates(branches, h)
+        if windows:
+            return min(windows, key=lambda window: merged_cost(window, branches, shape, n, h, w, chip))
     candidates = merged_candidates(shape, h, dtype, chip)
     config = min(candidates, key=lambda candidate: branch_cost(candidate, shape, n, h, w, chip, "store"))
     # A sample's weights are built once for all tiles of a program; a small batch is split to fill the chip.
@@ -57,6 +65,15 @@ def merged_config(shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, 
     programs = max(1, n * blocking(shape, config).blocks)
     splits = max(1, min(tiles_h * tiles_w, 8 * chip.processors // programs))
     return replace(config, TILES_PER_PROGRAM=cdiv(tiles_h * tiles_w, splits))
+
+
+def merged_cost(
+    config: MergedConfig | WindowConfig, branches: ConvShape, shape: ConvShape, n: int, h: int, w: int, chip: Chip
+) -> float:
+    """Relative time of the merged convolution, of use among configs of one type."""
+    if isinstance(config, WindowConfig):
+        return merged_window_cost(config, branches, n, h, w, chip)
+    return branch_cost(config, shape, n, h, w, chip, "store")
 
 
 def merged_candidates(shape: ConvShape, h: int, dtype: torch.dtype, chip: Chip) -> list[MergedConfig]:

@@ -8,6 +8,7 @@ from .chips import NARROW_PRODUCTS, Chip
 from .environment import triton_version
 from .kernels.config import WindowConfig
 from .kernels.geometry import ConvShape, blocking, cdiv, reach, tiles
+from .kernels.merging import lattice_points
 
 # Channels of a block: widest group, and what one product of 16-bit operands takes.
 BLOCK = 16
@@ -18,6 +19,10 @@ REGISTERS, OTHER_REGISTERS = 255, 40
 MOMENT_REGISTERS = 16
 # Of a tile, once its sums are read: an eighth of the shortest program.
 TILE_COST = 40
+# Of a sample's merged weights.
+BUILD_COST = 400
+# Of a strip: taller ones repeat fewer rows, and leave fewer programs.
+MAX_ROWS = 56
 
 
 def takes_window(shape: ConvShape, chip: Chip) -> bool:
@@ -32,7 +37,6 @@ def window_candidates(shape: ConvShape, h: int, task: str) -> list[WindowConfig]
     is_measured = task in ("train", "measure")
     # Sums of a branch take the registers of the other's weights.
     holds = (False,) if is_measured or len(shape.kernels) > 2 else (True, False)
-    heights = sorted({height for height in (56, 28, 16, 14, 8, 7, 4, 2, 1) if height < h} | {min(h, 56)})
     found = []
     for run_w in (7, 6, 5, 4, 3, 2):
         hold = next((hold for hold in holds if _registers(shape, run_w, hold, is_measured) <= REGISTERS), None)
@@ -49,10 +53,15 @@ def window_candidates(shape: ConvShape, h: int, task: str) -> list[WindowConfig]
                 RUN_W=run_w,
                 HOLD_WEIGHTS=hold,
             )
-            for run_h, block_n, block_w in product(heights, (1, 2, 4, 8), (1, 2, 4, 8))
+            for run_h, block_n, block_w in product(_heights(h), (1, 2, 4, 8), (1, 2, 4, 8))
             if block_n * block_w <= LANES
         ]
     return found
+
+
+def _heights(h: int) -> list[int]:
+    """Rows of a strip of an image of `h` rows."""
+    return sorted({height for height in (28, 16, 14, 8, 7, 4, 2, 1) if height < h} | {min(h, MAX_ROWS)})
 
 
 def _registers(shape: ConvShape, run_w: int, hold: bool, is_measured: bool) -> int:
@@ -67,14 +76,49 @@ def _registers(shape: ConvShape, run_w: int, hold: bool, is_measured: bool) -> i
 
 def window_cost(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
     """Relative time: products and loads of a program's rows, over the whole chip, in waves of 8 programs a processor."""
+    return _cost(config, shape, n, h, w, chip, sum(kernel * kernel for kernel in shape.kernels), 0)
+
+
+def _cost(
+    config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip, products: int, start: int
+) -> float:
     far = reach(shape)
-    products = sum(kernel * kernel for kernel in shape.kernels)
     loads = 4 * (config.RUN_W + 2 * far)
     row = products * config.RUN_W + loads + 24
-    work = config.RUN_H * row + 2 * far * loads + 150
+    work = config.RUN_H * row + 2 * far * loads + 150 + start
     tiles_h, tiles_w = tiles(shape, config, h, w)
     programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * blocking(shape, config).blocks
     at_once = 8 * chip.processors
     # A sample's tiles are summed one after the other.
     return max(programs / at_once, cdiv(programs, at_once) * 0.9) * work + TILE_COST * tiles_h * tiles_w
 
+
+
+def merged_window_candidates(branches: ConvShape, h: int) -> list[WindowConfig]:
+    """Configs of the merged convolution of `branches` on outputs of `h` rows, as far as registers last."""
+    points = len(lattice_points(branches))
+    far = reach(branches)
+    found = []
+    for run_w in (7, 6, 5, 4, 3, 2):
+        window = 2 * (2 * far + 1) * (run_w + 2 * far)
+        if window + 4 * run_w + 4 * points + OTHER_REGISTERS > REGISTERS:
+            continue
+        found += [
+            WindowConfig(
+                BLOCK_CI=BLOCK,
+                BLOCK_CO=BLOCK,
+                BLOCK_H=LANES // block_w,
+                BLOCK_W=block_w,
+                RUN_H=run_h,
+                RUN_W=run_w,
+            )
+            for run_h, block_w in product(_heights(h), (1, 2, 4, 8))
+        ]
+    return found
+
+
+def merged_window_cost(
+    config: WindowConfig, branches: ConvShape, n: int, h: int, w: int, chip: Chip
+) -> float:
+    """As `window_cost`, of the merged convolution; a program builds its weights first."""
+    return _cost(config, branches, n, h, w, chip, len(lattice_points(branches)), BUILD_COST)

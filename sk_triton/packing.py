@@ -138,7 +138,8 @@ def pack(
     """Parameters packed for `plan` on inputs of `h` x `w` pixels, from `cache` where they are unchanged."""
     merged = plan.merged_launch
     if merged is not None:
-        fields = (merged.conv.BLOCK_CI, merged.conv.BLOCK_CO, merged.conv.RUN_W, merged.border.ROWS)
+        conv = merged.conv
+        fields = (type(conv), conv.BLOCK_CI, conv.BLOCK_CO, conv.RUN_W, merged.border.ROWS)
         key = (plan.dtype, merged.branches, fields, h, w)
         return remember(cache, key, branches, gate, lambda: _pack_merged(plan, merged, h, w, branches, gate))
     if plan.schedule == "library":
@@ -262,6 +263,7 @@ class MergedPacked(Packed):
 def _pack_merged(
     plan: Plan, launch: MergedLaunch, h: int, w: int, branches: Sequence[Branch], gate: Gate
 ) -> MergedPacked:
+    from .kernels.config import WindowConfig
     from .kernels.merging import column_sections, section_weights, strips, widen_kernel
     from .kernels.packing import pack_branch_weights
 
@@ -278,8 +280,13 @@ def _pack_merged(
     has_shift = has_norm or any(branch.bias is not None for branch in branches)
     rest = _pack(plan, branches, gate)
     device = branches[0].weight.device
+    if isinstance(launch.conv, WindowConfig):
+        own = [branch.weight.to(plan.dtype).float() for branch in branches]
+        packed = pack_branch_weights(own, launch.branches, launch.conv, plan.dtype)
+    else:
+        packed = pack_branch_weights(wide, launch.shape, launch.conv, plan.dtype)
     return MergedPacked(
-        weights=(pack_branch_weights(wide, launch.shape, launch.conv, plan.dtype),),
+        weights=(packed,),
         shifts=(torch.stack(shifts) if has_shift else None,),
         reduce_weight=rest.reduce_weight,
         gate_scale=rest.gate_scale,

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         GateConfig,
         GradConfig,
         MergedConfig,
+        WindowConfig,
         ReductionConfig,
         ResidentConfig,
         SelectConfig,
@@ -46,7 +47,7 @@ class MergedLaunch:
     branches: ConvShape
     shape: ConvShape
     border: BorderConfig
-    conv: MergedConfig
+    conv: MergedConfig | WindowConfig
 
 
 @dataclass(frozen=True)

@@ -204,7 +204,7 @@ def _plan_merged(workload: Workload) -> Plan | str:
             f"at most {analytic_merged.MAX_MERGED_REGISTERS} are left"
         )
     border, border_source = launches.border_config(workload, shape)
-    conv, conv_source = launches.merged_config(workload, shape)
+    conv, conv_source = launches.merged_config(workload, branches, shape)
     plan = _plan("merged", workload, 2, 1, ())
     return replace(
         plan,

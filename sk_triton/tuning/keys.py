@@ -66,7 +66,7 @@ KINDS = {
         Kind("select", FORWARD, ("select",), (SelectConfig,)),
         Kind("pooled_sums", FORWARD, ("pooled_sums",), (ReductionConfig,)),
         Kind("border_sums", FORWARD, ("border_sums",), (BorderConfig,)),
-        Kind("merged_conv", FORWARD, ("merged_conv",), (MergedConfig,)),
+        Kind("merged_conv", FORWARD, ("merged_conv",), (MergedConfig, WindowConfig)),
         Kind(SCHEDULE, FORWARD, (), ()),
         Kind("branch_train", BACKWARD, ("branch_conv",), _BRANCH, "train"),
         Kind("reduction", BACKWARD, ("pooled_moments", "select_bwd"), (ReductionConfig,), is_shared=True),

@@ -109,15 +109,15 @@ def border_config(workload: Workload, shape: ConvShape) -> Found:
     return resolve(request, chip)
 
 
-def merged_config(workload: Workload, shape: ConvShape) -> Found:
-    """For the merged convolution of `shape`."""
+def merged_config(workload: Workload, branches: ConvShape, shape: ConvShape) -> Found:
+    """For the merged convolution of `branches`, `shape` on their common lattice."""
     n, (h, w), dtype, chip = workload.n, workload.output_size, workload.dtype, workload.chip
     request = Request(
         "merged_conv",
         _key(workload, "merged_conv", conv_text(shape), workload.allow_tf32),
-        partial(space.merged_configs, shape, h, w, dtype, chip),
-        partial(analytic_merged.merged_config, shape, n, h, w, dtype, chip),
-        lambda config: analytic.branch_cost(config, shape, n, h, w, chip, "store"),
+        partial(space.merged_configs, branches, shape, h, w, dtype, chip),
+        partial(analytic_merged.merged_config, branches, shape, n, h, w, dtype, chip),
+        lambda config: analytic_merged.merged_cost(config, branches, shape, n, h, w, chip),
     )
     return resolve(request, chip)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .. import analytic, analytic_merged
+from ..analytic_window import merged_window_candidates, takes_window
 from ..chips import Chip
 from ..kernels.config import (
     BorderConfig,
@@ -28,6 +29,7 @@ from ..kernels.config import (
     SelectConfig,
     StreamConfig,
     TapConfig,
+    WindowConfig,
 )
 from ..kernels.geometry import ConvShape, can_run, cdiv, next_power_of_2, tiles
 from ..kernels.grad_geometry import can_run_grad
@@ -147,9 +149,13 @@ def border_configs(shape: ConvShape, h: int, w: int) -> list[BorderConfig]:
     return list(dict.fromkeys(found))
 
 
-def merged_configs(shape: ConvShape, h: int, w: int, dtype: torch.dtype, chip: Chip) -> list[MergedConfig]:
+def merged_configs(
+    branches: ConvShape, shape: ConvShape, h: int, w: int, dtype: torch.dtype, chip: Chip
+) -> list[MergedConfig | WindowConfig]:
     """Of the merged convolution, on outputs of `h` x `w` pixels."""
-    found = []
+    found: list[MergedConfig | WindowConfig] = []
+    if dtype.itemsize == 2 and takes_window(branches, chip):
+        found += merged_window_candidates(branches, h)
     for config in analytic_merged.merged_candidates(shape, h, dtype, chip):
         count = math.prod(tiles(shape, config, h, w))
         walks = (*(1 << i for i in range(count.bit_length())), count)
