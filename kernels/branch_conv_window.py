@@ -20,6 +20,10 @@ from .tiling import (
 )
 
 
+# Up to 3.7, Triton gives a thread four adjacent elements along K of an operand that was joined; from 3.8 on, two.
+JOINED_FOURS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
+
+
 @triton.jit
 def load_row(
     ptrs, row, stride_xw, y, x, mask_p, ci, H_IN, W_IN, CI_END,
@@ -41,6 +45,24 @@ def load_row(
 
 
 @triton.jit
+def empty_window(PIXELS: tl.constexpr, LANES: tl.constexpr, BLOCK_CI: tl.constexpr):
+    """What a loop may carry before the first row is loaded."""
+    window = ()
+    for _ in tl.static_range(PIXELS):
+        window = window + (tl.zeros([LANES, BLOCK_CI // 2], tl.int32),)
+    return window
+
+
+@triton.jit
+def without_first(window, WIDTH: tl.constexpr):
+    """The window, less its first row."""
+    left = ()
+    for i in tl.static_range(WIDTH, len(window)):
+        left = left + (window[i],)
+    return left
+
+
+@triton.jit
 def packed(taps):
     """Pairs of 16-bit channels `[8, 16]` as words `[8, 8]`: what a loop carries as 16 bits it takes apart."""
     low, high = tl.split(tl.reshape(taps, [taps.shape[0], 8, 2]))
@@ -50,25 +72,34 @@ def packed(taps):
 
 @triton.jit
 def unpacked(words, dtype: tl.constexpr):
-    """The channels that `packed` made words of."""
+    """The channels that `packed` made words `[lanes, 8]` of, as a right operand `[16, lanes]` in the order in which the
+    threads hold them: no register moves."""
     low = words.to(tl.int16).to(dtype, bitcast=True)
     high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
     taps = tl.reshape(tl.join(low, high), [words.shape[0], 4, 2, 2])
-    return tl.reshape(tl.permute(taps, (1, 2, 3, 0)), [16, words.shape[0]])
+    if JOINED_FOURS:
+        taps = tl.permute(taps, (1, 2, 3, 0))
+    else:
+        taps = tl.permute(taps, (2, 1, 3, 0))
+    return tl.reshape(taps, [16, words.shape[0]])
 
 
 @triton.jit
 def load_taps(w_ptr):
-    """A weight block `[16, 16]`: a thread reads rows r and r + 8 of its four columns at once."""
-    flat = tl.load(w_ptr + tl.arange(0, 256))
-    # Row, column / 4, column / 2 % 2, row / 8, column % 2: four registers that the product takes in this order.
-    flat = tl.reshape(flat, [8, 4, 2, 2, 2])
-    return tl.reshape(tl.permute(flat, (3, 0, 1, 2, 4)), [16, 16])
+    """A weight block `[16, 16]`, its columns in the order of the rows of `unpacked`, from the memory order of
+    `packing.window_order`: each thread reads the four registers of its left operand at once.
+    """
+    flat = tl.reshape(tl.load(w_ptr + tl.arange(0, 256)), [8, 4, 2, 2, 2])
+    if JOINED_FOURS:
+        flat = tl.permute(flat, (3, 0, 1, 2, 4))
+    else:
+        flat = tl.permute(flat, (3, 0, 2, 1, 4))
+    return tl.reshape(flat, [16, 16])
 
 
 @triton.jit
 def window_outputs(
-    window, taps, start, dtype: tl.constexpr,
+    operands, taps, start,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, REACH: tl.constexpr, RUN_W: tl.constexpr,
 ):  # fmt: skip
     """Every lane's RUN_W output pixels of one branch, before its activation: tensors `[16, 8]`.
@@ -84,7 +115,7 @@ def window_outputs(
         for kx in tl.static_range(KERNEL):
             added = ()
             for s in tl.static_range(RUN_W):
-                operand = unpacked(window[FIRST + (ky * WIDTH + kx) * DILATION + s], dtype)
+                operand = operands[FIRST + (ky * WIDTH + kx) * DILATION + s]
                 added = added + (tl.dot(taps[ky * KERNEL + kx], operand, outputs[s]),)
             outputs = added
     return outputs
@@ -169,83 +200,85 @@ def window_tile(
     elif TASK != "select":
         sums = (zeros,)
 
-    window = ()
-    for i in tl.static_range(-REACH, REACH):
-        window = window + load_row(
-            ptrs, i * row_stride, stride_xw, y0 + i, x0, mask_p, ci, H_IN, W_IN, ci_end,
-            REACH, RUN_W, HAS_CHANNEL_MASK,
-        )  # fmt: skip
-    for r in range(RUN_H):
+    # The first rows only fill the window. All in one loop: of each load Triton looks for all that depends on it, which
+    # takes half a minute where there is one for every pixel of the window.
+    window = empty_window(2 * REACH * WIDTH, BLOCK_P, BLOCK_CI)
+    for r in range(-2 * REACH, RUN_H):
         window = window + load_row(
             ptrs, (r + REACH) * row_stride, stride_xw, y0 + r + REACH, x0, mask_p, ci, H_IN, W_IN, ci_end,
             REACH, RUN_W, HAS_CHANNEL_MASK,
         )  # fmt: skip
-        mask_r = mask_out
-        if not IS_EVEN_H:
-            mask_r = mask_out & (y0 + r < H)[None, :]
-        selection = ()
-        added = ()
-        for m in tl.static_range(M):
-            taps = ()
-            for tap in tl.static_range(KERNELS[m] * KERNELS[m]):
-                if HOLD_WEIGHTS:
-                    taps = taps + (weights[sum_of_squares(KERNELS, m) + tap],)
-                else:
-                    tap_ptr = w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m] + tap * (BLOCK_CO * BLOCK_CI)
-                    taps = taps + (load_taps(tap_ptr),)
-            if IS_MEASURED:
-                pivot = sums[4 * m]
-                total = sums[4 * m + 1]
-                squares = sums[4 * m + 2]
-                count = sums[4 * m + 3]
-            outputs = window_outputs(window, taps, starts[m], dtype, KERNELS[m], DILATIONS[m], REACH, RUN_W)
-            chosen = ()
-            for s in tl.static_range(RUN_W):
-                acc = outputs[s]
-                if HAS_RELU:
-                    acc = relu(acc)
-                mask = mask_r
-                if not IS_EVEN_W:
-                    mask = mask_r & (x0 + s < W)[None, :]
-                if TASK == "select":
-                    acc *= attention[m]
-                    if m > 0:
-                        acc += selection[s].to(tl.float32)
-                    # In 16 bits between branches, as eager adds them: half the registers.
-                    chosen = chosen + (acc.to(dtype),)
-                else:
-                    u = acc.to(dtype)
-                    if IS_STORED:
-                        at = tl.cast(r * stride_oh + s * stride_ow, tl.int64)
-                        tl.store(out_ptrs + m * tl.cast(stride_om, tl.int64) + at, u, mask=mask)
-                    if IS_MEASURED:
-                        value = u.to(tl.float32)
-                        if s == 0:
-                            pivot = tl.where(r == 0, value, pivot)
-                        away = tl.where(mask, value - pivot, 0.0)
-                        total += away
-                        squares += away * away
-                        count += tl.where(mask, 1.0, 0.0)
+        if TASK == "measure":
+            # Never stores: rows are not negative. But ptxas does not see that, and leaves the weights' loads where they
+            # are; lifted out of the loop, they spill.
+            tl.store(partial_ptr + co, tl.zeros([BLOCK_CO], tl.float32), mask=(co < co_end) & (tile_h < 0))
+        if r >= 0:
+            operands = ()
+            for i in tl.static_range(ROWS * WIDTH):
+                operands = operands + (unpacked(window[i], dtype),)
+            mask_r = mask_out
+            if not IS_EVEN_H:
+                mask_r = mask_out & (y0 + r < H)[None, :]
+            selection = ()
+            added = ()
+            for m in tl.static_range(M):
+                taps = ()
+                for tap in tl.static_range(KERNELS[m] * KERNELS[m]):
+                    if HOLD_WEIGHTS:
+                        taps = taps + (weights[sum_of_squares(KERNELS, m) + tap],)
                     else:
-                        if not (IS_EVEN_H and IS_EVEN_W):
-                            acc = tl.where(mask, acc, 0.0)
-                        sums = (sums[0] + acc,)
-            selection = chosen
+                        tap_ptr = w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m] + tap * (BLOCK_CO * BLOCK_CI)
+                        taps = taps + (load_taps(tap_ptr),)
+                if IS_MEASURED:
+                    pivot = sums[4 * m]
+                    total = sums[4 * m + 1]
+                    squares = sums[4 * m + 2]
+                    count = sums[4 * m + 3]
+                outputs = window_outputs(operands, taps, starts[m], KERNELS[m], DILATIONS[m], REACH, RUN_W)
+                chosen = ()
+                for s in tl.static_range(RUN_W):
+                    acc = outputs[s]
+                    if HAS_RELU:
+                        acc = relu(acc)
+                    mask = mask_r
+                    if not IS_EVEN_W:
+                        mask = mask_r & (x0 + s < W)[None, :]
+                    if TASK == "select":
+                        acc *= attention[m]
+                        if m > 0:
+                            acc += selection[s].to(tl.float32)
+                        # In 16 bits between branches, as eager adds them: half the registers.
+                        chosen = chosen + (acc.to(dtype),)
+                    else:
+                        u = acc.to(dtype)
+                        if IS_STORED:
+                            at = tl.cast(r * stride_oh + s * stride_ow, tl.int64)
+                            tl.store(out_ptrs + m * tl.cast(stride_om, tl.int64) + at, u, mask=mask)
+                        if IS_MEASURED:
+                            value = u.to(tl.float32)
+                            if s == 0:
+                                pivot = tl.where(r == 0, value, pivot)
+                            away = tl.where(mask, value - pivot, 0.0)
+                            total += away
+                            squares += away * away
+                            count += tl.where(mask, 1.0, 0.0)
+                        else:
+                            if not (IS_EVEN_H and IS_EVEN_W):
+                                acc = tl.where(mask, acc, 0.0)
+                            sums = (sums[0] + acc,)
+                selection = chosen
+                if IS_MEASURED:
+                    added = added + (pivot, total, squares, count)
             if IS_MEASURED:
-                added = added + (pivot, total, squares, count)
-        if IS_MEASURED:
-            sums = added
-        if TASK == "select":
-            for s in tl.static_range(RUN_W):
-                mask = mask_r
-                if not IS_EVEN_W:
-                    mask = mask_r & (x0 + s < W)[None, :]
-                at = tl.cast(r * stride_oh + s * stride_ow, tl.int64)
-                tl.store(out_ptrs + at, selection[s], mask=mask)
-        moved = ()
-        for i in tl.static_range(WIDTH, ROWS * WIDTH):
-            moved = moved + (window[i],)
-        window = moved
+                sums = added
+            if TASK == "select":
+                for s in tl.static_range(RUN_W):
+                    mask = mask_r
+                    if not IS_EVEN_W:
+                        mask = mask_r & (x0 + s < W)[None, :]
+                    at = tl.cast(r * stride_oh + s * stride_ow, tl.int64)
+                    tl.store(out_ptrs + at, selection[s], mask=mask)
+        window = without_first(window, WIDTH)
 
     if IS_MEASURED:
         for m in tl.static_range(M):

@@ -6,7 +6,7 @@ A program builds one sample's weights of a channel block, tap by tap of the bran
 import triton
 import triton.language as tl
 
-from .branch_conv_window import load_row, load_taps, unpacked
+from .branch_conv_window import empty_window, load_row, load_taps, unpacked, without_first
 from .tiling import locate_tile, widen
 
 
@@ -98,38 +98,34 @@ def merged_conv_window_fwd_kernel(
     factor = tl.broadcast_to(factor[:, None], [BLOCK_CO, BLOCK_P])
     shift = tl.broadcast_to(shift[:, None], [BLOCK_CO, BLOCK_P])
 
-    window = ()
-    for i in tl.static_range(-REACH, REACH):
-        window = window + load_row(
-            ptrs, i * row_stride, stride_xw, y0 + i, x0, mask_p, ci, H_IN, W_IN, ci_end,
-            REACH, RUN_W, HAS_CHANNEL_MASK,
-        )  # fmt: skip
-    for r in range(RUN_H):
+    window = empty_window(2 * REACH * WIDTH, BLOCK_P, BLOCK_CI)
+    for r in range(-2 * REACH, RUN_H):
         window = window + load_row(
             ptrs, (r + REACH) * row_stride, stride_xw, y0 + r + REACH, x0, mask_p, ci, H_IN, W_IN, ci_end,
             REACH, RUN_W, HAS_CHANNEL_MASK,
         )  # fmt: skip
-        outputs = ()
-        for s in tl.static_range(RUN_W):
-            outputs = outputs + (tl.zeros([BLOCK_CO, BLOCK_P], tl.float32) if HAS_SCALE else shift,)
-        for i in tl.static_range(len(weights)):
-            added = ()
+        if r >= 0:
+            operands = ()
+            for i in tl.static_range(ROWS * WIDTH):
+                operands = operands + (unpacked(window[i], dtype),)
+            outputs = ()
             for s in tl.static_range(RUN_W):
-                words = window[(REACH + POINTS[2 * i]) * WIDTH + REACH + POINTS[2 * i + 1] + s]
-                added = added + (tl.dot(weights[i], unpacked(words, dtype), outputs[s]),)
-            outputs = added
-        mask_r = mask_out
-        if not IS_EVEN_H:
-            mask_r = mask_out & (y0 + r < H)[None, :]
-        for s in tl.static_range(RUN_W):
-            acc = outputs[s]
-            if HAS_SCALE:
-                acc = acc * factor + shift
-            mask = mask_r
-            if not IS_EVEN_W:
-                mask = mask_r & (x0 + s < W)[None, :]
-            tl.store(v_ptrs + tl.cast(r * stride_vh + s * stride_vw, tl.int64), acc.to(dtype), mask=mask)
-        moved = ()
-        for i in tl.static_range(WIDTH, ROWS * WIDTH):
-            moved = moved + (window[i],)
-        window = moved
+                outputs = outputs + (tl.zeros([BLOCK_CO, BLOCK_P], tl.float32) if HAS_SCALE else shift,)
+            for i in tl.static_range(len(weights)):
+                added = ()
+                for s in tl.static_range(RUN_W):
+                    operand = operands[(REACH + POINTS[2 * i]) * WIDTH + REACH + POINTS[2 * i + 1] + s]
+                    added = added + (tl.dot(weights[i], operand, outputs[s]),)
+                outputs = added
+            mask_r = mask_out
+            if not IS_EVEN_H:
+                mask_r = mask_out & (y0 + r < H)[None, :]
+            for s in tl.static_range(RUN_W):
+                acc = outputs[s]
+                if HAS_SCALE:
+                    acc = acc * factor + shift
+                mask = mask_r
+                if not IS_EVEN_W:
+                    mask = mask_r & (x0 + s < W)[None, :]
+                tl.store(v_ptrs + tl.cast(r * stride_vh + s * stride_vw, tl.int64), acc.to(dtype), mask=mask)
+        window = without_first(window, WIDTH)

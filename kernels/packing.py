@@ -54,8 +54,8 @@ def operand_order(size: int, block_m: int, block_k: int) -> torch.Tensor:
 
 
 def window_order(size: int) -> torch.Tensor:
-    """As `operand_order`, for blocks `[16, 16]` of `branch_conv_window.load_taps`, whose columns stay in their order:
-    rows r and r + 8 of columns 4 t and 4 t + 1, then of columns 4 t + 2 and 4 t + 3. [size]
+    """As `operand_order`, for blocks `[16, 16]` of `branch_conv_window.load_taps`, where a thread holds four adjacent
+    channels: rows r and r + 8 of channels 4 t and 4 t + 1, then of channels 4 t + 2 and 4 t + 3. [size]
     """
     # (row half, row, thread, pair, parity), from most significant.
     source = torch.arange(256).reshape(2, 8, 4, 2, 2).permute(1, 2, 3, 0, 4)
