@@ -208,10 +208,6 @@ def window_tile(
             ptrs, (r + REACH) * row_stride, stride_xw, y0 + r + REACH, x0, mask_p, ci, H_IN, W_IN, ci_end,
             REACH, RUN_W, HAS_CHANNEL_MASK,
         )  # fmt: skip
-        if TASK == "measure":
-            # Never stores: rows are not negative. But ptxas does not see that, and leaves the weights' loads where they
-            # are; lifted out of the loop, they spill.
-            tl.store(partial_ptr + co, tl.zeros([BLOCK_CO], tl.float32), mask=(co < co_end) & (tile_h < 0))
         if r >= 0:
             operands = ()
             for i in tl.static_range(ROWS * WIDTH):
@@ -258,10 +254,12 @@ def window_tile(
                             value = u.to(tl.float32)
                             if s == 0:
                                 pivot = tl.where(r == 0, value, pivot)
-                            away = tl.where(mask, value - pivot, 0.0)
+                            away = value - pivot
+                            if not (IS_EVEN_H and IS_EVEN_W):
+                                away = tl.where(mask, away, 0.0)
+                                count += tl.where(mask, 1.0, 0.0)
                             total += away
                             squares += away * away
-                            count += tl.where(mask, 1.0, 0.0)
                         else:
                             if not (IS_EVEN_H and IS_EVEN_W):
                                 acc = tl.where(mask, acc, 0.0)
@@ -282,9 +280,12 @@ def window_tile(
 
     if IS_MEASURED:
         for m in tl.static_range(M):
-            mean, m2 = lane_moments(sums[4 * m], sums[4 * m + 1], sums[4 * m + 2], sums[4 * m + 3])
+            count = sums[4 * m + 3]
+            if IS_EVEN_H and IS_EVEN_W:
+                count = tl.broadcast_to(tl.where(mask_out, RUN_H * RUN_W * 1.0, 0.0), [BLOCK_CO, BLOCK_P])
+            mean, m2 = lane_moments(sums[4 * m], sums[4 * m + 1], sums[4 * m + 2], count)
             store_moments(
-                partial_ptr + m * 3 * stride_partial_n + co0, mean, m2, sums[4 * m + 3], co, co < co_end,
+                partial_ptr + m * 3 * stride_partial_n + co0, mean, m2, count, co, co < co_end,
                 stride_partial_n, 1, BLOCK_CO,
             )  # fmt: skip
     elif TASK != "select":
