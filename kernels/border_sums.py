@@ -17,30 +17,29 @@ from .tiling import widen
 
 @triton.jit(
     do_not_specialize=(
-        *("N", "W_IN", "PIXELS", "STRIPS"),
+        *("W_IN", "PIXELS", "STRIPS"),
         *("STRIPS_PER_PROGRAM", "PROGRAMS_H", "TILES_W", "BLOCKS"),
     )
 )
 def border_sums_fwd_kernel(
     x_ptr, w_ptr, shift_ptr, strips_ptr, columns_ptr, partial_ptr,
-    N, W_IN, C_IN, C_OUT, PIXELS, STRIPS, STRIPS_PER_PROGRAM, PROGRAMS_H, TILES_W, BLOCKS, SECTIONS_W,
+    W_IN, C_IN, C_OUT, PIXELS, STRIPS, STRIPS_PER_PROGRAM, PROGRAMS_H, TILES_W, BLOCKS, SECTIONS_W,
     stride_xn, stride_xh, stride_xw, stride_partial_n, stride_partial_t,
     STRIDE: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
     BLOCK_G: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr, HAS_SHIFT: tl.constexpr, IS_PAIRED: tl.constexpr,
-    IS_LARGE: tl.constexpr,
+    BLOCK_W: tl.constexpr, HAS_SHIFT: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Pooled sums of BLOCK_G groups of BLOCK_N samples over STRIPS_PER_PROGRAM strips of rows x BLOCK_W columns.
+    """Pooled sums of BLOCK_G groups of one sample over STRIPS_PER_PROGRAM strips of rows x BLOCK_W columns.
 
-    A strip is rows of one section, STRIDE apart, two of which are loaded at a time if IS_PAIRED. A group's
-    GROUP_CI inputs and GROUP_CO outputs are padded to BLOCK_CI and BLOCK_CO. Weights are loaded once for all samples.
+    A strip is rows of one section, STRIDE apart. A group's GROUP_CI inputs and GROUP_CO outputs are padded to BLOCK_CI
+    and BLOCK_CO.
     """
     BLOCK_C: tl.constexpr = BLOCK_G * BLOCK_CI
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     pid = tl.program_id(0)
     block = pid % BLOCKS
     tile = pid // BLOCKS % (TILES_W * PROGRAMS_H)
-    n0 = (pid // BLOCKS // (TILES_W * PROGRAMS_H)).to(tl.int64) * BLOCK_N
+    n = (pid // BLOCKS // (TILES_W * PROGRAMS_H)).to(tl.int64)
     first = tile // TILES_W * STRIPS_PER_PROGRAM
     offs_c = tl.arange(0, BLOCK_C)
     if GROUP_CI == BLOCK_CI:
@@ -49,56 +48,43 @@ def border_sums_fwd_kernel(
     else:
         ci = (block * BLOCK_G + offs_c // BLOCK_CI) * GROUP_CI + offs_c % BLOCK_CI
         mask_c = (ci < C_IN) & (offs_c % BLOCK_CI < GROUP_CI)
-    # Columns of all samples, a sample's adjacent.
-    sample = tl.arange(0, BLOCK_N * BLOCK_W) // BLOCK_W
-    x = tile % TILES_W * BLOCK_W + tl.arange(0, BLOCK_N * BLOCK_W) % BLOCK_W
+    x = tile % TILES_W * BLOCK_W + tl.arange(0, BLOCK_W)
     # Columns that no tap meets are in section -1 and are not read.
-    section = tl.load(columns_ptr + x, mask=(x < W_IN) & (n0 + sample < N), other=-1)
+    section = tl.load(columns_ptr + x, mask=x < W_IN, other=-1)
     mask_x = (section >= 0)[:, None] & mask_c[None, :]
-    offs_x = (sample * stride_xn + x * stride_xw)[:, None] + ci[None, :]
+    offs_x = (x * stride_xw)[:, None] + ci[None, :]
     j = tl.arange(0, BLOCK_CO)
     offs_w = (j * C_IN)[:, None] + ci[None, :]
     mask_w = (j < GROUP_CO)[:, None] & mask_c[None, :]
-    x_ptr += n0 * stride_xn
+    x_ptr += n * stride_xn
 
-    pooled = tl.zeros([BLOCK_N, BLOCK_CO, BLOCK_C], tl.float32)
+    pooled = tl.zeros([BLOCK_CO, BLOCK_C], tl.float32)
     for strip in range(first, tl.minimum(first + STRIPS_PER_PROGRAM, STRIPS)):
         y0 = tl.load(strips_ptr + strip * 3)
         rows = tl.load(strips_ptr + strip * 3 + 1)
         section_h = tl.load(strips_ptr + strip * 3 + 2)
         w_section = w_ptr + section_h * SECTIONS_W * (GROUP_CO * C_IN)
         w_next = tl.load(w_section + offs_w, mask=mask_w, other=0.0)
-        acc = tl.zeros([BLOCK_N * BLOCK_W, BLOCK_C], tl.float32)
-        for i in range(0, rows, 2 if IS_PAIRED else 1):
-            row_ptr = x_ptr + (y0 + i * STRIDE) * stride_xh
-            upper = tl.load(row_ptr + offs_x, mask=mask_x, other=0.0)
-            if IS_PAIRED:
-                mask_lower = mask_x & (x < tl.where(i + 1 < rows, W_IN, 0))[:, None]
-                lower = tl.load(row_ptr + STRIDE * stride_xh + offs_x, mask=mask_lower, other=0.0)
-                acc += upper.to(tl.float32)
-                acc += lower.to(tl.float32)
-            else:
-                acc += upper.to(tl.float32)
+        acc = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
+        for i in range(rows):
+            row = tl.load(x_ptr + (y0 + i * STRIDE) * stride_xh + offs_x, mask=mask_x, other=0.0)
+            acc += row.to(tl.float32)
         for section_w in range(SECTIONS_W):
             # The next section's weights are on their way while this one's columns are added.
             w = w_next
             w_section += GROUP_CO * C_IN
             mask_next = (j < tl.where(section_w + 1 < SECTIONS_W, GROUP_CO, 0))[:, None] & mask_c[None, :]
             w_next = tl.load(w_section + offs_w, mask=mask_next, other=0.0)
-            sums = tl.where((section == section_w)[:, None], acc, 0.0)
-            sums = tl.sum(tl.reshape(sums, [BLOCK_N, BLOCK_W, BLOCK_C]), axis=1)
-            pooled += sums[:, None, :] * w[None, :, :]
+            sums = tl.sum(tl.where((section == section_w)[:, None], acc, 0.0), axis=0)
+            pooled += sums[None, :] * w
 
-    sums = tl.sum(tl.reshape(pooled, [BLOCK_N * BLOCK_CO, BLOCK_G, BLOCK_CI]), axis=2)
-    row = tl.arange(0, BLOCK_N * BLOCK_CO)
-    sample, j = row // BLOCK_CO, row % BLOCK_CO
-    # [BLOCK_N * BLOCK_CO, BLOCK_G]
+    sums = tl.sum(tl.reshape(pooled, [BLOCK_CO, BLOCK_G, BLOCK_CI]), axis=2)
+    # [BLOCK_CO, BLOCK_G]
     co = (block * BLOCK_G + tl.arange(0, BLOCK_G))[None, :] * GROUP_CO + j[:, None]
-    mask_co = ((j < GROUP_CO) & (n0 + sample < N))[:, None] & (co < C_OUT)
+    mask_co = (j < GROUP_CO)[:, None] & (co < C_OUT)
     if HAS_SHIFT:
         sums += tl.load(shift_ptr + co, mask=mask_co, other=0.0) * tl.where(tile == 0, PIXELS, 0)
-    partial_ptr += n0 * stride_partial_n + tile * stride_partial_t
-    tl.store(partial_ptr + (sample * stride_partial_n)[:, None] + co, sums, mask=mask_co)
+    tl.store(partial_ptr + n * stride_partial_n + tile * stride_partial_t + co, sums, mask=mask_co)
 
 
 def border_sums_fwd(
@@ -129,10 +115,10 @@ def border_sums_fwd(
     tiles_w = cdiv(w_in, config.BLOCK_W)
     if tiles != programs_h * tiles_w:
         raise ValueError(f"partial must have {programs_h * tiles_w} tiles, got shape {tuple(partial.shape)}")
-    extent = (config.BLOCK_N - 1) * x.stride(0) + h_in * x.stride(2) + w_in * x.stride(3) + shape.c_in
+    extent = h_in * x.stride(2) + w_in * x.stride(3) + shape.c_in
     arguments = (
         x, w, w if shift is None else shift, strips, columns, partial,
-        n, w_in, shape.c_in, c_out, pixels, len(strips), config.STRIPS_PER_PROGRAM, programs_h, tiles_w, blocks,
+        w_in, shape.c_in, c_out, pixels, len(strips), config.STRIPS_PER_PROGRAM, programs_h, tiles_w, blocks,
         w.shape[1], x.stride(0), x.stride(2), x.stride(3), partial.stride(0), partial.stride(1),
     )  # fmt: skip
     constexprs = {
@@ -142,16 +128,13 @@ def border_sums_fwd(
         "BLOCK_G": block_g,
         "BLOCK_CI": block_ci,
         "BLOCK_CO": next_power_of_2(group_co),
-        "BLOCK_N": config.BLOCK_N,
         "BLOCK_W": config.BLOCK_W,
         "HAS_SHIFT": shift is not None,
-        # Two rows of 16-bit values in flight are as many bytes as one of fp32; narrower blocks would spill.
-        "IS_PAIRED": x.element_size() == 2 and config.BLOCK_N * config.BLOCK_W >= 64,
         "IS_LARGE": extent >= 2**31,
     }
     return Launch(
         border_sums_fwd_kernel,
-        (cdiv(n, config.BLOCK_N) * programs_h * tiles_w * blocks,),
+        (n * programs_h * tiles_w * blocks,),
         arguments,
         constexprs,
         {"num_warps": config.num_warps, "num_stages": 1},

@@ -127,16 +127,13 @@ class MergedConfig(StreamConfig):
 
 @dataclass(frozen=True)
 class BorderConfig:
-    """`border_sums_fwd_kernel`: BLOCK_C channels x BLOCK_W columns x STRIPS_PER_PROGRAM strips of at most ROWS rows, of
-    BLOCK_N samples.
-    """
+    """`border_sums_fwd_kernel`: BLOCK_C channels x BLOCK_W columns x STRIPS_PER_PROGRAM strips of at most ROWS rows."""
 
     BLOCK_C: int
     BLOCK_W: int
     ROWS: int
     STRIPS_PER_PROGRAM: int
     num_warps: int = 1
-    BLOCK_N: int = 1
 
 
 @dataclass(frozen=True)

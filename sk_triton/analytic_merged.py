@@ -23,29 +23,19 @@ SPILLING_MERGED_CHIPS = ("sm_80", "sm_90")
 
 def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:
     """Config for the pooled sums of the merged `shape` over `n` inputs of `h` x `w` pixels."""
-    block_w = min(64, max(4, next_power_of_2(w)))
-    blocks = cdiv(shape.c_in, 64) * cdiv(w, block_w)
-    # 64 columns, of several samples where images are narrower, since those share the loads of weights; of fewer samples
-    # or columns where programs would be too few.
-    block_n = max(1, min(64 // block_w, 4))
-    while block_n > 1 and cdiv(max(1, n), block_n) * blocks < chip.processors:
-        block_n //= 2
-    columns = cdiv(max(1, n), block_n) * blocks
-    # Eight programs, half of them at a time, keep one processor busy; a batch that gives fewer is cut into strips of
-    # rows, down to four rows.
+    block_w = min(32, max(4, next_power_of_2(w)))
+    columns = max(1, n) * cdiv(shape.c_in, 64) * cdiv(w, block_w)
+    # Eight programs a processor; a batch that gives fewer is cut into strips of rows, down to four rows. On an H100, two
+    # strips in stages 1 and 2 and one in stage 3 were the fastest of eight.
     programs_h = max(1, min(8 * chip.processors // columns, cdiv(h, 4)))
     is_small = columns * programs_h < 2 * chip.processors
-    if is_small:
-        block_w = min(32, block_w)
     rows = cdiv(h, programs_h)
     return BorderConfig(
         BLOCK_C=32 if is_small and block_w == 32 else 64,
         BLOCK_W=block_w,
         ROWS=rows,
         STRIPS_PER_PROGRAM=cdiv(len(strips(shape, h, rows)), programs_h),
-        # 16 bytes a thread, of each of two rows, four at a time.
-        num_warps=4 if block_n * block_w == 64 else 2 if block_n * block_w == 32 else 1,
-        BLOCK_N=block_n,
+        num_warps=2 if block_w == 32 else 1,
     )
 
 

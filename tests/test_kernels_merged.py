@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -179,14 +178,6 @@ def test_pooled_sums(name, dtype):
     shape, _, *size = CASES[name]
     *arguments, _ = make(shape, *size, dtype)
     check_pool(arguments, shape)
-
-
-@pytest.mark.parametrize("block_n", [2, 8])
-@pytest.mark.parametrize("name", ["3 and 5", "16 channels per group", "stride 2"])
-def test_pooled_sums_of_several_samples(name, block_n):
-    shape, _, _, *size = CASES[name]
-    *arguments, _ = make(shape, 3, *size, torch.float16)
-    check_pool(arguments, shape, replace(BORDER, BLOCK_N=block_n))
 
 
 @pytest.mark.parametrize(

@@ -142,10 +142,8 @@ def border_configs(shape: ConvShape, h: int, w: int) -> list[BorderConfig]:
     for programs_h in range(1, min(cdiv(h, 4), MAX_STRIP_PROGRAMS) + 1):
         rows = cdiv(h, programs_h)
         per_program = cdiv(len(strips(shape, h, rows)), programs_h)
-        for block_c, block_w, num_warps, block_n in product((32, 64), (16, 32, 64), (1, 2, 4), (1, 2, 4)):
-            if block_n == 1 or block_n * block_w <= 64:
-                width = min(block_w, widest)
-                found.append(BorderConfig(block_c, width, rows, per_program, num_warps, block_n))
+        for block_c, block_w, num_warps in product((32, 64), (16, 32, 64), (1, 2, 4)):
+            found.append(BorderConfig(block_c, min(block_w, widest), rows, per_program, num_warps))
     return list(dict.fromkeys(found))
 
 
