@@ -114,23 +114,27 @@ def launch_work(launch: Launch, used: Resources, gpu: Gpu, memory: float) -> Wor
     flop: defaultdict[str, float] = defaultdict(float)
     warp_flop: defaultdict[str, float] = defaultdict(float)
     shared = 0.0
+    pixel_bytes = _pixel_bytes(launch)
     for instruction, count in used.by_instruction.items():
         if (found := matrix_flop(instruction)) is not None:
             precision, per_warp, is_single = found
             (warp_flop if is_single else flop)[precision] += count * all_warps * per_warp
         if _opcode(instruction) in ("LDS", "STS", "LDSM", "STSM", "LDG", "STG", "LDGSTS"):
-            # A warp's access takes at least one clock, however narrow it is.
-            shared += count * max(gpu.warp * access_width(instruction), gpu.shared_bytes_per_clock)
+            # A warp's access takes at least one clock, however narrow it is, and one for each pixel that it touches: those
+            # of a channels_last image are in different lines.
+            asked = gpu.warp * access_width(instruction)
+            pixels = math.ceil(asked / pixel_bytes) if _opcode(instruction) in ("LDG", "STG") else 1
+            shared += count * max(asked, pixels * gpu.shared_bytes_per_clock)
     # AMD's code is counted without its loops, and other instructions than these move its data.
     is_cuda = gpu.warp == 32
     is_counted = is_cuda and used.instructions is not None
     has_flop = not used.matrix or bool(flop or warp_flop)
     touched = float(sum(footprint(launch).values()))
-    asked = l2_bytes(launch, used) if is_counted else tile_bytes(launch) or 0.0
+    from_l2 = l2_bytes(launch, used) if is_counted else tile_bytes(launch) or 0.0
     return Work(
         name=step_name(launch),
         memory_bytes=memory,
-        l2_bytes=max(touched, asked),
+        l2_bytes=max(touched, from_l2),
         programs=programs,
         warps=warps,
         resident=resident,
@@ -140,6 +144,14 @@ def launch_work(launch: Launch, used: Resources, gpu: Gpu, memory: float) -> Wor
         warp_instructions=float(sum(used.by_instruction.values()) * all_warps) if is_cuda else None,
         is_counted=is_counted,
     )
+
+
+def _pixel_bytes(launch: Launch) -> float:
+    """Adjacent bytes of a pixel that a program of a branch convolution reads; without end in other kernels."""
+    channels = launch.constexprs.get("CHANNELS_CI")
+    if channels is None or launch.kernel.arg_names[0] != "x_ptr":
+        return math.inf
+    return float(channels * launch.arguments[0].element_size())
 
 
 def uncompiled_work(step: PlannedStep, gpu: Gpu, memory: float) -> Work:
@@ -258,7 +270,7 @@ def _branch_tile_bytes(launch: Launch) -> float:
     common = options.get("SPACINGS", (1,) * len(branches))
     axes = [
         [
-            _inputs_of_tiles(out, into, block, run, spacing, kernel, dilation, options["STRIDE"])
+            _inputs_of_tiles(out, into, block, run, spacing, kernel, dilation, options.get("STRIDE", 1))
             for spacing, (kernel, dilation) in zip(spacings, branches, strict=True)
         ]
         for out, into, block, run, spacings in (
@@ -280,7 +292,7 @@ def _branch_tile_bytes(launch: Launch) -> float:
     ]
     # Pixels that branches have in common are read once, by inclusion and exclusion; of split inputs there are none.
     pixels = 0
-    for count in range(1, 2 if options["SPLIT_CI"] else len(branches) + 1):
+    for count in range(1, 2 if options.get("SPLIT_CI") else len(branches) + 1):
         for members in combinations(range(len(branches)), count):
             # A tile's rows and columns are independent: what all members read is counted by axis.
             shared = math.prod(
