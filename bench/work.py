@@ -120,8 +120,8 @@ def launch_work(launch: Launch, used: Resources, gpu: Gpu, memory: float) -> Wor
             precision, per_warp, is_single = found
             (warp_flop if is_single else flop)[precision] += count * all_warps * per_warp
         if _opcode(instruction) in ("LDS", "STS", "LDSM", "STSM", "LDG", "STG", "LDGSTS"):
-            # A warp's access takes at least one clock, however narrow it is, and one for each pixel that it touches: those
-            # of a channels_last image are in different lines.
+            # A warp's access takes at least one clock, however narrow it is, and one for each pixel that it touches:
+            # those of a channels_last image are in different lines.
             asked = gpu.warp * access_width(instruction)
             pixels = math.ceil(asked / pixel_bytes) if _opcode(instruction) in ("LDG", "STG") else 1
             shared += count * max(asked, pixels * gpu.shared_bytes_per_clock)

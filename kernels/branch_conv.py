@@ -184,7 +184,9 @@ def _launch(
                 f"{x.dtype} and {shape}"
             )
         constexprs = {
-            name: value for name, value in constexprs.items() if name in branch_conv_window_fwd_kernel.arg_names
+            name: value
+            for name, value in constexprs.items()
+            if name in branch_conv_window_fwd_kernel.arg_names
         }
         constexprs |= {
             "TASK": task,
@@ -214,7 +216,9 @@ def _launch(
             trips = () if config.UNROLL else shape.kernels
     else:
         if task not in ("store", "train"):
-            raise ValueError(f"config must be a StreamConfig, WindowConfig or ColumnConfig to {task}, got {config}")
+            raise ValueError(
+                f"config must be a StreamConfig, WindowConfig or ColumnConfig to {task}, got {config}"
+            )
         constexprs["SPACINGS"] = layout.spacings
         channels: tuple[int, ...]
         if isinstance(config, DepthwiseConfig):

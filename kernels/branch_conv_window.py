@@ -19,7 +19,6 @@ from .tiling import (
     widen,
 )
 
-
 # Up to 3.7, Triton gives a thread four adjacent elements along K of an operand that was joined; from 3.8 on, two.
 JOINED_FOURS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
 
@@ -77,10 +76,7 @@ def unpacked(words, dtype: tl.constexpr):
     low = words.to(tl.int16).to(dtype, bitcast=True)
     high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
     taps = tl.reshape(tl.join(low, high), [words.shape[0], 4, 2, 2])
-    if JOINED_FOURS:
-        taps = tl.permute(taps, (1, 2, 3, 0))
-    else:
-        taps = tl.permute(taps, (2, 1, 3, 0))
+    taps = tl.permute(taps, (1, 2, 3, 0)) if JOINED_FOURS else tl.permute(taps, (2, 1, 3, 0))
     return tl.reshape(taps, [16, words.shape[0]])
 
 
@@ -90,10 +86,7 @@ def load_taps(w_ptr):
     `packing.window_order`: each thread reads the four registers of its left operand at once.
     """
     flat = tl.reshape(tl.load(w_ptr + tl.arange(0, 256)), [8, 4, 2, 2, 2])
-    if JOINED_FOURS:
-        flat = tl.permute(flat, (3, 0, 1, 2, 4))
-    else:
-        flat = tl.permute(flat, (3, 0, 2, 1, 4))
+    flat = tl.permute(flat, (3, 0, 1, 2, 4)) if JOINED_FOURS else tl.permute(flat, (3, 0, 2, 1, 4))
     return tl.reshape(flat, [16, 16])
 
 

@@ -1,4 +1,4 @@
-"""The merged convolution of `merged_conv` by a window of rows, as `branch_conv_window`: 16 bits, groups to 16, stride 1.
+"""The merged convolution by a window of rows, as `branch_conv_window`: 16 bits, groups to 16 channels, stride 1.
 
 A program builds one sample's weights of a channel block, tap by tap of the branches' common lattice, and holds them.
 """
@@ -16,8 +16,8 @@ def merged_taps(
     M: tl.constexpr, TAPS: tl.constexpr, W_OFFSETS: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_CI: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """A sample's weights, `[BLOCK_CO, BLOCK_CI]` for each lattice point of TAPS in x's dtype; what they are relative to,
-    1 unless they meet a norm's scale, and the outputs' shift. `TAPS[point * M + m]` is branch m's tap there, or -1.
+    """A sample's weights, `[BLOCK_CO, BLOCK_CI]` for each lattice point of TAPS in x's dtype; what they are relative
+    to, 1 unless they meet a norm's scale, and the outputs' shift. `TAPS[point * M + m]` is branch m's tap there, or -1.
     """
     dtype = w_ptr.dtype.element_ty
     co = tl.arange(0, BLOCK_CO)
@@ -70,7 +70,7 @@ def merged_conv_window_fwd_kernel(
     dtype = x_ptr.dtype.element_ty
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_vc, stride_vh, stride_vw = widen(stride_vc, stride_vh, stride_vw, IS_LARGE)
-    block, tile, tile_h, tile_w, n = locate_tile(tl.program_id(0), BLOCKS, TILES_H, TILES_W)
+    block, _tile, tile_h, tile_w, n = locate_tile(tl.program_id(0), BLOCKS, TILES_H, TILES_W)
     n = n.to(tl.int64)
     lane = tl.arange(0, BLOCK_P)
     y0 = (tile_h * BLOCK_H + lane // BLOCK_W) * RUN_H
@@ -109,7 +109,7 @@ def merged_conv_window_fwd_kernel(
             for i in tl.static_range(ROWS * WIDTH):
                 operands = operands + (unpacked(window[i], dtype),)
             outputs = ()
-            for s in tl.static_range(RUN_W):
+            for _s in tl.static_range(RUN_W):
                 outputs = outputs + (tl.zeros([BLOCK_CO, BLOCK_P], tl.float32) if HAS_SCALE else shift,)
             for i in tl.static_range(len(weights)):
                 added = ()

@@ -25,8 +25,8 @@ def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> Borde
     """Config for the pooled sums of the merged `shape` over `n` inputs of `h` x `w` pixels."""
     block_w = min(32, max(4, next_power_of_2(w)))
     columns = max(1, n) * cdiv(shape.c_in, 64) * cdiv(w, block_w)
-    # Eight programs a processor; a batch that gives fewer is cut into strips of rows, down to four rows. On an H100, two
-    # strips in stages 1 and 2 and one in stage 3 were the fastest of eight.
+    # Eight programs a processor; a batch that gives fewer is cut into strips of rows, down to four rows. On an H100,
+    # two strips in stages 1 and 2 and one in stage 3 were the fastest of eight.
     programs_h = max(1, min(8 * chip.processors // columns, cdiv(h, 4)))
     is_small = columns * programs_h < 2 * chip.processors
     rows = cdiv(h, programs_h)
@@ -58,7 +58,13 @@ def merged_config(
 
 
 def merged_cost(
-    config: MergedConfig | WindowConfig, branches: ConvShape, shape: ConvShape, n: int, h: int, w: int, chip: Chip
+    config: MergedConfig | WindowConfig,
+    branches: ConvShape,
+    shape: ConvShape,
+    n: int,
+    h: int,
+    w: int,
+    chip: Chip,
 ) -> float:
     """Relative time of the merged convolution, of use among configs of one type."""
     if isinstance(config, WindowConfig):

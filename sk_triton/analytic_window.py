@@ -1,4 +1,4 @@
-"""Configs of the branch convolutions that hold a window of rows (`kernels/branch_conv_window.py`), from shapes alone."""
+"""Configs of the convolutions that hold a window of rows (`kernels/branch_conv_window.py`), from shapes alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,9 @@ def window_candidates(shape: ConvShape, h: int, task: str) -> list[WindowConfig]
     holds = (False,) if is_measured or len(shape.kernels) > 2 else (True, False)
     found = []
     for run_w in (7, 6, 5, 4, 3, 2):
-        hold = next((hold for hold in holds if _registers(shape, run_w, hold, is_measured) <= REGISTERS), None)
+        hold = next(
+            (hold for hold in holds if _registers(shape, run_w, hold, is_measured) <= REGISTERS), None
+        )
         if hold is None:
             continue
         found += [
@@ -75,7 +77,7 @@ def _registers(shape: ConvShape, run_w: int, hold: bool, is_measured: bool) -> i
 
 
 def window_cost(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
-    """Relative time: products and loads of a program's rows, over the whole chip, in waves of 8 programs a processor."""
+    """Relative time: products and loads of a program's rows, in waves of 8 programs a processor."""
     return _cost(config, shape, n, h, w, chip, sum(kernel * kernel for kernel in shape.kernels), 0)
 
 
@@ -91,7 +93,6 @@ def _cost(
     at_once = 8 * chip.processors
     # A sample's tiles are summed one after the other.
     return max(programs / at_once, cdiv(programs, at_once) * 0.9) * work + TILE_COST * tiles_h * tiles_w
-
 
 
 def merged_window_candidates(branches: ConvShape, h: int) -> list[WindowConfig]:

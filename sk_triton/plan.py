@@ -14,10 +14,10 @@ if TYPE_CHECKING:
         GateConfig,
         GradConfig,
         MergedConfig,
-        WindowConfig,
         ReductionConfig,
         ResidentConfig,
         SelectConfig,
+        WindowConfig,
     )
     from .kernels.geometry import ConvShape
     from .spec import BranchSpec

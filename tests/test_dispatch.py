@@ -1,5 +1,7 @@
 """What runs, why not the rest, and with which configs."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -15,9 +17,11 @@ from sk_triton import (
     use_backend,
 )
 from sk_triton.chips import CHIPS
-from sk_triton.kernels.config import DepthwiseConfig, StreamConfig, TapConfig
+from sk_triton.kernels.config import ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig, WindowConfig
 from sk_triton.kernels.geometry import ConvShape
 from sk_triton.workload import Workload
+
+from .versions import HAS_NARROW_PRODUCTS
 
 SM_90 = CHIPS["sm_90"]
 
@@ -261,16 +265,25 @@ GROUPED = ConvShape(128, 128, 32, (3, 3), (1, 2))
 @pytest.mark.parametrize(
     ("shape", "dtype", "allow_tf32", "kind"),
     [
-        (GROUPED, torch.float16, False, StreamConfig),
+        (GROUPED, torch.float16, False, WindowConfig),
+        (replace(GROUPED, is_split=True), torch.float16, False, StreamConfig),
+        (replace(GROUPED, stride=2), torch.float16, False, ColumnConfig),
         (GROUPED, torch.float32, True, StreamConfig),
         (GROUPED, torch.float32, False, StreamConfig),
-        (ConvShape(64, 64, 64, (3,), (1,)), torch.float16, False, StreamConfig),
+        (ConvShape(512, 512, 32, (3, 3), (1, 2)), torch.bfloat16, False, WindowConfig),
+        (ConvShape(1024, 1024, 32, (3, 3), (1, 2)), torch.float16, False, ColumnConfig),
+        (ConvShape(64, 64, 64, (3,), (1,)), torch.float16, False, WindowConfig),
         (ConvShape(64, 64, 64, (3,), (1,)), torch.float32, True, DepthwiseConfig),
         (ConvShape(64, 64, 1, (3,), (1,)), torch.bfloat16, False, TapConfig),
         (ConvShape(128, 128, 32, (3, 5, 7), (1, 1, 1)), torch.float16, False, TapConfig),
     ],
 )
 def test_analytic_choice(chip, shape, dtype, allow_tf32, kind):
+    if kind is WindowConfig and (chip.name.startswith("gfx") or not HAS_NARROW_PRODUCTS):
+        # A window's lanes are products of 8 columns.
+        kind = StreamConfig if max(shape.c_in, shape.c_out) // shape.groups <= 8 else ColumnConfig
+    if kind is ColumnConfig and not HAS_NARROW_PRODUCTS:
+        kind = StreamConfig if max(shape.c_in, shape.c_out) // shape.groups <= 8 else TapConfig
     config = analytic.branch_config(shape, 128, 56, 56, dtype, allow_tf32, chip)
     assert type(config) is kind
     analytic.branch_config.cache_clear()

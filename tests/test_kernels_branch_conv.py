@@ -44,7 +44,7 @@ CASES = {
     "window, weights read for each row": (
         ConvShape(32, 32, 4, (3, 3), (1, 2)), WindowConfig(16, 16, 4, 2, RUN_H=2, RUN_W=2, HOLD_WEIGHTS=False), 1, 9, 5,
     ),
-    "window, groups of 16": (ConvShape(32, 32, 2, (3, 3), (2, 1)), WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=2), 1, 6, 9),
+    "window, groups of 16": (ConvShape(32, 32, 2, (3, 3), (2, 1)), WindowConfig(16, 16, 2, 4, 3, 2), 1, 6, 9),
     "window, 1x1, 5x5, dilation 3": (
         ConvShape(24, 24, 8, (1, 5, 3), (1, 1, 3)), WindowConfig(16, 16, 2, 4, RUN_H=4, RUN_W=2), 2, 9, 7,
     ),
@@ -224,7 +224,9 @@ def test_a_config_that_cannot_select_is_refused():
     settings = {"shape": shape, "has_relu": True, "allow_tf32": False}
     with pytest.raises(ValueError, match="BLOCK_W must be a multiple of every branch's spacing"):
         branch_select_fwd(x, weights[0], shift, x, torch.empty_like(x), config=config, **settings)
-    with pytest.raises(ValueError, match="config must be a StreamConfig, WindowConfig or ColumnConfig to pool"):
+    with pytest.raises(
+        ValueError, match="config must be a StreamConfig, WindowConfig or ColumnConfig to pool"
+    ):
         branch_pool_fwd(x, weights[0], shift, x, config=TapConfig(16, 16, 4, 4), **settings)
 
 

@@ -240,7 +240,9 @@ def test_convolutions_take_the_moments_of_what_they_store(name):
     torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=1e-11)
     alone = torch.full_like(moments, math.nan)
     if isinstance(config, TapConfig):
-        with pytest.raises(ValueError, match="config must be a StreamConfig, WindowConfig or ColumnConfig to measure"):
+        with pytest.raises(
+            ValueError, match="config must be a StreamConfig, WindowConfig or ColumnConfig to measure"
+        ):
             branch_measure_fwd(x, packed, shift, alone, **settings)
         return
     launch(
