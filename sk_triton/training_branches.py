@@ -45,7 +45,7 @@ class BranchNorm(NamedTuple):
     affine: Tensor
 
     @property
-    def operands(self) -> tuple[Tensor, ...]:
+    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a kernel takes: all but `affine`."""
         return self.mean, self.rstd, self.gamma, self.beta
 
