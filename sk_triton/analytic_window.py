@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import product
 
+import torch
+
 from .chips import NARROW_PRODUCTS, Chip
 from .environment import triton_version
 from .kernels.config import WindowConfig
@@ -17,6 +19,8 @@ LANES = 8
 REGISTERS, OTHER_REGISTERS = 255, 40
 # Sums of one branch in training: four tensors of a lane's four outputs.
 MOMENT_REGISTERS = 16
+# What addresses of stored branches, or a selection in bf16, take beside the weights of more than one branch.
+HELD_REGISTERS = 16
 # Of a tile, once its sums are read: an eighth of the shortest program.
 TILE_COST = 40
 # Of a sample's merged weights.
@@ -32,7 +36,7 @@ def takes_window(shape: ConvShape, chip: Chip) -> bool:
     return is_narrow and group <= BLOCK and shape.stride == 1 and not shape.is_split
 
 
-def window_candidates(shape: ConvShape, h: int, task: str) -> list[WindowConfig]:
+def window_candidates(shape: ConvShape, h: int, dtype: torch.dtype, task: str) -> list[WindowConfig]:
     """Configs that do `task` on outputs of `h` rows, as far as registers last."""
     is_measured = task in ("train", "measure")
     # Sums of a branch take the registers of the other's weights.
@@ -40,7 +44,7 @@ def window_candidates(shape: ConvShape, h: int, task: str) -> list[WindowConfig]
     found = []
     for run_w in (7, 6, 5, 4, 3, 2):
         hold = next(
-            (hold for hold in holds if _registers(shape, run_w, hold, is_measured) <= REGISTERS), None
+            (hold for hold in holds if _registers(shape, run_w, hold, dtype, task) <= REGISTERS), None
         )
         if hold is None:
             continue
@@ -66,14 +70,16 @@ def _heights(h: int) -> list[int]:
     return sorted({height for height in (28, 16, 14, 8, 7, 4, 2, 1) if height < h} | {min(h, MAX_ROWS)})
 
 
-def _registers(shape: ConvShape, run_w: int, hold: bool, is_measured: bool) -> int:
+def _registers(shape: ConvShape, run_w: int, hold: bool, dtype: torch.dtype, task: str) -> int:
     """An estimate: two registers a pixel of the window, four a pixel of an output row, four a tap of the weights."""
     far = reach(shape)
     window = 2 * (2 * far + 1) * (run_w + 2 * far)
     taps = [kernel * kernel for kernel in shape.kernels]
     weights = 4 * (sum(taps) if hold else max(taps))
-    sums = MOMENT_REGISTERS * len(taps) if is_measured else 0
-    return window + 4 * run_w + weights + sums + OTHER_REGISTERS
+    sums = MOMENT_REGISTERS * len(taps) if task in ("train", "measure") else 0
+    is_long = task == "store" or (task == "select" and dtype == torch.bfloat16)
+    held = HELD_REGISTERS if is_long and hold and len(taps) > 1 else 0
+    return window + 4 * run_w + weights + sums + held + OTHER_REGISTERS
 
 
 def window_cost(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
