@@ -41,8 +41,10 @@ def small_tensor(argument):
 
 CHOSEN = {
     ("stage 1", "fp16"),
-    ("stage 3", "fp16"),
+    ("stage 1", "tf32"),
+    ("stage 4", "fp16"),
     ("seed, M = 2", "fp16"),
+    ("seed, M = 2", "tf32"),
     ("dense", "fp16"),
     ("depthwise", "tf32"),
 }

@@ -8,6 +8,8 @@ from itertools import product
 
 import torch
 
+from sk_triton import analytic_merged, plans
+from sk_triton.analytic_window import takes_window
 from sk_triton.bench.compile import compile_launch
 from sk_triton.bench.grid import seed_unit
 from sk_triton.bench.planned import planned_steps
@@ -23,6 +25,9 @@ CASES = {
     "seed, batch 1": (seed_unit(128), 1, 56, torch.float16),
     "seed, TF32": (seed_unit(128), 128, 56, torch.float32),
 }
+# With the kernel that windows leave to other chips, strides and wider lattices: on one chip.
+TILES, TILED_CHIP = ", tiles", "sm_90"
+CASES |= {name + TILES: CASES[name] for name in ("seed, M = 2", "seed, stage 2", "seed, stage 3")}
 
 
 def launches(name: str, chip: str):
@@ -35,6 +40,8 @@ def launches(name: str, chip: str):
 
 def measure(job: tuple[str, str]) -> list[dict]:
     name, chip = job
+    analytic_merged.takes_window = (lambda *args: False) if name.endswith(TILES) else takes_window
+    plans.plan_schedule.cache_clear()
     steps, outputs = launches(name, chip)
     rows = []
     for step in steps:
@@ -60,7 +67,12 @@ def measure(job: tuple[str, str]) -> list[dict]:
 
 if __name__ == "__main__":
     # ROCm has no TF32.
-    jobs = [job for job in product(CASES, sys.argv[1:]) if job[0] != "seed, TF32" or job[1].startswith("sm_")]
+    jobs = [
+        (name, chip)
+        for name, chip in product(CASES, sys.argv[1:])
+        if (name != "seed, TF32" or chip.startswith("sm_"))
+        and (not name.endswith(TILES) or chip == TILED_CHIP)
+    ]
     with ProcessPoolExecutor(2) as pool:
         for rows in pool.map(measure, jobs):
             for row in rows:

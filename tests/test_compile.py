@@ -27,6 +27,9 @@ UNITS = {
     "tf32": ("stage 1", "depthwise"),
 }
 CHOSEN = [case for case in CASES if case.name in UNITS.get(case.precision, ())]
+# Of 16-bit narrow groups, branches of slices of the input alone still stream, on NVIDIA.
+SPLIT = Case("stage 1, split", paper_unit(128, in_channels=256, split_input=True), 128, 56, torch.float16)
+CHOSEN.append(SPLIT)
 TARGETS = resources.compilable_chips()
 LARGE = Case("over 2^31 elements", paper_unit(64, groups=16), 1, 8192, torch.float16)
 
@@ -62,15 +65,42 @@ def test_activations_are_loaded_16_bytes_at_a_time(rows, chip):
 
 @needs_narrow_products
 @pytest.mark.parametrize("chip", [name for name in TARGETS if name.startswith("sm_")])
+def test_a_window_loads_8_bytes_of_a_pixel_at_a_time(rows, chip):
+    """Four threads load a pixel's 32 bytes, one its weights of a tap 16 at a time; shift and attention are few."""
+    found = [
+        row
+        for row in rows
+        if row.resources.target == chip
+        and row.kernel.startswith(("branch_conv_window", "merged_conv_window"))
+    ]
+    assert len(found) >= 3 * 4
+    for row in found:
+        loads = {
+            name: count
+            for name, count in row.resources.by_instruction.items()
+            if name.startswith(("LDG", "LDGSTS"))
+        }
+        narrow = sum(count for name, count in loads.items() if ".64" not in name and ".128" not in name)
+        assert narrow <= 8 * row.case.spec.num_branches, (row.case.name, row.kernel, loads)
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("chip", [name for name in TARGETS if name.startswith("sm_")])
 def test_pooling_narrow_groups_needs_no_shared_memory(rows, chip):
     """Rows and weights go straight into the tensor core's registers: nothing waits for a barrier."""
     pools = [
         row
         for row in rows
-        if (row.resources.target, row.case.name, row.kernel) == (chip, "stage 1", "branch_conv_stream, pool")
+        if row.resources.target == chip
+        and (row.case.name, row.kernel)
+        in (("stage 1", "branch_conv_window, pool"), (SPLIT.name, "branch_conv_stream, pool"))
         and row.case.precision == "fp16"
     ]
-    assert [row.resources.shared for row in pools] == [0]
+    assert len(pools) == 2
+    for row in pools:
+        # Sums of several samples are folded through it at the end.
+        is_folded = row.kernel.startswith("branch_conv_window") and "BLOCK_N=1 " not in f"{row.config} "
+        assert row.resources.shared == 0 or (is_folded and row.resources.shared <= 512)
 
 
 @needs_narrow_products
@@ -84,13 +114,17 @@ def test_instructions_per_output_of_the_convolution(rows, stage, most):
     }
     stored, pooled = (count for kernel, count in counts.items() if "select" not in kernel)
     assert pooled < stored <= most
+    if stage < 4:
+        assert all(kernel.startswith("branch_conv_window") for kernel in counts)
+        # The selection included.
+        assert counts["branch_conv_window, select"] <= most
 
 
 def test_large_tensors_take_64_bit_offsets(rows):
     large = [row for row in rows if row.case is not None and row.case.name == LARGE.name]
+    branches = "branch_conv_window" if HAS_NARROW_PRODUCTS else "branch_conv_stream"
     assert {row.kernel for row in large} == {
-        "branch_conv_stream", "gate", "select", "branch_conv_stream, pool", "branch_conv_stream, select",
-        "pooled_sums",
+        branches, "gate", "select", f"{branches}, pool", f"{branches}, select", "pooled_sums",
     }  # fmt: skip
     _, planned = resources.launches(LARGE, "sm_90")
     assert planned[0].constexprs["IS_LARGE"]
@@ -104,7 +138,7 @@ def test_faults_are_found(rows):
     from sk_triton.bench.compile import SHARED_LIMIT
 
     row = rows[0]
-    assert row.kernel == "branch_conv_stream"
+    assert row.kernel == ("branch_conv_window" if HAS_NARROW_PRODUCTS else "branch_conv_stream")
     worse = replace(row, resources=replace(row.resources, spills=3, shared=10**6, matrix=0))
     assert worse.faults == [
         "3 spills",
@@ -139,7 +173,7 @@ def test_launches_pass_the_jit():
         "border_sums", "merged_conv", "gate", "select", "pooled_sums",
     }  # fmt: skip
     if HAS_NARROW_PRODUCTS:
-        expected.add("branch_conv_column")
+        expected |= {"branch_conv_window", "branch_conv_column", "merged_conv_window"}
     if HAS_UNHOISTED_LOOPS:
         expected.add("unit_resident")
     assert {line.removesuffix("_fwd_kernel") for line in output_of("jit_path.py").split()} == expected

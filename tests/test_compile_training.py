@@ -38,8 +38,8 @@ def rows():
 def test_every_product_takes_the_tensor_cores(rows):
     assert {row.resources.target for row in rows} == set(CHIPS)
     assert {row.kernel for row in rows if row.resources.matrix} == {
-        *(f"branch_conv_{kind}, {task}" for kind in ("stream", "column") for task in ("train", "measure")),
-        *(f"branch_conv_{kind}, {task}" for kind in ("stream", "column") for task in ("pool", "select")),
+        *(f"branch_conv_{kind}, {task}" for kind in ("window", "column") for task in ("train", "measure")),
+        *(f"branch_conv_window, {task}" for task in ("pool", "select")),
         *("branch_grad_stream", "branch_grad_data", "branch_grad_weight"),
     }
 
