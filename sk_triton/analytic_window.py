@@ -19,8 +19,10 @@ LANES = 8
 REGISTERS, OTHER_REGISTERS = 255, 40
 # Sums of one branch in training: four tensors of a lane's four outputs.
 MOMENT_REGISTERS = 16
-# What addresses of stored branches, or a selection in bf16, take beside the weights of more than one branch.
-HELD_REGISTERS = 16
+# What addresses of stored branches take beside the weights of more than one.
+STORE_REGISTERS = 16
+# Longest run whose selection from several branches does not spill in bf16; in fp16 none does.
+MAX_BF16_SELECTED = 6
 # Of a tile, once its sums are read: an eighth of the shortest program.
 TILE_COST = 40
 # Of a sample's merged weights.
@@ -42,11 +44,10 @@ def window_candidates(shape: ConvShape, h: int, dtype: torch.dtype, task: str) -
     # Sums of a branch take the registers of the other's weights.
     holds = (False,) if is_measured or len(shape.kernels) > 2 else (True, False)
     found = []
+    is_kept = task == "select" and dtype == torch.bfloat16 and len(shape.kernels) > 1
     for run_w in (7, 6, 5, 4, 3, 2):
-        hold = next(
-            (hold for hold in holds if _registers(shape, run_w, hold, dtype, task) <= REGISTERS), None
-        )
-        if hold is None:
+        hold = next((hold for hold in holds if _registers(shape, run_w, hold, task) <= REGISTERS), None)
+        if hold is None or (is_kept and run_w > MAX_BF16_SELECTED):
             continue
         found += [
             WindowConfig(
@@ -70,16 +71,15 @@ def _heights(h: int) -> list[int]:
     return sorted({height for height in (28, 16, 14, 8, 7, 4, 2, 1) if height < h} | {min(h, MAX_ROWS)})
 
 
-def _registers(shape: ConvShape, run_w: int, hold: bool, dtype: torch.dtype, task: str) -> int:
+def _registers(shape: ConvShape, run_w: int, hold: bool, task: str) -> int:
     """An estimate: two registers a pixel of the window, four a pixel of an output row, four a tap of the weights."""
     far = reach(shape)
     window = 2 * (2 * far + 1) * (run_w + 2 * far)
     taps = [kernel * kernel for kernel in shape.kernels]
     weights = 4 * (sum(taps) if hold else max(taps))
     sums = MOMENT_REGISTERS * len(taps) if task in ("train", "measure") else 0
-    is_long = task == "store" or (task == "select" and dtype == torch.bfloat16)
-    held = HELD_REGISTERS if is_long and hold and len(taps) > 1 else 0
-    return window + 4 * run_w + weights + sums + held + OTHER_REGISTERS
+    stored = STORE_REGISTERS if task == "store" and hold and len(taps) > 1 else 0
+    return window + 4 * run_w + weights + sums + stored + OTHER_REGISTERS
 
 
 def window_cost(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
