@@ -12,7 +12,7 @@ from itertools import product
 
 import torch
 
-from .analytic_window import takes_window, window_candidates, window_cost
+from .analytic_window import takes_window, window_candidates, window_cost, without_large_spills
 from .chips import NARROW_PRODUCTS, Chip
 from .environment import triton_version
 from .kernels.config import (
@@ -83,6 +83,8 @@ def branch_config(
     """
     candidates = branch_candidates(shape, h, dtype, allow_tf32, chip, task)
     candidates = candidates or tap_candidates(shape, dtype == torch.float32 and not allow_tf32, dtype)
+    if max(shape.c_out * h * w, shape.c_in * h * w * shape.stride**2) >= 2**31:
+        candidates = without_large_spills(candidates, task)
     return min(candidates, key=lambda config: branch_cost(config, shape, n, h, w, chip, task))
 
 

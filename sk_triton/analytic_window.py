@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import torch
 
 from .chips import NARROW_PRODUCTS, Chip
 from .environment import triton_version
-from .kernels.config import WindowConfig
+from .kernels.config import BranchConfig, WindowConfig
 from .kernels.geometry import ConvShape, blocking, cdiv, reach, tiles
 from .kernels.merging import lattice_points
 
@@ -23,6 +24,8 @@ MOMENT_REGISTERS = 16
 STORE_REGISTERS = 16
 # Longest run whose selection from several branches does not spill in bf16; in fp16 none does.
 MAX_BF16_SELECTED = 6
+# Longest run that is stored with 64-bit offsets without spills, no weights held.
+MAX_LARGE_STORED = 6
 # Of a tile, once its sums are read: an eighth of the shortest program.
 TILE_COST = 40
 # Of a sample's merged weights.
@@ -64,6 +67,17 @@ def window_candidates(shape: ConvShape, h: int, dtype: torch.dtype, task: str) -
             if block_n * block_w <= LANES
         ]
     return found
+
+
+def without_large_spills(configs: list[BranchConfig], task: str) -> list[BranchConfig]:
+    """Those of `configs` that do not spill where offsets into a sample are 64-bit."""
+    if task not in ("store", "train"):
+        return configs
+    return [
+        replace(config, HOLD_WEIGHTS=False) if isinstance(config, WindowConfig) else config
+        for config in configs
+        if not isinstance(config, WindowConfig) or config.RUN_W <= MAX_LARGE_STORED
+    ]
 
 
 def _heights(h: int) -> list[int]:
