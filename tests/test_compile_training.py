@@ -23,14 +23,22 @@ GRADIENTS = [
     Case("2 channels per group", paper_unit(64), 128, 56, torch.float16),
     Case("stage 2, one branch", paper_unit(256, kernels=(3,), dilations=(2,)), 128, 28, torch.float16),
 ]
+# Branches of slices of the input, which stream or go by columns where windows take the others; they alone are compiled.
+SPLIT = [
+    Case(f"{channels} channels, split", unit, 128, size, torch.float16)
+    for channels, size in ((128, 56), (512, 14))
+    for unit in (paper_unit(channels, in_channels=2 * channels, split_input=True),)
+]
 
 
 @pytest.fixture(scope="module")
 def rows():
     gradients = partial(training_resources.measure, kernels="branch_grad")
+    branches = partial(training_resources.measure, kernels="branch_conv")
     measured = (
         *resources.measure_all(STAGES, CHIPS, 2, training_resources.measure),
         *resources.measure_all(GRADIENTS, CHIPS, 2, gradients),
+        *resources.measure_all(SPLIT, CHIPS, 2, branches),
     )
     return [row for found in measured for row in found]
 
@@ -38,8 +46,11 @@ def rows():
 def test_every_product_takes_the_tensor_cores(rows):
     assert {row.resources.target for row in rows} == set(CHIPS)
     assert {row.kernel for row in rows if row.resources.matrix} == {
-        *(f"branch_conv_{kind}, {task}" for kind in ("window", "column") for task in ("train", "measure")),
-        *(f"branch_conv_window, {task}" for task in ("pool", "select")),
+        *(
+            f"branch_conv_{kind}, {task}"
+            for kind in ("window", "stream", "column")
+            for task in ("train", "measure", "pool", "select")
+        ),
         *("branch_grad_stream", "branch_grad_data", "branch_grad_weight"),
     }
 
@@ -66,5 +77,5 @@ def test_taking_moments_alone_costs_no_more_than_storing_too(rows):
         for (name, chip, kernel), count in counts.items()
         if kernel.endswith("measure")
     ]
-    assert len(pairs) == 3 * len(CHIPS)
+    assert len(pairs) == 5 * len(CHIPS)
     assert all(alone <= stored for alone, stored in pairs)

@@ -18,6 +18,7 @@ from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
 
 from .fake_code import resources
+from .versions import needs_narrow_products
 
 H100 = find_gpu("h100")
 # Round figures: a second of each is easy to count.
@@ -300,16 +301,32 @@ def test_one_sample_is_bound_by_launches():
 
 
 @pytest.mark.compile
-def test_a_real_kernel_executes_at_least_the_useful_multiplies():
-    problem = Problem(paper_unit(128), 128, 56, 56, torch.float16)
+@needs_narrow_products
+@pytest.mark.parametrize(
+    ("unit", "kernel", "share", "besides"),
+    [
+        # Block-Toeplitz tiles use 37.5 % of the multiplies at 4 channels per group; the product that pools adds some.
+        (
+            paper_unit(128, in_channels=256, split_input=True),
+            "branch_conv_stream",
+            0.375,
+            1.3,
+        ),
+        # Four groups' blocks on the diagonal of one of 16 channels; sums are no products.
+        (paper_unit(128), "branch_conv_window", 0.25, 1.0),
+    ],
+    ids=["stream", "window"],
+)
+def test_a_real_kernel_executes_at_least_the_useful_multiplies(unit, kernel, share, besides):
+    problem = Problem(unit, 128, 56, 56, torch.float16)
     ((store, *_),) = sol.predict_all([problem], H100)
     conv = store.steps[0]
+    assert conv.work.name == kernel
     useful = 2 * 2 * 4 * 9 * problem.outputs
     executed = conv.work.warp_flop["fp16"]
     assert conv.work.is_counted
-    # Block-Toeplitz tiles use 37.5 % of the multiplies at 4 channels per group; the product that pools adds some.
-    assert 1 / 0.375 <= executed / useful <= 1.3 / 0.375
+    assert 1 / share <= executed / useful <= besides / share
     assert all(conv.seconds[bound] > 0 for bound in sol.BOUNDS)
-    assert (
-        store.total > conv.total > conv.seconds[MEMORY] >= 3 * problem.tensor_bytes / H100.memory_bytes_per_s
-    )
+    inputs = 2 if unit.split_input else 1
+    least = (inputs + 2) * problem.tensor_bytes / H100.memory_bytes_per_s
+    assert store.total > conv.total > conv.seconds[MEMORY] >= least
