@@ -250,7 +250,11 @@ def l2_bytes(launch: Launch, used: Resources) -> float:
 
 
 def tile_bytes(launch: Launch) -> float | None:
-    """Distinct bytes of each program of a branch convolution, summed over programs; None for other kernels."""
+    """Distinct bytes of each program of a branch convolution, a gate or border sums, all together; None for others."""
+    if launch.kernel.fn.__name__ == "gate_fwd_kernel":
+        return _gate_tile_bytes(launch)
+    if launch.kernel.fn.__name__ == "border_sums_fwd_kernel":
+        return _border_tile_bytes(launch)
     if "KERNELS" not in launch.constexprs or "CHANNEL_PROGRAMS" not in launch.kernel.arg_names:
         return None
     if has_phases(launch):
@@ -258,6 +262,21 @@ def tile_bytes(launch: Launch) -> float | None:
         tiles = [_branch_tile_bytes(part) for part in as_branch_launches(launch)]
         return sum(tiles) - (len(tiles) - 1) * shared + gate_bytes(launch)
     return _branch_tile_bytes(launch)
+
+
+def _gate_tile_bytes(launch: Launch) -> float:
+    """Every program reads the pooled sums of its samples, all weights of the descriptor, and its channels' own."""
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    samples, channels = launch.grid
+    weights = samples * (channels * _bytes(named["reduce_ptr"]) + _bytes(named["select_ptr"]))
+    return float(channels * _bytes(named["partial_ptr"]) + weights + _bytes(named["attention_ptr"]))
+
+
+def _border_tile_bytes(launch: Launch) -> float:
+    """x once, and for each sample and block of columns the weights of all sections."""
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    x, w = named["x_ptr"], named["w_ptr"]
+    return float(_bytes(x) + x.shape[0] * named["TILES_W"] * _bytes(w) + _bytes(named["partial_ptr"]))
 
 
 def _branch_tile_bytes(launch: Launch) -> float:

@@ -76,8 +76,8 @@ def reduction_config(workload: Workload) -> Found:
     request = Request(
         "reduction",
         _key(workload, "reduction", f"m{workload.spec.num_branches}/c{c}"),
-        partial(space.reduction_configs, pixels, c),
-        partial(analytic.reduction_config, pixels, c),
+        partial(space.reduction_configs, pixels, c, workload.chip),
+        partial(analytic.reduction_config, pixels, c, workload.chip),
     )
     return resolve(request, workload.chip)
 
