@@ -25,7 +25,7 @@ from sk_triton.workload import Workload
 
 from .bench_fakes import CPU, SHORT
 from .tuned import workload
-from .versions import needs_narrow_products
+from .versions import HAS_NARROW_PRODUCTS, needs_narrow_products
 
 
 def kinds(targets) -> list[str]:
@@ -61,7 +61,7 @@ def test_gradients_that_the_library_computes_are_not_tuned():
 def test_launches_that_share_a_config_are_tuned_together():
     found = {t.kind: t for t in targets_of("a unit", replace(SMALL, n=2), 2, BACKWARD)}
     for kind, kernels in {
-        "branch_train": ["branch_conv_stream_fwd"],
+        "branch_train": ["branch_conv_window_fwd" if HAS_NARROW_PRODUCTS else "branch_conv_stream_fwd"],
         "reduction": ["pooled_moments_fwd", "select_bwd"],
         "branch_grad": ["branch_grad_stream", "branch_grad_reduce", "branch_grad_reduce"],
     }.items():
