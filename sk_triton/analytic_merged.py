@@ -17,6 +17,8 @@ from .kernels.merging import row_parts, strips
 # Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
 MAX_MERGED_CHANNELS = 16
 MAX_MERGED_REGISTERS = 120
+# Chips whose compiler spills border sums of 16 columns a warp.
+SPILLING_BORDER_CHIPS = ("sm_80", "sm_100")
 # Chips whose compiler spills with longer columns than 4 beside the weights of a 7x7 lattice.
 SPILLING_MERGED_CHIPS = ("sm_80", "sm_90")
 
@@ -35,7 +37,7 @@ def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> Borde
         BLOCK_W=block_w,
         ROWS=rows,
         STRIPS_PER_PROGRAM=cdiv(len(strips(shape, h, rows)), programs_h),
-        num_warps=2 if block_w == 32 else 1,
+        num_warps=(2 if block_w == 32 else 1) * (2 if chip.name in SPILLING_BORDER_CHIPS else 1),
     )
 
 
