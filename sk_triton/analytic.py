@@ -97,7 +97,7 @@ def branch_candidates(
     kernel = max(shape.kernels)
     candidates: list[BranchConfig] = []
     if dtype.itemsize == 2 and takes_window(shape, chip):
-        candidates += window_candidates(shape, h, dtype, task)
+        candidates += window_candidates(shape, h, dtype, task, chip)
     if candidates:
         pass
     elif shape.is_depthwise and dtype == torch.float32:

@@ -17,7 +17,7 @@ from .kernels.merging import row_parts, strips
 # Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
 MAX_MERGED_CHANNELS = 16
 MAX_MERGED_REGISTERS = 120
-# Chips whose compiler spills border sums of 16 columns a warp.
+# Chips whose compiler spills border sums of more than 16 channels x 16 columns a warp.
 SPILLING_BORDER_CHIPS = ("sm_80", "sm_100")
 # Chips whose compiler spills with longer columns than 4 beside the weights of a 7x7 lattice.
 SPILLING_MERGED_CHIPS = ("sm_80", "sm_90")
@@ -32,12 +32,13 @@ def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> Borde
     programs_h = max(1, min(8 * chip.processors // columns, cdiv(h, 4)))
     is_small = columns * programs_h < 2 * chip.processors
     rows = cdiv(h, programs_h)
+    spills = chip.name in SPILLING_BORDER_CHIPS
     return BorderConfig(
-        BLOCK_C=32 if is_small and block_w == 32 else 64,
+        BLOCK_C=32 if spills or (is_small and block_w == 32) else 64,
         BLOCK_W=block_w,
         ROWS=rows,
         STRIPS_PER_PROGRAM=cdiv(len(strips(shape, h, rows)), programs_h),
-        num_warps=(2 if block_w == 32 else 1) * (2 if chip.name in SPILLING_BORDER_CHIPS else 1),
+        num_warps=(2 if block_w == 32 else 1) * (2 if spills else 1),
     )
 
 

@@ -26,6 +26,8 @@ STORE_REGISTERS = 16
 MAX_BF16_SELECTED = 6
 # Longest run that is stored with 64-bit offsets without spills, no weights held.
 MAX_LARGE_STORED = 6
+# Chip whose compiler spills runs of this length that are stored, no weights held.
+SPILLING_STORE = ("sm_120", 4)
 # Of a tile, once its sums are read: an eighth of the shortest program.
 TILE_COST = 40
 # Of a sample's merged weights.
@@ -41,7 +43,9 @@ def takes_window(shape: ConvShape, chip: Chip) -> bool:
     return is_narrow and group <= BLOCK and shape.stride == 1 and not shape.is_split
 
 
-def window_candidates(shape: ConvShape, h: int, dtype: torch.dtype, task: str) -> list[WindowConfig]:
+def window_candidates(
+    shape: ConvShape, h: int, dtype: torch.dtype, task: str, chip: Chip
+) -> list[WindowConfig]:
     """Configs that do `task` on outputs of `h` rows, as far as registers last."""
     is_measured = task in ("train", "measure")
     # Sums of a branch take the registers of the other's weights.
@@ -51,6 +55,8 @@ def window_candidates(shape: ConvShape, h: int, dtype: torch.dtype, task: str) -
     for run_w in (7, 6, 5, 4, 3, 2):
         hold = next((hold for hold in holds if _registers(shape, run_w, hold, task) <= REGISTERS), None)
         if hold is None or (is_kept and run_w > MAX_BF16_SELECTED):
+            continue
+        if task == "store" and not hold and (chip.name, run_w) == SPILLING_STORE:
             continue
         found += [
             WindowConfig(

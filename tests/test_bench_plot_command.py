@@ -101,8 +101,8 @@ def test_the_readme_shows_gpu_results_where_there_are_any():
     for section in readme.SECTIONS:
         assert "EPYC" not in readme.render(section, both)
         assert "EPYC" in readme.render(section, both[:1])
-    assert "GPU times are not measured yet" not in readme.render("plots", both)
-    assert "GPU times are not measured yet" in readme.render("plots", both[:1])
+    assert "On a GPU no suite has been measured yet" not in readme.render("plots", both)
+    assert "On a GPU no suite has been measured yet" in readme.render("plots", both[:1])
     assert "plots are of a CPU" in readme.render("plots", both[:1])
 
 
