@@ -13,7 +13,7 @@ from .kernels.grad_geometry import can_run_grad, grad_blocks, grad_tiles
 
 # Programs of one warp that a launch has per processor: as few as keep it busy, since each leaves its partial weight
 # gradients in memory. A processor holds 8 at 255 registers a thread.
-STREAM_PROGRAMS, WIDE_PROGRAMS = 16, 4
+STREAM_PROGRAMS, WIDE_PROGRAMS = 16, 8
 
 
 def grad_config(

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from .interpreter import checked_overflow, quicken
+
 # What this machine's user tuned is none of the tests' business.
 os.environ["SK_TRITON_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "sk-triton-tests-tuned-nothing")
 
@@ -15,6 +17,8 @@ os.environ["SK_TRITON_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "sk-trit
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if IS_INTERPRETED:
+    quicken()
 
 # No deadline: two busy cores time nothing. Derandomised: a failure on one machine is a failure on all.
 settings.register_profile("sk_triton", deadline=None, derandomize=True, max_examples=40)
@@ -62,6 +66,13 @@ def folder(tmp_path, monkeypatch):
     start_anew()
     yield tmp_path / "tuned"
     start_anew()
+
+
+@pytest.fixture
+def overflow_is_an_error():
+    """In the interpreter, of 32-bit integers."""
+    with checked_overflow():
+        yield
 
 
 @pytest.fixture

@@ -258,6 +258,7 @@ def test_strided_input(name, view):
     check(x, weights, shift, shape, config)
 
 
+@pytest.mark.usefixtures("overflow_is_an_error")
 @pytest.mark.parametrize("name", ["stream", "window", "tap, dense", "depthwise"])
 @pytest.mark.parametrize("axis", [0, 2, 3], ids=["N", "H", "W"])
 def test_strides_beyond_31_bits(name, axis):

@@ -170,6 +170,7 @@ def test_strided_inputs(name, view):
     check((shape, config, n, h, w), change=change)
 
 
+@pytest.mark.usefixtures("overflow_is_an_error")
 @pytest.mark.parametrize("name", ["stream, 8 channels per group", "wide, 16 channels per group"])
 @pytest.mark.parametrize("axis", [0, 2, 3], ids=["N", "H", "W"])
 def test_strides_beyond_31_bits(name, axis):

@@ -282,6 +282,7 @@ def test_strided_input(view):
     check_conv([x, *rest], attention, shape, config)
 
 
+@pytest.mark.usefixtures("overflow_is_an_error")
 @pytest.mark.parametrize("axis", [0, 2, 3], ids=["N", "H", "W"])
 def test_strides_beyond_31_bits(axis):
     """A view that spans more than 2^31 elements of a buffer of which little is ever touched."""
