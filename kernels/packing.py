@@ -25,12 +25,10 @@ def pack_branch_weights(
     """
     if isinstance(config, DepthwiseConfig):
         return torch.cat([w.reshape(shape.c_out, -1).t().reshape(-1) for w in weights]).to(dtype)
-    layout = blocking(shape, config)
-    packed = []
-    for m, weight in enumerate(weights):
-        index, is_empty = _gather_index(shape, config, layout, m, dtype, weight.device)
-        packed.append(weight.reshape(-1)[index].masked_fill_(is_empty, 0.0))
-    return torch.cat(packed, dim=1).to(dtype).reshape(-1)
+    first = weights[0]
+    index, zero = _gather(shape, config, dtype, first.dtype, first.device)
+    source = torch.cat([*(weight.reshape(-1) for weight in weights), zero])
+    return source.to(dtype).index_select(0, index)
 
 
 def is_operand(config: BranchConfig, block_m: int, block_k: int, dtype: torch.dtype) -> bool:
@@ -106,8 +104,23 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
 
 
 @lru_cache(maxsize=256)
+def _gather(
+    shape: ConvShape, config: BranchConfig, dtype: torch.dtype, source: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where each entry that `pack_branch_weights` returns comes from, in the weights, flat one after another, and
+    behind them the second tensor, a zero of dtype `source`."""
+    layout = blocking(shape, config)
+    sizes = [shape.c_out * (shape.c_in // shape.groups) * kernel * kernel for kernel in shape.kernels]
+    indices = []
+    for m in range(len(sizes)):
+        index, is_empty = _gather_index(shape, config, layout, m, dtype)
+        indices.append(torch.where(is_empty, sum(sizes), index + sum(sizes[:m])))
+    zero = torch.zeros(1, dtype=source, device="cpu")
+    return torch.cat(indices, dim=1).reshape(-1).to(device), zero.to(device)
+
+
 def _gather_index(
-    shape: ConvShape, config: BranchConfig, layout: Blocking, m: int, dtype: torch.dtype, device: torch.device
+    shape: ConvShape, config: BranchConfig, layout: Blocking, m: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where in `weight.reshape(-1)` each packed entry comes from, and which are zero. [blocks, entries]"""
     assert not isinstance(config, DepthwiseConfig)
@@ -154,4 +167,4 @@ def _gather_index(
         order = merging_order(shape, config, dtype)
     if order is not None:
         index, is_empty = index[:, order], is_empty[:, order]
-    return index.to(device), is_empty.to(device)
+    return index, is_empty

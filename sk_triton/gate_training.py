@@ -79,10 +79,11 @@ def gate_fwd(
     if norm.kind == "none":
         z = h.clone()
     elif norm.kind == "batch" and not norm.group:
+        # Running statistics of momentum 1 are the batch's: `Tensor.var` of few columns takes 30 µs on an H100.
+        var, unused = h.new_zeros((2, h.shape[1])).unbind(0)
         z, mean, rstd = torch.native_batch_norm(
-            h, tensors.gamma, tensors.beta, None, None, True, 0.0, norm.epsilon
+            h, tensors.gamma, tensors.beta, unused, var, True, 1.0, norm.epsilon
         )
-        var = h.var(0)
     else:
         if norm.group:
             var, mean = torch.var_mean(h, 0, correction=0)

@@ -1,23 +1,124 @@
-"""The unit in training as operators of ``torch.library``: opaque to ``torch.compile``, with fake kernels and autograd.
+"""The unit in training as operators of ``torch.library``: opaque to ``torch.compile``, with fake kernels and autograd;
+and as a function of autograd, for calls that need no operator: dispatching those takes the host longer than the unit.
 
 Running statistics are no business of the operators, which change none of their inputs: see :mod:`.training`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .layout import memory_format
 from .spec import SKSpec
 from .training import NormSettings, UnitTensors
 
+if TYPE_CHECKING:
+    from .training_branches import TrainingUnit
+
 # Outputs of the forward operator that its gradient reads: all after v and the unbiased variances. Two of them are the
 # means over the batch.
 FIRST_SAVED, MEAN, GATE_MEAN = 3, 4, 12
+
+
+def unit(
+    x: Tensor, tensors: UnitTensors, running: Sequence[Tensor], spec: SKSpec, norms: NormSettings, save: str
+) -> Sequence[Tensor]:
+    """The unit's output, differentiable, then of the batch: the branches' and the gate's unbiased variance, and their
+    means. Arguments and shapes as :func:`unit_fwd`."""
+    flat = tensors.flat()
+    params = [t for t in flat if t is not None]
+    has = [t is not None for t in flat]
+    if _needs_operator(x, params, running):
+        outputs = unit_fwd(x, params, running, has, spec.encoded, *norms, save)
+        return _results(outputs)
+    return UnitFunction.apply(x, save, spec, norms, has, len(params), *params, *running)
+
+
+def _needs_operator(x: Tensor, params: Sequence[Tensor], running: Sequence[Tensor]) -> bool:
+    """Whether anybody looks on: a compiler, a transformation, a mode, or a tensor that is more than one."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or _get_current_dispatch_mode() is not None
+        or not all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *params, *running))
+    )
+
+
+class UnitFunction(torch.autograd.Function):
+    """The operators :func:`unit_fwd` and :func:`unit_bwd` without the dispatcher.
+
+    Arguments: x, `save`, `spec`, `norms`, `has` and the number of parameters, then the tensors of `params` and `running`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, save: str, *rest: Any) -> tuple[Tensor, ...]:
+        spec, norms, has, count, *tensors = rest
+        outputs = _run_forward(x, _unit(tensors[:count], tensors[count:], has, spec, norms), save)
+        results = _results(outputs)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*results[1:])
+        ctx.static = spec, norms, has, count, len(tensors) - count
+        ctx.save_for_backward(x, *tensors, *outputs[FIRST_SAVED:])
+        return results
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        spec, norms, has, count, num_running = ctx.static
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6 : 6 + count]]
+        dv = grads[0]
+        if dv is None or not any(needs):
+            return (None,) * len(ctx.needs_input_grad)
+        x, *tensors = ctx.saved_tensors
+        saved = tensors[count + num_running :]
+        step = _unit(tensors[:count], tensors[count : count + num_running], has, spec, norms)
+        found = iter(_run_backward(dv, x, step, saved, needs))
+        dx, *dparams = [next(found) if is_needed else None for is_needed in needs]
+        return dx, None, None, None, None, None, *dparams, *(None,) * num_running
+
+
+def _results(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return (*outputs[:FIRST_SAVED], outputs[MEAN], outputs[GATE_MEAN])
+
+
+def _run_forward(x: Tensor, unit: TrainingUnit, save: str) -> list[Tensor]:
+    from .dispatch import workload_of
+    from .schedules import train
+    from .training_plan import plan_training
+
+    with _undisturbed(x):
+        return train.forward(x, unit, plan_training(workload_of(x, unit.spec), save), save=save)
+
+
+def _run_backward(
+    dv: Tensor, x: Tensor, unit: TrainingUnit, saved: Sequence[Tensor], needs: list[bool]
+) -> list[Tensor]:
+    from .dispatch import workload_of
+    from .schedules import train
+    from .training_plan import plan_training
+
+    with _undisturbed(x):
+        plan = plan_training(workload_of(x, unit.spec), "branches")
+        return train.backward(dv, x, unit, plan, train.Saved(*saved), needs)
+
+
+@contextlib.contextmanager
+def _undisturbed(x: Tensor) -> Iterator[None]:
+    """On the device of x, without gradients or autocast."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if torch.is_autocast_enabled(x.device.type):
+            stack.enter_context(torch.autocast(x.device.type, enabled=False))
+        if x.is_cuda:
+            stack.enter_context(torch.cuda.device_of(x))
+        yield
 
 
 @torch.library.custom_op("sk_triton::unit_fwd", mutates_args=())
@@ -46,13 +147,8 @@ def unit_fwd(
         v; the unbiased variance over the batch of the branches, ``[M, C]``, and of the gate, ``[d]``, empty where the
         statistics are not the batch's; then what the gradient needs: :class:`.schedules.train.Saved`.
     """
-    from .dispatch import workload_of
-    from .schedules import train
-    from .training_plan import plan_training
-
-    unit = _unit(params, running, has, spec, kinds, epsilons, groups)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        return train.forward(x, unit, plan_training(workload_of(x, unit.spec), save), save=save)
+    norms = NormSettings(kinds, list(epsilons), groups)
+    return _run_forward(x, _unit(params, running, has, SKSpec.decode(spec), norms), save)
 
 
 @torch.library.custom_op("sk_triton::unit_bwd", mutates_args=())
@@ -70,14 +166,9 @@ def unit_bwd(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x and of the parameters, of those that `needs` names; arguments as :func:`unit_fwd`."""
-    from .dispatch import workload_of
-    from .schedules import train
-    from .training_plan import plan_training
-
-    unit = _unit(params, running, has, spec, kinds, epsilons, groups)
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False), torch.cuda.device_of(x):
-        plan = plan_training(workload_of(x, unit.spec), "branches")
-        return train.backward(dv, x, unit, plan, train.Saved(*saved), list(needs))
+    norms = NormSettings(kinds, list(epsilons), groups)
+    step = _unit(params, running, has, SKSpec.decode(spec), norms)
+    return _run_backward(dv, x, step, saved, list(needs))
 
 
 @unit_fwd.register_fake
@@ -115,18 +206,14 @@ def _unit(
     params: Sequence[Tensor],
     running: Sequence[Tensor],
     has: Sequence[bool],
-    spec: str,
-    kinds: str,
-    epsilons: Sequence[float],
-    groups: str,
-) -> Any:
+    spec: SKSpec,
+    norms: NormSettings,
+) -> TrainingUnit:
     from .training_branches import TrainingUnit
 
     remaining = iter(params)
     tensors = UnitTensors.from_flat([next(remaining) if present else None for present in has])
-    return TrainingUnit(
-        SKSpec.decode(spec), tensors, tuple(running), NormSettings(kinds, list(epsilons), groups)
-    )
+    return TrainingUnit(spec, tensors, tuple(running), norms)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

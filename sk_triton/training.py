@@ -76,29 +76,18 @@ def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: S
     Raises:
         ValueError: batch statistics of a single value per channel, as ``nn.BatchNorm2d``.
     """
-    from .ops import GATE_MEAN, MEAN, unit_fwd
+    from .ops import unit
 
     norms = _norms(branches, gate)
     settings = norm_settings(norms)
     _check_batch(x, spec, settings)
-    tensors = unit_tensors(branches, gate).flat()
     running = [
         statistic
         for norm, kind in zip(norms, settings.kinds, strict=True)
         if kind == "r"
         for statistic in (norm.running_mean, norm.running_var)
     ]
-    outputs = unit_fwd(
-        x,
-        [t for t in tensors if t is not None],
-        running,
-        [t is not None for t in tensors],
-        spec.encoded,
-        *settings,
-        save,
-    )
-    v, var, gate_var = outputs[:3]
-    mean, gate_mean = outputs[MEAN], outputs[GATE_MEAN]
+    v, var, gate_var, mean, gate_mean = unit(x, unit_tensors(branches, gate), running, spec, settings, save)
     dtypes = {norm.running_mean.dtype for norm in norms if _updates_running(norm)}
     if len(dtypes) == 1:
         (dtype,) = dtypes

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .kernels.branch_grad import branch_grad, reduce_weight_grad
 from .kernels.grad_geometry import pack_grad_weights, partial_shape
+from .kernels.grad_terms import grad_terms
 from .kernels.norm_bwd import norm_bwd
 from .library import inputs_of
 from .plan import Plan
@@ -65,11 +66,14 @@ def _through_kernels(
     dx = torch.empty_like(x)
     partial = x.new_empty(partial_shape(shape, config, n, h, w), dtype=torch.float32)
     grads = [x.new_empty(weight.shape, dtype=torch.float32) for weight in weights]
-    terms = _terms(upstream, has_norm=unit.spec.branch_norm)
+    dv, attention, pooled, norm, dbeta, dgamma = upstream
+    has_norm = unit.spec.branch_norm
+    terms = attention.new_empty((*attention.shape, 6 if has_norm else 2))
     for step in (
+        grad_terms(attention, pooled, *norm.operands, dbeta, dgamma, terms, has_norm=has_norm),
         *branch_grad(
             x,
-            upstream.dv,
+            dv,
             y,
             terms,
             pack_grad_weights(weights, shape, config, x.dtype),
@@ -84,27 +88,6 @@ def _through_kernels(
         step()
     wanted = [grad if need else None for grad, need in zip(grads, needs[1:], strict=True)]
     return dx if needs[0] else None, wanted
-
-
-def _terms(upstream: Upstream, *, has_norm: bool) -> Tensor:
-    """What `branch_grad` takes: gain, lift, scale, shift, slope, level of `dy = mask * (gain * dv + lift) + slope * y +
-    level`, `mask = scale * y + shift > 0`."""
-    _, attention, pooled, norm, dbeta, dgamma = upstream
-    lift = pooled[:, None]
-    if not has_norm:
-        return torch.stack([attention, lift.expand_as(attention)], -1)
-    terms = attention.new_empty((*attention.shape, 6))
-    fixed = attention.new_empty((*norm.mean.shape, 4))
-    scale, shift, slope, level = fixed.unbind(-1)
-    torch.mul(norm.gamma, norm.rstd, out=scale)
-    torch.addcmul(norm.beta, norm.mean, scale, value=-1, out=shift)
-    away = scale * norm.rstd * dgamma
-    torch.neg(away, out=slope)
-    torch.addcmul(away * norm.mean, scale, dbeta, value=-1, out=level)
-    torch.mul(scale, attention, out=terms[..., 0])
-    torch.mul(scale, lift, out=terms[..., 1])
-    terms[..., 2:] = fixed
-    return terms
 
 
 def _through_library(

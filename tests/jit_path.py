@@ -17,6 +17,7 @@ from sk_triton.kernels.branch_grad import branch_grad, reduce_weight_grad
 from sk_triton.kernels.config import GradStreamConfig, GradWideConfig
 from sk_triton.kernels.geometry import ConvShape
 from sk_triton.kernels.grad_geometry import pack_grad_weights, partial_shape
+from sk_triton.kernels.grad_terms import grad_terms
 
 
 class AbsentDevice:
@@ -71,6 +72,8 @@ def gradient_launches():
         y = torch.empty(m, n, h, w, c).half()
         weights = [torch.empty(c, shape.c_in // shape.groups, k, k) for k in shape.kernels]
         terms = torch.empty(n, m, c, 6 if has_norm else 2)
+        norm, attention = torch.empty(m, c), torch.empty(n, m, c)
+        yield grad_terms(attention, norm, *[norm] * 6, terms, has_norm=has_norm)
         partial = torch.empty(partial_shape(shape, config, n, h, w))
         packed = pack_grad_weights(weights, shape, config, x.dtype)
         settings = {"shape": shape, "config": config}

@@ -195,6 +195,33 @@ def test_backward_sums_and_gradients(shape, dtype, has_norm, has_relu):
     assert_same(dy, exact.to(dtype))
 
 
+@pytest.mark.parametrize("has_norm", [True, False])
+@pytest.mark.parametrize("c", [1, 130])
+def test_terms_of_the_gradients(c, has_norm):
+    from sk_triton.kernels.grad_terms import grad_terms
+
+    m, n = 3, 2
+    norm, names = norm_tensors(m, c), ("attention", "g", "dbeta", "dgamma")
+    attention, g, dbeta, dgamma = torch.rand(n, m, c), torch.randn(n, c), torch.randn(m, c), torch.randn(m, c)
+    terms = nans(n, m, c, 6 if has_norm else 2)
+    launch(
+        grad_terms(attention, g, *norm.values(), dbeta, dgamma, terms, has_norm=has_norm),
+        terms=terms, **norm, **dict(zip(names, (attention, g, dbeta, dgamma), strict=True)),
+    )  # fmt: skip
+    dv, y = torch.randn(n, 1, c).double(), torch.randn(n, m, c).double()
+    gain, lift, *others = terms.double().unbind(-1)
+    found = gain * dv + lift
+    exact = attention * dv + g[:, None].double()
+    if has_norm:
+        scale, shift, slope, level = others
+        mean, rstd, gamma, beta = (norm[name].double() for name in ("mean", "rstd", "gamma", "beta"))
+        y_hat = (y - mean) * rstd
+        assert_same((scale * y + shift).float(), (gamma * y_hat + beta).float())
+        found = found + slope * y + level
+        exact = gamma * rstd * (exact - dbeta - y_hat * dgamma)
+    assert_same(found.float(), exact.float())
+
+
 def test_unequally_spaced_gradients_are_refused():
     from sk_triton.kernels.select_bwd import pixel_stride
 

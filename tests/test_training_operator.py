@@ -209,7 +209,7 @@ def test_second_derivatives_are_refused():
     layer, x = paper(), torch.randn(2, 8, 5, 4, requires_grad=True)
     with use_backend("triton"):
         (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"sk_triton.unit_bwd.* no autograd formula"):
+    with pytest.raises(RuntimeError, match="differentiate twice"):
         dx.sum().backward()
 
 
