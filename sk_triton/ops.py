@@ -54,7 +54,7 @@ def _needs_operator(x: Tensor, params: Sequence[Tensor], running: Sequence[Tenso
 class UnitFunction(torch.autograd.Function):
     """The operators :func:`unit_fwd` and :func:`unit_bwd` without the dispatcher.
 
-    Arguments: x, `save`, `spec`, `norms`, `has` and the number of parameters, then the tensors of `params` and `running`.
+    Arguments: x, `save`, `spec`, `norms`, `has`, the number of parameters; then the tensors of `params` and `running`.
     """
 
     @staticmethod
