@@ -8,6 +8,7 @@ import torch
 
 from .config import GradConfig, GradStreamConfig
 from .geometry import ConvShape, cdiv
+from .packing import axes, gathered
 
 RUNS, HALO = 16, 2
 """Of `branch_grad_stream`: runs of two pixels that a tile's row has, and columns read beyond it on either side."""
@@ -102,9 +103,7 @@ def pack_grad_weights(
     GradWideConfig: `[blocks][pieces of ci][M][pieces of co][k][k]` matrices of input and output channels.
     """
     first = weights[0]
-    index, end = _gather(shape, config, first.dtype, first.device)
-    source = torch.cat([*(weight.reshape(-1) for weight in weights), end])
-    return source.to(dtype).index_select(0, index)
+    return gathered(weights, *_gather(shape, config, first.dtype, first.device), dtype)
 
 
 @lru_cache(maxsize=256)
@@ -131,14 +130,14 @@ def _gather_index(shape: ConvShape, config: GradConfig, kernel: int) -> tuple[to
     pieces = blocks.count
     if isinstance(config, GradStreamConfig):
         if is_paired(shape):
-            block, ky, part, o, ci, half, h, co = _axes((blocks.count, 3, 2, 2, 8, 2, 2, 4))
+            block, ky, part, o, ci, half, h, co = axes((blocks.count, 3, 2, 2, 8, 2, 2, 4))
             co = half * 4 + co
         else:
-            block, ky, part, o, ci, h, co = _axes((blocks.count, 3, 2, 2, 8, 2, 8))
+            block, ky, part, o, ci, h, co = axes((blocks.count, 3, 2, 2, 8, 2, 8))
         kx = 2 + o - torch.where(part == 0, 1 + h, 3 * (1 - h))
     else:
         sizes = (blocks.count, blocks.chunks_ci, blocks.chunks_co, kernel, kernel, 16, 16)
-        block, chunk_ci, chunk_co, ky, kx, ci, co = _axes(sizes)
+        block, chunk_ci, chunk_co, ky, kx, ci, co = axes(sizes)
         ci, co = chunk_ci * 16 + ci, chunk_co * 16 + co
         kx = kernel - 1 - kx
         pieces *= blocks.chunks_ci
@@ -173,11 +172,3 @@ def _moves(pairs_halves: bool) -> torch.Tensor:
     sources.append((next_point, entry))
     matrices = torch.stack([rows[:, None] == columns for rows, columns in sources])
     return _by_register(matrices).reshape(-1).to(torch.float32)
-
-
-def _axes(sizes: tuple[int, ...]) -> list[torch.Tensor]:
-    """An index along each axis of an array of `sizes`, to be broadcast together."""
-    return [
-        torch.arange(size, device="cpu").reshape([-1 if axis == i else 1 for i in range(len(sizes))])
-        for axis, size in enumerate(sizes)
-    ]

@@ -10,18 +10,18 @@ from .launch import Launch
 BLOCK_C = 128
 
 
-@triton.jit(do_not_specialize=("C",))
+@triton.jit
 def grad_terms_kernel(
     attention_ptr, pooled_grad_ptr, mean_ptr, rstd_ptr, gamma_ptr, beta_ptr, dbeta_ptr, dgamma_ptr, terms_ptr,
     C, M: tl.constexpr, BLOCK_C: tl.constexpr, HAS_NORM: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C channels of one sample and branch."""
-    sample = tl.program_id(0).to(tl.int64)
+    """BLOCK_C channels of one sample and branch, a row of the attention."""
+    row = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = c < C
-    offs_m = sample % M * C + c
-    gain = tl.load(attention_ptr + sample * C + c, mask=mask, other=0.0)
-    lift = tl.load(pooled_grad_ptr + sample // M * C + c, mask=mask, other=0.0)
+    offs_m = row % M * C + c
+    gain = tl.load(attention_ptr + row * C + c, mask=mask, other=0.0)
+    lift = tl.load(pooled_grad_ptr + row // M * C + c, mask=mask, other=0.0)
     if HAS_NORM:
         mean = tl.load(mean_ptr + offs_m, mask=mask, other=0.0)
         rstd = tl.load(rstd_ptr + offs_m, mask=mask, other=0.0)
@@ -31,7 +31,7 @@ def grad_terms_kernel(
         dgamma = tl.load(dgamma_ptr + offs_m, mask=mask, other=0.0)
         scale = gamma * rstd
         away = scale * rstd * dgamma
-        terms_ptr += (sample * C + c) * 6
+        terms_ptr += (row * C + c) * 6
         tl.store(terms_ptr, scale * gain, mask=mask)
         tl.store(terms_ptr + 1, scale * lift, mask=mask)
         tl.store(terms_ptr + 2, scale, mask=mask)
@@ -39,7 +39,7 @@ def grad_terms_kernel(
         tl.store(terms_ptr + 4, -away, mask=mask)
         tl.store(terms_ptr + 5, away * mean - scale * dbeta, mask=mask)
     else:
-        terms_ptr += (sample * C + c) * 2
+        terms_ptr += (row * C + c) * 2
         tl.store(terms_ptr, gain, mask=mask)
         tl.store(terms_ptr + 1, lift, mask=mask)
 

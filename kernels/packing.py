@@ -26,9 +26,23 @@ def pack_branch_weights(
     if isinstance(config, DepthwiseConfig):
         return torch.cat([w.reshape(shape.c_out, -1).t().reshape(-1) for w in weights]).to(dtype)
     first = weights[0]
-    index, zero = _gather(shape, config, dtype, first.dtype, first.device)
-    source = torch.cat([*(weight.reshape(-1) for weight in weights), zero])
+    return gathered(weights, *_gather(shape, config, dtype, first.dtype, first.device), dtype)
+
+
+def gathered(
+    weights: Sequence[torch.Tensor], index: torch.Tensor, end: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Entries of `weights`, flat one after another with `end` behind them, rounded to `dtype`. [entries of `index`]"""
+    source = torch.cat([*(weight.reshape(-1) for weight in weights), end])
     return source.to(dtype).index_select(0, index)
+
+
+def axes(sizes: tuple[int, ...]) -> list[torch.Tensor]:
+    """An index along each axis of an array of `sizes`, to be broadcast together."""
+    return [
+        torch.arange(size, device="cpu").reshape([-1 if axis == i else 1 for i in range(len(sizes))])
+        for axis, size in enumerate(sizes)
+    ]
 
 
 def is_operand(config: BranchConfig, block_m: int, block_k: int, dtype: torch.dtype) -> bool:
@@ -44,10 +58,10 @@ def operand_order(size: int, block_m: int, block_k: int) -> torch.Tensor:
     columns 2 t and 2 t + 1, then of columns 2 t + 8 and 2 t + 9. A column of an operand stands for the element of x
     that `right_operand` puts there.
     """
-    source = torch.arange(block_m)[:, None] * block_k + operand_elements(block_k)
+    source = torch.arange(block_m, device="cpu")[:, None] * block_k + operand_elements(block_k)
     # [block_m, block_k] as (tile, row half, row, product, half, thread, parity), from most significant.
     source = source.reshape(block_m // 16, 2, 8, block_k // 16, 2, 4, 2).permute(3, 0, 2, 5, 4, 1, 6)
-    blocks = torch.arange(size // (block_m * block_k))[:, None] * (block_m * block_k)
+    blocks = torch.arange(size // (block_m * block_k), device="cpu")[:, None] * (block_m * block_k)
     return (blocks + source.reshape(1, -1)).reshape(-1)
 
 
@@ -56,14 +70,14 @@ def window_order(size: int) -> torch.Tensor:
     channels: rows r and r + 8 of channels 4 t and 4 t + 1, then of channels 4 t + 2 and 4 t + 3. [size]
     """
     # (row half, row, thread, pair, parity), from most significant.
-    source = torch.arange(256).reshape(2, 8, 4, 2, 2).permute(1, 2, 3, 0, 4)
-    blocks = torch.arange(size // 256)[:, None] * 256
+    source = torch.arange(256, device="cpu").reshape(2, 8, 4, 2, 2).permute(1, 2, 3, 0, 4)
+    blocks = torch.arange(size // 256, device="cpu")[:, None] * 256
     return (blocks + source.reshape(1, -1)).reshape(-1)
 
 
 def operand_elements(block_k: int) -> torch.Tensor:
     """The element, in the order of x's memory, that each column of an operand stands for. [block_k]"""
-    k = torch.arange(block_k)
+    k = torch.arange(block_k, device="cpu")
     # An operand's column is (product, half, thread, parity); x is read as (thread, product, half, parity), and where a
     # thread reads 4 elements, not 8, its first bit stands last (`part_elements`).
     product, half, thread, parity = k // 16, k // 8 % 2, k // 2 % 4, k % 2
@@ -85,9 +99,9 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
         raise ValueError(
             f"config: products of 16-bit merged weights have 16 outputs and read whole parts, got {config}"
         )
-    row = torch.arange(block_m)[:, None, None]
-    point = torch.arange(points)[:, None]
-    ci = torch.arange(config.BLOCK_CI)
+    row = torch.arange(block_m, device="cpu")[:, None, None]
+    point = torch.arange(points, device="cpu")[:, None]
+    ci = torch.arange(config.BLOCK_CI, device="cpu")
     if config.RUN_W > 1:  # [block_m, points, BLOCK_CI] of a kernel row
         entries = (row * points + point) * config.BLOCK_CI + ci
     else:
@@ -99,7 +113,7 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
         # (half, thread, parity) of the outputs, (pair of 8 columns, one of the pair, column), most significant first.
         part = part.reshape(2, 4, 2, -1, 2, 8).permute(3, 5, 1, 4, 0, 2)
         moved.append(part.reshape(-1))
-    rows = torch.arange(kernel)[:, None] * (block_m * points * config.BLOCK_CI)
+    rows = torch.arange(kernel, device="cpu")[:, None] * (block_m * points * config.BLOCK_CI)
     return (rows + torch.cat(moved)).reshape(-1)
 
 
@@ -135,10 +149,7 @@ def _gather_index(
         layout.spans[m],
         config.BLOCK_CI,
     )
-    block, ky, kx_step, chunk, o, co, j, ci = (
-        torch.arange(size, device="cpu").reshape([-1 if axis == i else 1 for i in range(len(sizes))])
-        for axis, size in enumerate(sizes)
-    )
+    block, ky, kx_step, chunk, o, co, j, ci = axes(sizes)
     ci_per_group, co_per_group = shape.c_in // shape.groups, shape.c_out // shape.groups
     kx = kx_step if taps_w > 1 else j - o * step
     ci = chunk * config.BLOCK_CI + ci

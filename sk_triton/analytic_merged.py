@@ -17,7 +17,7 @@ from .kernels.merging import row_parts, strips
 # Widest group of the merged convolution, and the registers that a sample's weights may take of a thread's 255.
 MAX_MERGED_CHANNELS = 16
 MAX_MERGED_REGISTERS = 120
-# Chips whose compiler spills border sums of more than 16 channels x 16 columns a warp.
+# Chips whose compiler spills border sums of 64 channels, or of half as many in one warp.
 SPILLING_BORDER_CHIPS = ("sm_80", "sm_100")
 # Chips whose compiler spills with longer columns than 4 beside the weights of a 7x7 lattice.
 SPILLING_MERGED_CHIPS = ("sm_80", "sm_90")
@@ -26,15 +26,16 @@ SPILLING_MERGED_CHIPS = ("sm_80", "sm_90")
 def border_config(shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> BorderConfig:
     """Config for the pooled sums of the merged `shape` over `n` inputs of `h` x `w` pixels."""
     block_w = min(32, max(4, next_power_of_2(w)))
-    columns = max(1, n) * cdiv(shape.c_in, 64) * cdiv(w, block_w)
+    spills = chip.name in SPILLING_BORDER_CHIPS
+    block_c = 32 if spills else 64
+    columns = max(1, n) * cdiv(shape.c_in, block_c) * cdiv(w, block_w)
     # Eight programs a processor; a batch that gives fewer is cut into strips of rows, down to four rows. On an H100,
     # two strips in stages 1 and 2 and one in stage 3 were the fastest of eight.
     programs_h = max(1, min(8 * chip.processors // columns, cdiv(h, 4)))
     is_small = columns * programs_h < 2 * chip.processors
     rows = cdiv(h, programs_h)
-    spills = chip.name in SPILLING_BORDER_CHIPS
     return BorderConfig(
-        BLOCK_C=32 if spills or (is_small and block_w == 32) else 64,
+        BLOCK_C=32 if is_small and block_w == 32 else block_c,
         BLOCK_W=block_w,
         ROWS=rows,
         STRIPS_PER_PROGRAM=cdiv(len(strips(shape, h, rows)), programs_h),

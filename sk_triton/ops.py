@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .layout import memory_format
+from .reasons import PLAIN
 from .spec import SKSpec
 from .training import NormSettings, UnitTensors
 
@@ -27,27 +27,26 @@ if TYPE_CHECKING:
 FIRST_SAVED, MEAN, GATE_MEAN = 3, 4, 12
 
 
-def unit(
+def run_unit(
     x: Tensor, tensors: UnitTensors, running: Sequence[Tensor], spec: SKSpec, norms: NormSettings, save: str
 ) -> Sequence[Tensor]:
-    """The unit's output, differentiable, then of the batch: the branches' and the gate's unbiased variance, and their
-    means. Arguments and shapes as :func:`unit_fwd`."""
+    """What :func:`unit_fwd` computes, differentiable: v, and of the batch the unbiased variances of the branches,
+    ``[M, C]``, and of the gate, ``[d]``, and their means, of the same sizes."""
     flat = tensors.flat()
     params = [t for t in flat if t is not None]
     has = [t is not None for t in flat]
-    if _needs_operator(x, params, running):
-        outputs = unit_fwd(x, params, running, has, spec.encoded, *norms, save)
-        return _results(outputs)
+    if _is_watched(x):
+        return _results(unit_fwd(x, params, running, has, spec.encoded, *norms, save))
     return UnitFunction.apply(x, save, spec, norms, has, len(params), *params, *running)
 
 
-def _needs_operator(x: Tensor, params: Sequence[Tensor], running: Sequence[Tensor]) -> bool:
-    """Whether anybody looks on: a compiler, a transformation, a mode, or a tensor that is more than one."""
+def _is_watched(tensor: Tensor) -> bool:
+    """Whether a call on a tensor is seen by a compiler, a transformation, a mode or a subclass of Tensor."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or _get_current_dispatch_mode() is not None
-        or not all(type(t) in (Tensor, torch.nn.Parameter) for t in (x, *params, *running))
+        or type(tensor) not in PLAIN
     )
 
 
@@ -69,19 +68,23 @@ class UnitFunction(torch.autograd.Function):
         return results
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         spec, norms, has, count, num_running = ctx.static
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[6 : 6 + count]]
+        before = len(ctx.needs_input_grad) - count - num_running  # arguments before the parameters
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[before : before + count]]
         dv = grads[0]
         if dv is None or not any(needs):
             return (None,) * len(ctx.needs_input_grad)
         x, *tensors = ctx.saved_tensors
+        params, running = tensors[:count], tensors[count : count + num_running]
         saved = tensors[count + num_running :]
-        step = _unit(tensors[:count], tensors[count : count + num_running], has, spec, norms)
-        found = iter(_run_backward(dv, x, step, saved, needs))
+        # The operator says that it has no gradient, where one is asked for.
+        if torch.is_grad_enabled() or _is_watched(dv):
+            found = iter(unit_bwd(dv, x, params, running, saved, has, spec.encoded, *norms, needs))
+        else:
+            found = iter(_run_backward(dv, x, _unit(params, running, has, spec, norms), saved, needs))
         dx, *dparams = [next(found) if is_needed else None for is_needed in needs]
-        return dx, None, None, None, None, None, *dparams, *(None,) * num_running
+        return dx, *(None,) * (before - 1), *dparams, *(None,) * num_running
 
 
 def _results(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -147,8 +150,8 @@ def unit_fwd(
         v; the unbiased variance over the batch of the branches, ``[M, C]``, and of the gate, ``[d]``, empty where the
         statistics are not the batch's; then what the gradient needs: :class:`.schedules.train.Saved`.
     """
-    norms = NormSettings(kinds, list(epsilons), groups)
-    return _run_forward(x, _unit(params, running, has, SKSpec.decode(spec), norms), save)
+    unit = _unit(params, running, has, SKSpec.decode(spec), NormSettings(kinds, list(epsilons), groups))
+    return _run_forward(x, unit, save)
 
 
 @torch.library.custom_op("sk_triton::unit_bwd", mutates_args=())
@@ -166,9 +169,8 @@ def unit_bwd(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x and of the parameters, of those that `needs` names; arguments as :func:`unit_fwd`."""
-    norms = NormSettings(kinds, list(epsilons), groups)
-    step = _unit(params, running, has, SKSpec.decode(spec), norms)
-    return _run_backward(dv, x, step, saved, list(needs))
+    unit = _unit(params, running, has, SKSpec.decode(spec), NormSettings(kinds, list(epsilons), groups))
+    return _run_backward(dv, x, unit, saved, list(needs))
 
 
 @unit_fwd.register_fake

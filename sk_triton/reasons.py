@@ -18,7 +18,7 @@ from .spec import SKSpec
 FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # Identities outside of training.
 _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-_PLAIN = (Tensor, nn.Parameter)
+PLAIN = (Tensor, nn.Parameter)
 
 
 def tracing_reason(who: str, *, is_operator: bool = False) -> str:
@@ -70,7 +70,7 @@ def state_reason(
         return f"gate.{reason}"
     tensors = [x, *tensors_of(branches, gate)]
     for tensor in tensors:
-        if type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
+        if type(tensor) not in PLAIN or tensor.layout is not torch.strided:
             name = "x" if tensor is x else "a parameter"
             kind = type(tensor).__name__ if tensor.layout is torch.strided else tensor.layout
             return f"{name} is a {kind}; {who} take plain strided tensors"

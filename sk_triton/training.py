@@ -76,7 +76,7 @@ def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: S
     Raises:
         ValueError: batch statistics of a single value per channel, as ``nn.BatchNorm2d``.
     """
-    from .ops import unit
+    from .ops import run_unit
 
     norms = _norms(branches, gate)
     settings = norm_settings(norms)
@@ -87,7 +87,8 @@ def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: S
         if kind == "r"
         for statistic in (norm.running_mean, norm.running_var)
     ]
-    v, var, gate_var, mean, gate_mean = unit(x, unit_tensors(branches, gate), running, spec, settings, save)
+    tensors = unit_tensors(branches, gate)
+    v, var, gate_var, mean, gate_mean = run_unit(x, tensors, running, spec, settings, save)
     dtypes = {norm.running_mean.dtype for norm in norms if _updates_running(norm)}
     if len(dtypes) == 1:
         (dtype,) = dtypes

@@ -18,7 +18,7 @@ import numpy as np
 
 
 def quicken() -> None:
-    """Replaces the language once per launch and module; overflow is looked for under `checked_overflow` alone."""
+    """Replaces the language once per launch and module, and looks for overflow under `checked_overflow` alone."""
     from triton.runtime import interpreter
 
     patch, call = interpreter._patch_lang, interpreter.GridExecutor.__call__
@@ -44,7 +44,7 @@ def quicken() -> None:
 
 @contextlib.contextmanager
 def checked_overflow() -> Iterator[None]:
-    """32-bit integers that overflow are errors: for tensors that are large enough."""
+    """Sums and products of 32-bit integers that overflow are errors."""
     _check_overflow(True)
     try:
         yield
@@ -55,7 +55,9 @@ def checked_overflow() -> Iterator[None]:
 def _check_overflow(is_checked: bool) -> None:
     from triton.runtime.interpreter import interpreter_builder
 
-    interpreter_builder.options = replace(interpreter_builder.options, sanitize_overflow=is_checked)
+    interpreter_builder.options = replace(
+        interpreter_builder.options, sanitize_overflow=is_checked, debug=is_checked
+    )
 
 
 @contextlib.contextmanager

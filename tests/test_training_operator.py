@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sk_triton import SelectiveKernel, SKConv, dispatch, save_for_backward, training, use_backend
@@ -205,12 +206,39 @@ def test_views_of_the_input(view):
     assert_all_same(found, copied)
 
 
-def test_second_derivatives_are_refused():
+@pytest.mark.parametrize("loss", [torch.sum, lambda v: v.square().sum()], ids=["linear", "squares"])
+def test_second_derivatives_are_refused(loss):
     layer, x = paper(), torch.randn(2, 8, 5, 4, requires_grad=True)
     with use_backend("triton"):
-        (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+        (dx,) = torch.autograd.grad(loss(layer(x)), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"sk_triton.unit_bwd.* no autograd formula"):
         dx.sum().backward()
+
+
+class Seen(TorchDispatchMode):
+    """The operators of ours that run inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "sk_triton":
+            self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_call_that_nobody_watches_goes_past_the_operators():
+    layer, x = paper(), torch.randn(2, 8, 5, 4, requires_grad=True)
+    with use_backend("triton"):
+        v = layer(x)
+        assert v.grad_fn.name() == "UnitFunctionBackward"
+        with Seen() as seen:
+            v.sum().backward()
+        assert seen.names == {"unit_bwd"}
+        with Seen() as seen:
+            assert layer(x).grad_fn.name() != "UnitFunctionBackward"
+        assert seen.names == {"unit_fwd"}
 
 
 def test_transformations_are_refused():
