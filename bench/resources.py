@@ -82,8 +82,11 @@ def workload_of(case: Case, target: str) -> Workload:
     return Workload(case.spec, case.n, case.size, case.size, case.dtype, CHIPS[target], case.allow_tf32)
 
 
-def measure(case: Case, target: str) -> list[Row]:
-    """Compile the case's kernels for `target`, those of every schedule that can run it, and read what they use."""
+def measure(case: Case, target: str, *, with_phases: bool = True) -> list[Row]:
+    """Compile the case's kernels for `target`, those of every schedule that can run it, and read what they use.
+
+    `with_phases`: the phases of a kernel that has any are compiled once more each, to count its instructions.
+    """
     from .compile import compile_launch
 
     rows: list[Row] = []
@@ -96,7 +99,8 @@ def measure(case: Case, target: str) -> list[Row]:
     ]
     for launch, branch_launch in planned:
         if has_phases(launch):
-            used = counted(launch, functools.partial(compile_launch, target=target))
+            compiled = functools.partial(compile_launch, target=target)
+            used = counted(launch, compiled) if with_phases else compiled(launch)
             branch_launch = None  # its config is no branch kernel's
         elif kernel_name(launch) == "gate" and any(row.kernel == "gate" for row in rows):
             continue  # every schedule's gate is the same

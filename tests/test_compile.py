@@ -1,5 +1,6 @@
 """Kernels compiled for every supported chip, none of which need be present."""
 
+import functools
 import json
 import os
 import subprocess
@@ -36,8 +37,9 @@ LARGE = Case("over 2^31 elements", paper_unit(64, groups=16), 1, 8192, torch.flo
 
 @pytest.fixture(scope="module")
 def rows():
-    measured = resources.measure_all(CHOSEN, TARGETS, workers=2)
-    large = resources.measure_all([LARGE], ["sm_90"], workers=1)
+    measure = functools.partial(resources.measure, with_phases=False)
+    measured = resources.measure_all(CHOSEN, TARGETS, 2, measure)
+    large = resources.measure_all([LARGE], ["sm_90"], 1, measure)
     return [row for found in (*measured, *large) for row in found]
 
 
@@ -118,6 +120,15 @@ def test_instructions_per_output_of_the_convolution(rows, stage, most):
         assert all(kernel.startswith("branch_conv_window") for kernel in counts)
         # The selection included.
         assert counts["branch_conv_window, select"] <= most
+
+
+@needs_narrow_products
+def test_instructions_of_the_resident_kernel_are_those_of_its_phases():
+    """It convolves twice: twice the budget of a convolution."""
+    case = next(case for case in CHOSEN if (case.name, case.precision) == ("stage 1", "fp16"))
+    (rows,) = resources.measure_all([case], ["sm_90"], workers=1)
+    (row,) = (row for row in rows if row.kernel == "unit_resident")
+    assert 15 < row.per_output <= 20
 
 
 def test_large_tensors_take_64_bit_offsets(rows):

@@ -173,8 +173,10 @@ SELECTING = [
 ]
 
 
-def recompute(x, weights, shift, attention, shape, config, *, has_relu, memory_format=torch.channels_last):
-    """Pooled sums `[N, C]` and `v [N, C, H, W]` from the launches that do not write the branches."""
+def recompute(
+    x, weights, shift, attention, shape, config, *, has_relu, memory_formats=(torch.channels_last,)
+):
+    """Pooled sums `[N, C]` and `v [N, C, H, W]` in each format from the launches that do not write the branches."""
     from sk_triton.kernels.branch_conv import branch_pool_fwd, branch_select_fwd
     from sk_triton.kernels.packing import pack_branch_weights
 
@@ -183,12 +185,15 @@ def recompute(x, weights, shift, attention, shape, config, *, has_relu, memory_f
     packed = pack_branch_weights(weights, shape, config, x.dtype)
     count = math.prod(tiles(shape, config, h, w))
     partial = torch.full((n + 2, count + 2, c), math.nan)
-    v = torch.full((n + 2, c, h + 2, w + 2), math.nan, dtype=x.dtype).to(memory_format=memory_format)
-    inner_partial, inner_v = partial[1:-1, 1:-1], v[1:-1, :, 1:-1, 1:-1]
+    vs = [
+        torch.full((n + 2, c, h + 2, w + 2), math.nan, dtype=x.dtype).to(memory_format=memory_format)
+        for memory_format in memory_formats
+    ]
+    inner_partial, *inner_vs = partial[1:-1, 1:-1], *(v[1:-1, :, 1:-1, 1:-1] for v in vs)
     settings = {"shape": shape, "has_relu": has_relu, "allow_tf32": False, "config": config}
     for launch in (
         branch_pool_fwd(x, packed, shift, inner_partial, **settings),
-        branch_select_fwd(x, packed, shift, attention, inner_v, **settings),
+        *(branch_select_fwd(x, packed, shift, attention, v, **settings) for v in inner_vs),
     ):
         tensors = [t for t in launch.arguments if isinstance(t, torch.Tensor)]
         with (
@@ -196,24 +201,27 @@ def recompute(x, weights, shift, attention, shape, config, *, has_relu, memory_f
             Meter({str(i): t for i, t in enumerate(tensors)}).watch(),
         ):
             launch()
-    assert v.isfinite().sum() + partial.isfinite().sum() <= inner_v.numel() + inner_partial.numel()
-    return inner_partial.sum(1), inner_v
+    for guarded, inner in zip((partial, *vs), (inner_partial, *inner_vs), strict=True):
+        assert guarded.isfinite().sum() <= inner.numel()
+    return inner_partial.sum(1), *inner_vs
 
 
 @pytest.mark.parametrize(("name", "dtype"), in_dtypes(SELECTING), ids=str)
-def test_recomputing_matches_float64(name, dtype, memory_format):
+def test_recomputing_matches_float64(name, dtype):
     shape, config, *size = CASES[name]
     x, weights, shift = make(shape, *size, dtype)
     m, n, c = len(shape.kernels), size[0], shape.c_out
     attention = torch.randn(n, m, c).softmax(1)
-    pooled, v = recompute(
-        x, weights, shift, attention, shape, config, has_relu=True, memory_format=memory_format
+    formats = torch.contiguous_format, torch.channels_last
+    pooled, *vs = recompute(
+        x, weights, shift, attention, shape, config, has_relu=True, memory_formats=formats
     )
     a = attention.transpose(0, 1)[..., None, None]
     u = exact(x, weights, shift, shape, has_relu=True)
     eager_u = eager(x, weights, shift, shape, has_relu=True)
     assert_errs_like_eager(pooled, eager_u.double().sum(0).sum((2, 3)).float(), u.sum(0).sum((2, 3)))
-    assert_errs_like_eager(v, (eager_u * a.to(dtype)).sum(0), (u * a.double()).sum(0))
+    for v in vs:
+        assert_errs_like_eager(v, (eager_u * a.to(dtype)).sum(0), (u * a.double()).sum(0))
 
 
 def test_a_config_that_cannot_select_is_refused():
