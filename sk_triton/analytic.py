@@ -152,7 +152,7 @@ def reduction_config(pixels: int, c: int, chip: Chip) -> ReductionConfig:
     bytes of a 16-bit tensor, in programs of up to eight such steps; 16 and one warp where images are small.
 
     The fastest of seven on an H100, or within 5 % of it, in all four stages of SKNet-50. 32 at a time where the
-    compiler would spill: 4 % slower there.
+    compiler would spill: 4 to 5 % slower on the H100.
     """
     block_c = min(64, next_power_of_2(c))
     if pixels < SMALL_IMAGE:

@@ -79,7 +79,7 @@ def gate_fwd(
     if norm.kind == "none":
         z = h.clone()
     elif norm.kind == "batch" and not norm.group:
-        # Running statistics of momentum 1 are the batch's: `Tensor.var` of few columns takes 30 µs on an H100.
+        # Running statistics of momentum 1 are the batch's, without another reduction.
         var, unused = h.new_zeros((2, h.shape[1])).unbind(0)
         z, mean, rstd = torch.native_batch_norm(
             h, tensors.gamma, tensors.beta, unused, var, True, 1.0, norm.epsilon

@@ -274,7 +274,7 @@ def test_pytest_runs_in_the_checkout_and_is_stopped_in_time(
     checkout.write_text(checkout.read_text().replace("SECONDS", seconds))
     xml = tmp_path / "tests.xml"
     arguments = ["pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}"]
-    assert report_steps._run_pytest(arguments, 40 if complete else 15) == complete
+    assert report_steps._run_pytest(arguments, 20 if complete else 12) == complete
     found = report_steps._read_junit(xml, "pytest", complete)
     assert (found.green, found.passed >= 1) == (complete, True)
 

@@ -25,9 +25,14 @@ GRADIENTS = [
 ]
 # Branches of slices of the input, which stream or go by columns where windows take the others; they alone are compiled.
 SPLIT = [
-    Case(f"{channels} channels, split", unit, 128, size, torch.float16)
+    Case(
+        f"{channels} channels, split",
+        paper_unit(channels, in_channels=2 * channels, split_input=True),
+        128,
+        size,
+        torch.float16,
+    )
     for channels, size in ((128, 56), (512, 14))
-    for unit in (paper_unit(channels, in_channels=2 * channels, split_input=True),)
 ]
 
 
