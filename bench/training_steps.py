@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sk_triton.kernels.launch import Launch
-from sk_triton.ops import FIRST_SAVED
 from sk_triton.params import Branch, Gate
 from sk_triton.plan import Plan
 from sk_triton.save import Save
 from sk_triton.spec import SKSpec
 from sk_triton.training import norm_settings, unit_tensors
+from sk_triton.training_ops import FIRST_SAVED
 from sk_triton.workload import Workload
 
 from .planned import unit_parameters

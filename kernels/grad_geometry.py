@@ -8,6 +8,7 @@ import torch
 
 from .config import GradConfig, GradStreamConfig
 from .geometry import ConvShape, cdiv
+from .lasting import lasting
 from .packing import axes, gathered
 
 RUNS, HALO = 16, 2
@@ -112,16 +113,20 @@ def _gather(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each entry that `pack_grad_weights` returns comes from, in the weights, flat one after another, and behind
     them the second tensor, of `dtype`: what is no weight."""
-    is_stream = isinstance(config, GradStreamConfig)
-    moves = _moves(is_paired(shape)) if is_stream else torch.zeros(0, device="cpu")
     sizes = [shape.c_out * (shape.c_in // shape.groups) * kernel * kernel for kernel in shape.kernels]
-    zero = sum(sizes) + moves.numel()
-    indices = []
-    for m, kernel in enumerate(shape.kernels):
-        index, mask = _gather_index(shape, config, kernel)
-        indices.append(torch.where(mask, index + sum(sizes[:m]), zero))
-    index = torch.cat([torch.cat(indices, 1).reshape(-1), torch.arange(sum(sizes), zero, device="cpu")])
-    return index.to(device), torch.cat([moves, moves.new_zeros(1)]).to(device, dtype)
+
+    def build() -> tuple[torch.Tensor, torch.Tensor]:
+        is_stream = isinstance(config, GradStreamConfig)
+        moves = _moves(is_paired(shape)) if is_stream else torch.zeros(0, device="cpu")
+        zero = sum(sizes) + moves.numel()
+        indices = []
+        for m, kernel in enumerate(shape.kernels):
+            index, mask = _gather_index(shape, config, kernel)
+            indices.append(torch.where(mask, index + sum(sizes[:m]), zero))
+        index = torch.cat([torch.cat(indices, 1).reshape(-1), torch.arange(sum(sizes), zero, device="cpu")])
+        return index.to(device), torch.cat([moves, moves.new_zeros(1)]).to(device, dtype)
+
+    return lasting(build, device)
 
 
 def _gather_index(shape: ConvShape, config: GradConfig, kernel: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,6 +8,7 @@ import torch
 
 from .config import BranchConfig, ColumnConfig, DepthwiseConfig, MergedConfig, StreamConfig, WindowConfig
 from .geometry import Blocking, ConvShape, blocking, row_run
+from .lasting import lasting
 from .merging import row_parts
 
 
@@ -125,12 +126,16 @@ def _gather(
     behind them the second tensor, a zero of dtype `source`."""
     layout = blocking(shape, config)
     sizes = [shape.c_out * (shape.c_in // shape.groups) * kernel * kernel for kernel in shape.kernels]
-    indices = []
-    for m in range(len(sizes)):
-        index, is_empty = _gather_index(shape, config, layout, m, dtype)
-        indices.append(torch.where(is_empty, sum(sizes), index + sum(sizes[:m])))
-    zero = torch.zeros(1, dtype=source, device="cpu")
-    return torch.cat(indices, dim=1).reshape(-1).to(device), zero.to(device)
+
+    def build() -> tuple[torch.Tensor, torch.Tensor]:
+        indices = []
+        for m in range(len(sizes)):
+            index, is_empty = _gather_index(shape, config, layout, m, dtype)
+            indices.append(torch.where(is_empty, sum(sizes), index + sum(sizes[:m])))
+        zero = torch.zeros(1, dtype=source, device="cpu")
+        return torch.cat(indices, dim=1).reshape(-1).to(device), zero.to(device)
+
+    return lasting(build, device)
 
 
 def _gather_index(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .folding import sum_dtype
+from .kernels.lasting import lasting
 from .layout import empty_output, memory_format
 from .spec import BranchSpec, SKSpec
 
@@ -223,9 +224,12 @@ def add_to_windows(dx: Tensor, sums_grad: Tensor, kernel: BranchSpec, stride: in
 def _windows(size: int, kernel: BranchSpec, stride: int, dtype: torch.dtype) -> Tensor:
     """1 where a tap reads a position for some output, ``[size, K]``."""
     outputs = (size - 1) // stride + 1
-    with torch.inference_mode(False), torch.no_grad():
+
+    def build() -> Tensor:
         positions = torch.arange(size)[:, None]
         first = torch.arange(kernel.kernel_size) * kernel.dilation - kernel.padding
         distance = positions - first
         reads = (distance % stride == 0) & (distance >= 0) & (distance < outputs * stride)
         return reads.to(dtype)
+
+    return lasting(build, torch.device("cpu"))

@@ -75,12 +75,22 @@ def choose(
         if not reason:
             return _training_plan(x, spec, save)
     if not reason:
-        workload = workload_of(x, spec)
-        schedule = current_schedule()
-        return plan_schedule(schedule, workload) if schedule is not None else fastest_plan(workload)
+        if torch.compiler.is_compiling():  # the operator plans when it runs
+            return Plan("triton", "traced", math.nan, x.dtype)
+        return inference_plan(x, spec)
     if backend == "triton":
         raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
     return _reference_plan(x.dtype, spec, reason)
+
+
+def inference_plan(x: Tensor, spec: SKSpec) -> Plan:
+    """The kernels' plan for inference, where nothing speaks against them.
+
+    Raises:
+        RuntimeError: ``use_backend`` asks for a schedule that cannot run the unit.
+    """
+    workload, schedule = workload_of(x, spec), current_schedule()
+    return plan_schedule(schedule, workload) if schedule is not None else fastest_plan(workload)
 
 
 def workload_of(x: Tensor, spec: SKSpec) -> Workload:
@@ -112,6 +122,10 @@ def run(
     """Run a plan whose backend is "triton" or "torch"; `recorder` takes note of what can be started again."""
     if (plan.backend, plan.schedule) == ("triton", "train"):
         return training.run(x, branches, gate, spec, save)
+    if (plan.backend, plan.schedule) == ("triton", "traced"):
+        from .inference_op import run_unit
+
+        return run_unit(x, branches, gate, spec)
     if plan.backend == "triton":
         from . import launching  # imports Triton
 
@@ -139,7 +153,7 @@ def has_triton() -> bool:
 
 def _inference_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> str:
     return (
-        tracing_reason(_KERNELS)
+        tracing_reason(_KERNELS, is_operator=True)
         or _device_reason(x.device, x.dtype)
         or unit_reason(spec, _KERNELS)
         or state_reason(x, branches, gate, _KERNELS)
@@ -191,7 +205,6 @@ def _device_reason(device: torch.device, dtype: torch.dtype) -> str:
 _device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-@lru_cache(maxsize=1024)
 def _reference_plan(dtype: torch.dtype, spec: SKSpec, reason: str, torch_reason: str = "") -> Plan:
     rejected = (("triton", reason), ("torch", torch_reason)) if torch_reason else (("triton", reason),)
     return Plan("reference", "eager", eager_passes(spec), dtype, rejected=rejected)

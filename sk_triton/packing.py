@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .params import Branch, Gate
+from .kernels.lasting import lasting
+from .params import Branch, FrozenNorm, Gate
 from .plan import BranchLaunch, MergedLaunch, Plan
 
 T = TypeVar("T")
@@ -72,9 +73,13 @@ class PackCache:
     A CUDA graph keeps the packed weights it was captured with, and those stay alive as long as the cache.
 
     A deep copy or a pickle of a cache is empty.
+
+    Args:
+        keeps_sources: False where whoever owns the cache sees to it that addresses are not reused.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_sources: bool = True) -> None:
+        self._keeps_sources = keeps_sources
         self._entries: dict[Hashable, _Entry] = {}
         self._captured: list[Packed] = []
 
@@ -103,7 +108,7 @@ class PackCache:
                 "a CUDA graph is being captured and the layer's weights are not packed: "
                 "call the layer once on such an input before the capture"
             )
-        packed = build()
+        packed = lasting(build, sources[0].device)
         if not is_counted:
             return packed
         stream = None
@@ -111,7 +116,8 @@ class PackCache:
             stream = torch.cuda.current_stream(sources[0].device)
             stream.synchronize()  # once per update: later calls may come from any stream
         fresh = {k: e for k, e in self._entries.items() if e.fingerprint == found}
-        fresh[key] = _Entry(found, tuple(t.detach() for t in sources), packed, stream)
+        kept = tuple(t.detach() for t in sources) if self._keeps_sources else ()
+        fresh[key] = _Entry(found, kept, packed, stream)
         self._entries = fresh
         return packed
 
@@ -318,6 +324,8 @@ def sources(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
 
 
 def _norm_sources(norm: Any) -> list[Tensor]:
+    if isinstance(norm, FrozenNorm):
+        return [t for t in norm[:-1] if t is not None]
     if not isinstance(norm, nn.Module):
         return []
     # By the dictionaries: nn.Module's attribute access shows at batch 1.

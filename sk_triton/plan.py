@@ -55,8 +55,9 @@ class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store", "recompute", "merged", "resident", "library" or "train"; "torch" and
-            "folded", "merged", "train" or "train_merged"; or "reference" and "eager".
+        backend, schedule: "triton" and "store", "recompute", "merged", "resident", "library" or "train", or "traced"
+            where ``torch.compile`` traces an operator that plans when it runs; "torch" and "folded", "merged", "train"
+            or "train_merged"; or "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.

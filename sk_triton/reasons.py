@@ -6,7 +6,6 @@ Each function returns the reason, or "". `who` is the subject of its sentence: "
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -23,20 +22,20 @@ PLAIN = (Tensor, nn.Parameter)
 
 def tracing_reason(who: str, *, is_operator: bool = False) -> str:
     """A transformation of PyTorch's is active; asked before sizes are looked at. `is_operator`: compiling is none."""
+    # Before compiling, which may be of a function that transforms another.
+    if torch._C._are_functorch_transforms_active():
+        return f"a torch.func transformation is active; {who} have no rule for it"
+    if torch.compiler.is_exporting():
+        return f"torch.export is tracing; a program that needs {who} would not run without this package"
     if torch.compiler.is_compiling():
-        if is_operator:
-            return ""
-        return f"torch.compile is tracing; {who} are not registered as operators yet"
+        return "" if is_operator else f"torch.compile is tracing; {who} are no operators"
     if torch.jit.is_tracing():
         return f"torch.jit is tracing; {who} are not registered as operators"
-    if torch._C._functorch.maybe_current_level() is not None:
-        return f"a torch.func transformation is active; {who} have no rule for it"
     if forward_ad._current_level >= 0:
         return f"forward-mode differentiation is active; {who} have no tangents"
     return ""
 
 
-@lru_cache
 def unit_reason(spec: SKSpec, who: str) -> str:
     """The unit has an activation that is not computed."""
     for part, act in (("branch_act", spec.branch_act), ("gate_act", spec.gate_act)):

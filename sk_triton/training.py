@@ -76,7 +76,7 @@ def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: S
     Raises:
         ValueError: batch statistics of a single value per channel, as ``nn.BatchNorm2d``.
     """
-    from .ops import run_unit
+    from .training_ops import run_unit
 
     norms = _norms(branches, gate)
     settings = norm_settings(norms)

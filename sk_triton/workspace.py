@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import torch
 from torch import Tensor
+
+from .kernels.lasting import lasting
 
 _kept: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
 _lock = threading.Lock()
@@ -27,7 +30,7 @@ def kept_exchange(counters: int, words: int, device: torch.device) -> tuple[Tens
             if kept is not None:
                 # It lives on in recorded calls (`replay`), if any.
                 counters, words = max(counters, kept[0].numel()), max(words, kept[1].numel())
-            kept = _kept[key] = _zeros(counters, words, device)
+            kept = _kept[key] = lasting(functools.partial(_zeros, counters, words, device), device)
     return kept
 
 

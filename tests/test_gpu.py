@@ -194,3 +194,17 @@ def test_a_tuned_unit_says_so_and_computes_the_same(folder):
     texts = [source.text for source in found.plan.sources]
     assert all("tuned for" in text or "confirmed on" in text for text in texts), texts
     compare(layer, x)
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_without_breaks(mode):
+    """What one call keeps for the next must not lie in the memory of the compiler's CUDA graphs."""
+    layers = [SelectiveKernel(64, groups=16, split_input=False), SKConv(64, M=2, G=16, r=16)]
+    network = torch.nn.Sequential(*layers).cuda().half().eval()
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, mode=mode)
+    with torch.no_grad():
+        for _ in range(4):
+            x = torch.randn(4, 64, 14, 14, device="cuda", dtype=torch.half)
+            found = compiled(x).clone()
+            torch.testing.assert_close(found, network(x), rtol=0, atol=0)

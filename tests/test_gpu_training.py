@@ -109,17 +109,22 @@ def test_autocast_with_scaled_gradients(dtype, save):
 
 
 @SAVES
-def test_compiled_without_breaks(save):
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compiled_without_breaks(mode, save):
     layer, x, dv = unit(), random(4, 64, 14, 14), random(4, 64, 14, 14)
     expected = step(copy.deepcopy(layer), x, dv, "triton", save)
     torch._dynamo.reset()
-    compiled = torch.compile(layer, fullgraph=True)
-    inner = x.clone().requires_grad_()
-    with use_backend("triton"), save_for_backward(save):
-        v = compiled(inner)
-    v.backward(dv)
-    for one, other in zip([v, inner.grad, *(p.grad for p in layer.parameters())], expected, strict=True):
-        assert torch.equal(one, other)
+    compiled = torch.compile(layer, fullgraph=True, mode=mode)
+    for _ in range(3):  # warmed up, captured, replayed
+        torch.compiler.cudagraph_mark_step_begin()
+        layer.zero_grad()
+        inner = x.clone().requires_grad_()
+        with use_backend("triton"), save_for_backward(save):
+            v = compiled(inner)
+        v = v.clone()
+        v.backward(dv)
+        for one, other in zip([v, inner.grad, *(p.grad for p in layer.parameters())], expected, strict=True):
+            assert torch.equal(one, other)
 
 
 @SAVES

@@ -41,7 +41,7 @@ def assert_all_same(found, expected):
 @pytest.mark.parametrize("save", ["branches", "input"])
 @pytest.mark.parametrize("make", [paper, lambda: SKConv(8, M=2, G=2, r=2, L=4)], ids=["paper", "seed"])
 def test_opcheck(make, save):
-    from sk_triton.ops import unit_fwd
+    from sk_triton.training_ops import unit_fwd
 
     layer = make()
     branches, gate = layer.branches(), layer.gate()

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sk_triton
-from sk_triton import SelectiveKernel, SKConv, ops, use_backend
+from sk_triton import SelectiveKernel, SKConv, training_ops, use_backend
 from sk_triton.bench.host import stubbed_launches
 
 pytestmark = pytest.mark.interpret
@@ -62,7 +62,7 @@ def test_a_step_runs_few_small_operators(name, dtype, monkeypatch):
         v.backward(torch.ones_like(v))
 
     # Else the counting mode itself would send the call through the operators.
-    monkeypatch.setattr(ops, "_is_watched", lambda tensor: False)
+    monkeypatch.setattr(training_ops, "_is_watched", lambda tensor: False)
     with stubbed_launches(sk_triton) as started, use_backend("triton"):
         step()  # plans and packs
         started.clear()

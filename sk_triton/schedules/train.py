@@ -52,7 +52,7 @@ class Saved(NamedTuple):
 
 
 def forward(x: Tensor, unit: TrainingUnit, plan: Plan, *, save: str) -> list[Tensor]:
-    """The outputs of :func:`.ops.unit_fwd`."""
+    """The outputs of :func:`.training_ops.unit_fwd`."""
     v = empty_output(x, unit.spec)
     x = with_adjacent_channels(x)
     branches = (FoldedBranches if plan.folded_launches else StoredBranches)(x, unit, plan)
@@ -71,7 +71,7 @@ def forward(x: Tensor, unit: TrainingUnit, plan: Plan, *, save: str) -> list[Ten
 def backward(
     dv: Tensor, x: Tensor, unit: TrainingUnit, plan: Plan, saved: Saved, needs: list[bool]
 ) -> list[Tensor]:
-    """The outputs of :func:`.ops.unit_bwd`."""
+    """The outputs of :func:`.training_ops.unit_bwd`."""
     in_format = memory_format(x)
     x = with_adjacent_channels(x)
     dv = with_spaced_pixels(dv)

@@ -96,7 +96,7 @@ def _run_forward(x: Tensor, unit: TrainingUnit, save: str) -> list[Tensor]:
     from .schedules import train
     from .training_plan import plan_training
 
-    with _undisturbed(x):
+    with undisturbed(x):
         return train.forward(x, unit, plan_training(workload_of(x, unit.spec), save), save=save)
 
 
@@ -107,13 +107,13 @@ def _run_backward(
     from .schedules import train
     from .training_plan import plan_training
 
-    with _undisturbed(x):
+    with undisturbed(x):
         plan = plan_training(workload_of(x, unit.spec), "branches")
         return train.backward(dv, x, unit, plan, train.Saved(*saved), needs)
 
 
 @contextlib.contextmanager
-def _undisturbed(x: Tensor) -> Iterator[None]:
+def undisturbed(x: Tensor) -> Iterator[None]:
     """On the device of x, without gradients or autocast."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())

@@ -1,0 +1,32 @@
+"""Tensors that outlive the call which makes them."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def lasting(build: Callable[[], T], device: torch.device) -> T:
+    """What `build` makes on `device`, to be kept for later calls.
+
+    None of its tensors belongs to inference mode. Nor, on a GPU, to a memory pool of this thread's: CUDA graphs of
+    ``torch.compile(mode="reduce-overhead")`` reuse all memory that was allocated while they were warmed up.
+    """
+
+    def build_plainly() -> T:
+        with torch.inference_mode(False), torch.no_grad():
+            return build()
+
+    if device.type != "cuda":
+        return build_plainly()
+    stream = torch.cuda.current_stream(device)
+
+    def build_on_stream() -> T:
+        with torch.cuda.stream(stream):
+            return build_plainly()
+
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(build_on_stream).result()

@@ -1,0 +1,108 @@
+"""The unit in inference as an operator of ``torch.library``: opaque to ``torch.compile``, planned when it runs.
+
+An operator sees tensors and knows no layer. Its packed weights are kept by the memory of the parameters, for as long as
+that is alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .layout import empty_output
+from .packing import PackCache
+from .params import Branch, FrozenNorm, Gate
+from .spec import SKSpec
+from .training_ops import undisturbed
+
+_caches: dict[tuple[int, ...], tuple[list[StorageWeakRef], PackCache]] = {}
+
+
+def run_unit(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
+    """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
+    select_bias = gate.select_bias or (None,) * len(gate.select_weight)
+    flat: list[Tensor | None] = []
+    for branch in branches:
+        flat += [branch.weight, branch.bias, *_norm_tensors(branch.norm)]
+    flat += [
+        gate.reduce_weight,
+        gate.reduce_bias,
+        *_norm_tensors(gate.norm),
+        *gate.select_weight,
+        *select_bias,
+    ]
+    norms: list[Any] = [*[branch.norm for branch in branches], gate.norm]
+    epsilons = [0.0 if norm is None else norm.eps for norm in norms]
+    tensors = [t for t in flat if t is not None]
+    return unit_inference(x, tensors, [t is not None for t in flat], epsilons, spec.encoded)
+
+
+@torch.library.custom_op("sk_triton::unit_inference", mutates_args=())
+def unit_inference(
+    x: Tensor, tensors: Sequence[Tensor], has: Sequence[bool], epsilons: Sequence[float], spec: str
+) -> Tensor:
+    """A unit in inference.
+
+    Args:
+        x: ``[N, in_channels, H, W]``.
+        tensors: those that the unit `has`, of each branch: weight, bias, the norm's mean, variance, weight and bias; of
+            the gate: the same of its first layer, then the weights and the biases of its second.
+        epsilons: the norms', the gate's last; 0 where there is no norm.
+        spec: ``SKSpec.encoded``.
+
+    Returns:
+        v ``[N, C, H', W']`` in the memory format of x.
+
+    Raises:
+        RuntimeError: ``use_backend("triton", schedule=…)`` asks for one that cannot run the unit.
+    """
+    from . import dispatch, launching
+
+    unit = SKSpec.decode(spec)
+    remaining = iter(tensors)
+    branches, gate = _unit([next(remaining) if present else None for present in has], epsilons)
+    with undisturbed(x):
+        plan = dispatch.inference_plan(x, unit)
+        return launching.run(plan, x, branches, gate, unit, _cache_of(tensors))
+
+
+@unit_inference.register_fake
+def _(x, tensors, has, epsilons, spec):
+    return empty_output(x, SKSpec.decode(spec))
+
+
+def _norm_tensors(norm: object) -> list[Tensor | None]:
+    return [getattr(norm, name, None) for name in FrozenNorm._fields[:-1]]
+
+
+def _unit(flat: Sequence[Any], epsilons: Sequence[float]) -> tuple[tuple[Branch, ...], Gate]:
+    """The inverse of what :func:`run_unit` hands over."""
+    parts: list[Any] = []
+    for i, eps in enumerate(epsilons):
+        weight, bias, *norm = flat[6 * i : 6 * i + 6]
+        parts.append((weight, bias, None if norm[0] is None else FrozenNorm._make([*norm, eps])))
+    select = tuple(flat[6 * len(parts) :])
+    count = len(select) // 2
+    biases = None if select[-1] is None else select[count:]
+    return tuple(Branch(*part) for part in parts[:-1]), Gate(*parts[-1], None, select[:count], biases)
+
+
+def _cache_of(tensors: Sequence[Tensor]) -> PackCache:
+    """The cache of the unit whose parameters lie in the memory of these tensors."""
+    storages = [t.untyped_storage() for t in tensors]
+    key = tuple([storage._cdata for storage in storages])
+    entry = _caches.get(key)
+    if entry is None:
+        for other, (references, _) in list(_caches.items()):
+            if any(reference.expired() for reference in references):
+                _caches.pop(other, None)
+        # A weak reference keeps a storage's number, not its memory: no other storage gets that number.
+        entry = _caches[key] = (
+            [StorageWeakRef(storage) for storage in storages],
+            PackCache(keeps_sources=False),
+        )
+    return entry[1]

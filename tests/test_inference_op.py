@@ -1,0 +1,199 @@
+"""The inference operator: one graph under torch.compile, packed once, and never stale."""
+
+import gc
+
+import pytest
+import torch
+
+from sk_triton import SelectiveKernel, inference_op, launching, packing, use_backend
+from sk_triton.inference_op import unit_inference
+from sk_triton.kernels.lasting import lasting
+
+from .units import randomize_norms
+from .whole_units import LAYERS
+
+pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("error:Dynamo detected a call to a")]
+
+
+def paper(**kwargs):
+    layer = SelectiveKernel(8, groups=2, split_input=False, **kwargs).eval()
+    randomize_norms(layer)
+    return layer
+
+
+def compiled(layer, **options):
+    torch._dynamo.reset()
+    return torch.compile(layer, fullgraph=True, **{"backend": "aot_eager"} | options)
+
+
+@pytest.fixture
+def x():
+    return torch.randn(2, 8, 5, 4)
+
+
+@pytest.fixture
+def packs(monkeypatch):
+    """A list with an entry for each time that parameters are packed."""
+    found, pack = [], packing._pack
+    monkeypatch.setattr(packing, "_pack", lambda *args: found.append(None) or pack(*args))
+    return found
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("name", ["paper", "seed", "seed, three branches, stride 2", "split, groups"])
+def test_opcheck(name, memory_format, monkeypatch):
+    layer, arguments = LAYERS[name]().eval(), []
+    monkeypatch.setattr(inference_op, "unit_inference", lambda *args: arguments.extend(args))
+    x = torch.randn(2, 16, 5, 4).to(memory_format=memory_format)
+    with torch.no_grad():
+        inference_op.run_unit(x, layer.branches(), layer.gate(), layer.spec)
+        torch.library.opcheck(unit_inference, arguments)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compiles_without_breaks(name):
+    layer = LAYERS[name]().eval()
+    randomize_norms(layer)
+    x = torch.randn(2, layer.spec.in_channels, 5, 4)
+    with torch.no_grad(), use_backend("triton"):
+        v, expected = compiled(layer)(x), layer(x)
+    assert torch.equal(v, expected)
+    assert v.stride() == expected.stride()
+
+
+@pytest.mark.parametrize("schedule", ["store", "library", "recompute"])
+def test_the_schedule_that_is_asked_for_runs(schedule, x, monkeypatch):
+    layer, ran = paper().half(), []
+    run = launching.run
+    monkeypatch.setattr(launching, "run", lambda plan, *args: ran.append(plan.schedule) or run(plan, *args))
+    with torch.no_grad(), use_backend("triton", schedule=schedule):
+        compiled(layer)(x.half())
+    assert ran == [schedule]
+
+
+def test_a_schedule_that_cannot_run_is_refused(x):
+    layer = compiled(paper())
+    with (
+        torch.no_grad(),
+        use_backend("triton", schedule="merged"),
+        pytest.raises(RuntimeError, match="branch_act"),
+    ):
+        layer(x)
+
+
+@pytest.mark.parametrize("change", ["in place", "loaded", "swapped", "assigned"])
+def test_changed_parameters_are_noticed(change, x, packs):
+    layer = paper()
+    function = compiled(layer)
+    conv, norm = layer.paths[1].conv, layer.paths[0].bn
+    with torch.no_grad(), use_backend("triton"):
+        function(x), function(x)
+        assert len(packs) == 1
+        if change == "in place":
+            conv.weight.mul_(2)
+            norm.running_var.add_(1)
+        elif change == "loaded":
+            layer.load_state_dict({name: t + 1 for name, t in layer.state_dict().items()})
+        elif change == "swapped":
+            conv.weight.data = torch.randn_like(conv.weight)
+        else:
+            conv.weight = torch.nn.Parameter(torch.randn_like(conv.weight))
+        changed = function(x)
+        assert len(packs) == 2
+        assert torch.equal(changed, layer(x))
+
+
+def test_alike_layers_share_a_graph_and_nothing_else(x, packs):
+    first, second = paper(), paper()
+    functions = [compiled(first), torch.compile(second, fullgraph=True, backend="aot_eager")]
+    with torch.no_grad(), use_backend("triton"):
+        for _ in range(2):
+            for layer, function in zip((first, second), functions, strict=True):
+                assert torch.equal(function(x), layer(x))
+    assert len(packs) == 4  # each of the layers once for its calls and once for the operator
+
+
+def test_one_graph_for_every_batch(x, packs):
+    function = compiled(paper(), dynamic=True)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad(), use_backend("triton"):
+        for n in (2, 3, 5):
+            assert function(torch.randn(n, 8, 5, 4)).shape == (n, 8, 5, 4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    assert len(packs) == 1
+
+
+def test_autocast(x):
+    layer = paper()
+    with torch.no_grad(), use_backend("triton"), torch.autocast("cpu", torch.float16):
+        v, expected = compiled(layer)(x), layer(x)
+    assert v.dtype == torch.float16
+    assert torch.equal(v, expected)
+
+
+def test_inside_a_network(x):
+    """Inductor decides on the strides of what the operator gets, and counts on those that its fake kernel tells."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), paper(), torch.nn.BatchNorm2d(8), paper()).eval()
+    x = x.to(memory_format=torch.channels_last)
+    with torch.no_grad(), use_backend("triton"):
+        torch.testing.assert_close(compiled(network)(x), network(x), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_weights_go_after_their_parameters(x):
+    def ran(layer):
+        with torch.no_grad(), use_backend("triton"):
+            compiled(layer)(x)
+
+    inference_op._caches.clear()
+    layer = paper()
+    ran(layer)
+    (kept,) = inference_op._caches
+    del layer
+    torch._dynamo.reset()
+    gc.collect()
+    ran(paper())
+    assert kept not in inference_op._caches
+    assert len(inference_op._caches) == 1
+
+
+def test_a_training_layer_and_gradients_take_the_training_operator(x):
+    layer = paper()
+    with use_backend("triton"):
+        v = compiled(layer)(x)
+    assert v.requires_grad
+    assert "unit_fwd" in str(v.grad_fn) or "Compiled" in str(v.grad_fn)
+
+
+def test_exported_programs_do_not_need_this_package(x):
+    layer = paper()
+    with torch.no_grad():
+        exported = torch.export.export(layer, (x,))
+        with use_backend("triton"), pytest.raises(RuntimeError, match=r"torch.export is tracing"):
+            torch.export.export(layer, (x,))
+    assert not any("sk_triton" in str(node.target) for node in exported.graph.nodes)
+
+
+def test_transformations_inside_of_compiled_code_are_refused(x):
+    layer = paper()
+    mapped = compiled(lambda x: torch.vmap(lambda x: layer(x))(x))
+    with (
+        torch.no_grad(),
+        use_backend("triton"),
+        pytest.raises(RuntimeError, match=r"torch.func transformation is"),
+    ):
+        mapped(x[None])
+
+
+def test_what_is_kept_is_no_inference_tensor():
+    with torch.inference_mode():
+        assert torch.zeros(1).is_inference()
+        assert not lasting(lambda: torch.zeros(1), torch.device("cpu")).is_inference()
+
+
+def test_a_layer_trains_after_inference_mode(x):
+    layer = paper()
+    with use_backend("triton"):
+        with torch.inference_mode():
+            compiled(layer)(x)
+        layer.train()(x).sum().backward()
+    assert all(p.grad is not None for p in layer.parameters())
