@@ -88,7 +88,8 @@ def _unit(flat: Sequence[Any], epsilons: Sequence[float]) -> tuple[tuple[Branch,
     select = tuple(flat[6 * len(parts) :])
     count = len(select) // 2
     biases = None if select[-1] is None else select[count:]
-    return tuple(Branch(*part) for part in parts[:-1]), Gate(*parts[-1], None, select[:count], biases)
+    gate = Gate._make([*parts[-1], None, select[:count], biases])
+    return tuple(Branch(*part) for part in parts[:-1]), gate
 
 
 def _cache_of(tensors: Sequence[Tensor]) -> PackCache:
