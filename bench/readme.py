@@ -10,11 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import report_file
+from . import report_file, unit_times
 from .export import comparisons, losses, losses_count, markdown_table, speed_summary
 from .plot import read
 from .results import Results
 from .shapes import PAPER, SKNET50
+from .unit_times import UnitTime
 
 FOLDER = "bench/results"
 PREFERRED_DTYPES = ("fp16", "bf16", "fp32")
@@ -25,8 +26,11 @@ OPENING = re.compile(r"<!-- generated: [\w-]+ -->")
 
 CPU_NOTE = """\
 **The plots are of a CPU**, where sk_triton runs PyTorch operators: norms folded into the convolutions, branches in
-place, linear branches merged. **On a GPU no suite has been measured yet**, but single launches on an H100 have been:
-[below](#measured-on-an-h100-launch-by-launch)."""
+place, linear branches merged. **On a GPU no suite has been measured yet.**"""
+UNITS_NOTE = """\
+Single units, launch by launch, beside eager PyTorch alone ([below](#measured-launch-by-launch)). **On a GPU no suite has
+been measured yet**; the other plots are of a CPU, where sk_triton runs PyTorch operators."""
+UNITS_PICTURE = "units-inference.png"
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,30 @@ class Evidence:
     @property
     def stem(self) -> str:
         return self.path.rpartition("/")[2].removesuffix(".json")
+
+
+@dataclass(frozen=True)
+class UnitEvidence:
+    """A committed file of units measured launch by launch, likewise."""
+
+    path: str
+    times: list[UnitTime]
+
+    @property
+    def picture(self) -> str:
+        return f"{self.path.rpartition('/')[0]}/{UNITS_PICTURE}"
+
+
+def load_units(root: Path) -> list[UnitEvidence]:
+    """Every file of unit times under `root`'s `bench/results/<gpu>/`, by path.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    return [
+        UnitEvidence(path.relative_to(root).as_posix(), unit_times.load(path))
+        for path in sorted((root / FOLDER).glob(f"*/{unit_times.NAME}"))
+    ]
 
 
 def load_evidence(root: Path) -> list[Evidence]:
@@ -64,8 +92,9 @@ def load_evidence(root: Path) -> list[Evidence]:
     return found
 
 
-def render(section: str, evidence: Sequence[Evidence]) -> str:
-    """The text of one part. GPU results are shown where there are any, else the CPU's, which are called that.
+def render(section: str, evidence: Sequence[Evidence], units: Sequence[UnitEvidence] = ()) -> str:
+    """The text of one part. GPU results are shown where there are any, else the CPU's, which are called that, and
+    `units`.
 
     Raises:
         ValueError: an unknown section, or nothing to render it from.
@@ -74,10 +103,10 @@ def render(section: str, evidence: Sequence[Evidence]) -> str:
         raise ValueError(f"a generated part must be one of {', '.join(SECTIONS)}, got {section!r}")
     if not evidence:
         raise ValueError(f"{FOLDER} must hold a results file, found none")
-    return SECTIONS[section](_shown(evidence)).strip() + "\n"
+    return SECTIONS[section](_shown(evidence), units).strip() + "\n"
 
 
-def fill(text: str, evidence: Sequence[Evidence]) -> str:
+def fill(text: str, evidence: Sequence[Evidence], units: Sequence[UnitEvidence] = ()) -> str:
     """`text` with every generated part rendered anew.
 
     Raises:
@@ -87,7 +116,7 @@ def fill(text: str, evidence: Sequence[Evidence]) -> str:
         OPENING.search(m[2]) for m in MARKED.findall(text)
     ):
         raise ValueError("every <!-- generated: NAME --> must have an <!-- end --> before the next one")
-    return MARKED.sub(lambda match: match[1] + render(match[2], evidence) + match[4], text)
+    return MARKED.sub(lambda match: match[1] + render(match[2], evidence, units) + match[4], text)
 
 
 def update(path: Path) -> list[Path]:
@@ -101,9 +130,9 @@ def update(path: Path) -> list[Path]:
 
     text = path.read_text(encoding="utf-8")
     root = path.resolve().parent
-    evidence = load_evidence(root)
-    filled = fill(text, evidence)
-    written = []
+    evidence, units = load_evidence(root), load_units(root)
+    filled = fill(text, evidence, units)
+    written = [plots.save_picture(plots.units.draw(file.times), root / file.picture) for file in units]
     for item in _shown(evidence):
         drawn = plots.pictures(item.run)
         for name in picture_names(item):
@@ -128,23 +157,34 @@ def _shown(evidence: Sequence[Evidence]) -> list[Evidence]:
     return sorted(on_gpu or evidence, key=lambda item: (item.run.suite != "layer", item.path))
 
 
-def _plots(shown: list[Evidence]) -> str:
-    """The first picture as it is, the others folded away."""
+def _plots(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
+    """The first picture as it is, the others folded away; before a CPU's, those of units on GPUs."""
     links = [
         f"![{item.run.suite} on {item.run.stamp.device}: {name}]({item.folder}/{item.stem}-{name}.png)"
         for item in shown
         for name in picture_names(item)
     ]
-    first, *others = links
-    parts = [first]
-    if shown[0].run.stamp.device_type == "cpu":
-        parts.append(CPU_NOTE)
+    is_cpu = shown[0].run.stamp.device_type == "cpu"
+    if is_cpu and units:
+        parts = [f"![{file.times[0].gpu.name}: units, inference]({file.picture})" for file in units]
+        parts.append(UNITS_NOTE)
+        others = links
+    else:
+        first, *others = links
+        parts = [first, CPU_NOTE] if is_cpu else [first]
     if others:
         parts.append(_folded("More plots", "\n\n".join(others)))
     return "\n\n".join(parts)
 
 
-def _results(shown: list[Evidence]) -> str:
+def _units(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
+    """A table for each GPU."""
+    if not units:
+        return "Not measured."
+    return "\n\n".join(f"**{file.times[0].gpu.name}:**\n\n{unit_times.markdown(file.times)}" for file in units)
+
+
+def _results(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
     """What each file that compares says in a sentence, its table folded away."""
     parts = []
     for item in _compared(shown):
@@ -159,7 +199,7 @@ def _results(shown: list[Evidence]) -> str:
     return "\n\n".join(parts)
 
 
-def _losses(shown: list[Evidence]) -> str:
+def _losses(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
     """Every case that is lost to the fastest peer."""
     parts = []
     for item in _compared(shown):
@@ -182,8 +222,9 @@ def _folded(summary: str, text: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{text}\n\n</details>"
 
 
-SECTIONS: dict[str, Callable[[list[Evidence]], str]] = {
+SECTIONS: dict[str, Callable[[list[Evidence], Sequence[UnitEvidence]], str]] = {
     "plots": _plots,
+    "units": _units,
     "results": _results,
     "losses": _losses,
 }

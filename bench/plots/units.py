@@ -1,0 +1,77 @@
+"""Units measured launch by launch: the kernels' time by stage, eager PyTorch's beside it, and the memory floor."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import NullFormatter
+
+from ..export import three_digits
+from ..shapes import INFERENCE, PAPER, SEED, Case
+from ..unit_times import EAGER, UnitTime, by_case, fastest
+from . import style
+from .captions import stage_title
+from .card import Grid, Words, draw_card
+from .selection import FLOOR_LINE
+
+WIDTH = 0.36
+TITLES = {PAPER: "Paper's and timm's unit", SEED: "Classic class: 3x3 and 5x5, no norm"}
+
+
+def draw(times: Sequence[UnitTime], direction: str = INFERENCE) -> Figure:
+    """A panel for each unit, in it eager's and sk_triton's time of each stage that both were measured in."""
+    chosen = {
+        case: schedules
+        for case, schedules in by_case(times).items()
+        if case.direction == direction and EAGER in schedules and fastest(schedules)
+    }
+    subjects = [subject for subject in TITLES if any(case.subject == subject for case in chosen)]
+    first = next(iter(chosen))
+    gpu = times[0].gpu.name
+    text = Words(
+        title=f"{direction.capitalize()} of one unit on an {gpu}",
+        subtitle=f"lower is faster · batch {first.batch} · {first.dtype} · channels_last · kernels added up, cold L2 · "
+        "number: µs, and sk_triton's speed",
+        footer=[["bench/results: units.csv, where commits and method stand", "no suite of sk-triton bench"]],
+    )
+    legend = [
+        (Patch(facecolor=style.colour("ours-reference")), "PyTorch, eager"),
+        (Patch(facecolor=style.colour("ours")), "sk_triton"),
+        (Line2D([], [], **FLOOR_LINE), "memory floor: x read and v written once"),
+    ]
+    grid = Grid((1.9,), columns=len(subjects), left=0.6, below=0.5)
+    figure, ((*panels,),) = draw_card(text, [legend], grid)
+    highest = max(schedules[EAGER].seconds for schedules in chosen.values()) * 1e6
+    for index, (ax, subject) in enumerate(zip(panels, subjects, strict=True)):
+        cases = {case: schedules for case, schedules in chosen.items() if case.subject == subject}
+        style.dress(ax, TITLES[subject])
+        _draw_cases(ax, cases)
+        ax.set_ylim(0, highest * 1.15)
+        if index:
+            ax.yaxis.set_major_formatter(NullFormatter())
+    panels[0].set_ylabel("µs", color=style.MUTED, fontsize=style.TICK)
+    return figure
+
+
+def _draw_cases(ax: Axes, cases: dict[Case, dict[str, UnitTime]]) -> None:
+    labels = []
+    for position, (case, schedules) in enumerate(cases.items()):
+        ours, eager = fastest(schedules), schedules[EAGER]
+        assert ours is not None
+        speed = f"{eager.seconds / ours.seconds:.1f}x"
+        for side, source, seconds in ((-0.5, "ours-reference", eager.seconds), (0.5, "ours", ours.seconds)):
+            middle, height = position + side * WIDTH, seconds * 1e6
+            ax.bar(middle, height, WIDTH * 0.95, color=style.colour(source), zorder=2)
+            number = three_digits(height) + (f"\n{speed}" if source == "ours" else "")
+            ax.annotate(
+                number, (middle, height), (0, 2), textcoords="offset points", ha="center", va="bottom",
+                fontsize=style.NUMBER, weight="bold" if source == "ours" else "normal", color=style.INK,
+            )  # fmt: skip
+        floor = ours.floor_seconds * 1e6
+        ax.plot([position - WIDTH, position + WIDTH], [floor, floor], zorder=3, **FLOOR_LINE)
+        labels.append(f"{stage_title(case.shape).replace(': ', chr(10))}\n{ours.schedule}")
+    ax.set_xticks(range(len(cases)), labels, color=style.INK)

@@ -1,0 +1,104 @@
+"""Units measured launch by launch on a GPU, outside of the suites: `bench/results/<gpu>/units.csv`."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sk_triton.backend import SCHEDULES
+
+from .export import three_digits
+from .gpus import Gpu, find_gpu
+from .shapes import INFERENCE, PAPER, SEED, Case, unit_shape
+
+NAME = "units.csv"
+EAGER = "eager"
+SUITE = "launches"
+"""Of the cases: no suite of `sk-triton bench`."""
+PASSES_OF_FLOOR = 2
+_SUBJECTS = {"paper": PAPER, "classic": SEED}
+
+
+@dataclass(frozen=True)
+class UnitTime:
+    """The kernels of one call, added up, without the host's gaps: a schedule of sk_triton, or "eager"."""
+
+    gpu: Gpu
+    commit: str
+    case: Case
+    schedule: str
+    seconds: float
+
+    @property
+    def floor_seconds(self) -> float:
+        """Reading the input and writing the output once, at the rate of a copy."""
+        return PASSES_OF_FLOOR * self.case.tensor_bytes / self.gpu.memory_bytes_per_s
+
+
+def load(path: Path) -> list[UnitTime]:
+    """The newest time of each case and schedule; the folder names the GPU.
+
+    Raises:
+        ValueError: an unknown GPU or unit.
+    """
+    gpu = find_gpu(path.parent.name)
+    found: dict[tuple[Case, str], UnitTime] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            if row["unit"] not in _SUBJECTS:
+                raise ValueError(f"{path}: unit must be one of {', '.join(_SUBJECTS)}, got {row['unit']!r}")
+            subject, (channels, size) = _SUBJECTS[row["unit"]], row["shape"].split("@")
+            shape = unit_shape(subject, int(channels), int(size.partition("x")[0]))
+            case = Case(SUITE, subject, shape, int(row["batch"]), row["dtype"], row["direction"])
+            seconds = float(row["sum_microseconds"]) * 1e-6
+            found[case, row["schedule"]] = UnitTime(gpu, row["commit"], case, row["schedule"], seconds)
+    return list(found.values())
+
+
+def by_case(times: Sequence[UnitTime]) -> dict[Case, dict[str, UnitTime]]:
+    """The times of each case by schedule."""
+    cases: dict[Case, dict[str, UnitTime]] = {}
+    for time in times:
+        cases.setdefault(time.case, {})[time.schedule] = time
+    return cases
+
+
+def fastest(times: dict[str, UnitTime]) -> UnitTime | None:
+    """sk_triton's fastest schedule among those of one case."""
+    return min((t for name, t in times.items() if name != EAGER), key=lambda t: t.seconds, default=None)
+
+
+def markdown(times: Sequence[UnitTime]) -> str:
+    """A row for each case that eager was measured in as well."""
+    lines = [
+        "| unit | sk_triton | schedule | eager | speed-up | share of the floor | commit |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for case, schedules in by_case(times).items():
+        ours, eager = fastest(schedules), schedules.get(EAGER)
+        if ours is None or eager is None:
+            continue
+        is_inference = case.direction == INFERENCE
+        unit = {subject: name for name, subject in _SUBJECTS.items()}[case.subject]
+        cells = [
+            f"{unit} {case.shape.name}, {case.direction}",
+            f"**{three_digits(ours.seconds * 1e6)} µs**",
+            ours.schedule,
+            f"{three_digits(eager.seconds * 1e6)} µs",
+            f"{eager.seconds / ours.seconds:.1f}x",
+            f"{ours.floor_seconds / ours.seconds:.0%}" if is_inference else "",
+            ours.commit,
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def schedule_seconds(times: Sequence[UnitTime], subject: str, dtype: str) -> dict[Case, dict[str, float]]:
+    """Of a unit in inference: each case's seconds by schedule, eager's among them."""
+    return {
+        case: {name: t.seconds for name, t in schedules.items() if name in (*SCHEDULES, EAGER)}
+        for case, schedules in by_case(times).items()
+        if (case.subject, case.dtype, case.direction) == (subject, dtype, INFERENCE)
+    }
