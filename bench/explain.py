@@ -56,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
         gpu = find_gpu(args.gpu)
         problem = problem_of(args)
         predictions = sol.predict_all([problem], gpu)[0]
-        measured = committed(gpu)
-        compared = compare(measured, gpu, args.unit, args.dtype) if measured else []
+        compared = compare(committed(gpu, args.unit, args.dtype), gpu, args.dtype)
     except ValueError as error:
         print(f"sk-triton explain: {error}", file=sys.stderr)
         return BAD_USAGE

@@ -28,8 +28,8 @@ CPU_NOTE = """\
 **The plots are of a CPU**, where sk_triton runs PyTorch operators: norms folded into the convolutions, branches in
 place, linear branches merged. **On a GPU no suite has been measured yet.**"""
 UNITS_NOTE = """\
-Single units, launch by launch, beside eager PyTorch alone ([below](#measured-launch-by-launch)). **On a GPU no suite has
-been measured yet**; the other plots are of a CPU, where sk_triton runs PyTorch operators."""
+Single units, launch by launch, beside eager PyTorch alone ([below](#measured-launch-by-launch)). **On a GPU no suite
+has been measured yet**; the other plots are of a CPU, where sk_triton runs PyTorch operators."""
 UNITS_PICTURE = "units-inference.png"
 
 
@@ -127,12 +127,13 @@ def update(path: Path) -> list[Path]:
         ValueError: as `load_evidence` and `fill`.
     """
     from . import plots
+    from .plots.units import draw
 
     text = path.read_text(encoding="utf-8")
     root = path.resolve().parent
     evidence, units = load_evidence(root), load_units(root)
     filled = fill(text, evidence, units)
-    written = [plots.save_picture(plots.units.draw(file.times), root / file.picture) for file in units]
+    written = [plots.save_picture(draw(file.times), root / file.picture) for file in units]
     for item in _shown(evidence):
         drawn = plots.pictures(item.run)
         for name in picture_names(item):
@@ -181,7 +182,9 @@ def _units(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
     """A table for each GPU."""
     if not units:
         return "Not measured."
-    return "\n\n".join(f"**{file.times[0].gpu.name}:**\n\n{unit_times.markdown(file.times)}" for file in units)
+    return "\n\n".join(
+        f"**{file.times[0].gpu.name}:**\n\n{unit_times.markdown(file.times)}" for file in units
+    )
 
 
 def _results(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:

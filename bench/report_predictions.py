@@ -47,7 +47,8 @@ def against_measured(layer: Path, seconds: float) -> str:
         if time.monotonic() > deadline:
             parts.append(f"{unit}, {dtype}: left out, the time was over")
             continue
-        if compared := validation.compare(measured, gpu, unit, dtype):
+        cases = validation.seconds_of(measured, unit, dtype)
+        if compared := validation.compare(cases, gpu, dtype):
             parts.append(f"{unit}, {dtype}\n{_table(compared)}")
     if not parts:
         raise NothingToCompareError("no schedule has been measured")

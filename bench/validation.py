@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from sk_triton.backend import SCHEDULES
 from sk_triton.spec import BranchSpec, SKSpec
 
-from . import results
+from . import results, unit_times
 from . import speed_of_light as sol
 from .gpus import Gpu, find_gpu
 from .grid import paper_unit, seed_unit
@@ -30,6 +31,7 @@ PRECISIONS = {
 RESULTS = Path(__file__).parent / "results"
 FILES = ("layer.json", "layer-cuda.json")
 """Names under which suite "layer" of a GPU is committed, in a folder per GPU."""
+SCHEDULES_AND_PEERS = (*SCHEDULES, sol.EAGER, sol.COMPILED, sol.FLOOR)
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,12 @@ def unit_spec(unit: str, channels: int, groups: int, kernels: Any, dilations: An
     return dataclasses.replace(spec, branches=branches, stride=stride)
 
 
-def committed(gpu: Gpu) -> Results | None:
-    """The results of suite "layer" that are committed for a GPU.
+Seconds = dict[Case, dict[str, float]]
+"""Of a unit in inference: the measured seconds of each case by schedule, or by what schedules are compared with."""
+
+
+def committed(gpu: Gpu, unit: str, dtype: str) -> Seconds:
+    """What is committed for a GPU: the results of suite "layer", else units measured launch by launch.
 
     Raises:
         ValueError: a results file cannot be read.
@@ -58,26 +64,36 @@ def committed(gpu: Gpu) -> Results | None:
     for path in sorted(path for name in FILES for path in RESULTS.glob(f"*/{name}")):
         found = results.load(path)
         if found.stamp.device_type == "cuda" and found.sound and _is(gpu, found.stamp.device):
-            return found
-    return None
+            return seconds_of(found, unit, dtype)
+    for path in sorted(RESULTS.glob(f"*/{unit_times.NAME}")):
+        if _is(gpu, path.parent.name):
+            return unit_times.schedule_seconds(unit_times.load(path), unit, dtype)
+    return {}
 
 
-def compare(measured: Results, gpu: Gpu, unit: str, dtype: str) -> list[Compared]:
-    """Predicted against measured times of a unit in inference, for every case and schedule that was measured."""
-    cases = {
-        case: records
-        for case, records in results.by_case(measured.records).items()
-        if case.subject == unit and case.direction == INFERENCE and _precision(case, measured) == dtype
-    }
+def seconds_of(measured: Results, unit: str, dtype: str) -> Seconds:
+    """The fastest measured form of each schedule, and of what it is compared with, on channels_last inputs."""
+    found: Seconds = {}
+    for case, records in results.by_case(measured.records).items():
+        if case.subject == unit and case.direction == INFERENCE and _precision(case, measured) == dtype:
+            times = {name: _measured_seconds(name, records) for name in SCHEDULES_AND_PEERS}
+            found[case] = {name: seconds for name, seconds in times.items() if seconds is not None}
+    return found
+
+
+def compare(cases: Seconds, gpu: Gpu, dtype: str) -> list[Compared]:
+    """Predicted against measured times, for every case and schedule that was measured."""
     problems = []
     for case in cases:
         shape = case.shape
-        spec = unit_spec(unit, shape.channels, shape.groups, shape.kernels, shape.dilations, shape.stride)
+        spec = unit_spec(
+            case.subject, shape.channels, shape.groups, shape.kernels, shape.dilations, shape.stride
+        )
         problems.append(Problem(spec, case.batch, shape.height, shape.width, *PRECISIONS[dtype]))
     found = []
-    for (case, records), predictions in zip(cases.items(), sol.predict_all(problems, gpu), strict=True):
+    for (case, measured), predictions in zip(cases.items(), sol.predict_all(problems, gpu), strict=True):
         for prediction in predictions:
-            if (seconds := _measured_seconds(prediction.schedule, records)) is not None:
+            if (seconds := measured.get(prediction.schedule)) is not None:
                 found.append(Compared(case.title, prediction.schedule, prediction.total, seconds))
     return found
 
@@ -102,8 +118,6 @@ def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
 
 
 def _measured_seconds(schedule: str, records: list[Record]) -> float | None:
-    """The fastest measured form of a schedule, or of what it is compared with, on channels_last inputs."""
-
     def matches(record: Record) -> bool:
         if schedule == sol.FLOOR:
             return record.role == results.FLOOR

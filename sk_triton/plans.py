@@ -13,7 +13,7 @@ from . import analytic_merged, analytic_resident
 from .backend import SCHEDULES, Schedule
 from .chips import UNHOISTED_LOOPS
 from .environment import triton_version
-from .kernels.config import ColumnConfig
+from .kernels.config import ColumnConfig, TapConfig
 from .kernels.geometry import MAX_ITEMS, ConvShape, can_run, resident_items
 from .kernels.merging import merged_shape
 from .plan import BranchLaunch, MergedLaunch, Plan
@@ -24,6 +24,9 @@ from .workload import Workload
 
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays; above, it is the library's.
 MAX_KERNEL_CHANNELS = 64
+# Channels per group from which one product per tap loses to the library's convolution: 145 against 77 µs for 3x3 and
+# 5x5 branches of 32, 1024 @ 7², batch 128, on an H100 (bench/results/h100/launches.csv).
+MIN_LIBRARY_TAP_CHANNELS = 32
 
 
 def make_plan(schedule: Schedule, workload: Workload) -> Plan:
@@ -73,21 +76,37 @@ def fastest_plan(workload: Workload) -> Plan:
 def expected_plan(workload: Workload) -> Plan:
     """The plan that is expected to be fastest: the library's convolution in wide groups, else the fewest passes."""
     library = _plan_library(workload)
-    widest = workload.spec.group_channels
-    if widest <= MAX_KERNEL_CHANNELS:
+    slower = library_reason(workload)
+    if not slower:
         plan = _expected_kernels(workload)
         return plan.rejecting(
             "library",
             f"{library.passes:g} passes over memory, against {plan.passes:g}: it fuses no convolution",
         )
-    slower = (
-        f"a branch has {widest} channels per group; above {MAX_KERNEL_CHANNELS} the library's convolution is expected "
-        "to be faster"
-    )
     for name in SCHEDULES:
         if name != library.schedule:
             library = library.rejecting(name, refusal(name, workload) or slower)
     return library
+
+
+def library_reason(workload: Workload) -> str:
+    """Why the library's convolution is expected to be faster than the kernels'; "" if it is not."""
+    widest = workload.spec.group_channels
+    if widest > MAX_KERNEL_CHANNELS:
+        return (
+            f"a branch has {widest} channels per group; above {MAX_KERNEL_CHANNELS} the library's convolution is "
+            "expected to be faster"
+        )
+    # Not known of AMD's library, and not in fp32.
+    if workload.chip.l2_mib and workload.dtype != torch.float32 and widest >= MIN_LIBRARY_TAP_CHANNELS:
+        for launch in plan_store(workload).branch_launches:
+            if isinstance(launch.config, TapConfig):
+                return (
+                    f"a branch has {widest} channels per group and no kernel but the one that multiplies tap by tap; "
+                    f"from {MIN_LIBRARY_TAP_CHANNELS} the library's convolution was faster (77 µs against 145 on an "
+                    "H100 at 1024 @ 7²)"
+                )
+    return ""
 
 
 def _expected_kernels(workload: Workload) -> Plan:

@@ -10,7 +10,7 @@ from .environment import triton_version
 from .kernels.config import DepthwiseConfig
 from .kernels.geometry import can_run
 from .plan import BranchLaunch, Plan
-from .plans import MAX_KERNEL_CHANNELS, branch_launch, eager_passes, plan_recompute, plan_store
+from .plans import branch_launch, eager_passes, library_reason, plan_recompute, plan_store
 from .save import Save
 from .tuning import cache
 from .tuning import launches as lookups
@@ -28,7 +28,7 @@ def make_training_plan(workload: Workload, save: Save) -> Plan:
     spec = workload.spec
     store = plan_store(workload)
     m = spec.num_branches
-    is_library = spec.group_channels > MAX_KERNEL_CHANNELS
+    is_library = bool(library_reason(workload))
     # The depthwise kernel takes no moments; where it or the library convolves, statistics are a pass of their own.
     launches = tuple(
         launch

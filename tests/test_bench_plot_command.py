@@ -98,7 +98,7 @@ def evidence(*runs):
 
 def test_the_readme_shows_gpu_results_where_there_are_any():
     both = evidence(small("cpu"), small())
-    for section in readme.SECTIONS:
+    for section in ("plots", "results", "losses"):
         assert "EPYC" not in readme.render(section, both)
         assert "EPYC" in readme.render(section, both[:1])
     assert "On a GPU no suite has been measured yet" not in readme.render("plots", both)
@@ -133,7 +133,7 @@ def test_an_open_part_of_the_readme_is_refused(text):
 
 
 def test_an_unknown_part_of_the_readme_is_refused():
-    with pytest.raises(ValueError, match="one of plots, results, losses, got 'plot'"):
+    with pytest.raises(ValueError, match="one of plots, units, results, losses, got 'plot'"):
         readme.fill("<!-- generated: plot -->\n<!-- end -->", evidence(small()))
     with pytest.raises(ValueError, match="must hold a results file"):
         readme.render("plots", [])
@@ -176,7 +176,8 @@ def linked_pictures(text):
 def test_the_readme_agrees_with_the_committed_results():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert "<!-- generated: plots -->" in text
-    assert readme.fill(text, readme.load_evidence(ROOT)) == text
+    assert readme.fill(text, readme.load_evidence(ROOT), readme.load_units(ROOT)) == text
+    assert all((ROOT / link).is_file() for link in linked_pictures(text))
 
 
 def test_every_picture_that_the_readme_links_is_there():

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from sk_triton.bench import results, validation
+from sk_triton.bench import results, unit_times, validation
 from sk_triton.bench import speed_of_light as sol
 from sk_triton.bench.gpus import find_gpu
 from sk_triton.bench.shapes import PAPER, SEED
@@ -41,7 +41,7 @@ def test_predictions_meet_the_fastest_measured_form():
         for r in measured.records
     )
     measured = dataclasses.replace(measured, records=tuple(records))
-    found = validation.compare(measured, H100, PAPER, "fp16")
+    found = validation.compare(validation.seconds_of(measured, PAPER, "fp16"), H100, "fp16")
     # The synthetic run forces no reference: eager is left out.
     ours = {1: {"store", "recompute", "resident", "library"}, 4: {"store", "recompute", "library"}}
     assert {(c.case, c.schedule) for c in found} == {
@@ -61,18 +61,37 @@ def test_predictions_meet_the_fastest_measured_form():
             assert each.measured == min(timed)
     assert validation.rank_correlation(found) > 0.5
     # The synthetic run allows TF32, so its fp32 is not IEEE.
-    assert validation.compare(measured, H100, SEED, "tf32")
-    assert not validation.compare(measured, H100, SEED, "fp32")
+    assert validation.compare(validation.seconds_of(measured, SEED, "tf32"), H100, "tf32")
+    assert not validation.seconds_of(measured, SEED, "fp32")
 
 
 def test_committed_results_are_those_of_the_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "RESULTS", tmp_path)
-    assert validation.committed(H100) is None
+    assert validation.committed(H100, PAPER, "fp16") == {}
     folder = tmp_path / "h100"
     folder.mkdir()
     measured = some_results(batches=(8,), stages=(1,))
     results.save(measured, folder / "layer-cuda.json")
-    assert validation.committed(H100) == measured
-    assert validation.committed(find_gpu("a100")) is None
+    found = validation.seconds_of(measured, PAPER, "fp16")
+    assert found
+    assert validation.committed(H100, PAPER, "fp16") == found
+    assert validation.committed(find_gpu("a100"), PAPER, "fp16") == {}
     results.save(dataclasses.replace(measured, objections=("clocks fell",)), folder / "layer-cuda.json")
-    assert validation.committed(H100) is None
+    assert validation.committed(H100, PAPER, "fp16") == {}
+
+
+def test_units_measured_launch_by_launch_are_compared_where_no_suite_is_committed(tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "RESULTS", tmp_path)
+    (tmp_path / "h100").mkdir()
+    (tmp_path / "h100" / unit_times.NAME).write_text(
+        "commit,unit,shape,batch,dtype,direction,schedule,kernels,sum_microseconds,span_microseconds\n"
+        "aaa,paper,128@56x56,128,fp16,inference,store,3,600,610\n"
+        "aaa,paper,128@56x56,128,fp16,inference,eager,24,1200,1300\n"
+        "aaa,paper,128@56x56,128,fp16,training,eager,69,4500,4600\n",
+        encoding="utf-8",
+    )
+    ((case, seconds),) = validation.committed(H100, PAPER, "fp16").items()
+    assert (case.shape.name, case.batch) == ("128@56²", 128)
+    assert seconds == pytest.approx({"store": 600e-6, sol.EAGER: 1200e-6})
+    assert validation.committed(H100, SEED, "fp16") == {}
+    assert validation.committed(H100, PAPER, "bf16") == {}

@@ -12,7 +12,7 @@ from .. import results
 from ..export import cases_in_order
 from ..results import Results
 from ..shapes import NETWORKS, UNITS
-from . import host, memory, networks, roofline, scaling, several, speedup, style, sweep, throughput, units, waterfall
+from . import host, memory, networks, roofline, scaling, several, speedup, style, sweep, throughput, waterfall
 from .selection import Groups
 
 Picture = Callable[[], Figure]

@@ -22,18 +22,18 @@ WIDTH = 0.36
 TITLES = {PAPER: "Paper's and timm's unit", SEED: "Classic class: 3x3 and 5x5, no norm"}
 
 
-def draw(times: Sequence[UnitTime], direction: str = INFERENCE) -> Figure:
-    """A panel for each unit, in it eager's and sk_triton's time of each stage that both were measured in."""
+def draw(times: Sequence[UnitTime]) -> Figure:
+    """Inference: a panel for each unit, in it eager's and sk_triton's time of each stage that both were measured in."""
     chosen = {
         case: schedules
         for case, schedules in by_case(times).items()
-        if case.direction == direction and EAGER in schedules and fastest(schedules)
+        if case.direction == INFERENCE and EAGER in schedules and fastest(schedules)
     }
     subjects = [subject for subject in TITLES if any(case.subject == subject for case in chosen)]
     first = next(iter(chosen))
     gpu = times[0].gpu.name
     text = Words(
-        title=f"{direction.capitalize()} of one unit on an {gpu}",
+        title=f"Inference of one unit on an {gpu}",
         subtitle=f"lower is faster · batch {first.batch} · {first.dtype} · channels_last · kernels added up, cold L2 · "
         "number: µs, and sk_triton's speed",
         footer=[["bench/results: units.csv, where commits and method stand", "no suite of sk-triton bench"]],
