@@ -6,7 +6,7 @@ import argparse
 import functools
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -82,10 +82,13 @@ def workload_of(case: Case, target: str) -> Workload:
     return Workload(case.spec, case.n, case.size, case.size, case.dtype, CHIPS[target], case.allow_tf32)
 
 
-def measure(case: Case, target: str, *, with_phases: bool = True) -> list[Row]:
+def measure(
+    case: Case, target: str, *, with_phases: bool = True, without: Sequence[Schedule] = ()
+) -> list[Row]:
     """Compile the case's kernels for `target`, those of every schedule that can run it, and read what they use.
 
     `with_phases`: the phases of a kernel that has any are compiled once more each, to count its instructions.
+    `without`: schedules to leave out.
     """
     from .compile import compile_launch
 
@@ -94,7 +97,9 @@ def measure(case: Case, target: str, *, with_phases: bool = True) -> list[Row]:
     outputs = case.n * height * width * case.spec.out_channels
     planned = [
         (launch, plan.branch_launches[i] if i < len(plan.branch_launches) else None)
-        for plan, found in (launches(case, target, name) for name in schedules(case, target))
+        for plan, found in (
+            launches(case, target, name) for name in schedules(case, target) if name not in without
+        )
         for i, launch in enumerate(_branches_first(found))
     ]
     for launch, branch_launch in planned:

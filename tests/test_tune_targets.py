@@ -115,8 +115,8 @@ def test_candidates_are_compiled_and_predicted_and_what_spills_is_out():
     target = next(
         t for t in targets_of("a unit", workload(8, spec=paper_unit(64), size=7), 2) if t.kind == "gate"
     )
-    # No GPU holds a descriptor of so many entries in the registers of one warp.
-    greedy = GateConfig(BLOCK_N=128, BLOCK_S=128, BLOCK_D=128, BLOCK_C=128, num_warps=1)
+    # No GPU holds products of so many entries in the registers of one warp; more would only take longer to compile.
+    greedy = GateConfig(BLOCK_N=64, BLOCK_S=16, BLOCK_D=64, BLOCK_C=64, num_warps=1)
     broken = replace(target.choices[0], BLOCK_D=24)
     target = replace(target, choices=(target.choices[0], greedy, broken))
     with compiling_processes(1) as pool:
