@@ -83,8 +83,9 @@ def _stream(
         **_common(shape, config, (x, dv, y[0].permute(0, 3, 1, 2), dx), has_relu, terms),
         "GROUP_CI": shape.c_in // shape.groups,
         "GROUP_CO": shape.c_out // shape.groups,
+        "BLOCKS": config.num_warps,
     }
-    grid = (blocks.count, cdiv(tiles, config.TILES_PER_PROGRAM))
+    grid = (blocks.count // config.num_warps, cdiv(tiles, config.TILES_PER_PROGRAM))
     return (
         _prepared(
             branch_grad_stream_kernel, grid, arguments, constexprs, config, (config.TILES_PER_PROGRAM,)

@@ -58,8 +58,8 @@ def branch_grad_data_kernel(
             offs_dv = (x_dy * stride_dvw)[:, None] + channel[None, :]
             offs_y = (x_dy * stride_yw)[:, None] + channel[None, :]
             terms = load_terms(
-                terms_ptr + ((n * M + m) * C_OUT + co0) * (6 if HAS_NORM else 2), entry, entry < co_end, in_image,
-                HAS_RELU, HAS_NORM,
+                terms_ptr + ((n * M + m) * C_OUT + co0) * (6 if HAS_NORM else 2), entry[:, None],
+                (entry < co_end)[:, None], in_image, HAS_RELU, HAS_NORM,
             )  # fmt: skip
             w_chunk_ptr = (
                 w_ptr + piece * W_OFFSETS[M] + W_OFFSETS[m] + chunk * (KERNELS[m] * KERNELS[m] * 256)
@@ -149,8 +149,8 @@ def branch_grad_weight_kernel(
         offs_dv = (x_dy * stride_dvw)[:, None] + channel[None, :]
         offs_y = (x_dy * stride_yw)[:, None] + channel[None, :]
         terms = load_terms(
-            terms_ptr + n * stride_terms + co0 * (6 if HAS_NORM else 2), entry, entry < co_end, in_image,
-            HAS_RELU, HAS_NORM,
+            terms_ptr + n * stride_terms + co0 * (6 if HAS_NORM else 2), entry[:, None], (entry < co_end)[:, None],
+            in_image, HAS_RELU, HAS_NORM,
         )  # fmt: skip
         dys = ()
         for i in tl.static_range(RUN_H):

@@ -166,7 +166,8 @@ BranchConfig = StreamConfig | WindowConfig | ColumnConfig | TapConfig | Depthwis
 
 @dataclass(frozen=True)
 class GradStreamConfig:
-    """`branch_grad_stream_kernel`: tiles of RUN_H rows x 16 runs of two pixels; a program walks TILES_PER_PROGRAM."""
+    """`branch_grad_stream_kernel`: tiles of RUN_H rows x 16 runs of two pixels; a program walks TILES_PER_PROGRAM. Each
+    of its num_warps takes a channel block."""
 
     RUN_H: int
     TILES_PER_PROGRAM: int

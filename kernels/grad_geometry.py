@@ -36,6 +36,10 @@ def can_run_grad(shape: ConvShape, dtype: torch.dtype, config: GradConfig, w: in
             )
         if len(shape.kernels) > 2:
             return f"the weight gradients of {len(shape.kernels)} branches do not fit in registers; at most 2"
+        if (count := grad_blocks(shape, config).count) % config.num_warps:
+            return (
+                f"there are {count} channel blocks, which {config.num_warps} warps of a program do not divide"
+            )
     elif w > PIXELS and 2 * wide_halo(shape, w) >= PIXELS:
         return f"a branch reads {wide_halo(shape, w)} columns beyond a pixel; at most {PIXELS // 2 - 1}"
     return None

@@ -7,6 +7,7 @@ one or two channels, by products with 0/1 matrices: exact, and conversions to fp
 import triton
 import triton.language as tl
 
+from .channel_blocks import right_operands
 from .tiling import right_operand
 
 
@@ -28,13 +29,18 @@ def replaced(values, INDEX: tl.constexpr, value):
 
 @triton.jit
 def transposed(values):
-    """`values` transposed, in two steps: Triton would send the plain transposition of an accumulator through shared
-    memory, though it already is a right operand.
+    """The last two axes of `values` transposed, in two steps: Triton would send the plain transposition of an
+    accumulator through shared memory, though it already is a right operand.
     """
-    ROWS: tl.constexpr = values.shape[0]
-    COLUMNS: tl.constexpr = values.shape[1]
-    values = tl.permute(tl.reshape(values, [ROWS, COLUMNS // 2, 2]), (1, 2, 0))
-    return tl.reshape(values, [COLUMNS, ROWS])
+    ROWS: tl.constexpr = values.shape[-2]
+    COLUMNS: tl.constexpr = values.shape[-1]
+    if len(values.shape) == 3:
+        BLOCKS: tl.constexpr = values.shape[0]
+        values = tl.permute(tl.reshape(values, [BLOCKS, ROWS, COLUMNS // 2, 2]), (0, 2, 3, 1))
+        return tl.reshape(values, [BLOCKS, COLUMNS, ROWS])
+    else:
+        values = tl.permute(tl.reshape(values, [ROWS, COLUMNS // 2, 2]), (1, 2, 0))
+        return tl.reshape(values, [COLUMNS, ROWS])
 
 
 @triton.jit
@@ -56,16 +62,16 @@ def memory_rows(SIZE: tl.constexpr):
 def load_terms(terms_ptr, co, mask_co, in_image, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr):
     """What `row_gradient` needs of the channels `co` of one sample and branch: see `branch_grad.branch_grad`.
 
-    Beyond the image the gradient is zero: `in_image` has the shape of a row's gradient.
+    Beyond the image the gradient is zero: `in_image` can be broadcast with a row's gradient, as can `co` and `mask_co`.
     """
     TERMS: tl.constexpr = 6 if HAS_NORM else 2
-    gain = tl.load(terms_ptr + co * TERMS, mask=mask_co, other=0.0)[:, None]
-    lift = tl.load(terms_ptr + co * TERMS + 1, mask=mask_co, other=0.0)[:, None]
+    gain = tl.load(terms_ptr + co * TERMS, mask=mask_co, other=0.0)
+    lift = tl.load(terms_ptr + co * TERMS + 1, mask=mask_co, other=0.0)
     if HAS_NORM:
-        scale = tl.load(terms_ptr + co * TERMS + 2, mask=mask_co, other=0.0)[:, None]
-        shift = tl.load(terms_ptr + co * TERMS + 3, mask=mask_co, other=0.0)[:, None]
-        slope = tl.load(terms_ptr + co * TERMS + 4, mask=mask_co, other=0.0)[:, None]
-        level = tl.load(terms_ptr + co * TERMS + 5, mask=mask_co, other=0.0)[:, None]
+        scale = tl.load(terms_ptr + co * TERMS + 2, mask=mask_co, other=0.0)
+        shift = tl.load(terms_ptr + co * TERMS + 3, mask=mask_co, other=0.0)
+        slope = tl.load(terms_ptr + co * TERMS + 4, mask=mask_co, other=0.0)
+        level = tl.load(terms_ptr + co * TERMS + 5, mask=mask_co, other=0.0)
         lift += level
         if HAS_RELU:
             # dv and y are read as zero there.
@@ -87,14 +93,23 @@ def load_terms(terms_ptr, co, mask_co, in_image, HAS_RELU: tl.constexpr, HAS_NOR
 
 
 @triton.jit
+def load_operand(ptrs, mask):
+    """A row of pixels as a right operand, or as one for each of a program's channel blocks."""
+    tile = tl.load(ptrs, mask=mask, other=0.0)
+    if len(tile.shape) == 4:
+        return right_operands(tile)
+    else:
+        return right_operand(tile, True)
+
+
+@triton.jit
 def row_gradient(
     dv_ptrs, y_ptrs, mask, to_accumulator, terms, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr
 ):
-    """The gradient of a branch's convolution for one row of pixels, in fp32. [16, pixels]"""
-    grad = right_operand(tl.load(dv_ptrs, mask=mask, other=0.0), True)
-    dy = terms[0] * tl.dot(to_accumulator, grad) + terms[1]
+    """The gradient of a branch's convolution for one row of pixels, in fp32. [16, pixels], or [BLOCKS, 16, pixels]"""
+    dy = terms[0] * tl.dot(to_accumulator, load_operand(dv_ptrs, mask)) + terms[1]
     if HAS_RELU or HAS_NORM:
-        conv = tl.dot(to_accumulator, right_operand(tl.load(y_ptrs, mask=mask, other=0.0), True))
+        conv = tl.dot(to_accumulator, load_operand(y_ptrs, mask))
         if HAS_RELU and HAS_NORM:
             dy = tl.where(terms[2] * conv + terms[3] > 0.0, dy, terms[5]) + terms[4] * conv
         elif HAS_NORM:

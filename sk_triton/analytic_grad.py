@@ -11,23 +11,30 @@ from .kernels.config import GradConfig, GradStreamConfig, GradWideConfig
 from .kernels.geometry import ConvShape, cdiv
 from .kernels.grad_geometry import can_run_grad, grad_blocks, grad_tiles
 
-# Programs of one warp that a launch has per processor: as few as keep it busy, since each leaves its partial weight
-# gradients in memory. A processor holds 8 at 255 registers a thread.
-STREAM_PROGRAMS, WIDE_PROGRAMS = 16, 8
+# Warps that a launch has per processor: as few as keep it busy, since each leaves its partial weight gradients in
+# memory. A processor holds 8 at 255 registers a thread.
+STREAM_RESIDENT, WIDE_RESIDENT = 16, 8
+# Warps of a program, each with 8 channels: two of them share sectors. They spill where one does not on the chips named.
+STREAM_WARPS = 2
+SPILLING_PAIR_CHIPS = ("sm_120",)
 
 
 def grad_config(
     shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip
 ) -> GradConfig | None:
     """Config for the gradients of `shape` on `n` images of `h` x `w` pixels; None where `can_run_grad` refuses all."""
-    candidates: tuple[GradConfig, ...] = (GradStreamConfig(4, 1), GradWideConfig(4, 1, _data_rows(shape, h)))
+    candidates: tuple[GradConfig, ...] = (
+        *(() if chip.name in SPILLING_PAIR_CHIPS else (GradStreamConfig(4, 1, STREAM_WARPS),)),
+        GradStreamConfig(4, 1),
+        GradWideConfig(4, 1, _data_rows(shape, h)),
+    )
     for config in candidates:
         if can_run_grad(shape, dtype, config, w) is None:
             blocks = grad_blocks(shape, config)
             tiles_h, tiles_w = grad_tiles(config, h, w)
             pieces = blocks.count * blocks.chunks_ci * blocks.chunks_co
-            programs = STREAM_PROGRAMS if isinstance(config, GradStreamConfig) else WIDE_PROGRAMS
-            strips = max(1, programs * chip.processors // pieces)
+            per_processor = STREAM_RESIDENT if isinstance(config, GradStreamConfig) else WIDE_RESIDENT
+            strips = max(1, per_processor * chip.processors // pieces)
             return replace(config, TILES_PER_PROGRAM=cdiv(n * tiles_h * tiles_w, strips))
     return None
 

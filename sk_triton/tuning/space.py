@@ -126,7 +126,9 @@ def grad_configs(
 ) -> list[GradConfig]:
     """Of the gradients of `shape` on images of `w` columns; the analytic choice depends on the batch as well."""
     walks = [1 << i for i in range(MAX_GRAD_TILES.bit_length())]
-    found: list[GradConfig] = [GradStreamConfig(rows, walk) for rows in (2, 4, 7, 8) for walk in walks]
+    found: list[GradConfig] = [
+        GradStreamConfig(rows, walk, warps) for warps in (2, 1) for rows in (2, 4, 7, 8) for walk in walks
+    ]
     found += [
         GradWideConfig(rows, walk, data_rows)
         for rows, walk, data_rows in product((2, 4, 7, 8), walks, (2, 4, 7))
