@@ -71,8 +71,10 @@ def test_instructions_per_output_of_narrow_groups(rows):
     """Data and weight gradients together; 47 are what five passes over memory leave an H100 in stage 1."""
     case = "stage 1", "branch_grad_stream"
     counts = {row.resources.target: row.per_output for row in rows if (row.case.name, row.kernel) == case}
-    assert counts["sm_90"] <= 40
-    assert max(counts.values()) <= 41
+    assert counts["sm_90"] <= 39.5
+    # Two warps that share sectors cost sm_80 0.7 instructions.
+    assert counts["sm_80"] <= 42
+    assert counts["sm_100"] <= 41
 
 
 def test_taking_moments_alone_costs_no_more_than_storing_too(rows):
