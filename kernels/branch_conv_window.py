@@ -214,7 +214,7 @@ def window_tile(
                 taps = ()
                 for tap in tl.static_range(KERNELS[m] * KERNELS[m]):
                     if HOLD_WEIGHTS:
-                        taps = taps + (weights[sum_of_squares(KERNELS, m) + tap],)
+                        taps = taps + (weights[W_OFFSETS[m] // (BLOCK_CO * BLOCK_CI) + tap],)
                     else:
                         tap_ptr = w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m] + tap * (BLOCK_CO * BLOCK_CI)
                         taps = taps + (load_taps(tap_ptr),)
@@ -288,12 +288,6 @@ def window_tile(
         offs_partial = (n0 + offs_n)[:, None] * stride_partial_n + tile.to(tl.int64) * stride_partial_t
         mask = (offs_n < n_left)[:, None] & (co < co_end)[None, :]
         tl.store(partial_ptr + offs_partial + co0 + co[None, :], pooled, mask=mask)
-
-
-@triton.constexpr_function
-def sum_of_squares(kernels, m):
-    """Taps of the branches before branch m."""
-    return sum(k * k for k in kernels[:m])
 
 
 @triton.jit(do_not_specialize=SIZES)

@@ -25,7 +25,8 @@ def tracing_reason(who: str, *, is_operator: bool = False) -> str:
     # Before compiling, which may be of a function that transforms another.
     if torch._C._are_functorch_transforms_active():
         return f"a torch.func transformation is active; {who} have no rule for it"
-    if torch.compiler.is_exporting():
+    # Not is_exporting(), which Dynamo of torch 2.8 to 2.11 takes to be true under torch.compile as well.
+    if torch.compiler._is_exporting_flag:
         return f"torch.export is tracing; a program that needs {who} would not run without this package"
     if torch.compiler.is_compiling():
         return "" if is_operator else f"torch.compile is tracing; {who} are no operators"
