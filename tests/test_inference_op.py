@@ -176,11 +176,9 @@ def test_exported_programs_do_not_need_this_package(x):
 def test_transformations_inside_of_compiled_code_are_refused(x):
     layer = paper()
     mapped = compiled(lambda x: torch.vmap(lambda x: layer(x))(x))
-    with (
-        torch.no_grad(),
-        use_backend("triton"),
-        pytest.raises(RuntimeError, match=r"torch.func transformation is"),
-    ):
+    # Dynamo of torch 2.8 keeps the message to itself.
+    reason = r"torch.func transformation is|ExceptionVariable\(<class 'RuntimeError'>\)"
+    with torch.no_grad(), use_backend("triton"), pytest.raises(RuntimeError, match=reason):
         mapped(x[None])
 
 

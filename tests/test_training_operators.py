@@ -70,4 +70,5 @@ def test_a_step_runs_few_small_operators(name, dtype, monkeypatch):
             step()
     assert started
     counting.counts.subtract(ones_like=1)
+    most += torch.torch_version.TorchVersion(torch.__version__) < "2.11"  # statistics are copied by one more
     assert 0 < counting.counts.total() <= most, counting.counts.most_common()
