@@ -14,9 +14,8 @@ from .kernels.grad_geometry import can_run_grad, grad_blocks, grad_tiles
 # Warps that a launch has per processor: as few as keep it busy, since each leaves its partial weight gradients in
 # memory. A processor holds 8 at 255 registers a thread.
 STREAM_RESIDENT, WIDE_RESIDENT = 16, 8
-# Warps of a program, each with 8 channels: two of them share sectors. They spill where one does not on the chips named.
+# Warps of a program, each with 8 channels: two of them share sectors.
 STREAM_WARPS = 2
-SPILLING_PAIR_CHIPS = ("sm_120",)
 
 
 def grad_config(
@@ -24,7 +23,7 @@ def grad_config(
 ) -> GradConfig | None:
     """Config for the gradients of `shape` on `n` images of `h` x `w` pixels; None where `can_run_grad` refuses all."""
     candidates: tuple[GradConfig, ...] = (
-        *(() if chip.name in SPILLING_PAIR_CHIPS else (GradStreamConfig(4, 1, STREAM_WARPS),)),
+        GradStreamConfig(4, 1, STREAM_WARPS),
         GradStreamConfig(4, 1),
         GradWideConfig(4, 1, _data_rows(shape, h)),
     )

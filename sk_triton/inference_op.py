@@ -1,7 +1,8 @@
 """The unit in inference as an operator of ``torch.library``: opaque to ``torch.compile``, planned when it runs.
 
-An operator sees tensors and knows no layer. Its packed weights are kept by the memory of the parameters, for as long as
-that is alive.
+An operator sees tensors and knows no layer: packed weights are shared by all calls on the same parameters. They are
+made anew at every call where weights are no parameters, since compiled code computes in memory that it uses again
+without counting versions.
 """
 
 from __future__ import annotations
@@ -10,16 +11,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch import Tensor, nn
 
 from .layout import empty_output
-from .packing import PackCache
+from .packing import PackCache, shared_cache
 from .params import Branch, FrozenNorm, Gate
 from .spec import SKSpec
 from .training_ops import undisturbed
-
-_caches: dict[tuple[int, ...], tuple[list[StorageWeakRef], PackCache]] = {}
 
 
 def run_unit(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
@@ -41,7 +39,8 @@ def run_unit(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) ->
     return unit_inference(x, tensors, [t is not None for t in flat], epsilons, spec.encoded)
 
 
-@torch.library.custom_op("sk_triton::unit_inference", mutates_args=())
+# A CUDA graph of the compiler's would keep the weights that it was captured with.
+@torch.library.custom_op("sk_triton::unit_inference", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def unit_inference(
     x: Tensor, tensors: Sequence[Tensor], has: Sequence[bool], epsilons: Sequence[float], spec: str
 ) -> Tensor:
@@ -67,7 +66,7 @@ def unit_inference(
     branches, gate = _unit([next(remaining) if present else None for present in has], epsilons)
     with undisturbed(x):
         plan = dispatch.inference_plan(x, unit)
-        return launching.run(plan, x, branches, gate, unit, _cache_of(tensors))
+        return launching.run(plan, x, branches, gate, unit, _cache_of(branches, gate, tensors))
 
 
 @unit_inference.register_fake
@@ -92,18 +91,6 @@ def _unit(flat: Sequence[Any], epsilons: Sequence[float]) -> tuple[tuple[Branch,
     return tuple(Branch(*part) for part in parts[:-1]), gate
 
 
-def _cache_of(tensors: Sequence[Tensor]) -> PackCache:
-    """The cache of the unit whose parameters lie in the memory of these tensors."""
-    storages = [t.untyped_storage() for t in tensors]
-    key = tuple([storage._cdata for storage in storages])
-    entry = _caches.get(key)
-    if entry is None:
-        for other, (references, _) in list(_caches.items()):
-            if any(reference.expired() for reference in references):
-                _caches.pop(other, None)
-        # A weak reference keeps a storage's number, not its memory: no other storage gets that number.
-        entry = _caches[key] = (
-            [StorageWeakRef(storage) for storage in storages],
-            PackCache(keeps_sources=False),
-        )
-    return entry[1]
+def _cache_of(branches: Sequence[Branch], gate: Gate, tensors: Sequence[Tensor]) -> PackCache | None:
+    weights = [*[branch.weight for branch in branches], gate.reduce_weight, *gate.select_weight]
+    return shared_cache(tensors) if all(isinstance(weight, nn.Parameter) for weight in weights) else None

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from .kernels.lasting import lasting
 from .params import Branch, FrozenNorm, Gate
@@ -84,8 +85,13 @@ class PackCache:
         self._captured: list[Packed] = []
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Forget everything but what a CUDA graph has captured."""
         self._entries = {}
+
+    @property
+    def is_captured(self) -> bool:
+        """Whether a CUDA graph has captured packed weights."""
+        return bool(self._captured)
 
     def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
         """The entry under `key` if `sources` are unchanged, else a new one from `build`.
@@ -136,6 +142,33 @@ class PackCache:
 
     def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
         return PackCache, ()
+
+
+_shared: dict[Hashable, tuple[list[StorageWeakRef], PackCache]] = {}
+
+
+def shared_cache(tensors: Sequence[Tensor]) -> PackCache:
+    """The cache of the unit with these parameters and buffers, for operators, which know no layer.
+
+    It lives until another unit comes after their memory has gone; what a CUDA graph has captured of it lives for good.
+    """
+    storages = [t.untyped_storage() for t in tensors]
+    key = tuple([(storage._cdata, t.storage_offset()) for storage, t in zip(storages, tensors, strict=True)])
+    entry = _shared.get(key)
+    if entry is None:
+        for other, (references, cache) in list(_shared.items()):
+            if not cache.is_captured and any(reference.expired() for reference in references):
+                _shared.pop(other, None)
+        # A weak reference keeps a storage's number, not its memory: no other storage gets that number.
+        entry = [StorageWeakRef(storage) for storage in storages], PackCache(keeps_sources=False)
+        _shared[key] = entry
+    return entry[1]
+
+
+def forget_shared() -> None:
+    """Clear all shared caches."""
+    for _, cache in list(_shared.values()):
+        cache.clear()
 
 
 def pack(

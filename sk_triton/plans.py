@@ -24,8 +24,8 @@ from .workload import Workload
 
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays; above, it is the library's.
 MAX_KERNEL_CHANNELS = 64
-# Channels per group from which one product per tap loses to the library's convolution: 145 against 77 µs for 3x3 and
-# 5x5 branches of 32, 1024 @ 7², batch 128, on an H100 (bench/results/h100/launches.csv).
+# Channels per group from which kernels above 3x3, multiplied tap by tap, lose to the library's convolution: 145 against
+# 77 µs for 3x3 and 5x5 branches of 32, 1024 @ 7², batch 128, on an H100 (bench/results/h100/launches.csv).
 MIN_LIBRARY_TAP_CHANNELS = 32
 
 
@@ -100,9 +100,9 @@ def library_reason(workload: Workload) -> str:
     # Not known of AMD's library, and not in fp32.
     if workload.chip.l2_mib and workload.dtype != torch.float32 and widest >= MIN_LIBRARY_TAP_CHANNELS:
         for launch in plan_store(workload).branch_launches:
-            if isinstance(launch.config, TapConfig):
+            if isinstance(launch.config, TapConfig) and max(launch.shape.kernels) > 3:
                 return (
-                    f"a branch has {widest} channels per group and no kernel but the one that multiplies tap by tap; "
+                    f"a branch above 3x3 has {widest} channels per group: only one kernel takes it, tap by tap; "
                     f"from {MIN_LIBRARY_TAP_CHANNELS} the library's convolution was faster (77 µs against 145 on an "
                     "H100 at 1024 @ 7²)"
                 )

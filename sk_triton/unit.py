@@ -7,7 +7,7 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from . import functional
-from .packing import PackCache
+from .packing import PackCache, forget_shared
 from .params import Branch, Gate
 from .replay import Replays
 from .save import Save
@@ -75,6 +75,7 @@ class SKUnit(nn.Module):
     def _forget(self) -> None:
         self._cache.clear()
         self._replays.clear()
+        forget_shared()
 
     def _fuse(self) -> None:
         """Fold every norm; the default has none."""

@@ -1,6 +1,8 @@
 """The inference operator: one graph under torch.compile, packed once, and never stale."""
 
 import gc
+import os
+import shutil
 
 import pytest
 import torch
@@ -13,6 +15,11 @@ from .units import randomize_norms
 from .whole_units import LAYERS
 
 pytestmark = [pytest.mark.interpret, pytest.mark.filterwarnings("error:Dynamo detected a call to a")]
+
+
+needs_cpp = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="Inductor needs a C++ compiler on a CPU"
+)
 
 
 def paper(**kwargs):
@@ -81,7 +88,7 @@ def test_a_schedule_that_cannot_run_is_refused(x):
         layer(x)
 
 
-@pytest.mark.parametrize("change", ["in place", "loaded", "swapped", "assigned"])
+@pytest.mark.parametrize("change", ["in place", "loaded", "swapped", "assigned", "uncounted"])
 def test_changed_parameters_are_noticed(change, x, packs):
     layer = paper()
     function = compiled(layer)
@@ -94,6 +101,9 @@ def test_changed_parameters_are_noticed(change, x, packs):
             norm.running_var.add_(1)
         elif change == "loaded":
             layer.load_state_dict({name: t + 1 for name, t in layer.state_dict().items()})
+        elif change == "uncounted":  # as documented: train() and back
+            conv.weight.data.mul_(2)
+            layer.train().eval()
         elif change == "swapped":
             conv.weight.data = torch.randn_like(conv.weight)
         else:
@@ -101,6 +111,37 @@ def test_changed_parameters_are_noticed(change, x, packs):
         changed = function(x)
         assert len(packs) == 2
         assert torch.equal(changed, layer(x))
+
+
+@needs_cpp
+def test_weights_that_compiled_code_computes_are_packed_at_every_call(x):
+    """Inductor computes one weight in the memory of another, and counts no version."""
+    layer = paper()
+    name = "paths.1.conv.weight"
+    weight = layer.paths[1].conv.weight.detach()
+
+    def chain(x, weight):
+        u = torch.func.functional_call(layer, {name: weight * 2}, x)
+        return torch.func.functional_call(layer, {name: weight * (u.mean() + 2)}, u)
+
+    with torch.no_grad(), use_backend("triton"):
+        torch.testing.assert_close(compiled(chain, backend="inductor")(x, weight), chain(x, weight))
+
+
+@needs_cpp
+def test_weights_that_compiled_code_changes_are_noticed(x):
+    layer, other = paper(), paper()
+    other.load_state_dict(layer.state_dict())
+
+    def step(layer, x):
+        u = layer(x)
+        layer.paths[1].conv.weight.mul_(u.mean() + 2)
+        return layer(u)
+
+    with torch.no_grad(), use_backend("triton"):
+        function = compiled(step, backend="inductor")
+        for _ in range(3):
+            torch.testing.assert_close(function(layer, x), step(other, x))
 
 
 def test_alike_layers_share_a_graph_and_nothing_else(x, packs):
@@ -131,12 +172,14 @@ def test_autocast(x):
     assert torch.equal(v, expected)
 
 
+@needs_cpp
 def test_inside_a_network(x):
     """Inductor decides on the strides of what the operator gets, and counts on those that its fake kernel tells."""
     network = torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), paper(), torch.nn.BatchNorm2d(8), paper()).eval()
     x = x.to(memory_format=torch.channels_last)
     with torch.no_grad(), use_backend("triton"):
-        torch.testing.assert_close(compiled(network)(x), network(x), rtol=1e-5, atol=1e-5)
+        found = compiled(network, backend="inductor")(x)
+        torch.testing.assert_close(found, network(x), rtol=1e-5, atol=1e-5)
 
 
 def test_packed_weights_go_after_their_parameters(x):
@@ -144,16 +187,16 @@ def test_packed_weights_go_after_their_parameters(x):
         with torch.no_grad(), use_backend("triton"):
             compiled(layer)(x)
 
-    inference_op._caches.clear()
+    packing._shared.clear()
     layer = paper()
     ran(layer)
-    (kept,) = inference_op._caches
+    (kept,) = packing._shared
     del layer
     torch._dynamo.reset()
     gc.collect()
     ran(paper())
-    assert kept not in inference_op._caches
-    assert len(inference_op._caches) == 1
+    assert kept not in packing._shared
+    assert len(packing._shared) == 1
 
 
 def test_a_training_layer_and_gradients_take_the_training_operator(x):

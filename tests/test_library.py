@@ -20,7 +20,6 @@ from sk_triton.workload import Workload
 from .interpreter import exact_bfloat16
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import randomize_norms, sizes, specs
-from .versions import needs_narrow_products
 from .whole_units import LAYERS, VIEWS, compare, compare_unit
 
 DENSE = {
@@ -180,21 +179,19 @@ def expected(spec, dtype=torch.float16, **changes):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
 def test_wide_groups_take_it_and_narrow_ones_do_not(chip, dtype):
-    # Above 32 channels per group the kernels multiply tap by tap; on AMD and in fp32 nobody measured the library.
-    is_faster = dtype != torch.float32 and chip.name != "gfx942"
-    for channels, groups, is_wide in ((128, 1, True), (1024, 8, True), (512, 8, is_faster), (128, 32, False)):
+    for channels, groups, is_wide in ((128, 1, True), (1024, 8, True), (512, 8, False), (128, 32, False)):
         plan = plans.expected_plan(Workload(paper_unit(channels, groups), 32, 14, 14, dtype, chip))
         assert (plan.schedule == "library") is is_wide
         others = {name for name, _ in plan.rejected}
         assert others >= ({"store", "recompute", "merged", "resident"} if is_wide else {"library"})
 
 
-@needs_narrow_products
 def test_large_kernels_in_groups_of_32_take_it():
     assert expected(seed_unit(1024)).schedule == "library"
     assert "tap by tap" in dict(expected(seed_unit(1024)).rejected)["store"]
-    for unit in (paper_unit(1024), seed_unit(512)):
+    for unit in (paper_unit(1024), seed_unit(512), paper_unit(512, groups=8)):
         assert expected(unit).schedule != "library"
+    assert expected(seed_unit(1024), torch.float32).schedule == "store"
     work = Workload(seed_unit(1024), 128, 7, 7, torch.float16, CHIPS["sm_90"])
     assert not make_training_plan(work, "branches").branch_launches
 
