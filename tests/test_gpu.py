@@ -208,3 +208,5 @@ def test_compiled_without_breaks(mode):
             x = torch.randn(4, 64, 14, 14, device="cuda", dtype=torch.half)
             found = compiled(x).clone()
             torch.testing.assert_close(found, network(x), rtol=0, atol=0)
+            for parameter in network.parameters():  # which a replayed graph would not notice
+                parameter.mul_(1.01)
