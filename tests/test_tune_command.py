@@ -94,7 +94,7 @@ def test_predictions_take_the_figures_of_the_product_or_of_a_relative(monkeypatc
 @pytest.mark.compile
 @needs_unhoisted_loops
 def test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing(folder, capsys):
-    code, out, _ = run("--dry-run", "--gpu", "a100", *SMALL, capsys=capsys)
+    code, out, _ = run("--dry-run", "--gpu", "a100", *SMALL, "--budget", "900s", capsys=capsys)
     assert code == 0
     for kind in (
         "branch_pool (recompute)",
