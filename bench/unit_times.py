@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sk_triton.backend import SCHEDULES
-
+from . import passes
 from .export import three_digits
 from .gpus import Gpu, find_gpu
 from .shapes import INFERENCE, PAPER, SEED, Case, unit_shape
@@ -17,7 +16,6 @@ NAME = "units.csv"
 EAGER = "eager"
 SUITE = "launches"
 """Of the cases: no suite of `sk-triton bench`."""
-PASSES_OF_FLOOR = 2
 _SUBJECTS = {"paper": PAPER, "classic": SEED}
 
 
@@ -34,7 +32,7 @@ class UnitTime:
     @property
     def floor_seconds(self) -> float:
         """Reading the input and writing the output once, at the rate of a copy."""
-        return PASSES_OF_FLOOR * self.case.tensor_bytes / self.gpu.memory_bytes_per_s
+        return passes.FLOOR * self.case.tensor_bytes / self.gpu.memory_bytes_per_s
 
 
 def load(path: Path) -> list[UnitTime]:
@@ -98,7 +96,7 @@ def markdown(times: Sequence[UnitTime]) -> str:
 def schedule_seconds(times: Sequence[UnitTime], subject: str, dtype: str) -> dict[Case, dict[str, float]]:
     """Of a unit in inference: each case's seconds by schedule, eager's among them."""
     return {
-        case: {name: t.seconds for name, t in schedules.items() if name in (*SCHEDULES, EAGER)}
+        case: {name: time.seconds for name, time in schedules.items()}
         for case, schedules in by_case(times).items()
         if (case.subject, case.dtype, case.direction) == (subject, dtype, INFERENCE)
     }

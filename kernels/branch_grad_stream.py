@@ -11,7 +11,7 @@ and into the order that the data gradient wants. Each warp of a program does so 
 import triton
 import triton.language as tl
 
-from .channel_blocks import LAST_FIRST, in_image_order, load_weight_operands, split_columns
+from .channel_blocks import in_image_order, joined_columns, load_weight_operands, split_columns
 from .grad_tiling import load_terms, moved, replaced, row_gradient, transposed
 from .tiling import part_elements, widen
 
@@ -29,9 +29,8 @@ def input_points(x_ptr, offs, mask):
     """
     # A thread's 8 adjacent elements are (half of the channels, pair, parity): each half is a right operand.
     BLOCKS: tl.constexpr = offs.shape[1]
-    tile = tl.load(x_ptr + offs, mask=mask, other=0.0)
-    tile = tl.reshape(tile, [tile.shape[0], BLOCKS, tile.shape[2], 4, 2, 2, 2])
-    tile = tl.permute(tile, (1, 5, 3, 6, 0, 2, 4)) if LAST_FIRST else tl.permute(tile, (1, 5, 3, 6, 2, 0, 4))
+    tile = joined_columns(tl.load(x_ptr + offs, mask=mask, other=0.0))
+    tile = tl.permute(tl.reshape(tile, [BLOCKS, RUNS, 4, 2, 2, 2]), (0, 4, 2, 5, 1, 3))
     return tl.split(tl.reshape(tile, [BLOCKS, 16, RUNS, 2]))
 
 

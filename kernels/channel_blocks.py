@@ -25,12 +25,19 @@ def split_columns(COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def joined_columns(tile):
+    """A tile with its columns in order. [BLOCKS, columns, elements]"""
+    tile = tl.permute(tile, (1, 0, 2, 3)) if LAST_FIRST else tl.permute(tile, (1, 2, 0, 3))
+    return tl.reshape(tile, [tile.shape[0], tile.shape[1] * tile.shape[2], tile.shape[3]])
+
+
+@triton.jit
 def right_operands(tile):
     """`tile [2, BLOCKS, columns / 2, 16]` as right operands, as `tiling.right_operand`. [BLOCKS, 16, columns]"""
-    BLOCKS: tl.constexpr = tile.shape[1]
-    COLUMNS: tl.constexpr = tile.shape[0] * tile.shape[2]
-    tile = tl.reshape(tile, [tile.shape[0], BLOCKS, tile.shape[2], 4, 2, 2])
-    tile = tl.permute(tile, (1, 4, 3, 5, 0, 2)) if LAST_FIRST else tl.permute(tile, (1, 4, 3, 5, 2, 0))
+    tile = joined_columns(tile)
+    BLOCKS: tl.constexpr = tile.shape[0]
+    COLUMNS: tl.constexpr = tile.shape[1]
+    tile = tl.permute(tl.reshape(tile, [BLOCKS, COLUMNS, 4, 2, 2]), (0, 3, 2, 4, 1))
     return tl.reshape(tile, [BLOCKS, 16, COLUMNS])
 
 

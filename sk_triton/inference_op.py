@@ -1,8 +1,8 @@
 """The unit in inference as an operator of ``torch.library``: opaque to ``torch.compile``, planned when it runs.
 
-An operator sees tensors and knows no layer: packed weights are shared by all calls on the same parameters. They are
-made anew at every call where weights are no parameters, since compiled code computes in memory that it uses again
-without counting versions.
+An operator sees tensors and knows no layer: packed weights are shared by all calls on the same parameters and
+statistics. They are made anew at every call where one of the former is no ``nn.Parameter``: compiled code computes in
+memory that it uses again without counting versions.
 """
 
 from __future__ import annotations
@@ -92,5 +92,7 @@ def _unit(flat: Sequence[Any], epsilons: Sequence[float]) -> tuple[tuple[Branch,
 
 
 def _cache_of(branches: Sequence[Branch], gate: Gate, tensors: Sequence[Tensor]) -> PackCache | None:
-    weights = [*[branch.weight for branch in branches], gate.reduce_weight, *gate.select_weight]
-    return shared_cache(tensors) if all(isinstance(weight, nn.Parameter) for weight in weights) else None
+    norms: list[Any] = [*[branch.norm for branch in branches], gate.norm]
+    statistics = {id(t) for norm in norms if norm is not None for t in (norm.running_mean, norm.running_var)}
+    are_kept = all(isinstance(t, nn.Parameter) or id(t) in statistics for t in tensors)
+    return shared_cache(tensors) if are_kept else None

@@ -114,9 +114,9 @@ class PackCache:
                 "a CUDA graph is being captured and the layer's weights are not packed: "
                 "call the layer once on such an input before the capture"
             )
-        packed = lasting(build, sources[0].device)
         if not is_counted:
-            return packed
+            return build()
+        packed = lasting(build, sources[0].device)
         stream = None
         if sources[0].is_cuda:
             stream = torch.cuda.current_stream(sources[0].device)

@@ -5,24 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
 Map = Callable[[Tensor], Tensor]
 
 
 class FrozenNorm(NamedTuple):
-    """An eval-mode batch norm as its tensors ``[C]``, for operators, which take no modules."""
+    """An eval-mode batch norm as its tensors ``[C]``, for operators, which take no modules: folded, never called."""
 
     running_mean: Tensor
     running_var: Tensor
     weight: Tensor | None
     bias: Tensor | None
     eps: float
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Equivalent to ``nn.BatchNorm2d`` in eval mode."""
-        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 class Branch(NamedTuple):

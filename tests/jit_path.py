@@ -82,11 +82,13 @@ def gradient_launches():
 
 
 def different(launches):
-    """The first launch of each kernel, task and dtype: binding and hashing know no more."""
+    """The first launch of each kernel, task, and types of arguments and constexprs: what differs but in values is bound
+    and hashed alike."""
     seen = set()
     for launch in launches:
-        dtypes = tuple(a.dtype for a in launch.arguments if isinstance(a, torch.Tensor))
-        kind = launch.kernel.fn.__name__, launch.constexprs.get("TASK"), dtypes
+        dtypes = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in launch.arguments)
+        types = tuple((name, type(value)) for name, value in sorted(launch.constexprs.items()))
+        kind = launch.kernel.fn.__name__, launch.constexprs.get("TASK"), dtypes, types
         if kind not in seen:
             seen.add(kind)
             yield launch

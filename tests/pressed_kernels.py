@@ -15,6 +15,7 @@ PRESSED = (
     ("sm_90", "stage 2, stride 2", "resident"),
     ("sm_80", "stage 3, stride 2", "resident"),
     ("sm_89", "stage 3", "resident"),
+    ("sm_100", "stage 3", "resident"),
     ("sm_90", "12 channels per group", "recompute"),
     ("sm_89", "12 channels per group", "resident"),
     ("sm_120", "12 channels per group", "resident"),

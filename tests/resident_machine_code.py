@@ -23,7 +23,7 @@ def keep(*args, **kwargs):
 
 bench_compile.triton.compile = keep
 for chip in sys.argv[1:]:
-    # Columns, which take a minute to compile, on the one chip that has run the kernel.
+    # Columns, which take a minute to compile, on the one chip that has run the kernel; `pressed_kernels.py` has others.
     for channels, size in ((128, 56), (512, 14)) if chip == "sm_90" else ((128, 56),):
         workload = Workload(paper_unit(channels), 128, size, size, torch.float16, CHIPS[chip])
         _, (launch,), _ = planned_steps("resident", workload)

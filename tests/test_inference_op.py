@@ -114,11 +114,11 @@ def test_changed_parameters_are_noticed(change, x, packs):
 
 
 @needs_cpp
-def test_weights_that_compiled_code_computes_are_packed_at_every_call(x):
+@pytest.mark.parametrize("name", ["paths.1.conv.weight", "paths.0.bn.weight"])
+def test_weights_that_compiled_code_computes_are_packed_at_every_call(name, x):
     """Inductor computes one weight in the memory of another, and counts no version."""
     layer = paper()
-    name = "paths.1.conv.weight"
-    weight = layer.paths[1].conv.weight.detach()
+    weight = layer.get_parameter(name).detach()
 
     def chain(x, weight):
         u = torch.func.functional_call(layer, {name: weight * 2}, x)

@@ -10,6 +10,8 @@ import sk_triton
 from sk_triton import SelectiveKernel, SKConv, training_ops, use_backend
 from sk_triton.bench.host import stubbed_launches
 
+from .versions import HAS_NARROW_PRODUCTS
+
 pytestmark = pytest.mark.interpret
 
 # Of views and of memory that is not written: nothing runs on the GPU.
@@ -70,5 +72,5 @@ def test_a_step_runs_few_small_operators(name, dtype, monkeypatch):
             step()
     assert started
     counting.counts.subtract(ones_like=1)
-    most += torch.torch_version.TorchVersion(torch.__version__) < "2.11"  # statistics are copied by one more
+    most += not HAS_NARROW_PRODUCTS  # there the library computes the branches' gradients
     assert 0 < counting.counts.total() <= most, counting.counts.most_common()
