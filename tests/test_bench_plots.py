@@ -1,9 +1,8 @@
-"""The pictures of a run: colours, words, what stands beside what, and that nothing overlaps."""
+"""The pictures of a run: colours, words and what stands beside what."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
 
 import matplotlib
@@ -11,114 +10,22 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
-from matplotlib.text import Text
 
 from sk_triton.bench import plots, results
 from sk_triton.bench.export import SAVING_INPUT
-from sk_triton.bench.plots import bars, card, roofline, scaling, several, style
+from sk_triton.bench.plots import roofline, scaling, several, style
 from sk_triton.bench.shapes import PAPER, SEED
 
+from .drawn_pictures import (
+    OBJECTIONS,
+    SUITES,
+    a_run,
+    assert_texts_are_apart,
+    drawn_texts,
+    figures,
+    words,
+)
 from .synthetic_results import FORMS, SOURCES, a_stamp, form_label, some_results, with_status
-
-SUITES = ("layer", "train", "model", "sweep", "host", "scaling")
-OBJECTIONS = ("wrong result: sk_triton, NCHW in a case", "104% of the copy bandwidth", "3 tests failed")
-
-
-def without_timings(run):
-    """As the suite "host" leaves its records."""
-    records = [
-        dataclasses.replace(record, timing=None, warm=None, memory=None)
-        for record in run.records
-        if record.role != results.FLOOR
-    ]
-    return dataclasses.replace(run, records=tuple(records))
-
-
-def a_run(suite, device_type="cuda", **options):
-    if suite in ("layer", "train"):
-        options = {"stages": (1, 3), **options}
-    if device_type == "cpu":
-        options = {"dtypes": ("fp32",), "batches": (1, 8), **options}
-    if suite == "host":
-        return without_timings(some_results(suite, device_type, **{"batches": (1,), **options}))
-    return some_results(suite, device_type, **options)
-
-
-def figures(run, all_forms=False):
-    return {name: draw() for name, draw in plots.pictures(run, all_forms).items()}
-
-
-def drawn_texts(figure) -> list[Text]:
-    """Every text that shows."""
-    figure.canvas.draw()
-    unseen: set[int] = set()
-    for ax in figure.axes:
-        for axis in (ax.xaxis, ax.yaxis):
-            low, high = sorted(axis.get_view_interval())
-            unseen |= {
-                id(label)
-                for tick in axis.get_major_ticks()
-                if not (ax.axison and low <= tick.get_loc() <= high)
-                for label in (tick.label1, tick.label2)
-            }
-    texts = figure.findobj(lambda artist: isinstance(artist, Text))
-    return [
-        text for text in texts if text.get_visible() and text.get_text().strip() and id(text) not in unseen
-    ]
-
-
-def words(figure) -> str:
-    return "\n".join(text.get_text() for text in drawn_texts(figure))
-
-
-def box_of(text):
-    """The text itself, without the badge around it."""
-    box = Text.get_window_extent(text)
-    return box.padded(-1.0)
-
-
-def assert_texts_are_apart(figure):
-    texts = [(text, box_of(text)) for text in drawn_texts(figure) if text.get_rotation() in (0, 90)]
-    page = figure.bbox
-    for text, box in texts:
-        inside = page.x0 <= box.x0 and box.x1 <= page.x1 and page.y0 <= box.y0 and box.y1 <= page.y1
-        assert inside, f"{text.get_text()!r} leaves the card"
-    for (one, box), (other, other_box) in itertools.combinations(texts, 2):
-        assert not box.overlaps(other_box), f"{one.get_text()!r} and {other.get_text()!r} overlap"
-
-
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-@pytest.mark.parametrize("suite", SUITES)
-def test_no_label_overlaps_another_or_leaves_the_card(suite, device_type):
-    for figure in figures(a_run(suite, device_type)).values():
-        assert_texts_are_apart(figure)
-
-
-def test_a_crowd_of_providers_is_still_apart():
-    run = some_results(dtypes=("fp32",), stages=(1,), every=True)
-    run = with_status(run, 3, results.OUT_OF_MEMORY)
-    for figure in figures(dataclasses.replace(run, objections=OBJECTIONS), all_forms=True).values():
-        assert_texts_are_apart(figure)
-
-
-def test_host_costs_of_many_cases_are_still_apart():
-    for figure in figures(a_run("host", batches=(1, 8, 32, 128, 256))).values():
-        assert_texts_are_apart(figure)
-
-
-def test_long_names_are_wrapped():
-    stamp = a_stamp(device="A Very Long Name of a Graphics Processing Unit " * 3, driver="1.2.3 " * 12)
-    run = some_results(stages=(1,), batches=(1, 8), stamp=stamp, objections=("an objection " * 40,))
-    for figure in figures(run).values():
-        assert_texts_are_apart(figure)
-
-
-def test_the_overlap_check_sees_an_overlap():
-    figure = next(iter(figures(some_results(stages=(1,))).values()))
-    figure.text(0.1, 0.9, "a new label")
-    figure.text(0.12, 0.9, "another label")
-    with pytest.raises(AssertionError, match="overlap"):
-        assert_texts_are_apart(figure)
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -386,20 +293,3 @@ def test_an_objection_against_one_of_several_runs_ends_the_comparison():
     text = words(several.draw([sound, doubted], best))
     assert "No speed is claimed" in text
     assert "= 1x" not in text
-
-
-def test_text_is_measured_as_it_is_drawn():
-    figure = next(iter(figures(some_results(stages=(1,))).values()))
-    text = figure.text(0.5, 0.5, "A label of some length, 128@56²", fontsize=8)
-    inches = Text.get_window_extent(text, figure.canvas.get_renderer()).width / figure.dpi
-    assert card.text_width(text.get_text(), 8) == pytest.approx(inches, rel=0.05)
-
-
-def test_a_bar_without_room_keeps_its_number_only_if_it_matters():
-    run = some_results(stages=(1,), batches=(8,))
-    record = run.records[0]
-    group = [bars.Bar(record, 1.0, f"{n}{n}{n}", important=n == 7) for n in range(10)]
-    figure, ((ax,),) = card.draw_card(card.Words("t", "s", [["f"]]), [], card.Grid((1.0,)))
-    bars.draw_bars(ax, [group] * 12, 6.0)
-    shown = {text.get_text() for text in drawn_texts(figure)} & {bar.number for bar in group}
-    assert shown == {"777"}
