@@ -96,6 +96,8 @@ def compile_launch(launch: Launch, target: str) -> Resources:
         elif isinstance(value, tuple):
             signature[name] = tuple(map(_pointer, value))
             aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
+        elif isinstance(value, float):
+            signature[name] = "fp32"
         elif kernel.params[i].do_not_specialize:
             signature[name] = "i64" if value >= 2**31 else "i32"
         elif value == 1:

@@ -80,8 +80,9 @@ def training_unit(spec: SKSpec, branches: list[Branch], gate: Gate) -> TrainingU
 def step(unit: TrainingUnit, plan: Plan, save: Save, x: Tensor, dv: Tensor) -> tuple[Tensor, list[Tensor]]:
     """A unit's output, and the gradients of x and of those of ``UnitTensors.flat()`` that it has."""
     from sk_triton.schedules import train
+    from sk_triton.steps import Tape
 
-    outputs = train.forward(x, unit, plan, save=save)
+    outputs = train.forward(x, unit, plan, save=save, tape=Tape())
     needs = [True] * (1 + sum(tensor is not None for tensor in unit.tensors.flat()))
     saved = train.Saved(*outputs[FIRST_SAVED:])
-    return outputs[0], train.backward(dv, x, unit, plan, saved, needs)
+    return outputs[0], train.backward(dv, x, unit, plan, saved, needs, Tape())

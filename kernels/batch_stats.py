@@ -48,11 +48,11 @@ def tile_moments_fwd_kernel(
 
 @triton.jit(do_not_specialize=("ROWS", "TILES"))
 def combine_moments_fwd_kernel(
-    moments_ptr, mean_ptr, var_ptr,
-    ROWS, C, TILES,
+    moments_ptr, mean_ptr, rstd_ptr, var_ptr,
+    ROWS, C, TILES, epsilon, correction,
     BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and biased variance of one branch from the moments of its tiles, BLOCK_T tiles at a time.
+    """Mean, 1 / deviation and variance of one branch from the moments of its tiles, BLOCK_T tiles at a time.
 
     A lane takes every BLOCK_T-th tile, from its first one's mean on: a large mean costs no digits.
     """
@@ -83,7 +83,9 @@ def combine_moments_fwd_kernel(
     mean, m2 = lane_moments(pivot, total, squares, count)
     mean, m2, _ = join_moments(mean, m2 + within, count, 0)
     tl.store(mean_ptr + m * C + c, mean, mask=mask_c)
-    tl.store(var_ptr + m * C + c, m2 / ROWS, mask=mask_c)
+    var = m2 / ROWS
+    tl.store(rstd_ptr + m * C + c, 1.0 / tl.sqrt_rn(var + epsilon), mask=mask_c)
+    tl.store(var_ptr + m * C + c, var * correction, mask=mask_c)
 
 
 def moment_tiles(pixels: int, config: ReductionConfig) -> int:
@@ -106,16 +108,25 @@ def tile_moments_fwd(y: torch.Tensor, moments: torch.Tensor, *, config: Reductio
 
 
 def combine_moments_fwd(
-    moments: torch.Tensor, mean: torch.Tensor, var: torch.Tensor, *, pixels: int
+    moments: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    var: torch.Tensor,
+    *,
+    pixels: int,
+    epsilon: float,
+    is_unbiased: bool,
 ) -> Launch:
-    """Write `mean` and biased `var`, `[M, C]` fp32, over `pixels` pixels from `moments [M, 3, TILES, C]`."""
+    """Write `mean`, `rstd = 1 / sqrt(biased variance + epsilon)` and the variance `var`, `[M, C]` fp32, over `pixels`
+    pixels from `moments [M, 3, TILES, C]`."""
     m, _, tiles, c = moments.shape
     # 8 sums of each kind a thread; adjacent channels share a sector of memory.
     block_t = max(16, min(512, next_power_of_2(tiles)))
+    correction = pixels / max(1, pixels - 1) if is_unbiased else 1.0
     return Launch(
         combine_moments_fwd_kernel,
         (cdiv(c, 8), m),
-        (moments, mean, var, pixels, c, tiles),
+        (moments, mean, rstd, var, pixels, c, tiles, float(epsilon), correction),
         {"BLOCK_T": block_t, "BLOCK_C": 8},
         {"num_warps": max(1, block_t // 32)},
         (cdiv(tiles, block_t) - 1,),

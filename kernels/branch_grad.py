@@ -190,8 +190,8 @@ def _prepared(
 def reduce_weight_grad(
     partial: torch.Tensor, dw: Sequence[torch.Tensor], *, shape: ConvShape, config: GradConfig
 ) -> tuple[Launch, ...]:
-    """Weight gradients `dw[m] [c_out, c_in / groups, k, k]` (contiguous) from the summands of `branch_grad`, a launch
-    for each branch. The order of the summation is fixed.
+    """Weight gradients `dw[m] [c_out, c_in / groups, k, k]`, of any dtype and strides, from the summands of
+    `branch_grad`, a launch for each branch. The order of the summation is fixed.
     """
     terms, count, _, block_co, group_ci = partial.shape
     blocks = grad_blocks(shape, config)
@@ -199,6 +199,7 @@ def reduce_weight_grad(
     for kernel, out in zip(shape.kernels, dw, strict=True):
         entries = count * kernel * kernel * block_co * group_ci
         constexprs = {
+            "KERNEL": kernel,
             "TAPS": kernel * kernel,
             "TAPS_BEFORE": before,
             "STRIDE_BLOCK": partial.stride(1),
@@ -214,7 +215,7 @@ def reduce_weight_grad(
             Launch(
                 branch_grad_reduce_kernel,
                 (cdiv(entries, 32),),
-                (partial, out, terms, entries, shape.groups, partial.stride(0)),
+                (partial, out, terms, entries, shape.groups, partial.stride(0), *out.stride()),
                 constexprs,
                 {"num_warps": 4},
             )

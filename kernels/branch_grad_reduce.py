@@ -7,15 +7,13 @@ import triton.language as tl
 @triton.jit(do_not_specialize=("TERMS", "ENTRIES"))
 def branch_grad_reduce_kernel(
     partial_ptr, dw_ptr,
-    TERMS, ENTRIES, GROUPS, stride_term,
-    TAPS: tl.constexpr, TAPS_BEFORE: tl.constexpr, STRIDE_BLOCK: tl.constexpr,
+    TERMS, ENTRIES, GROUPS, stride_term, stride_co, stride_ci, stride_ky, stride_kx,
+    KERNEL: tl.constexpr, TAPS: tl.constexpr, TAPS_BEFORE: tl.constexpr, STRIDE_BLOCK: tl.constexpr,
     GROUPS_PER_BLOCK: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
     BLOCK_CO: tl.constexpr, CHUNKS_CO: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_E entries of one branch: the sum over `partial [TERMS, blocks, taps, BLOCK_CO, GROUP_CI]`, in the order of
-    the weights, `dw [C_out, GROUP_CI, TAPS]`.
-    """
+    """BLOCK_E entries of one branch: the sum over `partial [TERMS, blocks, taps, BLOCK_CO, GROUP_CI]`."""
     entry = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     ci = entry % GROUP_CI
     channel = entry // GROUP_CI % BLOCK_CO
@@ -34,4 +32,5 @@ def branch_grad_reduce_kernel(
             other=0.0,
         )
         acc += tl.sum(terms, axis=0)
-    tl.store(dw_ptr + (co * GROUP_CI + ci) * TAPS + tap, acc.to(dw_ptr.dtype.element_ty), mask=mask)
+    offs = co * stride_co + ci * stride_ci + tap // KERNEL * stride_ky + tap % KERNEL * stride_kx
+    tl.store(dw_ptr + offs, acc.to(dw_ptr.dtype.element_ty), mask=mask)

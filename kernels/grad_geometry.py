@@ -7,9 +7,11 @@ from functools import lru_cache
 import torch
 
 from .config import GradConfig, GradStreamConfig
+from .gather import gather_fwd
 from .geometry import ConvShape, cdiv
 from .lasting import lasting
-from .packing import axes, gathered
+from .launch import Launch
+from .packing import axes, gathered, in_memory, moved
 
 RUNS, HALO = 16, 2
 """Of `branch_grad_stream`: runs of two pixels that a tile's row has, and columns read beyond it on either side."""
@@ -111,12 +113,26 @@ def pack_grad_weights(
     return gathered(weights, *_gather(shape, config, first.dtype, first.device), dtype)
 
 
+def grad_weight_launch(
+    weights: Sequence[torch.Tensor], shape: ConvShape, config: GradConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, Launch]:
+    """What `pack_grad_weights` returns, and the launch that fills it; the weights as `in_memory` takes them."""
+    first = weights[0]
+    index, end = _gather(shape, config, first.dtype, first.device, in_memory(weights))
+    packed = first.new_empty(index.shape, dtype=dtype)
+    return packed, gather_fwd(weights, None, index, end, packed)
+
+
 @lru_cache(maxsize=256)
 def _gather(
-    shape: ConvShape, config: GradConfig, dtype: torch.dtype, device: torch.device
+    shape: ConvShape,
+    config: GradConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    strides: tuple[tuple[int, ...], ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each entry that `pack_grad_weights` returns comes from, in the weights, flat one after another, and behind
-    them the second tensor, of `dtype`: what is no weight."""
+    """Where each entry that `pack_grad_weights` returns comes from, in the weights, one after another as `in_memory`,
+    and behind them the second tensor, of `dtype`: what is no weight."""
     sizes = [shape.c_out * (shape.c_in // shape.groups) * kernel * kernel for kernel in shape.kernels]
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,6 +144,7 @@ def _gather(
             index, mask = _gather_index(shape, config, kernel)
             indices.append(torch.where(mask, index + sum(sizes[:m]), zero))
         index = torch.cat([torch.cat(indices, 1).reshape(-1), torch.arange(sum(sizes), zero, device="cpu")])
+        index = moved(index, shape, strides)
         return index.to(device), torch.cat([moves, moves.new_zeros(1)]).to(device, dtype)
 
     return lasting(build, device)

@@ -1,5 +1,6 @@
 """Convolution weights in the order the kernels read them."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
@@ -7,8 +8,10 @@ from itertools import pairwise
 import torch
 
 from .config import BranchConfig, ColumnConfig, DepthwiseConfig, MergedConfig, StreamConfig, WindowConfig
+from .gather import gather_fwd
 from .geometry import Blocking, ConvShape, blocking, row_run
 from .lasting import lasting
+from .launch import Launch
 from .merging import row_parts
 
 
@@ -24,10 +27,23 @@ def pack_branch_weights(
     `window_order`; those that `merged_conv_fwd`
     scales, in 16 bits, in that of `merging_order`.
     """
-    if isinstance(config, DepthwiseConfig):
-        return torch.cat([w.reshape(shape.c_out, -1).t().reshape(-1) for w in weights]).to(dtype)
     first = weights[0]
     return gathered(weights, *_gather(shape, config, dtype, first.dtype, first.device), dtype)
+
+
+def branch_weight_launch(
+    weights: Sequence[torch.Tensor],
+    shape: ConvShape,
+    config: BranchConfig,
+    dtype: torch.dtype,
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Launch]:
+    """What `pack_branch_weights` returns, and the launch that fills it; the weights as `in_memory` takes them. `scale
+    [M, C]` fp32 multiplies the outputs' channels."""
+    first = weights[0]
+    index, end = _gather(shape, config, dtype, first.dtype, first.device, in_memory(weights))
+    packed = first.new_empty(index.shape, dtype=dtype)
+    return packed, gather_fwd(weights, scale, index, end, packed)
 
 
 def gathered(
@@ -36,6 +52,39 @@ def gathered(
     """Entries of `weights`, flat one after another with `end` behind them, rounded to `dtype`. [entries of `index`]"""
     source = torch.cat([*(weight.reshape(-1) for weight in weights), end])
     return source.to(dtype).index_select(0, index)
+
+
+def in_memory(weights: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...] | None:
+    """How the weights `[c_out, fan_in, k, k]` lie in memory, which they fill: their strides; None if all are
+    contiguous.
+
+    Raises:
+        ValueError: a weight that is neither contiguous nor channels_last.
+    """
+    if all(weight.is_contiguous() for weight in weights):
+        return None
+    for weight in weights:
+        if not (weight.is_contiguous() or weight.is_contiguous(memory_format=torch.channels_last)):
+            raise ValueError(
+                f"weights must be contiguous or channels_last, got strides {weight.stride()} for shape "
+                f"{tuple(weight.shape)}"
+            )
+    return tuple(weight.stride() for weight in weights)
+
+
+def moved(index: torch.Tensor, shape: ConvShape, strides: tuple[tuple[int, ...], ...] | None) -> torch.Tensor:
+    """`index` into weights as they lie in memory, from one into contiguous weights; 32 bits wide."""
+    start = 0
+    found = index.clone()
+    for kernel, own in zip(shape.kernels, strides or (), strict=bool(strides)):
+        sizes = (shape.c_out, shape.c_in // shape.groups, kernel, kernel)
+        stop = start + math.prod(sizes)
+        is_own = (index >= start) & (index < stop)
+        coordinates = torch.unravel_index(index[is_own] - start, sizes)
+        places = sum(i * stride for i, stride in zip(coordinates, own, strict=True))
+        found[is_own] = start + places
+        start = stop
+    return found.to(torch.int32)
 
 
 def axes(sizes: tuple[int, ...]) -> list[torch.Tensor]:
@@ -120,20 +169,30 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
 
 @lru_cache(maxsize=256)
 def _gather(
-    shape: ConvShape, config: BranchConfig, dtype: torch.dtype, source: torch.dtype, device: torch.device
+    shape: ConvShape,
+    config: BranchConfig,
+    dtype: torch.dtype,
+    source: torch.dtype,
+    device: torch.device,
+    strides: tuple[tuple[int, ...], ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each entry that `pack_branch_weights` returns comes from, in the weights, flat one after another, and
-    behind them the second tensor, a zero of dtype `source`."""
-    layout = blocking(shape, config)
+    """Where each entry that `pack_branch_weights` returns comes from, in the weights, one after another as `in_memory`,
+    and behind them the second tensor, a zero of dtype `source`."""
     sizes = [shape.c_out * (shape.c_in // shape.groups) * kernel * kernel for kernel in shape.kernels]
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:
         indices = []
         for m in range(len(sizes)):
-            index, is_empty = _gather_index(shape, config, layout, m, dtype)
+            if isinstance(config, DepthwiseConfig):
+                index = torch.arange(sizes[m], device="cpu").view(shape.c_out, -1).t()
+                is_empty = torch.zeros(1, dtype=torch.bool, device="cpu")
+            else:
+                index, is_empty = _gather_index(shape, config, blocking(shape, config), m, dtype)
             indices.append(torch.where(is_empty, sum(sizes), index + sum(sizes[:m])))
-        zero = torch.zeros(1, dtype=source, device="cpu")
-        return torch.cat(indices, dim=1).reshape(-1).to(device), zero.to(device)
+        # Depthwise, one branch after another; else all branches of a block of channels.
+        axis = 0 if isinstance(config, DepthwiseConfig) else 1
+        index = moved(torch.cat(indices, axis).reshape(-1), shape, strides)
+        return index.to(device), torch.zeros(1, dtype=source, device="cpu").to(device)
 
     return lasting(build, device)
 

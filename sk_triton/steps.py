@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -15,6 +16,44 @@ from .plan import Plan
 
 Step = Launch | Callable[[], object]
 """One thing to run, mostly a kernel launch."""
+
+T = TypeVar("T", bound="Tensor | None")
+
+
+class Tape:
+    """Runs the steps of a call one by one, and keeps them: what :mod:`.replay` starts again.
+
+    Attributes:
+        steps, started: what was run, and what each step gave.
+        is_whole: False once the call computed something by other means, which starting the steps would leave out.
+    """
+
+    def __init__(self) -> None:
+        self.steps: list[Launch] = []
+        self.started: list[Any] = []
+        self.is_whole = True
+
+    def run(self, launch: Launch) -> None:
+        self.steps.append(launch)
+        self.started.append(launch())
+
+    def note_operators(self) -> None:
+        """Say that PyTorch's operators compute a part of the call."""
+        self.is_whole = False
+
+    def contiguous(self, tensor: T) -> T:
+        """The tensor, copied where it is not contiguous."""
+        if tensor is None or tensor.is_contiguous():
+            return tensor
+        self.note_operators()
+        return tensor.contiguous()
+
+    def filling_memory(self, weight: Tensor) -> Tensor:
+        """A weight ``[C, fan_in, k, k]``, copied where it is neither contiguous nor channels_last."""
+        if weight.is_contiguous(memory_format=torch.channels_last):
+            return weight
+        return self.contiguous(weight)
+
 
 # The gate walks the partial sums of a channel one tile after another; past this many a reduction of its own is faster.
 MAX_GATE_TILES = 64

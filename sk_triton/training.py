@@ -16,11 +16,12 @@ from .spec import SKSpec
 
 
 class UnitTensors(NamedTuple):
-    """The parameters of a unit with M branches, each None where the unit has none.
+    """The parameters of a unit with M branches, in their own shapes, each None where the unit has none.
 
     Attributes:
         weights, biases, gammas, betas: M each: of the convolutions and of their norms.
-        reduce_weight, reduce_bias, gate_gamma, gate_beta, select_weight, select_bias: as ``GateTensors``.
+        reduce_weight, reduce_bias, gate_gamma, gate_beta: as of :class:`.params.Gate` and its norm.
+        select_weights, select_biases: M each, of the branches, or one of all of them, one after another.
     """
 
     weights: tuple[Tensor, ...]
@@ -31,22 +32,23 @@ class UnitTensors(NamedTuple):
     reduce_bias: Tensor | None
     gate_gamma: Tensor | None
     gate_beta: Tensor | None
-    select_weight: Tensor
-    select_bias: Tensor | None
+    select_weights: tuple[Tensor, ...]
+    select_biases: tuple[Tensor | None, ...]
 
     def flat(self) -> list[Tensor | None]:
         """All in the order of the fields."""
         # Not `self[4:]`: Dynamo of torch 2.8 cannot trace slices of named tuples.
         gate = (self.reduce_weight, self.reduce_bias, self.gate_gamma, self.gate_beta)
-        select = (self.select_weight, self.select_bias)
+        select = (*self.select_weights, *self.select_biases)
         return [*self.weights, *self.biases, *self.gammas, *self.betas, *gate, *select]
 
     @classmethod
-    def from_flat(cls, values: Sequence[Any]) -> UnitTensors:
-        """The inverse of :meth:`flat`."""
-        m = (len(values) - 6) // 4
+    def from_flat(cls, values: Sequence[Any], m: int) -> UnitTensors:
+        """The inverse of :meth:`flat`, of a unit with `m` branches."""
         weights, biases, gammas, betas = (tuple(values[i * m : (i + 1) * m]) for i in range(4))
-        return cls(weights, biases, gammas, betas, *values[4 * m :])
+        gate, select = values[4 * m : 4 * m + 4], values[4 * m + 4 :]
+        half = len(select) // 2
+        return cls(weights, biases, gammas, betas, *gate, tuple(select[:half]), tuple(select[half:]))
 
 
 class NormSettings(NamedTuple):
@@ -114,25 +116,26 @@ def check_empty_batch(branches: Sequence[Branch], gate: Gate) -> None:
 
 
 def unit_tensors(branches: Sequence[Branch], gate: Gate) -> UnitTensors:
-    """The parameters as they are now; those of the gate in their canonical shapes."""
+    """The parameters as they are now."""
 
     def parameters(name: str) -> tuple[Tensor | None, ...]:
         return tuple([getattr(branch.norm, name, None) for branch in branches])
 
-    select_weight, select_bias = gate.select_weight, gate.select_bias
+    select_weights, select_biases = gate.select_weight, gate.select_bias or (None,) * len(gate.select_weight)
+    if len(select_weights) not in (1, len(branches)):
+        select_weights = (torch.cat([weight.flatten(1) for weight in select_weights]),)
+        select_biases = (None if gate.select_bias is None else torch.cat(gate.select_bias),)
     return UnitTensors(
         tuple([branch.weight for branch in branches]),
         tuple([branch.bias for branch in branches]),
         parameters("weight"),
         parameters("bias"),
-        gate.reduce_weight.flatten(1),
+        gate.reduce_weight,
         gate.reduce_bias,
         getattr(gate.norm, "weight", None),
         getattr(gate.norm, "bias", None),
-        torch.cat([w.flatten(1) for w in select_weight])
-        if len(select_weight) > 1
-        else select_weight[0].flatten(1),
-        None if select_bias is None else torch.cat(select_bias) if len(select_bias) > 1 else select_bias[0],
+        select_weights,
+        select_biases,
     )
 
 

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from .kernels.branch_conv import branch_conv_fwd, branch_train_fwd
 from .kernels.geometry import cdiv, tiles
-from .kernels.packing import pack_branch_weights
+from .kernels.norm_params import stack_vectors
+from .kernels.packing import branch_weight_launch
 from .library import inputs_of
 from .plan import BranchLaunch, Plan
 from .spec import SKSpec
+from .steps import Tape
 from .training import NormSettings, UnitTensors
 
 Moments = tuple[slice, Tensor]
@@ -31,26 +33,62 @@ class TrainingUnit(NamedTuple):
     norms: NormSettings
 
 
-class BranchNorm(NamedTuple):
-    """The branches' norms as the kernels read them, ``[M, C]`` fp32 each; all empty without norms.
+class BranchVectors(NamedTuple):
+    """Parameters of the branches' norms and convolutions as the kernels read them, fp32.
 
     Attributes:
-        affine: ``[2, M, C]``, beta and gamma.
+        stacked: ``[rows, C]``: beta of every branch and gamma of every branch, where they have norms, then the biases
+            of the convolutions, where these have some. Empty without either.
+        affine: its first rows, ``[2, M, C]``.
+        biases: its last ones, ``[M, C]``, or None.
     """
+
+    stacked: Tensor
+    affine: Tensor
+    biases: Tensor | None
+
+    @classmethod
+    def of(cls, stacked: Tensor, unit: TrainingUnit) -> BranchVectors:
+        m = unit.spec.num_branches
+        rows = 2 * m * unit.spec.branch_norm
+        affine = stacked[:rows].view(2, m, -1) if rows else stacked
+        return cls(stacked, affine, stacked[rows:] if stacked.shape[0] > rows else None)
+
+
+class BranchNorm(NamedTuple):
+    """The branches' norms as the kernels read them, ``[M, C]`` fp32 each; all empty without norms."""
 
     mean: Tensor
     rstd: Tensor
     gamma: Tensor
     beta: Tensor
-    affine: Tensor
-
-    @property
-    def operands(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What a kernel takes: all but `affine`."""
-        return self.mean, self.rstd, self.gamma, self.beta
 
 
-def convolve(x: Tensor, unit: TrainingUnit, plan: Plan) -> tuple[Tensor, list[Moments]]:
+def stack(unit: TrainingUnit, x: Tensor, tape: Tape) -> BranchVectors:
+    """The unit's vectors, from its parameters; 0 and 1 stand for those that a norm lacks."""
+    t, m = unit.tensors, unit.spec.num_branches
+    vectors: list[Tensor | None] = []
+    if unit.spec.branch_norm:
+        vectors += [*t.betas, *t.gammas]
+    vectors += [bias for bias in t.biases if bias is not None]
+    if not vectors:
+        return BranchVectors.of(x.new_empty(0, dtype=torch.float32), unit)
+    stacked = x.new_empty((len(vectors), unit.spec.out_channels), dtype=torch.float32)
+    defaults = [1.0 if m <= i < 2 * m else 0.0 for i in range(len(vectors))]
+    tape.run(stack_vectors([tape.contiguous(vector) for vector in vectors], defaults, stacked))
+    return BranchVectors.of(stacked, unit)
+
+
+def branch_norm(mean: Tensor, rstd: Tensor, vectors: BranchVectors, unit: TrainingUnit) -> BranchNorm:
+    if not unit.spec.branch_norm:
+        return BranchNorm(mean, rstd, mean, mean)
+    beta, gamma = vectors.affine.unbind(0)
+    return BranchNorm(mean, rstd, gamma, beta)
+
+
+def convolve(
+    x: Tensor, unit: TrainingUnit, plan: Plan, vectors: BranchVectors, tape: Tape
+) -> tuple[Tensor, list[Moments]]:
     """The branches' convolutions with their biases, of an input with adjacent channels.
 
     Returns:
@@ -61,35 +99,34 @@ def convolve(x: Tensor, unit: TrainingUnit, plan: Plan) -> tuple[Tensor, list[Mo
     h, w = spec.output_size(h_in, w_in)
     y = x.new_empty((spec.num_branches, n, h, w, spec.out_channels))
     if not plan.branch_launches:
+        tape.note_operators()
         _convolve_by_library(x, unit, y)
     found: list[Moments] = []
     for launch in plan.branch_launches:
         members = slice(launch.start, launch.stop)
         x_in = x[:, launch.start * spec.branch_in_channels :] if spec.split_input else x
-        packed, shift = operands(launch, unit, x.dtype)
+        packed, shift = operands(launch, unit, x.dtype, vectors, tape)
         settings = conv_settings(launch, plan)
         if launch.task == "train":
             moments = empty_moments(x, launch, unit)
-            branch_train_fwd(x_in, packed, shift, y[members], moments, **settings)()
+            tape.run(branch_train_fwd(x_in, packed, shift, y[members], moments, **settings))
             found.append((members, moments))
         else:
             tile_count = math.prod(tiles(launch.shape, launch.config, h, w))
             partial = x.new_empty((n, tile_count, spec.out_channels), dtype=torch.float32)
-            branch_conv_fwd(x_in, packed, shift, y[members], partial, has_relu=False, **settings)()
+            tape.run(branch_conv_fwd(x_in, packed, shift, y[members], partial, has_relu=False, **settings))
     return y, found
 
 
-def operands(launch: BranchLaunch, unit: TrainingUnit, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+def operands(
+    launch: BranchLaunch, unit: TrainingUnit, dtype: torch.dtype, vectors: BranchVectors, tape: Tape
+) -> tuple[Tensor, Tensor | None]:
     """Packed weights and biases ``[M, C]`` of the branches of a launch."""
     members = slice(launch.start, launch.stop)
-    packed = pack_branch_weights(unit.tensors.weights[members], launch.shape, launch.config, dtype)
-    return packed, stacked_biases(unit, members)
-
-
-def stacked_biases(unit: TrainingUnit, members: slice = slice(None)) -> Tensor | None:
-    """The biases ``[M, C]`` fp32 of some branches' convolutions, None where these have none."""
-    biases = [bias for bias in unit.tensors.biases[members] if bias is not None]
-    return torch.cat(biases).float().view(len(biases), -1) if biases else None
+    weights = [tape.filling_memory(weight) for weight in unit.tensors.weights[members]]
+    packed, gather = branch_weight_launch(weights, launch.shape, launch.config, dtype)
+    tape.run(gather)
+    return packed, None if vectors.biases is None else vectors.biases[members]
 
 
 def conv_settings(launch: BranchLaunch, plan: Plan) -> dict[str, Any]:
@@ -106,18 +143,18 @@ def empty_moments(x: Tensor, launch: BranchLaunch, unit: TrainingUnit) -> Tensor
 
 
 def sums_over_pixels(
-    kernel: Any, inputs: Sequence[Tensor], count: int, y: Tensor, unit: TrainingUnit, plan: Plan
+    kernel: Any, inputs: Sequence[Tensor], count: int, y: Tensor, unit: TrainingUnit, plan: Plan, tape: Tape
 ) -> Tensor:
-    """The `count` sums over the pixels of ``y``, ``[count, N, M, C]`` fp32, of a kernel that takes them by tiles."""
+    """The `count` sums over the pixels of ``y``, ``[count, tiles, N, M, C]`` fp32, of a kernel that takes them by
+    tiles."""
     config = plan.reduction
     assert config is not None
     m, n, h, w, c = y.shape
     tile_count = cdiv(h * w, config.BLOCK_P * config.STEPS)
     partial = y.new_empty((count, tile_count, n, m, c), dtype=torch.float32)
-    kernel(
-        *inputs, *partial.unbind(0), has_norm=unit.spec.branch_norm, has_relu=plan.has_relu, config=config
-    )()
-    return partial.squeeze(1) if tile_count == 1 else partial.sum(1)
+    settings = {"has_norm": unit.spec.branch_norm, "has_relu": plan.has_relu, "config": config}
+    tape.run(kernel(*inputs, *partial.unbind(0), **settings))
+    return partial
 
 
 def _convolve_by_library(x: Tensor, unit: TrainingUnit, y: Tensor) -> None:

@@ -94,10 +94,11 @@ def _results(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def _run_forward(x: Tensor, unit: TrainingUnit, save: str) -> list[Tensor]:
     from .dispatch import workload_of
     from .schedules import train
+    from .steps import Tape
     from .training_plan import plan_training
 
     with undisturbed(x):
-        return train.forward(x, unit, plan_training(workload_of(x, unit.spec), save), save=save)
+        return train.forward(x, unit, plan_training(workload_of(x, unit.spec), save), save=save, tape=Tape())
 
 
 def _run_backward(
@@ -105,11 +106,12 @@ def _run_backward(
 ) -> list[Tensor]:
     from .dispatch import workload_of
     from .schedules import train
+    from .steps import Tape
     from .training_plan import plan_training
 
     with undisturbed(x):
         plan = plan_training(workload_of(x, unit.spec), "branches")
-        return train.backward(dv, x, unit, plan, train.Saved(*saved), needs)
+        return train.backward(dv, x, unit, plan, train.Saved(*saved), needs, Tape())
 
 
 @contextlib.contextmanager
@@ -191,10 +193,21 @@ def _(x, params, running, has, spec, kinds, epsilons, groups, save):
     variances = [sums(m, c, when="b" in branch_kinds), sums(d, when=gate_kind != "-")]
     y = x.new_empty((m, n, h, w, c) if is_kept else (0,))
     statistics = [sums(m, c, when=has_norm), sums(m, c, when=has_norm), sums(m, when=any(branch_groups))]
-    affine = sums(2 * m * c * has_norm + 2 * d * has_gate_norm)
+    rows = 2 * m * has_norm + sum(has[m : 2 * m])
+    vectors = sums(rows, c, when=rows > 0)
     gate = [sums(n, c), sums(n, d), sums(n, d), *(sums(d, when=has_gate_norm) for _ in range(2))]
     size = sums(when=bool(gate_group))
-    return [v, *variances, y, *statistics, affine, sums(2, n, m, c, when=is_kept), *gate, size, sums(n, m, c)]
+    return [
+        v,
+        *variances,
+        y,
+        *statistics,
+        vectors,
+        sums(2, n, m, c, when=is_kept),
+        *gate,
+        size,
+        sums(n, m, c),
+    ]
 
 
 @unit_bwd.register_fake
@@ -214,7 +227,8 @@ def _unit(
     from .training_branches import TrainingUnit
 
     remaining = iter(params)
-    tensors = UnitTensors.from_flat([next(remaining) if present else None for present in has])
+    values = [next(remaining) if present else None for present in has]
+    tensors = UnitTensors.from_flat(values, spec.num_branches)
     return TrainingUnit(spec, tensors, tuple(running), norms)
 
 

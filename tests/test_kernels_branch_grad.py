@@ -95,7 +95,11 @@ def run(x, dv, y, weights, terms, shape, config, *, has_relu):
     )
     dx = guarded[1:-1, :, 1:-1, 1:-1]
     partial = torch.full(partial_shape(shape, config, n, h, w), math.nan)
-    dw = [torch.full(weight.shape, math.nan) for weight in weights]
+    formats = [torch.contiguous_format, torch.channels_last]
+    dw = [
+        torch.full(weight.shape, math.nan).contiguous(memory_format=formats[m % 2])
+        for m, weight in enumerate(weights)
+    ]
     packed = pack_grad_weights(weights, shape, config, x.dtype)
     launches = branch_grad(
         x, dv, y, terms, packed, dx, partial, shape=shape, has_relu=has_relu, config=config

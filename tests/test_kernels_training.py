@@ -20,6 +20,7 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 SHAPES = pytest.mark.parametrize("shape", [(2, 3, 5, 7, 20), (3, 1, 1, 9, 1)], ids=str)
 # A thread loads more pixels at a time than it has sums.
 CONFIG = ReductionConfig(BLOCK_P=8, BLOCK_C=64, STEPS=3, num_warps=1)
+EPSILON = 1e-5
 
 
 def launch(prepared, **tensors):
@@ -62,9 +63,10 @@ def statistics(y):
     count = moment_tiles(n * h * w, CONFIG)
     moments = nans(m, 3, count, c)
     launch(tile_moments_fwd(y, moments, config=CONFIG), y=y, moments=moments)
-    mean, var = nans(m, c), nans(m, c)
-    launch(combine_moments_fwd(moments, mean, var, pixels=n * h * w), moments=moments, mean=mean, var=var)
-    return mean, var
+    found = {"mean": nans(m, c), "rstd": nans(m, c), "var": nans(m, c)}
+    settings = {"pixels": n * h * w, "epsilon": EPSILON, "is_unbiased": False}
+    launch(combine_moments_fwd(moments, *found.values(), **settings), moments=moments, **found)
+    return found["mean"], found["var"], found["rstd"]
 
 
 @DTYPES
@@ -73,8 +75,9 @@ def statistics(y):
 def test_batch_statistics(shape, dtype, offset):
     """A large mean costs no more of the variance than it takes to say the mean in fp32."""
     y = (offset + torch.randn(shape)).to(dtype)
-    mean, var = statistics(y)
+    mean, var, rstd = statistics(y)
     exact_var, exact_mean = torch.var_mean(y.double(), (1, 2, 3), correction=0)
+    torch.testing.assert_close(rstd.double(), (var.double() + EPSILON).rsqrt(), rtol=3e-7, atol=0)
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(var.double(), exact_var, rtol=6e-5 if offset else 2e-6, atol=1e-12)
 
@@ -85,11 +88,15 @@ def test_statistics_of_many_tiles():
 
     count, mean, m2 = torch.full((1, 1100, 3), 8.0), 30 + torch.randn(1, 1100, 3), torch.rand(1, 1100, 3)
     mean[0, 0, 1], mean[0, 0, 2] = 1e4, math.inf
-    moments, found, var = torch.stack([count, mean, m2], 1), nans(1, 3), nans(1, 3)
-    launch(combine_moments_fwd(moments, found, var, pixels=8800), moments=moments, mean=found, var=var)
+    moments, found, rstd, var = torch.stack([count, mean, m2], 1), nans(1, 3), nans(1, 3), nans(1, 3)
+    settings = {"pixels": 8800, "epsilon": 0.0, "is_unbiased": True}
+    combine = combine_moments_fwd(moments, found, rstd, var, **settings)
+    launch(combine, moments=moments, mean=found, rstd=rstd, var=var)
+    torch.testing.assert_close(rstd, (var * (8799 / 8800)).rsqrt(), equal_nan=True)
     exact = mean.double().mean(1)
     exact_var = (m2.double() / 8 + (mean.double() - exact[:, None]) ** 2).mean(1)
     torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)
+    exact_var *= 8800 / 8799
     torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=0, equal_nan=True)
 
 
@@ -97,7 +104,7 @@ def test_statistics_of_a_channel_with_a_bad_value():
     y = torch.randn(1, 2, 3, 4, 3)
     y[0, 1, 2, 3, 1] = math.nan
     y[0, 0, 0, 0, 2] = math.inf
-    mean, var = statistics(y)
+    mean, var, _ = statistics(y)
     assert mean.isfinite().tolist() == var.isfinite().tolist() == [[True, False, False]]
 
 
@@ -260,8 +267,8 @@ def test_convolutions_take_the_moments_of_what_they_store(name):
     )  # fmt: skip
     assert torch.equal(y, stored)
     assert (moments[:, 0].sum(1) == n * h * w).all()
-    mean, var = nans(m, c), nans(m, c)
-    combine_moments_fwd(moments, mean, var, pixels=n * h * w)()
+    mean, rstd, var = nans(m, c), nans(m, c), nans(m, c)
+    combine_moments_fwd(moments, mean, rstd, var, pixels=n * h * w, epsilon=EPSILON, is_unbiased=False)()
     exact_var, exact_mean = torch.var_mean(y.double(), (1, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=1e-11)

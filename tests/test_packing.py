@@ -9,9 +9,7 @@ from torch import nn
 
 import sk_triton.packing
 from sk_triton import SelectiveKernel, SKConv, plans, use_backend
-from sk_triton.kernels.config import DepthwiseConfig, StreamConfig, TapConfig
-from sk_triton.kernels.geometry import ConvShape, blocking
-from sk_triton.kernels.packing import pack_branch_weights
+from sk_triton.kernels.config import StreamConfig
 from sk_triton.packing import PackCache, fold_norm
 from sk_triton.tuning.lookup import Found, Source
 
@@ -221,28 +219,3 @@ def test_fold_norm(affine):
     scale, shift = fold_norm(norm, bias, 5, y)
     folded = y * scale[:, None, None] + shift[:, None, None]
     torch.testing.assert_close(folded, norm(y + bias[:, None, None]))
-
-
-@pytest.mark.parametrize(
-    ("shape", "config"),
-    [
-        (
-            ConvShape(15, 15, 5, (1, 3), (1, 2)),
-            StreamConfig(8, 8, 2, 8, RUN_H=4, RUN_W=2, BLOCKS_PER_PROGRAM=2),
-        ),
-        (ConvShape(16, 32, 2, (3, 5), (1, 1)), TapConfig(16, 8, 4, 4)),
-        (ConvShape(40, 24, 1, (3,), (1,)), TapConfig(16, 16, 4, 4, RUN_W=2)),
-        (ConvShape(9, 9, 9, (3, 5), (1, 1)), DepthwiseConfig(4, 2, 2)),
-    ],
-    ids=str,
-)
-def test_every_weight_is_packed_once_per_run_position(shape, config):
-    fan_in = shape.c_in // shape.groups
-    weights = [torch.rand(shape.c_out, fan_in, k, k) + 1 for k in shape.kernels]
-    packed = pack_branch_weights(weights, shape, config, torch.float64)
-    copies = 1 if isinstance(config, DepthwiseConfig) else config.RUN_W
-    assert packed.sum().item() == pytest.approx(copies * sum(w.double().sum().item() for w in weights))
-    assert packed.count_nonzero() == copies * sum(w.numel() for w in weights)
-    if not isinstance(config, DepthwiseConfig):
-        layout = blocking(shape, config)
-        assert packed.numel() == layout.blocks * layout.offsets[-1]

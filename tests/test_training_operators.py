@@ -38,12 +38,13 @@ class Counting(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-# A layer, what it saves, and the operators of a step at most; where images are large, two sums over tiles more.
+# A layer, what it saves, and the operators of a step at most: two update the running statistics, from which four casts
+# lead to fp16; the rest is the library's convolution.
 LAYERS = {
-    "paper": (lambda: SelectiveKernel(16, groups=4, split_input=False), "branches", 43),
-    "paper, input saved": (lambda: SelectiveKernel(16, groups=4, split_input=False), "input", 56),
-    "timm's default, stride 2": (lambda: SelectiveKernel(16, stride=2), "branches", 44),
-    "seed": (lambda: SKConv(16, M=2, G=4, r=4, L=8), "branches", 33),
+    "paper": (lambda: SelectiveKernel(16, groups=4, split_input=False), "branches", 6),
+    "paper, input saved": (lambda: SelectiveKernel(16, groups=4, split_input=False), "input", 6),
+    "timm's default, stride 2": (lambda: SelectiveKernel(16, stride=2), "branches", 11),
+    "seed": (lambda: SKConv(16, M=2, G=4, r=4, L=8), "branches", 0),
 }
 
 
@@ -72,5 +73,6 @@ def test_a_step_runs_few_small_operators(name, dtype, monkeypatch):
             step()
     assert started
     counting.counts.subtract(ones_like=1)
-    most += not HAS_NARROW_PRODUCTS  # there the library computes the branches' gradients
-    assert 0 < counting.counts.total() <= most, counting.counts.most_common()
+    if not HAS_NARROW_PRODUCTS:  # the library computes the branches' gradients, adds and copies them
+        most = max(most, 11)
+    assert counting.counts.total() <= most, counting.counts.most_common()

@@ -6,19 +6,36 @@ Forward: convolve, statistics, pool, gate, select. Backward: one reduction, the 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..distributed import gather_moments, sum_over
-from ..gate_training import GateNorm, GateState, GateTensors, gate_bwd, gate_fwd
+from ..gate_training import (
+    GateGrads,
+    GateNorm,
+    GateState,
+    GateTensors,
+    ParameterGrads,
+    gate_bwd,
+    gate_fwd,
+)
 from ..kernels.batch_stats import combine_moments_fwd
 from ..kernels.select_bwd import select_bwd
 from ..layout import empty_output, memory_format, with_adjacent_channels, with_spaced_pixels
 from ..plan import Plan
+from ..steps import Tape
 from ..training import UnitTensors
-from ..training_branches import BranchNorm, TrainingUnit, convolve, sums_over_pixels
+from ..training_branches import (
+    BranchVectors,
+    TrainingUnit,
+    branch_norm,
+    convolve,
+    stack,
+    sums_over_pixels,
+)
 from ..training_forward import FoldedBranches, StoredBranches
 from ..training_gradients import Upstream, branch_backward
 
@@ -30,7 +47,7 @@ class Saved(NamedTuple):
         y: ``[M, N, H', W', C]``, the branches' convolutions.
         mean, rstd: ``[M, C]`` fp32, of the norms; empty without them.
         sizes: ``[M]`` fp32, values behind each branch's statistics; empty where no group shares them.
-        affine: fp32, beta then gamma of every branch's norm, and of the gate's; nothing of norms that are not there.
+        vectors: ``BranchVectors.stacked``.
         sums: ``[2, N, M, C]``, active and pooled of `pooled_moments_fwd`. They and y are empty where they will be
             computed again.
         s, h, z, gate_mean, gate_rstd, gate_size, attention: :class:`.gate_training.GateState`.
@@ -40,7 +57,7 @@ class Saved(NamedTuple):
     mean: Tensor
     rstd: Tensor
     sizes: Tensor
-    affine: Tensor
+    vectors: Tensor
     sums: Tensor
     s: Tensor
     h: Tensor
@@ -51,188 +68,208 @@ class Saved(NamedTuple):
     attention: Tensor
 
 
-def forward(x: Tensor, unit: TrainingUnit, plan: Plan, *, save: str) -> list[Tensor]:
+def forward(x: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, tape: Tape) -> list[Tensor]:
     """The outputs of :func:`.training_ops.unit_fwd`."""
     v = empty_output(x, unit.spec)
     x = with_adjacent_channels(x)
-    branches = (FoldedBranches if plan.folded_launches else StoredBranches)(x, unit, plan)
-    mean, rstd, sizes, unbiased = _statistics(branches, v, unit)
-    affine = _affine(unit, v)
-    norm = _norm(mean, rstd, affine, unit)
-    s = branches.pool(norm)
-    state, gate_unbiased = gate_fwd(s, _gate_tensors(affine, unit), _gate_norm(unit), _gate_running(unit))
+    vectors = stack(unit, x, tape)
+    branches = (FoldedBranches if plan.folded_launches else StoredBranches)(x, unit, plan, vectors, tape)
+    mean, rstd, sizes, unbiased = _statistics(branches, v, unit, tape)
+    norm = branch_norm(mean, rstd, vectors, unit)
+    state, gate_unbiased, sums = gate_fwd(
+        branches.pool(norm),
+        branches.affine,
+        _gate_tensors(unit.tensors, unit.spec.num_branches, tape),
+        _gate_norm(unit),
+        _gate_running(unit),
+        branches=unit.spec.num_branches,
+        pixels=v.shape[2] * v.shape[3],
+        tape=tape,
+    )
     branches.select(norm, state.attention, v)
-    kept = (branches.y, branches.sums)
+    kept = (branches.y, sums)
     y, sums = kept if save == "branches" else (t.new_empty(0) for t in kept)
     # Outputs of an operator must not share memory.
-    return [v, unbiased, gate_unbiased, *Saved(y, mean, rstd, sizes, affine, sums, *state)]
+    return [v, unbiased, gate_unbiased, *Saved(y, mean, rstd, sizes, vectors.stacked, sums, *state)]
 
 
 def backward(
-    dv: Tensor, x: Tensor, unit: TrainingUnit, plan: Plan, saved: Saved, needs: list[bool]
+    dv: Tensor, x: Tensor, unit: TrainingUnit, plan: Plan, saved: Saved, needs: list[bool], tape: Tape
 ) -> list[Tensor]:
     """The outputs of :func:`.training_ops.unit_bwd`."""
     in_format = memory_format(x)
     x = with_adjacent_channels(x)
     dv = with_spaced_pixels(dv)
+    spec, m = unit.spec, unit.spec.num_branches
     y, sums = saved.y, saved.sums
-    norm = _norm(saved.mean, saved.rstd, saved.affine, unit)
-    if y.numel():
-        grads = sums_over_pixels(select_bwd, (dv, y, *norm.operands), 2, y, unit, plan)
-    else:
-        y, _ = convolve(x, unit, plan)
-        both = sums_over_pixels(select_bwd, (dv, y, *norm.operands), 4, y, unit, plan)
-        grads, sums = both[:2], both[2:]
-    m, n, h, w, _ = y.shape
-    state = GateState(*saved[6:])
-    # Of beta, then of gamma: what multiplies them, summed over pixels, is in `grads` and in `sums`.
-    d_attention = (grads * norm.affine[:, None]).sum(0) if unit.spec.branch_norm else grads[1]
-    gate = gate_bwd(d_attention, state, _gate_tensors(saved.affine, unit), _gate_norm(unit))
-    g = gate.s / (h * w)
-    a = state.attention
-    d_affine = torch.addcmul(a * grads, g[:, None], sums).sum(1)
-    dbeta, dgamma = d_affine.unbind(0)
-
-    parts = [needs[0], *_spread(needs[1:], unit)[:m]]
-    dx: Tensor | None = None
-    weights: list[Any] = [None] * m
-    if any(parts):
-        terms = _batch_terms(d_affine, n * h * w, saved.sizes, unit)
-        dx, weights = branch_backward(x, y, Upstream(dv, a, g, norm, *terms.unbind(0)), unit, plan, parts)
-    found = UnitTensors(
-        weights=tuple(weights),
-        biases=tuple(_bias_grads(dbeta, norm, unit)),
-        gammas=dgamma.unbind(0),
-        betas=dbeta.unbind(0),
-        reduce_weight=gate.reduce_weight,
-        reduce_bias=gate.reduce_bias,
-        gate_gamma=gate.gamma,
-        gate_beta=gate.beta,
-        select_weight=gate.select_weight,
-        select_bias=gate.select_bias,
+    vectors = BranchVectors.of(saved.vectors, unit)
+    norm = branch_norm(saved.mean, saved.rstd, vectors, unit)
+    is_kept = bool(y.numel())
+    if not is_kept:
+        y, _ = convolve(x, unit, plan, vectors, tape)
+    partial = sums_over_pixels(select_bwd, (dv, y, *norm), 2 if is_kept else 4, y, unit, plan, tape)
+    outputs, targets, copies = _destinations(unit, needs[1:])
+    kinds, groups = unit.norms.kinds[:m], unit.norms.groups.split(",")[:m]
+    gate = gate_bwd(
+        partial,
+        sums if is_kept else None,
+        vectors.affine if spec.branch_norm else None,
+        GateState(*saved[6:]),
+        (norm.rstd, norm.gamma),
+        _gate_tensors(unit.tensors, m, tape),
+        _gate_norm(unit),
+        _parameter_grads(targets, m, tape),
+        batch_norms=[kind == "b" for kind in kinds],
+        pixels=y.shape[2] * y.shape[3],
+        tape=tape,
     )
-    present = [
-        (p, value) for p, value in zip(unit.tensors.flat(), found.flat(), strict=True) if p is not None
-    ]
-    outputs, values = [], []
-    for (parameter, value), is_needed in zip(present, needs[1:], strict=True):
-        if is_needed:
-            assert value is not None
-            outputs.append(torch.empty_like(parameter))
-            values.append(value)
-    if outputs:
-        torch._foreach_copy_(outputs, values)
+    terms = gate.terms
+    if any(groups):
+        tape.note_operators()
+        terms = _shared_terms(gate, kinds, groups, saved.sizes)
+    dx: Tensor | None = None
+    if needs[0] or any(grad is not None for grad in targets.weights):
+        upstream = Upstream(dv, saved.attention, gate.pooled, norm, *terms.unbind(0))
+        dx = branch_backward(x, y, upstream, unit, plan, targets.weights, tape, needs_dx=needs[0])
+    if copies:
+        tape.note_operators()
+        torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
     return outputs if dx is None else [dx.contiguous(memory_format=in_format), *outputs]
 
 
 def _statistics(
-    branches: StoredBranches | FoldedBranches, v: Tensor, unit: TrainingUnit
+    branches: StoredBranches | FoldedBranches, v: Tensor, unit: TrainingUnit, tape: Tape
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Mean and 1 / deviation ``[M, C]`` that the norms take, values behind them ``[M]`` where a group shares them, and
     the unbiased variance ``[M, C]`` where it is the batch's; each empty elsewhere."""
     n, c, h, w = v.shape
     m, pixels = unit.spec.num_branches, n * h * w
     kinds, groups = unit.norms.kinds[:m], unit.norms.groups.split(",")[:m]
-    names = sorted({*groups} - {""})
+    epsilons = unit.norms.epsilons[:m]
 
-    def absent() -> Tensor:
-        return v.new_empty(0, dtype=torch.float32)  # one each: outputs of an operator must not share memory
+    def empty(*size: int) -> Tensor:  # one each: outputs of an operator must not share memory
+        return v.new_empty(size, dtype=torch.float32)
 
     if not unit.spec.branch_norm:
-        return absent(), absent(), absent(), absent()
-    mean, var = (v.new_empty((m, c), dtype=torch.float32) for _ in range(2))
-    sizes = mean.new_full((m,), pixels) if names else absent()
+        return empty(0), empty(0), empty(0), empty(0)
+    mean, rstd, var = empty(m, c), empty(m, c), empty(m, c)
     if "b" in kinds:
         for members, moments in branches.moments():
-            combine_moments_fwd(moments, mean[members], var[members], pixels=pixels)()
-    if names:
-        own_mean, own_var = mean.clone(), var.clone()
-        for name in names:
-            sharing = [i for i, group in enumerate(groups) if group == name]
-            joined = gather_moments(own_mean, own_var, pixels, name)
-            for i in sharing:
-                mean[i], var[i], sizes[i] = joined[0][i], joined[1][i], joined[2]
+            for part in _of_equal(epsilons, members):
+                own = moments[part.start - members.start : part.stop - members.start]
+                combine = combine_moments_fwd(
+                    own, mean[part], rstd[part], var[part], pixels=pixels, epsilon=epsilons[part.start],
+                    is_unbiased=not any(groups),
+                )  # fmt: skip
+                tape.run(combine)
+    sizes = empty(0)
+    if any(groups):
+        tape.note_operators()
+        var, sizes = _share(mean, rstd, var, pixels, groups, epsilons)
     for i, kind in enumerate(kinds):
         if kind == "r":
+            tape.note_operators()
             first = 2 * kinds[:i].count("r")
-            mean[i], var[i] = unit.running[first], unit.running[first + 1]
-    if names:
-        unbiased = var * (sizes / (sizes - 1))[:, None]
-    elif "b" in kinds:
-        unbiased = var * (pixels / (pixels - 1))
-    else:
-        unbiased = absent()
-    return mean, _rstd(var, unit), sizes, unbiased
+            mean[i], running_var = unit.running[first], unit.running[first + 1].float()
+            rstd[i] = (running_var + epsilons[i]).rsqrt()
+    return mean, rstd, sizes, var if "b" in kinds else empty(0)
 
 
-def _rstd(var: Tensor, unit: TrainingUnit) -> Tensor:
-    epsilons = unit.norms.epsilons[: unit.spec.num_branches]
-    if len({*epsilons}) == 1:
-        return (var + epsilons[0]).rsqrt_()
-    return torch.stack([(var_m + epsilon).rsqrt() for var_m, epsilon in zip(var, epsilons, strict=True)])
+def _of_equal(values: Sequence[float], members: slice) -> list[slice]:
+    """`members` in parts of equal `values`."""
+    starts = [
+        i for i in range(members.start, members.stop) if i == members.start or values[i] != values[i - 1]
+    ]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], members.stop], strict=True)]
 
 
-def _affine(unit: TrainingUnit, v: Tensor) -> Tensor:
-    """``Saved.affine``, from the parameters; 0 and 1 stand for those that a norm lacks."""
-    t = unit.tensors
-
-    def present(values: tuple[Tensor | None, ...], size: int, default: float) -> list[Tensor]:
-        return [
-            v.new_full((size,), default, dtype=torch.float32) if value is None else value for value in values
-        ]
-
-    c, d = unit.spec.out_channels, unit.spec.gate_width
-    parts = [*present(t.betas, c, 0.0), *present(t.gammas, c, 1.0)] if unit.spec.branch_norm else []
-    if unit.spec.gate_norm:
-        parts += [*present((t.gate_beta,), d, 0.0), *present((t.gate_gamma,), d, 1.0)]
-    return torch.cat(parts).float() if parts else v.new_empty(0, dtype=torch.float32)
-
-
-def _norm(mean: Tensor, rstd: Tensor, affine: Tensor, unit: TrainingUnit) -> BranchNorm:
-    if not unit.spec.branch_norm:
-        return BranchNorm(mean, rstd, mean, mean, mean)
-    branches = affine[: 2 * mean.numel()].view(2, *mean.shape)
-    beta, gamma = branches.unbind(0)
-    return BranchNorm(mean, rstd, gamma, beta, branches)
+def _share(
+    mean: Tensor, rstd: Tensor, var: Tensor, pixels: int, groups: Sequence[str], epsilons: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Replaces the statistics of branches whose batch a group shares; gives the unbiased variance of all, and how many
+    values are behind it, ``[M]``."""
+    sizes = mean.new_full((len(groups),), pixels)
+    own_mean, own_var = mean.clone(), var.clone()
+    for name in sorted({*groups} - {""}):
+        joined = gather_moments(own_mean, own_var, pixels, name)
+        for i in [i for i, group in enumerate(groups) if group == name]:
+            mean[i], var[i], sizes[i] = joined[0][i], joined[1][i], joined[2]
+            rstd[i] = (var[i] + epsilons[i]).rsqrt()
+    return var * (sizes / (sizes - 1))[:, None], sizes
 
 
-def _batch_terms(d_affine: Tensor, pixels: int, sizes: Tensor, unit: TrainingUnit) -> Tensor:
-    """What the statistics' own gradients take from every pixel, of beta then of gamma: the norms' gradients over the
-    number of values."""
-    m = unit.spec.num_branches
-    groups, kinds = unit.norms.groups.split(",")[:m], unit.norms.kinds[:m]
-    names = sorted({*groups} - {""})
-    if not names and "r" not in kinds:
-        return d_affine / pixels
-    joined = {name: sum_over(d_affine, name) for name in names}
-    terms = d_affine.clone()
+def _shared_terms(gate: GateGrads, kinds: str, groups: Sequence[str], sizes: Tensor) -> Tensor:
+    """``GateGrads.terms`` with the gradients of branches whose batch a group shares added up over it."""
+    joined = {name: sum_over(gate.affine, name) for name in sorted({*groups} - {""})}
+    terms = gate.terms.clone()
     for i, (name, kind) in enumerate(zip(groups, kinds, strict=True)):
-        if kind != "b":
-            terms[:, i] = 0
-        elif name:
-            terms[:, i] = joined[name][:, i]
-    return terms / (sizes[:, None] if names else pixels)
+        if kind == "b" and name:
+            terms[:, i] = joined[name][:, i] / sizes[i]
+    return terms
 
 
-def _bias_grads(dbeta: Tensor, norm: BranchNorm, unit: TrainingUnit) -> list[Tensor | None]:
-    """Gradients of the convolutions' biases: none pass a norm that subtracts the batch's mean."""
-    kinds, biases = unit.norms.kinds[: unit.spec.num_branches], unit.tensors.biases
-    if all(bias is None for bias in biases):
-        return [*biases]
-    grads = dbeta * norm.gamma * norm.rstd if unit.spec.branch_norm else dbeta
-    return [torch.zeros_like(grad) if kind == "b" else grad for grad, kind in zip(grads, kinds, strict=True)]
+def _destinations(
+    unit: TrainingUnit, needs: Sequence[bool]
+) -> tuple[list[Tensor], UnitTensors, list[tuple[Tensor, Tensor]]]:
+    """Memory for the gradients of the parameters, of which `needs` says which are wanted.
+
+    Returns:
+        Those that are, like the parameters. Where the kernels write: of weights of convolutions, the same, or None
+        where it is not wanted; else contiguous memory, also where it is not wanted. What is to be copied from there.
+    """
+    outputs: list[Tensor] = []
+    targets: list[Tensor | None] = []
+    copies: list[tuple[Tensor, Tensor]] = []
+    remaining = iter(needs)
+    m = unit.spec.num_branches
+    for i, parameter in enumerate(unit.tensors.flat()):
+        if parameter is None:
+            targets.append(None)
+            continue
+        output = torch.empty_like(parameter) if next(remaining) else None
+        if output is not None:
+            outputs.append(output)
+        if i < m:
+            targets.append(output)
+            continue
+        target = output
+        if target is None or not target.is_contiguous():
+            target = parameter.new_empty(parameter.shape)
+            if output is not None:
+                copies.append((output, target))
+        targets.append(target)
+    return outputs, UnitTensors.from_flat(targets, m), copies
 
 
-def _gate_tensors(affine: Tensor, unit: TrainingUnit) -> GateTensors:
-    t, d = unit.tensors, unit.spec.gate_width
-    beta, gamma = affine[-2 * d :].view(2, d).unbind(0) if unit.spec.gate_norm else (None, None)
-    return GateTensors(t.reduce_weight, t.reduce_bias, gamma, beta, t.select_weight, t.select_bias)
+def _parameter_grads(targets: UnitTensors, m: int, tape: Tape) -> ParameterGrads:
+    def of_branches(grads: Sequence[Tensor | None]) -> list[Tensor] | None:
+        present = [grad for grad in grads if grad is not None]
+        # A kernel writes those of all branches.
+        return [torch.empty_like(present[0]) if grad is None else grad for grad in grads] if present else None
+
+    vectors = map(of_branches, (targets.biases, targets.gammas, targets.betas))
+    return ParameterGrads(*vectors, gate=_gate_tensors(targets, m, tape))
+
+
+def _gate_tensors(t: UnitTensors, m: int, tape: Tape) -> GateTensors:
+    reduce_weight = tape.contiguous(t.reduce_weight.flatten(1))
+    select_weights = [tape.contiguous(weight.flatten(1)) for weight in t.select_weights]
+    select_biases = [tape.contiguous(bias) for bias in t.select_biases if bias is not None]
+    if len(select_weights) < m:  # of all branches in one
+        select_weights = [*select_weights[0].view(m, -1, reduce_weight.shape[0]).unbind(0)]
+        select_biases = [part for bias in select_biases for part in bias.view(m, -1).unbind(0)]
+    return GateTensors(
+        reduce_weight,
+        *(tape.contiguous(vector) for vector in (t.reduce_bias, t.gate_gamma, t.gate_beta)),
+        tuple(select_weights),
+        tuple(select_biases) or None,
+    )
 
 
 def _gate_norm(unit: TrainingUnit) -> GateNorm:
-    kinds = {"-": "none", "b": "batch", "r": "running"}
+    statistics = {"-": "none", "b": "batch", "r": "given"}
     return GateNorm(
-        kinds[unit.norms.kinds[-1]],
+        statistics[unit.norms.kinds[-1]],
         unit.norms.epsilons[-1],
         unit.norms.groups.split(",")[-1],
         unit.spec.gate_act == "relu",
@@ -241,9 +278,3 @@ def _gate_norm(unit: TrainingUnit) -> GateNorm:
 
 def _gate_running(unit: TrainingUnit) -> tuple[Tensor, Tensor] | None:
     return (unit.running[-2], unit.running[-1]) if unit.norms.kinds[-1] == "r" else None
-
-
-def _spread(needs: list[bool], unit: TrainingUnit) -> list[bool]:
-    """`needs` of the present parameters, over all that a unit may have."""
-    remaining = iter(needs)
-    return [next(remaining) if tensor is not None else False for tensor in unit.tensors.flat()]

@@ -1,0 +1,64 @@
+"""Weights in the order in which kernels read them, by one launch: where they change from call to call."""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from .geometry import cdiv
+from .launch import Launch
+
+BLOCK = 1024
+
+
+@triton.jit(do_not_specialize=("ENTRIES",))
+def gather_fwd_kernel(
+    weight_ptrs, scale_ptr, rest_ptr, index_ptr, packed_ptr,
+    ENTRIES, C,
+    STARTS: tl.constexpr, FAN_INS: tl.constexpr, BLOCK: tl.constexpr, HAS_SCALE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK entries; weight m holds elements from `STARTS[m]` on, `rest` those behind the last weight."""
+    M: tl.constexpr = len(FAN_INS)
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < ENTRIES
+    element = tl.load(index_ptr + i, mask=mask, other=0)
+    is_rest = mask & (element >= STARTS[M])
+    value = tl.load(rest_ptr + (element - STARTS[M]), mask=is_rest, other=0.0).to(tl.float32)
+    for m in tl.static_range(M):
+        own = mask & (element >= STARTS[m]) & (element < STARTS[m + 1])
+        offs = element - STARTS[m]
+        weight = tl.load(weight_ptrs[m] + offs, mask=own, other=0.0).to(tl.float32)
+        if HAS_SCALE:
+            weight *= tl.load(scale_ptr + m * C + offs // FAN_INS[m], mask=own, other=0.0)
+        value = tl.where(own, weight, value)
+    tl.store(packed_ptr + i, value.to(packed_ptr.dtype.element_ty), mask=mask)
+
+
+def gather_fwd(
+    weights: Sequence[torch.Tensor],
+    scale: torch.Tensor | None,
+    index: torch.Tensor,
+    rest: torch.Tensor,
+    packed: torch.Tensor,
+) -> Launch:
+    """Write `packed [entries]`: the elements that `index [entries]` names of the `weights [C, …]`, as they lie in
+    memory one weight after another, and of `rest` behind them.
+
+    The weights fill their memory without gaps, their first axis outermost; `scale [M, C]` fp32 multiplies it.
+    """
+    starts, fan_ins = [0], []
+    for weight in weights:
+        starts.append(starts[-1] + weight.numel())
+        fan_ins.append(weight.numel() // weight.shape[0])
+    entries = index.numel()
+    arguments = (
+        tuple(weights), rest if scale is None else scale, rest, index, packed, entries, weights[0].shape[0],
+    )  # fmt: skip
+    constexprs = {
+        "STARTS": tuple(starts),
+        "FAN_INS": tuple(fan_ins),
+        "BLOCK": BLOCK,
+        "HAS_SCALE": scale is not None,
+    }
+    return Launch(gather_fwd_kernel, (cdiv(entries, BLOCK),), arguments, constexprs, {"num_warps": 4})
