@@ -169,7 +169,7 @@ def count_training(
     spec: SKSpec, n: int, size: int, full: SKSpec | None = None, save: Save = "branches"
 ) -> tuple[list[Traffic], int]:
     """As :func:`count`, of a training step: the launches of the forward, then those of the backward pass. What the
-    library's operators move, its convolution gradients and the gate's small products, is not counted."""
+    library's convolutions and their gradients move is not counted."""
     from sk_triton.chips import CHIPS
     from sk_triton.training_plan import plan_training
     from sk_triton.workload import Workload

@@ -25,7 +25,11 @@ def passes(monkeypatch):
         tensors = {name: t for name, t in names if isinstance(t, torch.Tensor | tuple)}
         with Meter(tensors).watch(launch.kernel.fn.__name__) as found:
             run(launch)
-        first = {name: t[0] if isinstance(t, tuple) else t for name, t in tensors.items()}
+        first = {
+            name: t[0] if isinstance(t, tuple) else t
+            for name, t in tensors.items()
+            if name not in ("weight_ptrs", "dw_ptr")
+        }
         activations = [name for name, t in first.items() if t.dtype == torch.float16 and t.dim() >= 4]
         rows.append(
             (launch.kernel.fn.__name__, sum(row.touched for row in found if row.tensor in activations))
