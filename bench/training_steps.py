@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sk_triton.kernels.launch import Launch
+from sk_triton.layout import empty_output
 from sk_triton.params import Branch, Gate
 from sk_triton.plan import Plan
 from sk_triton.save import Save
@@ -82,7 +83,8 @@ def step(unit: TrainingUnit, plan: Plan, save: Save, x: Tensor, dv: Tensor) -> t
     from sk_triton.schedules import train
     from sk_triton.steps import Tape
 
-    outputs = train.forward(x, unit, plan, save=save, tape=Tape())
+    v = empty_output(x, unit.spec)
+    outputs = train.forward(x, v, unit, plan, save=save, tape=Tape())
     needs = [True] * (1 + sum(tensor is not None for tensor in unit.tensors.flat()))
     saved = train.Saved(*outputs[FIRST_SAVED:])
     return outputs[0], train.backward(dv, x, unit, plan, saved, needs, Tape())

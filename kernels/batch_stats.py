@@ -1,5 +1,7 @@
 """Statistics of the branches' convolutions over a batch: by tiles, then combined in a fixed order."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,8 @@ import triton.language as tl
 from .config import ReductionConfig
 from .geometry import cdiv, next_power_of_2
 from .launch import Launch
-from .norm import join_moments, lane_moments
+from .norm import join_moments, lane_moments, update_running
+from .running import Running, momentum_of, pointers_of
 
 
 @triton.jit(do_not_specialize=("ROWS", "TILES"))
@@ -48,9 +51,9 @@ def tile_moments_fwd_kernel(
 
 @triton.jit(do_not_specialize=("ROWS", "TILES"))
 def combine_moments_fwd_kernel(
-    moments_ptr, mean_ptr, rstd_ptr, var_ptr,
-    ROWS, C, TILES, epsilon, correction,
-    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    moments_ptr, mean_ptr, rstd_ptr, var_ptr, running_mean_ptrs, running_var_ptrs, counter_ptrs,
+    ROWS, C, TILES, epsilon, correction, momentum,
+    BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr, HAS_RUNNING: tl.constexpr,
 ):  # fmt: skip
     """Mean, 1 / deviation and variance of one branch from the moments of its tiles, BLOCK_T tiles at a time.
 
@@ -85,7 +88,14 @@ def combine_moments_fwd_kernel(
     tl.store(mean_ptr + m * C + c, mean, mask=mask_c)
     var = m2 / ROWS
     tl.store(rstd_ptr + m * C + c, 1.0 / tl.sqrt_rn(var + epsilon), mask=mask_c)
-    tl.store(var_ptr + m * C + c, var * correction, mask=mask_c)
+    var *= correction
+    tl.store(var_ptr + m * C + c, var, mask=mask_c)
+    for i in tl.static_range(len(HAS_RUNNING)):
+        if HAS_RUNNING[i] and m == i:
+            update_running(
+                running_mean_ptrs[i], running_var_ptrs[i], counter_ptrs[i], mean, var, c, mask_c, momentum,
+                tl.program_id(0) == 0,
+            )  # fmt: skip
 
 
 def moment_tiles(pixels: int, config: ReductionConfig) -> int:
@@ -112,13 +122,15 @@ def combine_moments_fwd(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     var: torch.Tensor,
+    running: Sequence[Running | None],
     *,
     pixels: int,
     epsilon: float,
     is_unbiased: bool,
 ) -> Launch:
     """Write `mean`, `rstd = 1 / sqrt(biased variance + epsilon)` and the variance `var`, `[M, C]` fp32, over `pixels`
-    pixels from `moments [M, 3, TILES, C]`."""
+    pixels from `moments [M, 3, TILES, C]`; update the `running` statistics of each branch's norm, if any.
+    """
     m, _, tiles, c = moments.shape
     # 8 sums of each kind a thread; adjacent channels share a sector of memory.
     block_t = max(16, min(512, next_power_of_2(tiles)))
@@ -126,8 +138,20 @@ def combine_moments_fwd(
     return Launch(
         combine_moments_fwd_kernel,
         (cdiv(c, 8), m),
-        (moments, mean, rstd, var, pixels, c, tiles, float(epsilon), correction),
-        {"BLOCK_T": block_t, "BLOCK_C": 8},
+        (
+            moments,
+            mean,
+            rstd,
+            var,
+            *pointers_of(running, mean),
+            pixels,
+            c,
+            tiles,
+            float(epsilon),
+            correction,
+            momentum_of(running),
+        ),
+        {"BLOCK_T": block_t, "BLOCK_C": 8, "HAS_RUNNING": tuple(own is not None for own in running)},
         {"num_warps": max(1, block_t // 32)},
         (cdiv(tiles, block_t) - 1,),
     )

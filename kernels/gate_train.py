@@ -12,7 +12,8 @@ import triton.language as tl
 
 from .geometry import cdiv, next_power_of_2
 from .launch import Launch
-from .norm import join_moments, lane_moments
+from .norm import join_moments, lane_moments, update_running
+from .running import Running, momentum_of, pointers_of
 from .tiling import relu
 
 BLOCK_N = 16
@@ -91,10 +92,11 @@ def gate_reduce_fwd_kernel(
 @triton.jit(do_not_specialize=("N", "SUMMANDS"))
 def gate_norm_fwd_kernel(
     summand_ptr, bias_ptr, gamma_ptr, beta_ptr, given_mean_ptr, given_var_ptr,
-    h_ptr, z_ptr, mean_ptr, rstd_ptr, var_ptr,
-    N, D, SUMMANDS, epsilon, correction,
+    h_ptr, z_ptr, mean_ptr, rstd_ptr, var_ptr, running_mean_ptrs, running_var_ptrs, counter_ptrs,
+    N, D, SUMMANDS, epsilon, correction, momentum,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, STATISTICS: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_RELU: tl.constexpr,
+    HAS_RUNNING: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_D hidden features of all samples and z, normalized by STATISTICS: "batch", "given" or "none"."""
     d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -125,7 +127,13 @@ def gate_norm_fwd_kernel(
         mean, m2 = lane_moments(pivot, total, squares, count)
         mean, m2, _ = join_moments(mean, m2, count, 0)
         var = m2 / N
-        tl.store(var_ptr + d, var * correction, mask=mask_d)
+        unbiased = var * correction
+        tl.store(var_ptr + d, unbiased, mask=mask_d)
+        if HAS_RUNNING:
+            update_running(
+                running_mean_ptrs[0], running_var_ptrs[0], counter_ptrs[0], mean, unbiased, d, mask_d, momentum,
+                tl.program_id(0) == 0,
+            )  # fmt: skip
         rstd = 1.0 / tl.sqrt_rn(var + epsilon)
     elif STATISTICS == "given":
         mean = tl.load(given_mean_ptr + d, mask=mask_d, other=0.0).to(tl.float32)
@@ -256,6 +264,7 @@ def gate_norm_fwd(
     mean: torch.Tensor,
     rstd: torch.Tensor,
     var: torch.Tensor,
+    running: Running | None,
     *,
     statistics: str,
     epsilon: float,
@@ -263,15 +272,16 @@ def gate_norm_fwd(
 ) -> Launch:
     """Write the hidden features `h [N, D]`, the sum of the `summands` and `bias [D]`, and `z = act(norm(h))`, fp32.
 
-    `statistics`: "batch" takes those of the N samples and writes `mean`, `rstd` and the unbiased variance `var`, `[D]`
-    fp32; "given" takes `given`, mean and variance `[D]`, and writes all three as well; "none" does not normalize.
+    `statistics`: "batch" takes those of the N samples, writes `mean`, `rstd` and the unbiased variance `var`, `[D]`
+    fp32, and updates `running`; "given" takes `given`, mean and variance `[D]`, and writes all three as well; "none"
+    does not normalize.
     """
     count, n, d = summands.shape
     given_mean, given_var = (summands, summands) if given is None else given
     arguments = (
         summands, summands if bias is None else bias, summands if gamma is None else gamma,
         summands if beta is None else beta, given_mean, given_var, h, z, mean, rstd, var,
-        n, d, count, float(epsilon), n / max(1, n - 1),
+        *pointers_of([running], h), n, d, count, float(epsilon), n / max(1, n - 1), momentum_of([running]),
     )  # fmt: skip
     rows = norm_rows(n)
     constexprs = {
@@ -282,6 +292,7 @@ def gate_norm_fwd(
         "HAS_GAMMA": gamma is not None,
         "HAS_BETA": beta is not None,
         "HAS_RELU": has_relu,
+        "HAS_RUNNING": running is not None,
     }
     batch = (count - 1, cdiv(n, rows) - 1, count - 1) if statistics == "batch" else ()
     trips = (*batch, cdiv(n, rows), count - 1)

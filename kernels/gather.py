@@ -61,4 +61,5 @@ def gather_fwd(
         "BLOCK": BLOCK,
         "HAS_SCALE": scale is not None,
     }
-    return Launch(gather_fwd_kernel, (cdiv(entries, BLOCK),), arguments, constexprs, {"num_warps": 4})
+    grid, options = (cdiv(entries, BLOCK),), {"num_warps": 4}
+    return Launch(gather_fwd_kernel, grid, arguments, constexprs, options, kept=(index, rest))

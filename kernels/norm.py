@@ -62,6 +62,18 @@ def activation_mask(y_hat, gamma, beta, mask, HAS_NORM: tl.constexpr, HAS_RELU: 
 
 
 @triton.jit
+def update_running(mean_ptr, var_ptr, counter_ptr, mean, var, offs, mask, momentum, IS_FIRST):
+    """The update of `nn.BatchNorm2d` by a batch's mean and unbiased variance; the first program counts the batch."""
+    for i in tl.static_range(2):
+        ptr = (mean_ptr if i == 0 else var_ptr) + offs
+        value = mean if i == 0 else var
+        old = tl.load(ptr, mask=mask, other=0.0).to(tl.float32)
+        tl.store(ptr, (old + momentum * (value - old)).to(ptr.dtype.element_ty), mask=mask)
+    if IS_FIRST:
+        tl.store(counter_ptr, tl.load(counter_ptr) + 1)
+
+
+@triton.jit
 def lane_moments(pivot, total, squares, count):
     """Mean and centred second moment of the values of each lane, 0 where there are none.
 

@@ -121,7 +121,7 @@ def run(
 ) -> Tensor:
     """Run a plan whose backend is "triton" or "torch"; `recorder` takes note of what can be started again."""
     if (plan.backend, plan.schedule) == ("triton", "train"):
-        return training.run(x, branches, gate, spec, save)
+        return training.run(x, branches, gate, spec, save, recorder)
     if (plan.backend, plan.schedule) == ("triton", "traced"):
         from .inference_op import run_unit
 
@@ -135,7 +135,7 @@ def run(
             return _CPU_TRAIN[plan.schedule](plan, x, branches, gate, spec)
         compute = _CPU_PREPARE[plan.schedule](plan, memory_format(x), branches, gate, spec, cache)
         v = compute(x)
-        if recorder is not None:
+        if recorder is not None and not recorder.is_training:
             recorder.record_function(compute)
         return v
     raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")

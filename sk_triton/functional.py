@@ -68,7 +68,7 @@ def sk_conv(
     if autocast is None:
         return dispatch.run(plan, x, branches, gate, spec, cache, recorder, save)
     with torch.autocast(x.device.type, enabled=False):  # sums stay in float32
-        return dispatch.run(plan, x, branches, gate, spec, cache, save=save)
+        return dispatch.run(plan, x, branches, gate, spec, cache, recorder, save)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -17,6 +17,7 @@ from .kernels.gate_train import (
     summand_shape,
 )
 from .kernels.gate_train_bwd import gate_norm_bwd, gate_params_bwd, gate_reduce_bwd, gate_select_bwd
+from .kernels.running import Running
 from .steps import Tape
 
 
@@ -100,6 +101,7 @@ def gate_fwd(
     tensors: GateTensors,
     norm: GateNorm,
     given: tuple[Tensor, Tensor] | None,
+    running: Running | None,
     *,
     branches: int,
     pixels: int,
@@ -112,6 +114,7 @@ def gate_fwd(
             or ``[1, tiles, N, 1, C]`` of all branches.
         affine: what multiplies them, ``[2, M, C]``; None if nothing does.
         given: the norm's mean and variance, where these are given.
+        running: statistics that the batch's update, where kernels take these.
         branches: M.
         pixels: of an output.
 
@@ -141,7 +144,7 @@ def gate_fwd(
     mean, rstd, var = (empty(d if statistics != "none" else 0) for _ in range(3))
     tape.run(
         gate_norm_fwd(
-            summands, tensors.reduce_bias, tensors.gamma, tensors.beta, given, h, z, mean, rstd, var,
+            summands, tensors.reduce_bias, tensors.gamma, tensors.beta, given, h, z, mean, rstd, var, running,
             statistics=statistics, epsilon=norm.epsilon, has_relu=norm.has_relu and not norm.group,
         )
     )  # fmt: skip

@@ -41,7 +41,7 @@ def run(
         x = with_adjacent_channels(x)
         steps = prepare(plan, x, v, packed, spec)
         started = [step() for step in steps]
-    if recorder is not None:
+    if recorder is not None and not recorder.is_training:
         recorder.record_launches(x, v, packed, steps, started)
     return v
 

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .backend import current_backend, current_schedule
-from .kernels.launch import Launch
 from .layout import with_adjacent_channels
 from .packing import Packed, sources
 from .precision import allows_tf32
 from .reasons import tracing_reason
+from .recording import Recording, record
+from .save import Save, chosen_save
 from .tuning import cache
 from .tuning.ranks import pinning_reason
 from .watch import Watch
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
 
 # Recordings of a layer; one that meets more kinds of calls forgets them and begins again.
 MAX_RECORDINGS = 64
-# Bytes; Triton specialises for addresses that 16 divides.
-_ALIGNMENT = 256
 
 
 class Replays:
@@ -41,18 +41,19 @@ class Replays:
     def __init__(self) -> None:
         # Each with the watch that it holds under: another thread may have begun anew.
         self._recordings: dict[Hashable, tuple[Watch, Callable[[Tensor], Tensor]]] = {}
-        self._watch: Watch | None = None
+        # By whether calls train: those without gradients depend on what the parameters are as well.
+        self._watches: dict[bool, Watch] = {}
 
     def clear(self) -> None:
         """Forget everything."""
         self._recordings = {}
-        self._watch = None
+        self._watches = {}
 
-    def run(self, x: Tensor) -> Tensor | None:
-        """The layer's output for x by a recording, or None where there is none that holds."""
+    def run(self, x: Tensor, save: Save | None) -> Tensor | None:
+        """The layer's output for x by a recording, or None where there is none that holds; `save` is the layer's."""
         if not self._recordings:
             return None
-        kind = _kind(x)
+        kind = _kind(x, save)
         recording = None if kind is None else self._recordings.get(kind)
         if recording is None:
             return None
@@ -64,15 +65,19 @@ class Replays:
 
     def recorder(self, layer: SKUnit, x: Tensor) -> Recorder | None:
         """What takes note of the layer's call on x, None where such a call is planned each time."""
-        kind = _kind(x)
-        return None if kind is None else Recorder(self, layer, kind, x.stride(1) != 1)
+        kind = _kind(x, layer.save)
+        return (
+            None if kind is None else Recorder(self, layer, kind, x.stride(1) != 1, torch.is_grad_enabled())
+        )
 
-    def add(self, layer: SKUnit, kind: Hashable, start: Callable[[Tensor], Tensor]) -> None:
+    def add(
+        self, layer: SKUnit, kind: Hashable, start: Callable[[Tensor], Tensor], is_training: bool
+    ) -> None:
         """Take `start` for the layer's calls of a kind."""
-        watch = self._watch
+        watch = self._watches.get(is_training)
         if watch is None or not watch.holds() or len(self._recordings) == MAX_RECORDINGS:
             self.clear()
-            self._watch = watch = Watch(layer)
+            self._watches[is_training] = watch = Watch(layer, is_training=is_training)
         # A subclass may compute its branches from whatever it likes.
         is_ours = all(
             method.__module__.startswith(f"{__package__}.") for method in (layer.branches, layer.gate)
@@ -88,40 +93,60 @@ class Replays:
 
 
 class Recorder(NamedTuple):
-    """Takes note of one call of a layer."""
+    """Takes note of one call of a layer.
+
+    Attributes:
+        is_converted: whether x is copied so that its channels are adjacent.
+        is_training: whether gradients are enabled: a call without them is of another kind.
+    """
 
     replays: Replays
     layer: SKUnit
     kind: Hashable
     is_converted: bool
+    is_training: bool
+
+    def add(self, start: Callable[[Tensor], Tensor]) -> None:
+        """The call may be computed again by this."""
+        self.replays.add(self.layer, self.kind, start, self.is_training)
 
     def record_function(self, compute: Callable[[Tensor], Tensor]) -> None:
         """The call computed this, and may compute it again."""
-        self.replays.add(self.layer, self.kind, compute)
+        self.add(compute)
 
     def record_launches(
         self, x: Tensor, v: Tensor, packed: Packed, steps: Sequence[Step], started: Sequence[Any]
     ) -> None:
         """The call has run: x with adjacent channels, v, the packed parameters, the steps, what each gave."""
-        recording = _recording(self.is_converted, x, v, packed, steps, started)
+        recording = record(steps, started, (x, v), packed.tensors(), outputs=1)
         if recording is not None:
-            self.replays.add(self.layer, self.kind, recording.start)
+            size = recording.workspace_bytes // x.element_size()
+            call = _Inference(self.is_converted, (v.shape, v.stride()), size, recording, packed)
+            self.add(call.start)
 
 
-def _kind(x: Any) -> Hashable | None:
+def _kind(x: Any, save: Save | None = None) -> Hashable | None:
     """What a call depends on besides the layer, None where it must be planned each time."""
     # First of all: Dynamo, which would trace the rest, leaves here.
     if tracing_reason("replays"):
         return None
-    if torch.is_grad_enabled() or type(x) is not Tensor or x.layout is not torch.strided:
+    if type(x) is not Tensor or x.layout is not torch.strided:
         return None
+    is_training = torch.is_grad_enabled()
     shape, device = x.shape, x.device
     if len(shape) != 4:
         return None
     device_type = device.type
-    # Autocast does not know the meta device, on which there is nothing to start.
-    if device_type == "meta" or torch.is_autocast_enabled(device_type):
+    if device_type == "meta":  # there is nothing to start
         return None
+    if is_training and _get_current_dispatch_mode() is not None:
+        return None
+    if torch.is_autocast_enabled(device_type):
+        if not is_training:
+            return None
+        training = chosen_save(save), torch.get_autocast_dtype(device_type)
+    else:
+        training = (chosen_save(save), None) if is_training else ()
     # A GPU's stream; a CPU's number of threads, by which a batch is computed in parts.
     executor = 0
     if device_type == "cpu":
@@ -144,106 +169,31 @@ def _kind(x: Any) -> Hashable | None:
         # Which configs there are, and whether those of this user may be used.
         cache.changes,
         pinning_reason(),
+        training,
     )
 
 
-class _Start(NamedTuple):
-    """One kernel to start.
-
-    `pointers`: (index of an argument, what it points into, by how many bytes); `tuples`: (index, the same two for each
-    member) of arguments that are tuples of pointers.
-    """
-
-    run: Callable[..., object]
-    arguments: list[Any]
-    pointers: tuple[tuple[int, int, int], ...]
-    tuples: tuple[tuple[int, tuple[tuple[int, int], ...]], ...]
-
-
-# What a pointer points into.
-_X, _V, _WORKSPACE, _FIXED = range(4)
-
-
 @dataclass(frozen=True)
-class _Recording:
-    """The kernels of one call.
+class _Inference:
+    """The kernels of one call without gradients.
 
     Attributes:
         is_converted: whether x is copied so that its channels are adjacent.
         v: size and stride of the output, which has x's dtype.
         workspace_size: in elements of x's dtype.
-        packed, kept: keep alive what the kernels' other pointers point to.
+        packed: keeps alive what the kernels' other pointers point to.
     """
 
     is_converted: bool
     v: tuple[torch.Size, tuple[int, ...]]
     workspace_size: int
-    starts: tuple[_Start, ...]
+    recording: Recording
     packed: Packed
-    kept: tuple[Tensor, ...] = ()
 
     def start(self, x: Tensor) -> Tensor:
         if self.is_converted:
             x = with_adjacent_channels(x)
         v = x.new_empty_strided(*self.v)
         workspace = x.new_empty(self.workspace_size)
-        # The last one is that of addresses that stay.
-        bases = (x.data_ptr(), v.data_ptr(), workspace.data_ptr(), 0)
-        for run, template, pointers, tuples in self.starts:
-            arguments = template.copy()
-            for index, base, offset in pointers:
-                arguments[index] = bases[base] + offset
-            for index, members in tuples:
-                arguments[index] = tuple([bases[base] + offset for base, offset in members])
-            run(*arguments)
+        self.recording.start(x.data_ptr(), v.data_ptr(), workspace.data_ptr())
         return v
-
-
-def _recording(
-    is_converted: bool, x: Tensor, v: Tensor, packed: Packed, steps: Sequence[Step], started: Sequence[Any]
-) -> _Recording | None:
-    """None where a step is no kernel launch, or is interpreted, or where x and a parameter share memory."""
-    kept = tuple(tensor for step in steps for tensor in getattr(step, "kept", ()))
-    fixed = {_storage(t) for t in (*packed.tensors(), *kept)}
-    origins = {_storage(x): (_X, x.data_ptr()), _storage(v): (_V, v.data_ptr())}
-    if fixed & origins.keys():
-        return None
-    workspace_bytes = 0
-
-    def place(tensor: Tensor) -> tuple[int, int]:
-        """What a tensor's address points into, and by how many bytes."""
-        nonlocal workspace_bytes
-        storage = _storage(tensor)
-        if storage in fixed:
-            return _FIXED, tensor.data_ptr()
-        if storage not in origins:
-            # What the call's launches share becomes a part of one workspace.
-            origins[storage] = (_WORKSPACE, storage - workspace_bytes)
-            size = tensor.untyped_storage().nbytes()
-            workspace_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
-        base, origin = origins[storage]
-        return base, tensor.data_ptr() - origin
-
-    starts = []
-    for step, compiled in zip(steps, started, strict=True):
-        if compiled is None or not isinstance(step, Launch):
-            return None
-        arguments = [*step.arguments]
-        arguments += [step.constexprs[name] for name in step.kernel.arg_names[len(arguments) :]]
-        pointers, tuples = [], []
-        for index, argument in enumerate(arguments):
-            if isinstance(argument, Tensor):
-                base, offset = place(argument)
-                arguments[index] = offset if base == _FIXED else None
-                if base != _FIXED:
-                    pointers.append((index, base, offset))
-            elif isinstance(argument, tuple) and index < len(step.arguments):
-                arguments[index] = None
-                tuples.append((index, tuple(map(place, argument))))
-        starts.append(_Start(compiled[(*step.grid, 1, 1)[:3]], arguments, tuple(pointers), tuple(tuples)))
-    workspace_size = workspace_bytes // x.element_size()
-    return _Recording(is_converted, (v.shape, v.stride()), workspace_size, tuple(starts), packed, kept)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,10 @@ from .params import Branch, Gate
 from .reasons import tensors_of
 from .save import Save
 from .spec import SKSpec
+
+if TYPE_CHECKING:
+    from .kernels.running import Running
+    from .replay import Recorder
 
 
 class UnitTensors(NamedTuple):
@@ -72,13 +76,21 @@ def is_training(x: Tensor, branches: Sequence[Branch], gate: Gate) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors_of(branches, gate)))
 
 
-def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: Save) -> Tensor:
-    """The unit's output, differentiable; updates the running statistics of norms in training mode.
+def run(
+    x: Tensor,
+    branches: Sequence[Branch],
+    gate: Gate,
+    spec: SKSpec,
+    save: Save,
+    recorder: Recorder | None = None,
+) -> Tensor:
+    """The unit's output, differentiable; updates the running statistics of norms in training mode. `recorder` takes
+    note of a call that can be started again.
 
     Raises:
         ValueError: batch statistics of a single value per channel, as ``nn.BatchNorm2d``.
     """
-    from .training_ops import run_unit
+    from .training_ops import is_watched, run_operator, run_unit
 
     norms = _norms(branches, gate)
     settings = norm_settings(norms)
@@ -90,7 +102,13 @@ def run(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: S
         for statistic in (norm.running_mean, norm.running_var)
     ]
     tensors = unit_tensors(branches, gate)
-    v, var, gate_var, mean, gate_mean = run_unit(x, tensors, running, spec, settings, save)
+    if not is_watched(x):
+        updates = _kernel_updates(norms, settings)
+        if updates is not None:
+            return run_unit(x, tensors, running, spec, settings, save, updates, recorder)[0]
+        v, var, gate_var, mean, gate_mean = run_unit(x, tensors, running, spec, settings, save)
+    else:
+        v, var, gate_var, mean, gate_mean = run_operator(x, tensors, running, spec, settings, save)
     dtypes = {norm.running_mean.dtype for norm in norms if _updates_running(norm)}
     if len(dtypes) == 1:
         (dtype,) = dtypes
@@ -173,6 +191,29 @@ def _check_batch(x: Tensor, spec: SKSpec, settings: NormSettings) -> None:
 
 def _updates_running(norm: Any) -> bool:
     return _uses_batch(norm) and norm.training and norm.track_running_stats and norm.running_mean is not None
+
+
+def _kernel_updates(norms: Sequence[Any], settings: NormSettings) -> tuple[Running | None, ...] | None:
+    """Which running statistics the kernels update while they take those of the batch, one for each norm; None where
+    some must be updated otherwise."""
+    from .kernels.running import Running
+
+    updating = [norm for norm in norms if _updates_running(norm)]
+    is_plain = (
+        not settings.groups.strip(",")
+        and len({*map(id, updating)}) == len(updating)  # else one takes its updates one after another
+        and len({norm.momentum for norm in norms[:-1] if _updates_running(norm)}) <= 1
+        and all(norm.momentum is not None and norm.num_batches_tracked is not None for norm in updating)
+        and all(t.is_contiguous() for norm in updating for t in (norm.running_mean, norm.running_var))
+    )
+    if not is_plain:
+        return None
+    return tuple(
+        Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
+        if _updates_running(norm)
+        else None
+        for norm in norms
+    )
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from .kernels.branch_conv import branch_conv_fwd, branch_train_fwd
 from .kernels.geometry import cdiv, tiles
 from .kernels.norm_params import stack_vectors
 from .kernels.packing import branch_weight_launch
+from .kernels.running import Running
 from .library import inputs_of
 from .plan import BranchLaunch, Plan
 from .spec import SKSpec
@@ -25,12 +26,14 @@ Moments = tuple[slice, Tensor]
 
 
 class TrainingUnit(NamedTuple):
-    """What a call computes with: `running` holds mean and variance of each norm of kind "r"."""
+    """What a call computes with: `running` holds mean and variance of each norm of kind "r"; `updates`, of each norm
+    what the kernels bring up to date, or nothing at all."""
 
     spec: SKSpec
     tensors: UnitTensors
     running: tuple[Tensor, ...]
     norms: NormSettings
+    updates: tuple[Running | None, ...] = ()
 
 
 class BranchVectors(NamedTuple):

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .layout import memory_format
+from .layout import empty_output, memory_format, with_adjacent_channels, with_spaced_pixels
 from .reasons import PLAIN
+from .save import Save
 from .spec import SKSpec
 from .training import NormSettings, UnitTensors
 
 if TYPE_CHECKING:
+    from .kernels.running import Running
+    from .replay import Recorder
+    from .steps import Tape
     from .training_branches import TrainingUnit
 
 # Outputs of the forward operator that its gradient reads: all after v and the unbiased variances. Two of them are the
@@ -27,20 +32,49 @@ if TYPE_CHECKING:
 FIRST_SAVED, MEAN, GATE_MEAN = 3, 4, 12
 
 
-def run_unit(
-    x: Tensor, tensors: UnitTensors, running: Sequence[Tensor], spec: SKSpec, norms: NormSettings, save: str
+class UnitCall(NamedTuple):
+    """A call of a unit, but for its tensors: which of its parameters there are, how its norms act, what it saves, which
+    running statistics its kernels update (none, or one for each norm), and what takes note of it."""
+
+    spec: SKSpec
+    norms: NormSettings
+    has: tuple[bool, ...]
+    save: Save
+    updates: tuple[Running | None, ...] = ()
+    recorder: Recorder | None = None
+
+    def unit(self, params: Sequence[Tensor], running: Sequence[Tensor]) -> TrainingUnit:
+        return _unit(params, running, self.has, self.spec, self.norms, self.updates)
+
+
+def run_operator(
+    x: Tensor, tensors: UnitTensors, running: Sequence[Tensor], spec: SKSpec, norms: NormSettings, save: Save
 ) -> Sequence[Tensor]:
     """What :func:`unit_fwd` computes, differentiable: v, and of the batch the unbiased variances of the branches,
     ``[M, C]``, and of the gate, ``[d]``, and their means, of the same sizes."""
     flat = tensors.flat()
+    params, has = [t for t in flat if t is not None], [t is not None for t in flat]
+    return _results(unit_fwd(x, params, running, has, spec.encoded, *norms, save))
+
+
+def run_unit(
+    x: Tensor,
+    tensors: UnitTensors,
+    running: Sequence[Tensor],
+    spec: SKSpec,
+    norms: NormSettings,
+    save: Save,
+    updates: tuple[Running | None, ...] = (),
+    recorder: Recorder | None = None,
+) -> Sequence[Tensor]:
+    """As :func:`run_operator`, for a call that nobody watches."""
+    flat = tensors.flat()
     params = [t for t in flat if t is not None]
-    has = [t is not None for t in flat]
-    if _is_watched(x):
-        return _results(unit_fwd(x, params, running, has, spec.encoded, *norms, save))
-    return UnitFunction.apply(x, save, spec, norms, has, len(params), *params, *running)
+    call = UnitCall(spec, norms, tuple([t is not None for t in flat]), save, updates, recorder)
+    return UnitFunction.apply(x, call, len(params), *params, *running)
 
 
-def _is_watched(tensor: Tensor) -> bool:
+def is_watched(tensor: Tensor) -> bool:
     """Whether a call on a tensor is seen by a compiler, a transformation, a mode or a subclass of Tensor."""
     return (
         torch.compiler.is_compiling()
@@ -53,65 +87,95 @@ def _is_watched(tensor: Tensor) -> bool:
 class UnitFunction(torch.autograd.Function):
     """The operators :func:`unit_fwd` and :func:`unit_bwd` without the dispatcher.
 
-    Arguments: x, `save`, `spec`, `norms`, `has`, the number of parameters; then the tensors of `params` and `running`.
+    Arguments: x, the call, the number of parameters; then parameters and `running` of the operator.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, save: str, *rest: Any) -> tuple[Tensor, ...]:
-        spec, norms, has, count, *tensors = rest
-        outputs = _run_forward(x, _unit(tensors[:count], tensors[count:], has, spec, norms), save)
+    def forward(ctx: Any, x: Tensor, call: UnitCall, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        params, running = tensors[:count], tensors[count:]
+        outputs, tape, x_in = _run_forward(x, call.unit(params, running), call.save)
+        if call.recorder is not None and tape.is_whole:
+            from .training_replay import record_call
+
+            record_call(x, x_in, call, params, running, outputs, tape)
         results = _results(outputs)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*results[1:])
-        ctx.static = spec, norms, has, count, len(tensors) - count
+        ctx.call, ctx.count = call._replace(recorder=None), count
         ctx.save_for_backward(x, *tensors, *outputs[FIRST_SAVED:])
         return results
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        spec, norms, has, count, num_running = ctx.static
-        before = len(ctx.needs_input_grad) - count - num_running  # arguments before the parameters
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[before : before + count]]
-        dv = grads[0]
-        if dv is None or not any(needs):
-            return (None,) * len(ctx.needs_input_grad)
+        count, num_inputs = ctx.count, len(ctx.needs_input_grad)
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[3 : 3 + count]]
+        if grads[0] is None or not any(needs):
+            return (None,) * num_inputs
         x, *tensors = ctx.saved_tensors
-        params, running = tensors[:count], tensors[count : count + num_running]
-        saved = tensors[count + num_running :]
-        # The operator says that it has no gradient, where one is asked for.
-        if torch.is_grad_enabled() or _is_watched(dv):
-            found = iter(unit_bwd(dv, x, params, running, saved, has, spec.encoded, *norms, needs))
-        else:
-            found = iter(_run_backward(dv, x, _unit(params, running, has, spec, norms), saved, needs))
+        params, rest = tensors[:count], tensors[count:]
+        num_running = num_inputs - 3 - count
+        found = iter(
+            run_backward(grads[0], x, ctx.call, params, rest[:num_running], rest[num_running:], needs)
+        )
         dx, *dparams = [next(found) if is_needed else None for is_needed in needs]
-        return dx, *(None,) * (before - 1), *dparams, *(None,) * num_running
+        return dx, None, None, *dparams, *(None,) * num_running
+
+
+def run_backward(
+    dv: Tensor,
+    x: Tensor,
+    call: UnitCall,
+    params: Sequence[Tensor],
+    running: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    needs: list[bool],
+) -> list[Tensor]:
+    """The gradients that `needs` names, by the operator where somebody watches: it says that it has no gradient, where
+    one is asked for."""
+    if torch.is_grad_enabled() or is_watched(dv):
+        return unit_bwd(dv, x, params, running, saved, call.has, call.spec.encoded, *call.norms, needs)
+    return _run_backward(dv, x, call.unit(params, running), saved, needs)[0]
 
 
 def _results(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (*outputs[:FIRST_SAVED], outputs[MEAN], outputs[GATE_MEAN])
 
 
-def _run_forward(x: Tensor, unit: TrainingUnit, save: str) -> list[Tensor]:
+def _run_forward(x: Tensor, unit: TrainingUnit, save: str) -> tuple[list[Tensor], Tape, Tensor]:
+    """The outputs of :func:`unit_fwd`, what computed them, and x with adjacent channels."""
     from .dispatch import workload_of
     from .schedules import train
     from .steps import Tape
     from .training_plan import plan_training
 
+    tape = Tape()
     with undisturbed(x):
-        return train.forward(x, unit, plan_training(workload_of(x, unit.spec), save), save=save, tape=Tape())
+        v = empty_output(x, unit.spec)
+        plan = plan_training(workload_of(x, unit.spec), save)
+        x_in = with_adjacent_channels(x)
+        outputs = train.forward(x_in, v, unit, plan, save=save, tape=tape)
+    changed = [t for own in unit.updates if own is not None for t in own[:3]]
+    if changed:
+        increment_version(changed)
+    return outputs, tape, x_in
 
 
 def _run_backward(
     dv: Tensor, x: Tensor, unit: TrainingUnit, saved: Sequence[Tensor], needs: list[bool]
-) -> list[Tensor]:
+) -> tuple[list[Tensor], Tape]:
     from .dispatch import workload_of
     from .schedules import train
     from .steps import Tape
     from .training_plan import plan_training
 
+    tape = Tape()
     with undisturbed(x):
         plan = plan_training(workload_of(x, unit.spec), "branches")
-        return train.backward(dv, x, unit, plan, train.Saved(*saved), needs, Tape())
+        x_in, dv = with_adjacent_channels(x), with_spaced_pixels(dv)
+        grads = train.backward(dv, x_in, unit, plan, train.Saved(*saved), needs, tape)
+        if needs[0]:
+            grads[0] = grads[0].contiguous(memory_format=memory_format(x))
+    return grads, tape
 
 
 @contextlib.contextmanager
@@ -153,7 +217,7 @@ def unit_fwd(
         statistics are not the batch's; then what the gradient needs: :class:`.schedules.train.Saved`.
     """
     unit = _unit(params, running, has, SKSpec.decode(spec), NormSettings(kinds, list(epsilons), groups))
-    return _run_forward(x, unit, save)
+    return _run_forward(x, unit, save)[0]
 
 
 @torch.library.custom_op("sk_triton::unit_bwd", mutates_args=())
@@ -172,7 +236,7 @@ def unit_bwd(
 ) -> list[Tensor]:
     """Gradients of x and of the parameters, of those that `needs` names; arguments as :func:`unit_fwd`."""
     unit = _unit(params, running, has, SKSpec.decode(spec), NormSettings(kinds, list(epsilons), groups))
-    return _run_backward(dv, x, unit, saved, list(needs))
+    return _run_backward(dv, x, unit, saved, list(needs))[0]
 
 
 @unit_fwd.register_fake
@@ -223,13 +287,14 @@ def _unit(
     has: Sequence[bool],
     spec: SKSpec,
     norms: NormSettings,
+    updates: tuple[Running | None, ...] = (),
 ) -> TrainingUnit:
     from .training_branches import TrainingUnit
 
     remaining = iter(params)
     values = [next(remaining) if present else None for present in has]
     tensors = UnitTensors.from_flat(values, spec.num_branches)
-    return TrainingUnit(spec, tensors, tuple(running), norms)
+    return TrainingUnit(spec, tensors, tuple(running), norms, updates)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -42,7 +42,7 @@ class SKUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, in_channels, H, W]`` -> ``[N, out_channels, H', W']``; see :func:`.functional.sk_conv`."""
-        v = self._replays.run(x)
+        v = self._replays.run(x, self.save)
         if v is not None:
             return v
         recorder = self._replays.recorder(self, x)

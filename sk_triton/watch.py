@@ -13,11 +13,12 @@ from torch.nn.utils.parametrize import is_parametrized
 # that has some is not run by kernels.
 _SETTINGS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.Conv2d, ("stride", "padding", "dilation", "groups", "padding_mode")),
-    (nn.modules.batchnorm._BatchNorm, ("training", "eps")),
+    (nn.modules.batchnorm._BatchNorm, ("training", "eps", "momentum", "track_running_stats")),
     (nn.modules.dropout._DropoutNd, ("training",)),
 )
 
 _version, _dtype = attrgetter("_version"), attrgetter("dtype")
+_needs_gradient = attrgetter("requires_grad")
 
 
 class Watch:
@@ -32,7 +33,10 @@ class Watch:
             that are no plain attributes.
     """
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, *, is_training: bool) -> None:
+        """`is_training`: a call then reads the tensors as they are, so that these may change, and counts batches; but
+        which of them need gradients is a part of the state."""
+        self._is_training = is_training
         modules = list(layer.modules())
         # The layer's own hooks run around its forward; those of its parts never would.
         self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
@@ -47,7 +51,7 @@ class Watch:
             for m in modules
             for own in (m._parameters, m._buffers)
             for name, t in own.items()
-            if name != "num_batches_tracked"
+            if is_training or name != "num_batches_tracked"
         ]
         self._vectors = [(own, name) for own, name, t in slots if t is not None and t.dim() == 1]
         self._arrays = [(own, name) for own, name, t in slots if t is None or t.dim() != 1]
@@ -60,7 +64,7 @@ class Watch:
         # They keep the memory alive: an address tells tensors apart no longer than that.
         self._expected_arrays = [t.detach() for t in arrays]
         self._kept_vectors = [t.detach() for t in vectors]
-        self._expected_marks = _marks(vectors, arrays) if self.is_possible else ()
+        self._expected_marks = self._marks(vectors, arrays) if self.is_possible else ()
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
@@ -72,7 +76,7 @@ class Watch:
         try:
             # Address, shape and strides in one call: a tuple of each, per tensor, takes Python longer than launching.
             return all(map(Tensor.is_set_to, arrays, self._expected_arrays)) and (
-                _marks(vectors, arrays) == self._expected_marks
+                self._marks(vectors, arrays) == self._expected_marks
             )
         except RuntimeError:  # an inference tensor, or one of another device, has taken a parameter's place
             return False
@@ -85,15 +89,17 @@ class Watch:
     def _list_settings(self) -> list[Any]:
         return [get(attributes) for attributes, get in self._settings]
 
+    def _marks(self, vectors: list[Tensor], arrays: list[Tensor]) -> tuple[list[Any], ...]:
+        addresses = [*map(Tensor.data_ptr, vectors)]
+        if self._is_training:
+            return (
+                addresses,
+                [*map(_dtype, vectors)],
+                [*map(_dtype, arrays)],
+                [*map(_needs_gradient, vectors + arrays)],
+            )
+        return addresses, [*map(_version, vectors)], [*map(_version, arrays)], [*map(_dtype, arrays)]
+
 
 def _present(slots: Sequence[tuple[Mapping[str, Tensor | None], str]]) -> list[Tensor]:
     return [t for own, name in slots if (t := own.get(name)) is not None]
-
-
-def _marks(vectors: list[Tensor], arrays: list[Tensor]) -> tuple[list[Any], ...]:
-    return (
-        [*map(Tensor.data_ptr, vectors)],
-        [*map(_version, vectors)],
-        [*map(_version, arrays)],
-        [*map(_dtype, arrays)],
-    )

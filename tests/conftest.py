@@ -98,3 +98,21 @@ def fake_code(monkeypatch):
     code = {"LDG.E.128": 16, "STG.E.128": 8, "HMMA.16816.F32": 32, "IMAD": 400}
     monkeypatch.setattr(sol, "compiled", lambda launch, chip: resources(code))
     monkeypatch.setattr(sol.dispatch, "is_interpreted", lambda: False)
+
+
+@pytest.fixture
+def started_directly(monkeypatch):
+    """The kernels that recorded calls start directly, by the interpreter all the same."""
+    from sk_triton.kernels.launch import Launch
+
+    from .directly import Compiled
+
+    found = []
+    jit = Launch.__call__
+
+    def start(launch):
+        jit(launch)
+        return Compiled(launch, found)
+
+    monkeypatch.setattr(Launch, "__call__", start)
+    return found

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sk_triton.kernels.running import Running
+
 from .test_kernels_training import launch, nans
 from .tolerances import assert_errs_like_eager, assert_typical_errors_like_eager
 
@@ -77,12 +79,20 @@ def run_forward(t, statistics, *, pixels, has_norm, is_lean):
     out |= {"h": nans(n, d), "z": nans(n, d), "mean_out": nans(d), "rstd": nans(d), "var_out": nans(d)}
     params = {} if is_lean else {name: t[name] for name in ("bias", "gamma", "beta")}
     given = {name: t[name] for name in ("mean", "var")} if statistics == "given" else {}
+    running = Running(t["mean"].clone(), t["var"].float(), torch.tensor(6), 0.25)
     step = gate_norm_fwd(
         out["summands"], params.get("bias"), params.get("gamma"), params.get("beta"),
-        tuple(given.values()) or None, out["h"], out["z"], out["mean_out"], out["rstd"], out["var_out"],
+        tuple(given.values()) or None, out["h"], out["z"], out["mean_out"], out["rstd"], out["var_out"], running,
         statistics=statistics, epsilon=EPSILON, has_relu=not is_lean,
     )  # fmt: skip
-    launch(step, **out, **params, **given)
+    launch(step, **out, **params, **given, **{f"running {i}": own for i, own in enumerate(running[:3])})
+    is_batch = statistics == "batch"
+    assert running.counter == 6 + is_batch
+    for own, before, by in zip(
+        running, (t["mean"], t["var"]), (out["mean_out"], out["var_out"]), strict=False
+    ):
+        expected = torch.lerp(before.float(), by, 0.25) if is_batch else before.float()
+        torch.testing.assert_close(own, expected.to(own.dtype))
     out["attention"] = nans(n, m, c)
     biases = None if is_lean else t["select_bias"].unbind(0)
     step = gate_select_fwd(out["z"], t["select"].unbind(0), biases, out["attention"])

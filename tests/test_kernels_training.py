@@ -9,6 +9,7 @@ import torch
 from sk_triton.bench.traffic import Meter
 from sk_triton.kernels.config import ReductionConfig, SelectConfig
 from sk_triton.kernels.geometry import tiles
+from sk_triton.kernels.running import Running
 
 from .interpreter import exact_bfloat16
 from .test_kernels_branch_conv import CASES, make
@@ -65,7 +66,7 @@ def statistics(y):
     launch(tile_moments_fwd(y, moments, config=CONFIG), y=y, moments=moments)
     found = {"mean": nans(m, c), "rstd": nans(m, c), "var": nans(m, c)}
     settings = {"pixels": n * h * w, "epsilon": EPSILON, "is_unbiased": False}
-    launch(combine_moments_fwd(moments, *found.values(), **settings), moments=moments, **found)
+    launch(combine_moments_fwd(moments, *found.values(), [None] * m, **settings), moments=moments, **found)
     return found["mean"], found["var"], found["rstd"]
 
 
@@ -90,8 +91,15 @@ def test_statistics_of_many_tiles():
     mean[0, 0, 1], mean[0, 0, 2] = 1e4, math.inf
     moments, found, rstd, var = torch.stack([count, mean, m2], 1), nans(1, 3), nans(1, 3), nans(1, 3)
     settings = {"pixels": 8800, "epsilon": 0.0, "is_unbiased": True}
-    combine = combine_moments_fwd(moments, found, rstd, var, **settings)
-    launch(combine, moments=moments, mean=found, rstd=rstd, var=var)
+    before = torch.randn(3), torch.rand(3).half(), torch.tensor(4)
+    running = Running(*(t.clone() for t in before), momentum=0.3)
+    combine = combine_moments_fwd(moments, found, rstd, var, [running], **settings)
+    own = {f"running {i}": tensor for i, tensor in enumerate(running[:3])}
+    launch(combine, moments=moments, mean=found, rstd=rstd, var=var, **own)
+    assert running.counter == 5
+    torch.testing.assert_close(running.mean, torch.lerp(before[0], found[0], 0.3))
+    updated = torch.lerp(before[1].float(), var[0], 0.3).half()
+    torch.testing.assert_close(running.var, updated, equal_nan=True)
     torch.testing.assert_close(rstd, (var * (8799 / 8800)).rsqrt(), equal_nan=True)
     exact = mean.double().mean(1)
     exact_var = (m2.double() / 8 + (mean.double() - exact[:, None]) ** 2).mean(1)
@@ -268,7 +276,9 @@ def test_convolutions_take_the_moments_of_what_they_store(name):
     assert torch.equal(y, stored)
     assert (moments[:, 0].sum(1) == n * h * w).all()
     mean, rstd, var = nans(m, c), nans(m, c), nans(m, c)
-    combine_moments_fwd(moments, mean, rstd, var, pixels=n * h * w, epsilon=EPSILON, is_unbiased=False)()
+    combine_moments_fwd(
+        moments, mean, rstd, var, [None] * m, pixels=n * h * w, epsilon=EPSILON, is_unbiased=False
+    )()
     exact_var, exact_mean = torch.var_mean(y.double(), (1, 2, 3), correction=0)
     torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=1e-11)

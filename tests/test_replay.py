@@ -1,7 +1,6 @@
 """Calls started again from a recording give what planned calls give, and only while the layer is as it was."""
 
 import copy
-import ctypes
 import math
 import pickle
 
@@ -10,7 +9,6 @@ import torch
 from torch import nn
 
 from sk_triton import SelectiveKernel, SKConv, use_backend
-from sk_triton.kernels.launch import Launch
 from sk_triton.replay import MAX_RECORDINGS
 
 from .versions import needs_unhoisted_loops
@@ -18,55 +16,11 @@ from .versions import needs_unhoisted_loops
 pytestmark = pytest.mark.interpret
 
 
-class Compiled:
-    """A compiled kernel as Triton's JIT returns it, run by the interpreter on the addresses it is given."""
-
-    def __init__(self, launch, direct):
-        self.launch, self.direct = launch, direct
-
-    def __getitem__(self, grid):
-        assert grid == (*self.launch.grid, 1, 1)[:3]
-
-        def start(*arguments):
-            launch = self.launch
-            names = launch.kernel.arg_names
-            assert len(arguments) == len(names)
-            count = len(launch.arguments)
-            assert dict(zip(names[count:], arguments[count:], strict=True)) == launch.constexprs
-            tensors = [
-                at(argument, like) for argument, like in zip(arguments, launch.arguments, strict=False)
-            ]
-            self.direct.append(launch.kernel)
-            launch.kernel[launch.grid](*tensors, **launch.constexprs, **launch.compile_options)
-
-        return start
-
-
-def at(address, like):
-    """The tensor at an address that has the dtype, shape and strides of another; of a tuple's members each."""
-    if isinstance(like, tuple):
-        return tuple(at(member, tensor) for member, tensor in zip(address, like, strict=True))
-    if not isinstance(like, torch.Tensor):
-        return address
-    assert address % 16 == like.data_ptr() % 16
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
-    buffer = (ctypes.c_char * (extent * like.element_size())).from_address(address)
-    return torch.frombuffer(buffer, dtype=like.dtype, count=extent).as_strided(like.shape, like.stride())
-
-
 @pytest.fixture
-def direct(monkeypatch):
-    """The kernels that were started directly, not through Triton's JIT."""
-    found = []
-    jit = Launch.__call__
-
-    def start(launch):
-        jit(launch)
-        return Compiled(launch, found)
-
-    monkeypatch.setattr(Launch, "__call__", start)
+def direct(started_directly):
+    """The kernels that calls without gradients started directly."""
     with torch.no_grad(), use_backend("triton"):
-        yield found
+        yield started_directly
 
 
 def paper_layer(channels=8, **settings):
@@ -294,9 +248,9 @@ def test_workspaces_of_a_call_do_not_overlap_and_are_aligned(direct):
     layer = paper_layer()
     layer(image(2, 5, 5))
     ((_, start),) = layer._replays._recordings.values()
-    recording = start.__self__
-    offsets = {offset for start in recording.starts for _, base, offset in start.pointers if base == 2}
+    call = start.__self__
+    offsets = {offset for start in call.recording.starts for _, base, offset in start.pointers if base == 2}
     assert len(offsets) == 3  # the branches, their pooled sums, the attention
     assert all(offset % 256 == 0 for offset in offsets)
     branches = 2 * math.prod((2, 8, 5, 5)) * 4
-    assert 4 * recording.workspace_size >= branches + 2 * 8 * 4 + 2 * 2 * 8 * 4
+    assert 4 * call.workspace_size >= branches + 2 * 8 * 4 + 2 * 2 * 8 * 4

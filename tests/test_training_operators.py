@@ -65,7 +65,7 @@ def test_a_step_runs_few_small_operators(name, dtype, monkeypatch):
         v.backward(torch.ones_like(v))
 
     # Else the counting mode itself would send the call through the operators.
-    monkeypatch.setattr(training_ops, "_is_watched", lambda tensor: False)
+    monkeypatch.setattr(training_ops, "is_watched", lambda tensor: False)
     with stubbed_launches(sk_triton) as started, use_backend("triton"):
         step()  # plans and packs
         started.clear()

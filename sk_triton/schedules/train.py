@@ -24,7 +24,6 @@ from ..gate_training import (
 )
 from ..kernels.batch_stats import combine_moments_fwd
 from ..kernels.select_bwd import select_bwd
-from ..layout import empty_output, memory_format, with_adjacent_channels, with_spaced_pixels
 from ..plan import Plan
 from ..steps import Tape
 from ..training import UnitTensors
@@ -68,10 +67,8 @@ class Saved(NamedTuple):
     attention: Tensor
 
 
-def forward(x: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, tape: Tape) -> list[Tensor]:
-    """The outputs of :func:`.training_ops.unit_fwd`."""
-    v = empty_output(x, unit.spec)
-    x = with_adjacent_channels(x)
+def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, tape: Tape) -> list[Tensor]:
+    """The outputs of :func:`.training_ops.unit_fwd`, for x with adjacent channels; v receives the unit's."""
     vectors = stack(unit, x, tape)
     branches = (FoldedBranches if plan.folded_launches else StoredBranches)(x, unit, plan, vectors, tape)
     mean, rstd, sizes, unbiased = _statistics(branches, v, unit, tape)
@@ -82,6 +79,7 @@ def forward(x: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, tape: Tape)
         _gate_tensors(unit.tensors, unit.spec.num_branches, tape),
         _gate_norm(unit),
         _gate_running(unit),
+        unit.updates[-1] if unit.updates else None,
         branches=unit.spec.num_branches,
         pixels=v.shape[2] * v.shape[3],
         tape=tape,
@@ -96,10 +94,8 @@ def forward(x: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, tape: Tape)
 def backward(
     dv: Tensor, x: Tensor, unit: TrainingUnit, plan: Plan, saved: Saved, needs: list[bool], tape: Tape
 ) -> list[Tensor]:
-    """The outputs of :func:`.training_ops.unit_bwd`."""
-    in_format = memory_format(x)
-    x = with_adjacent_channels(x)
-    dv = with_spaced_pixels(dv)
+    """The outputs of :func:`.training_ops.unit_bwd`, for x with adjacent channels and dv with equally spaced pixels,
+    and so is the gradient of x."""
     spec, m = unit.spec, unit.spec.num_branches
     y, sums = saved.y, saved.sums
     vectors = BranchVectors.of(saved.vectors, unit)
@@ -134,7 +130,7 @@ def backward(
     if copies:
         tape.note_operators()
         torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
-    return outputs if dx is None else [dx.contiguous(memory_format=in_format), *outputs]
+    return outputs if dx is None else [dx, *outputs]
 
 
 def _statistics(
@@ -153,12 +149,13 @@ def _statistics(
     if not unit.spec.branch_norm:
         return empty(0), empty(0), empty(0), empty(0)
     mean, rstd, var = empty(m, c), empty(m, c), empty(m, c)
+    running = unit.updates[:m] or (None,) * m
     if "b" in kinds:
         for members, moments in branches.moments():
             for part in _of_equal(epsilons, members):
                 own = moments[part.start - members.start : part.stop - members.start]
                 combine = combine_moments_fwd(
-                    own, mean[part], rstd[part], var[part], pixels=pixels, epsilon=epsilons[part.start],
+                    own, mean[part], rstd[part], var[part], running[part], pixels=pixels, epsilon=epsilons[part.start],
                     is_unbiased=not any(groups),
                 )  # fmt: skip
                 tape.run(combine)

@@ -1,0 +1,221 @@
+"""Starts a training step again without planning it again: as :mod:`.replay`, forward and backward.
+
+The first call of a kind runs as any other, and so does the first backward pass through a call that was started again.
+Either is recorded where nothing but kernels computed it. Parameters may change, but not move.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import increment_version
+
+from .layout import memory_format, with_adjacent_channels, with_spaced_pixels
+from .recording import Packing, Recording, record, storage_of
+from .steps import Tape
+from .training_ops import FIRST_SAVED, UnitCall, _run_backward, is_watched, run_backward
+from .tuning import cache
+from .tuning.ranks import pinning_reason
+
+Slot = tuple[dict[str, Any], str]
+"""Where a layer keeps a parameter."""
+
+
+class _Part(NamedTuple):
+    """A tensor in memory that it shares with others: where it begins there, in bytes."""
+
+    start: int
+    dtype: torch.dtype
+    size: torch.Size
+    stride: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor, packing: Packing) -> _Part:
+        start = packing.add(tensor) + tensor.data_ptr() - storage_of(tensor)
+        return cls(start, tensor.dtype, tensor.shape, tensor.stride())
+
+    def view(self, memory: Tensor) -> Tensor:
+        if not math.prod(self.size):
+            return memory.new_empty(self.size, dtype=self.dtype)
+        as_dtype = memory.view(self.dtype)
+        return as_dtype.as_strided(self.size, self.stride, self.start // self.dtype.itemsize)
+
+
+class TrainingCall:
+    """A recorded call.
+
+    Attributes:
+        call: it, but for its tensors.
+        slots: of the parameters.
+        running: statistics that norms do not take from the batch.
+        v: size and stride of the output.
+        saved: what the gradient needs, parts of one piece of memory of `saved_bytes`.
+        changed: what the kernels bring up to date.
+    """
+
+    def __init__(
+        self,
+        call: UnitCall,
+        slots: Sequence[Slot],
+        running: Sequence[Tensor],
+        x: Tensor,
+        v: Tensor,
+        saved: Sequence[Tensor],
+        packing: Packing,
+        recording: Recording,
+    ) -> None:
+        self.call, self.slots, self.running = call, slots, running
+        self.dtype, self.is_converted = x.dtype, x.stride(1) != 1
+        self.v = v.shape, v.stride()
+        self.saved, self.saved_bytes = [_Part.of(tensor, packing) for tensor in saved], packing.nbytes
+        self.changed = [t for own in call.updates if own is not None for t in own[:3]]
+        self.recording = recording
+        self.backwards: dict[Hashable, Recording] = {}
+
+    def start(self, x: Tensor) -> Tensor:
+        """The output for x."""
+        if x.dtype != self.dtype:  # autocast
+            x = x.to(self.dtype)
+        return _RecordedUnit.apply(x, self, *[own[name] for own, name in self.slots])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the memory of what the gradient needs."""
+        x = with_adjacent_channels(x) if self.is_converted else x
+        v, saved = x.new_empty_strided(*self.v), _memory(x, self.saved_bytes)
+        workspace = _memory(x, self.recording.workspace_bytes)
+        self.recording.start(x.data_ptr(), saved.data_ptr(), v.data_ptr(), workspace.data_ptr())
+        if self.changed:
+            increment_version(self.changed)
+        return v, saved
+
+    def backward(
+        self, dv: Tensor, x: Tensor, memory: Tensor, params: Sequence[Tensor], needs: tuple[bool, ...]
+    ) -> list[Tensor]:
+        """The gradients that `needs` names; `memory` as :meth:`forward` gave it."""
+        if torch.is_grad_enabled() or is_watched(dv):
+            saved = [part.view(memory) for part in self.saved]
+            return run_backward(dv, x, self.call, params, self.running, saved, list(needs))
+        dv = with_spaced_pixels(dv)
+        kind = (
+            dv.stride(),
+            dv.data_ptr() % 16,
+            needs,
+            cache.changes,
+            pinning_reason(),
+            *map(Tensor.data_ptr, params),  # they may have moved since the forward pass
+        )
+        recording = self.backwards.get(kind)
+        if recording is None:
+            return self._record_backward(kind, dv, x, memory, params, needs)
+        x_in = with_adjacent_channels(x) if self.is_converted else x
+        grads = [
+            torch.empty_like(t) for t, is_needed in zip((x_in, *params), needs, strict=True) if is_needed
+        ]
+        workspace = _memory(x, recording.workspace_bytes)
+        recording.start(
+            dv.data_ptr(),
+            x_in.data_ptr(),
+            memory.data_ptr(),
+            *map(Tensor.data_ptr, grads),
+            workspace.data_ptr(),
+        )
+        if self.is_converted and needs[0]:
+            grads[0] = grads[0].contiguous(memory_format=memory_format(x))
+        return grads
+
+    def _record_backward(
+        self,
+        kind: Hashable,
+        dv: Tensor,
+        x: Tensor,
+        memory: Tensor,
+        params: Sequence[Tensor],
+        needs: tuple[bool, ...],
+    ) -> list[Tensor]:
+        saved = [part.view(memory) for part in self.saved]
+        x_in = with_adjacent_channels(x)
+        unit = self.call.unit(params, self.running)
+        grads, tape = _run_backward(dv, x_in, unit, saved, list(needs))
+        if tape.is_whole:
+            recording = record(
+                tape.steps,
+                tape.started,
+                (dv, x_in, memory, *grads),
+                (*params, *self.running),
+                outputs=len(grads),
+            )
+            if recording is not None:
+                self.backwards[kind] = recording
+        if needs[0]:
+            grads[0] = grads[0].contiguous(memory_format=memory_format(x))
+        return grads
+
+
+class _RecordedUnit(torch.autograd.Function):
+    """Arguments: x, the recorded call, its parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: TrainingCall, *params: Tensor) -> Tensor:
+        v, saved = call.forward(x)
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        ctx.save_for_backward(x, saved, *params)
+        return v
+
+    @staticmethod
+    def backward(ctx: Any, dv: Tensor | None) -> tuple[Any, ...]:
+        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[2:])
+        if dv is None or not any(needs):
+            return (None,) * (1 + len(needs))
+        x, saved, *params = ctx.saved_tensors
+        found = iter(ctx.call.backward(dv, x, saved, params, needs))
+        dx, *dparams = [next(found) if is_needed else None for is_needed in needs]
+        return dx, None, *dparams
+
+
+def record_call(
+    x: Tensor,
+    x_in: Tensor,
+    call: UnitCall,
+    params: Sequence[Tensor],
+    running: Sequence[Tensor],
+    outputs: Sequence[Tensor],
+    tape: Tape,
+) -> None:
+    """Hand a call that has run to its recorder, if it can be started again.
+
+    Args:
+        x: as the call got it.
+        x_in: with adjacent channels.
+        outputs: of :func:`.training_ops.unit_fwd`.
+        tape: of a call that was whole.
+    """
+    recorder = call.recorder
+    assert recorder is not None
+    slots = _slots(recorder.layer, params)
+    if slots is None or any(isinstance(m, nn.SyncBatchNorm) for m in recorder.layer.modules()):
+        return  # a group of processes may form later
+    v, saved = outputs[0], outputs[FIRST_SAVED:]
+    packing = Packing(tensor for tensor in saved if tensor.numel())
+    updated = [t for own in call.updates if own is not None for t in own[:3]]
+    fixed = (*params, *running, *updated)
+    recording = record(tape.steps, tape.started, (x_in, packing, v), fixed, outputs=1)
+    if recording is not None:
+        plain = call._replace(recorder=None)
+        recorder.add(TrainingCall(plain, slots, running, x, v, saved, packing, recording).start)
+
+
+def _slots(layer: nn.Module, params: Sequence[Tensor]) -> list[Slot] | None:
+    """Where the layer keeps each parameter, None where it computes one."""
+    slots = {id(t): (m._parameters, name) for m in layer.modules() for name, t in m._parameters.items()}
+    found = [slots.get(id(param)) for param in params]
+    return None if None in found else found  # type: ignore[return-value]
+
+
+def _memory(x: Tensor, nbytes: int) -> Tensor:
+    """So many bytes, in elements of x's dtype, which divide them."""
+    return x.new_empty(nbytes // x.element_size())

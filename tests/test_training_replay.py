@@ -1,0 +1,353 @@
+"""Training steps started again from a recording give what planned steps give, and only while the layer is as it was."""
+
+import copy
+from collections import Counter
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+import sk_triton
+from sk_triton import SelectiveKernel, SKConv, training_ops, use_backend
+from sk_triton.bench.host import stubbed_launches
+from sk_triton.steps import Tape
+
+from .test_training_operators import Counting
+from .units import randomize_norms
+from .versions import needs_narrow_products
+
+pytestmark = pytest.mark.interpret
+
+
+def paper(channels=8, groups=2, **settings):
+    layer = SelectiveKernel(channels, groups=groups, split_input=False, **settings)
+    if "norm_layer" not in settings:
+        randomize_norms(layer)
+    return layer
+
+
+def without_affine(channels):
+    return nn.BatchNorm2d(channels, affine=False, momentum=0.3)
+
+
+def untracked(channels):
+    return nn.BatchNorm2d(channels, track_running_stats=False)
+
+
+def saving_input():
+    layer = paper()
+    layer.save = "input"
+    return layer
+
+
+def channels_last_weights():
+    return paper(16, 2).to(memory_format=torch.channels_last)
+
+
+def of_different_epsilons():
+    layer = paper()
+    layer.paths[1].bn.eps = 0.1
+    return layer
+
+
+LAYERS = {
+    "paper": paper,
+    "classic": lambda: SKConv(8, M=2, G=2, r=2, L=4),
+    "classic, one branch": lambda: SKConv(8, M=1, G=2, r=2, L=4),
+    "16 channels a group": lambda: paper(16, 1),
+    "input saved": saving_input,
+    "channels_last weights": channels_last_weights,
+    "norms without parameters": lambda: paper(norm_layer=without_affine),
+    "norms that keep nothing": lambda: paper(norm_layer=untracked),
+    "epsilons of their own": of_different_epsilons,
+    "more outputs": lambda: paper(out_channels=16),
+    "no activation": lambda: paper(act_layer=None),
+}
+# The library computes these gradients.
+FORWARD_ONLY = {
+    "stride 2": lambda: paper(stride=2),
+    "split_input": lambda: SelectiveKernel(8, groups=2),
+}
+
+
+def image(channels=8, size=(2, 5, 4), memory_format=torch.channels_last):
+    return torch.randn(size[0], channels, *size[1:]).half().to(memory_format=memory_format)
+
+
+def step(layer, x, dv=None, autocast=False):
+    """Output, gradients of x and of the parameters; the parameters then change."""
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    layer.zero_grad()
+    with use_backend("triton"):
+        with torch.autocast("cpu", torch.float16) if autocast else nullcontext():
+            v = layer(x)
+        v.backward(torch.full_like(v, 0.5) if dv is None else dv)
+    found = [v.detach(), x.grad, *(p.grad for p in layer.parameters())]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            if parameter.grad is not None:
+                parameter.sub_(parameter.grad, alpha=0.05)
+    return found
+
+
+def assert_equal(found, expected):
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert torch.equal(one, other)
+            assert one.stride() == other.stride()
+
+
+def steps_alike(layer, steps, direct, started, **settings):
+    """`steps` steps of the layer, and of a copy that forgets its recordings each time.
+
+    Returns how many kernels each step of the layer started directly, and how many launches it takes.
+    """
+    planned = copy.deepcopy(layer)
+    counts = []
+    for _ in range(steps):
+        x = image(layer.spec.in_channels, **settings.get("image", {}))
+        planned._replays.clear()
+        started.clear()
+        expected = step(planned, x, autocast=settings.get("autocast", False))
+        launches = sum(started.values())
+        direct.clear()
+        found = step(layer, x, autocast=settings.get("autocast", False))
+        assert_equal(found, expected)
+        assert_equal(layer.state_dict().values(), planned.state_dict().values())
+        counts.append((len(direct), launches))
+    return counts
+
+
+@pytest.fixture
+def direct(started_directly):
+    return started_directly
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """How many launches each planned pass took."""
+    counts = Counter()
+    run = Tape.run
+
+    def counted(tape, launch):
+        counts[id(tape)] += 1
+        run(tape, launch)
+
+    monkeypatch.setattr(Tape, "run", counted)
+    return counts
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_step_is_started_again(name, direct, started):
+    """The forward pass from its second call on, the backward pass from the third on."""
+    layer = LAYERS[name]().half()
+    (first, _), (second, _), (third, launches), (fourth, _) = steps_alike(layer, 4, direct, started)
+    assert first == 0
+    assert 0 < second < third == fourth == launches
+
+
+@pytest.mark.parametrize("name", FORWARD_ONLY)
+def test_what_the_library_computes_is_planned_each_time(name, direct, started):
+    layer = FORWARD_ONLY[name]().half()
+    (first, _), (second, _), (third, launches) = steps_alike(layer, 3, direct, started)
+    assert first == 0
+    assert 0 < second == third < launches
+
+
+@needs_narrow_products
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_memory_formats_and_autocast(memory_format, autocast, direct, started):
+    layer = paper() if autocast else paper().half()
+    settings = {"autocast": autocast, "image": {"memory_format": memory_format}}
+    counts = steps_alike(layer, 3, direct, started, **settings)
+    assert counts[2][0] == counts[2][1] > 0
+
+
+@pytest.fixture
+def recorded(direct):
+    """A layer whose steps are started again, its copy, and what starts their kernels."""
+    layer = paper().half()
+    for _ in range(2):
+        step(layer, image())
+    direct.clear()
+    return layer, copy.deepcopy(layer)
+
+
+def frozen(layer):
+    layer.paths[0].conv.weight.requires_grad_(False)
+
+
+def replaced_parameter(layer):
+    weight = layer.attn.fc_reduce.weight
+    layer.attn.fc_reduce.weight = nn.Parameter(weight.detach().clone())
+
+
+def another_momentum(layer):
+    layer.paths[0].bn.momentum = layer.paths[1].bn.momentum = 0.7
+
+
+def cumulative_average(layer):
+    layer.attn.bn.momentum = None
+
+
+def norm_in_eval_mode(layer):
+    layer.paths[1].bn.eval()
+
+
+def moved_statistics(layer):
+    layer.paths[1].bn.running_mean.data = torch.randn(8).half()
+
+
+CHANGES = [
+    frozen, replaced_parameter, another_momentum, cumulative_average, norm_in_eval_mode, moved_statistics,
+]  # fmt: skip
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_layer_is_planned_anew(change, recorded, direct):
+    layer, planned = recorded
+    for module in recorded:
+        torch.manual_seed(1)
+        change(module)
+    x = image()
+    found = step(layer, x)
+    assert not direct
+    assert_equal(found, step(planned, x))
+    assert_equal(layer.state_dict().values(), planned.state_dict().values())
+
+
+@needs_narrow_products
+def test_a_parameter_that_takes_anothers_memory_gets_its_gradient(recorded, direct):
+    layer, planned = recorded
+    old = layer.paths[0].conv.weight
+    layer.paths[0].conv.weight = nn.Parameter(old.detach())
+    x = image()
+    old.grad = None
+    found = step(layer, x)
+    assert direct
+    assert old.grad is None
+    assert_equal(found, step(planned, x))
+
+
+@needs_narrow_products
+def test_parameters_that_move_before_the_backward_pass(recorded, direct):
+    layer, planned = recorded
+    found = []
+    for module, moves in ((layer, True), (planned, False)):
+        torch.manual_seed(2)
+        x = image().requires_grad_()
+        module.zero_grad()
+        with use_backend("triton"):
+            v = module(x)
+            if moves:
+                count = len(direct)
+                for parameter in module.parameters():
+                    parameter.data = parameter.data.clone()
+            v.sum().backward()
+        if moves:
+            assert len(direct) == count > 0
+        found.append([v.detach(), x.grad, *(p.grad for p in module.parameters())])
+    assert_equal(*found)
+
+
+@needs_narrow_products
+@pytest.mark.parametrize(
+    "spread",
+    [
+        lambda dv: dv.contiguous(),
+        lambda dv: torch.cat([dv, dv], 1).contiguous(memory_format=torch.channels_last)[:, 3:11],
+        lambda dv: dv[:1, :1, :1, :1].expand_as(dv),
+    ],
+    ids=["nchw", "slice", "broadcast"],
+)
+def test_gradients_of_another_layout(spread, recorded, direct):
+    layer, planned = recorded
+    for _ in range(2):
+        x, dv = image(), spread(image())
+        direct.clear()
+        found = step(layer, x, dv)
+        planned._replays.clear()
+        assert_equal(found, step(planned, x, dv))
+    assert len(direct) > 10
+
+
+@needs_narrow_products
+def test_second_derivatives_are_refused(recorded, direct):
+    layer, _ = recorded
+    x = image().requires_grad_()
+    with use_backend("triton"):
+        (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    assert direct
+    with pytest.raises(RuntimeError, match=r"sk_triton.unit_bwd.* no autograd formula"):
+        dx.sum().backward()
+
+
+@needs_narrow_products
+def test_an_inference_call_in_between_sees_what_was_learned(recorded, direct):
+    """Kernels bring the running statistics up to date, and say so."""
+    layer, _ = recorded
+    versions = [t._version for t in layer.buffers()]
+    step(layer, image())
+    assert all(t._version > old for t, old in zip(layer.buffers(), versions, strict=True))
+    x = image()
+    with torch.no_grad(), use_backend("triton"):
+        inferred = copy.deepcopy(layer).eval()(x)
+        for norm in layer.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.eval()
+        assert torch.equal(layer(x), inferred)
+
+
+def test_shared_and_synchronized_norms_are_planned_each_time(direct):
+    shared = paper().half()
+    shared.paths[1].bn = shared.paths[0].bn
+    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(paper().half())
+    for layer in (shared, synchronized):
+        for _ in range(3):
+            step(layer, image())
+    assert not direct
+
+
+def test_a_watched_call_goes_through_the_operator(recorded, direct):
+    layer, _ = recorded
+    with Counting() as counting, use_backend("triton"):
+        layer(image())
+    assert not direct
+    assert counting.counts
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("name", [*LAYERS, *FORWARD_ONLY])
+def test_what_is_recorded_is_all_that_was_computed(name, monkeypatch):
+    """No operator that writes runs beside the kernels of a pass whose tape is whole."""
+    layer = {**LAYERS, **FORWARD_ONLY}[name]().half()
+    tapes, passes = [], {}
+    monkeypatch.setattr(training_ops, "is_watched", lambda tensor: False)
+    init = Tape.__init__
+
+    def kept(tape):
+        init(tape)
+        tapes.append(tape)
+
+    monkeypatch.setattr(Tape, "__init__", kept)
+    x = image().requires_grad_() if layer.spec.in_channels == 8 else image(16).requires_grad_()
+    with stubbed_launches(sk_triton), use_backend("triton"):
+        layer(x).sum().backward()  # makes what is kept
+        with Counting() as counting:
+            v = layer(x)
+        passes["forward"] = tapes[-1].is_whole, counting.counts.copy()
+        dv = torch.ones_like(v)
+        with Counting() as counting:
+            (v.grad_fn).apply(dv)
+        passes["backward"] = tapes[-1].is_whole, counting.counts.copy()
+    assert passes["forward"][0]
+    assert passes["backward"][0] == (name in LAYERS)
+    for is_whole, counts in passes.values():
+        assert not is_whole or not counts
