@@ -16,7 +16,7 @@ from sk_triton.params import Branch, Gate
 from sk_triton.plan import Plan
 from sk_triton.save import Save
 from sk_triton.spec import SKSpec
-from sk_triton.training import norm_settings, unit_tensors
+from sk_triton.training import kernel_updates, norm_settings, unit_tensors
 from sk_triton.training_ops import FIRST_SAVED
 from sk_triton.workload import Workload
 
@@ -74,7 +74,10 @@ def training_unit(spec: SKSpec, branches: list[Branch], gate: Gate) -> TrainingU
     for norm in norms:
         if isinstance(norm, nn.Module):
             norm.train()
-    return TrainingUnit(spec, unit_tensors(branches, gate), (), norm_settings(norms))
+    settings = norm_settings(norms)
+    updates = kernel_updates(norms, settings)
+    assert updates is not None
+    return TrainingUnit(spec, unit_tensors(branches, gate), (), settings, updates)
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def run(
     ]
     tensors = unit_tensors(branches, gate)
     if not is_watched(x):
-        updates = _kernel_updates(norms, settings)
+        updates = kernel_updates(norms, settings)
         if updates is not None:
             return run_unit(x, tensors, running, spec, settings, save, updates, recorder)[0]
         v, var, gate_var, mean, gate_mean = run_unit(x, tensors, running, spec, settings, save)
@@ -193,7 +193,7 @@ def _updates_running(norm: Any) -> bool:
     return _uses_batch(norm) and norm.training and norm.track_running_stats and norm.running_mean is not None
 
 
-def _kernel_updates(norms: Sequence[Any], settings: NormSettings) -> tuple[Running | None, ...] | None:
+def kernel_updates(norms: Sequence[Any], settings: NormSettings) -> tuple[Running | None, ...] | None:
     """Which running statistics the kernels update while they take those of the batch, one for each norm; None where
     some must be updated otherwise."""
     from .kernels.running import Running

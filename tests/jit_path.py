@@ -1,7 +1,7 @@
 """Takes launches through Triton's JIT entry, up to the driver: run as a script where kernels are not interpreted.
 
 Checks what compiling by hand cannot: that the JIT binds the arguments, hashes the constexprs and accepts the options.
-With the argument "gradients", of the backward kernels; else, of those of inference.
+With the argument "training", of what a training step starts besides convolutions; else, of inference.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from sk_triton.bench import resources
+from sk_triton.bench import resources, training_resources
 from sk_triton.bench.grid import CASES
 from sk_triton.kernels.branch_grad import branch_grad, reduce_weight_grad
 from sk_triton.kernels.config import GradStreamConfig, GradWideConfig
@@ -81,12 +81,27 @@ def gradient_launches():
         yield from reduce_weight_grad(partial, weights, **settings)
 
 
+def training_launches():
+    yield from gradient_launches()
+    for case in CASES:
+        if case.name in ("stage 1", "seed, M = 2") and case.precision == "fp16":
+            for launch in training_resources.launches(dataclasses.replace(case, n=2, size=8), "sm_90"):
+                if not launch.kernel.fn.__name__.startswith("branch_"):
+                    yield launch
+
+
+def dtype_of(argument):
+    if isinstance(argument, tuple):
+        return tuple(map(dtype_of, argument))
+    return argument.dtype if isinstance(argument, torch.Tensor) else type(argument)
+
+
 def different(launches):
     """The first launch of each kernel, task, and types of arguments and constexprs: what differs but in values is bound
     and hashed alike."""
     seen = set()
     for launch in launches:
-        dtypes = tuple(a.dtype if isinstance(a, torch.Tensor) else type(a) for a in launch.arguments)
+        dtypes = tuple(map(dtype_of, launch.arguments))
         types = tuple((name, type(value)) for name, value in sorted(launch.constexprs.items()))
         kind = launch.kernel.fn.__name__, launch.constexprs.get("TASK"), dtypes, types
         if kind not in seen:
@@ -95,7 +110,7 @@ def different(launches):
 
 
 driver.set_active(AbsentDevice())
-for launch in different(gradient_launches() if sys.argv[1:] == ["gradients"] else inference_launches()):
+for launch in different(training_launches() if sys.argv[1:] == ["training"] else inference_launches()):
     compiled = launch.kernel.warmup(
         *map(small_tensor, launch.arguments),
         grid=launch.grid,
