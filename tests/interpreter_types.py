@@ -139,23 +139,32 @@ def _look_at_values_less(core: Any) -> None:
 
 
 def _check_operands_once(tensor: Any, semantic: Any) -> None:
-    """A tensor that was used as it is beside some type, or beside some number, is again."""
+    """Types say which operands are cast. Where none is, tensors are broadcast at most, and a number becomes a tensor
+    that depends on the number and the other operand's type."""
     check = semantic.binary_op_type_checking_impl
+    known = (tensor, int, float)
 
     def check_types(self: Any, lhs: Any, rhs: Any, *flags: bool, **named: bool) -> Any:
-        if _now is None or type(lhs) is not tensor or type(rhs) not in (tensor, int, float):
+        left_is, right_is = type(lhs), type(rhs)
+        if _now is None or left_is not in known or right_is not in known:
             return check(self, lhs, rhs, *flags, **named)
-        is_tensor = type(rhs) is tensor
-        # By text: 1, 1.0, 0.0 and -0.0 differ.
-        key = ("check", id(lhs.type), id(rhs.type) if is_tensor else repr(rhs), flags, *named.items())
+        # Numbers by their text: 1, 1.0, 0.0 and -0.0 differ.
+        left_key = id(lhs.type) if left_is is tensor else repr(lhs)
+        right_key = id(rhs.type) if right_is is tensor else repr(rhs)
+        key = ("check", left_key, right_key, flags, *named.items())
         found = _now.answers.get(key)
         if found is not None:
-            return lhs, rhs if is_tensor else found[0]
+            if left_is is right_is:
+                return self.broadcast_impl_value(lhs, rhs)
+            return (lhs, found[0]) if left_is is tensor else (found[0], rhs)
         left, right = check(self, lhs, rhs, *flags, **named)
-        if left is lhs and is_tensor and right is rhs:
-            _now.answers[key] = (lhs.type, rhs.type)
-        elif left is lhs and not is_tensor:
+        if left_is is right_is is tensor:
+            if left.dtype is lhs.dtype and right.dtype is rhs.dtype:
+                _now.answers[key] = (lhs.type, rhs.type)
+        elif left is lhs:
             _now.answers[key] = (right, lhs.type)
+        elif right is rhs:
+            _now.answers[key] = (left, rhs.type)
         return left, right
 
     semantic.binary_op_type_checking_impl = check_types

@@ -35,7 +35,7 @@ def mixed(x_ptr, i_ptr, out_ptrs, M: tl.constexpr, N: tl.constexpr):
         product = tl.dot(x.to(tl.float32), tl.trans(x).to(tl.float32))
         wide = x.to(tl.float32) * 0.0 + x * -0.0 + scaled(x, 1) + scaled(x, 1.0) + k
         whole = i * 1 + i.to(tl.int64) + columns - k
-        tl.store(out_ptrs[0] + offs, wide + tl.sum(wide, axis=1)[:, None] / 3)
+        tl.store(out_ptrs[0] + offs, 2 * wide - tl.sum(wide, axis=1)[:, None] / 3)
         tl.store(out_ptrs[1] + offs, 1.0 / (x * -0.0))
         tl.store(out_ptrs[2] + offs, whole // 3 + (whole % 5 << 1) + (i.to(tl.uint8) >> 1) + (i > 2))
         tl.store(out_ptrs[3] + offs, tl.where(x > 0, tl.maximum(x, 0.5), -x) + product.to(x.dtype))
