@@ -1,6 +1,7 @@
 """The `host` suite: what a call costs the host, how many kernels it launches, and what starting up costs.
 
-On a GPU, the time until a call of batch 1 returns, the device's work not awaited. On a CPU there is nothing to
+A call is an inference of batch 1, or a training step of batch 2. On a GPU, the time until it returns, the device's work
+not awaited. On a CPU there is nothing to
 launch: there, sk_triton's launches are replaced by nothing, so that its own Python alone is timed, beside PyTorch's
 cheapest `conv2d`; peers are left out, since their time is the computation.
 """
@@ -30,14 +31,16 @@ from .competition import DTYPES, Setting
 from .entrant import Entrant
 from .inputs import RANDOM, make_input
 from .providers import Provider, make_state
-from .shapes import UNITS, Case, Shape, stage_shape
+from .shapes import INFERENCE, TRAINING, UNITS, Case, Shape, stage_shape
 from .sources import Ours
 from .suites import HOST
 
 CALLS = 20
 REPEATS = 25
-STAGE = 4
+STAGE = 1
 PROCESSES = 3
+RECORDED_BY = 3
+"""Calls after which ours start recorded kernels, forward and backward."""
 
 IMPORT_TORCH = "import torch"
 IMPORT_OURS = "import sk_triton, torch imported before"
@@ -60,10 +63,9 @@ def measure(setting: Setting, revisions: Sequence[Ours] = ()) -> Iterator[result
 
 
 def _gpu_records(setting: Setting) -> Iterator[results.Record]:
-    for unit in UNITS:
-        case = Case(HOST, unit, stage_shape(unit, STAGE), 1, "fp16")
+    for case in _cases():
         state = make_state(case, setting.seed)
-        x = make_input(RANDOM, 1, case.shape, DTYPES[case.dtype], setting.device, setting.seed)
+        x, dv = _inputs(case, setting)
         for provider in setting.competitors(case):
             record = _record(case, provider)
             missing = provider.source.missing()
@@ -75,7 +77,7 @@ def _gpu_records(setting: Setting) -> Iterator[results.Record]:
                     module = provider.module(case, state, DTYPES[case.dtype], setting.device)
                     entrant = Entrant(case, provider, module)
                     record = replace(record, runs=entrant.runs(x))
-                    host_us, launches = provider.form.run(partial(_host_cost, entrant, x))
+                    host_us, launches = provider.form.run(partial(_host_cost, entrant, x, dv))
             except Exception as error:
                 status, message = protocol.failure(error)
                 yield replace(record, status=status, message=message)
@@ -99,23 +101,24 @@ def _stubbed_records(setting: Setting, source: Ours) -> Iterator[results.Record]
     provider = Provider(stubbed, forms.CHANNELS_LAST)
     records, calls = [], []
     with stubbed_launches(source.package) as started, provider.scope():
-        for unit in UNITS:
-            case = Case(HOST, unit, stage_shape(unit, STAGE), 1, "fp16")
-            dtype = DTYPES[case.dtype]
-            x = make_input(RANDOM, 1, case.shape, dtype, setting.device, setting.seed)
+        for case in _cases():
+            x, dv = _inputs(case, setting)
             record = _record(case, provider)
             try:
-                module = provider.module(case, make_state(case, setting.seed), dtype, setting.device)
+                state = make_state(case, setting.seed)
+                module = provider.module(case, state, DTYPES[case.dtype], setting.device)
                 entrant = Entrant(case, provider, module)
-                call, _ = entrant.bind(x, None)
-                call()
+                call, _ = entrant.bind(x, dv)
+                for _ in range(RECORDED_BY):
+                    call()
                 started.clear()
                 call()
+                launches = len(started)
             except Exception as error:
                 status, message = protocol.failure(error)
                 yield replace(record, status=status, message=message)
             else:
-                records.append(replace(record, runs=entrant.runs(x), launches=len(started)))
+                records.append(replace(record, runs=entrant.runs(x), launches=launches))
                 calls.append(call)
         if source.key == "ours":
             yardstick, call = _conv2d(torch.zeros(1, 8, 1, 1))
@@ -158,9 +161,23 @@ def stubbed_launches(package: ModuleType) -> Iterator[list[object]]:
             os.environ["TRITON_INTERPRET"] = interpret
 
 
-def _host_cost(entrant: Entrant, x: Tensor) -> tuple[float, int | None]:
+def _cases() -> list[Case]:
+    return [
+        Case(HOST, unit, stage_shape(unit, STAGE), batch, "fp16", direction)
+        for unit in UNITS
+        for direction, batch in ((INFERENCE, 1), (TRAINING, 2))  # the gate's norm needs two samples
+    ]
+
+
+def _inputs(case: Case, setting: Setting) -> tuple[Tensor, Tensor | None]:
+    """x and, in training, the gradient of the output, which is as large."""
+    make = partial(make_input, RANDOM, case.batch, case.shape, DTYPES[case.dtype], setting.device)
+    return make(setting.seed), make(setting.seed + 1) if case.direction == TRAINING else None
+
+
+def _host_cost(entrant: Entrant, x: Tensor, dv: Tensor | None) -> tuple[float, int | None]:
     """Host microseconds of a call on `x`, and its launches."""
-    call, _ = entrant.bind(x, None)
+    call, _ = entrant.bind(x, dv)
     (host_us,) = _host_us([call], torch.cuda.synchronize)
     return host_us, _launches(call)
 

@@ -16,6 +16,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 from matplotlib.patches import Rectangle
+from matplotlib.path import Path
 from matplotlib.textpath import TextPath
 
 from . import style
@@ -141,7 +142,9 @@ def text_width(text: str, size: float, weight: str = "normal") -> float:
         return 0.0
     # A dollar sign would start mathematics.
     path = TextPath((0, 0), text.replace("$", "S"), size=size, prop=FontProperties(weight=weight))
-    return float(path.get_extents().width) / 72
+    # Of a curve's points too: fonts end curves where they reach furthest, and `get_extents` solves for each curve.
+    x = path.vertices[path.codes != Path.CLOSEPOLY, 0]
+    return float(x.max() - x.min()) / 72
 
 
 def wrap(parts: Sequence[str], room: float, size: float, separator: str, weight: str = "normal") -> list[str]:
