@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .kernels.launch import Launch
 
+# Of a layer; one that meets more kinds of calls forgets them and begins again.
+MAX_RECORDINGS = 64
 # Bytes; Triton specialises for addresses that 16 divides.
 _ALIGNMENT = 256
 

@@ -21,7 +21,7 @@ from .layout import with_adjacent_channels
 from .packing import Packed, sources
 from .precision import allows_tf32
 from .reasons import tracing_reason
-from .recording import Recording, record
+from .recording import MAX_RECORDINGS, Recording, record
 from .save import Save, chosen_save
 from .tuning import cache
 from .tuning.ranks import pinning_reason
@@ -30,9 +30,6 @@ from .watch import Watch
 if TYPE_CHECKING:
     from .steps import Step  # imports Triton
     from .unit import SKUnit
-
-# Recordings of a layer; one that meets more kinds of calls forgets them and begins again.
-MAX_RECORDINGS = 64
 
 
 class Replays:

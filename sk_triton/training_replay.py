@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from .layout import memory_format, with_adjacent_channels, with_spaced_pixels
-from .recording import Packing, Recording, record, storage_of
+from .recording import MAX_RECORDINGS, Packing, Recording, record, storage_of
 from .steps import Tape
 from .training_ops import FIRST_SAVED, UnitCall, _run_backward, is_watched, run_backward
 from .tuning import cache
@@ -99,19 +99,23 @@ class TrainingCall:
         if torch.is_grad_enabled() or is_watched(dv):
             saved = [part.view(memory) for part in self.saved]
             return run_backward(dv, x, self.call, params, self.running, saved, list(needs))
-        dv = with_spaced_pixels(dv)
+        dv, x_in = with_spaced_pixels(dv), with_adjacent_channels(x)
+        # Hooks on saved tensors may hand over others: of another layout, elsewhere.
         kind = (
             dv.stride(),
+            x_in.stride(),
             dv.data_ptr() % 16,
+            x_in.data_ptr() % 16,
             needs,
             cache.changes,
             pinning_reason(),
-            *map(Tensor.data_ptr, params),  # they may have moved since the forward pass
+            *map(Tensor.stride, params),
+            *map(Tensor.data_ptr, params),
         )
         recording = self.backwards.get(kind)
         if recording is None:
-            return self._record_backward(kind, dv, x, memory, params, needs)
-        x_in = with_adjacent_channels(x) if self.is_converted else x
+            grads = self._record_backward(kind, dv, x_in, memory, params, needs)
+            return self._like_input(grads, x, needs)
         grads = [
             torch.empty_like(t) for t, is_needed in zip((x_in, *params), needs, strict=True) if is_needed
         ]
@@ -123,7 +127,10 @@ class TrainingCall:
             *map(Tensor.data_ptr, grads),
             workspace.data_ptr(),
         )
-        if self.is_converted and needs[0]:
+        return self._like_input(grads, x, needs)
+
+    def _like_input(self, grads: list[Tensor], x: Tensor, needs: tuple[bool, ...]) -> list[Tensor]:
+        if needs[0] and x.stride(1) != 1:
             grads[0] = grads[0].contiguous(memory_format=memory_format(x))
         return grads
 
@@ -131,13 +138,12 @@ class TrainingCall:
         self,
         kind: Hashable,
         dv: Tensor,
-        x: Tensor,
+        x_in: Tensor,
         memory: Tensor,
         params: Sequence[Tensor],
         needs: tuple[bool, ...],
     ) -> list[Tensor]:
         saved = [part.view(memory) for part in self.saved]
-        x_in = with_adjacent_channels(x)
         unit = self.call.unit(params, self.running)
         grads, tape = _run_backward(dv, x_in, unit, saved, list(needs))
         if tape.is_whole:
@@ -149,9 +155,9 @@ class TrainingCall:
                 outputs=len(grads),
             )
             if recording is not None:
+                if len(self.backwards) == MAX_RECORDINGS:
+                    self.backwards.clear()
                 self.backwards[kind] = recording
-        if needs[0]:
-            grads[0] = grads[0].contiguous(memory_format=memory_format(x))
         return grads
 
 

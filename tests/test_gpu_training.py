@@ -55,6 +55,29 @@ def test_sknet_stages(channels, size, dtype, save):
 
 
 @SAVES
+@pytest.mark.parametrize("autocast", [False, True])
+def test_recorded_steps(save, autocast):
+    """Steps after the first start kernels directly: the same bits as planned ones, on other inputs and weights."""
+    layer = unit(dtype=torch.float32 if autocast else torch.float16)
+    planned = copy.deepcopy(layer)
+    for _ in range(4):
+        x, dv = random(4, 64, 14, 14), random(4, 64, 14, 14)
+        planned._replays.clear()
+        with torch.autocast("cuda", torch.float16, enabled=autocast):
+            found, expected = (step(module, x, dv, "triton", save) for module in (layer, planned))
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+        for one, other in zip(layer.buffers(), planned.buffers(), strict=True):
+            assert torch.equal(one, other)
+        with torch.no_grad():
+            for ours, theirs in zip(layer.parameters(), planned.parameters(), strict=True):
+                ours.sub_(ours.grad, alpha=0.01)
+                theirs.sub_(theirs.grad, alpha=0.01)
+    ((_, start),) = layer._replays._recordings.values()
+    assert len(start.__self__.backwards) == 1
+
+
+@SAVES
 def test_a_step_in_a_cuda_graph(save):
     layer, x, dv = unit(), random(4, 64, 14, 14), random(4, 64, 14, 14)
     expected = step(copy.deepcopy(layer), x, dv, "triton", save)

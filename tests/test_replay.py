@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sk_triton import SelectiveKernel, SKConv, use_backend
-from sk_triton.replay import MAX_RECORDINGS
+from sk_triton.recording import MAX_RECORDINGS
 
 from .versions import needs_unhoisted_loops
 

@@ -279,6 +279,23 @@ def test_gradients_of_another_layout(spread, recorded, direct):
 
 
 @needs_narrow_products
+def test_saved_tensors_that_come_back_elsewhere_in_another_layout(recorded, direct, monkeypatch):
+    """As `save_on_cpu` brings them: contiguous copies."""
+    monkeypatch.setattr("sk_triton.training_replay.MAX_RECORDINGS", 2)
+    layer, planned = recorded
+    for _ in range(4):
+        x = image()
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, torch.Tensor.contiguous):
+            found = step(layer, x)
+        assert_equal(found[2:], step(planned, x)[2:])
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.clone()):
+            found = step(layer, x)
+        assert_equal(found, step(planned, x))
+    (_, start), *_ = layer._replays._recordings.values()
+    assert 0 < len(start.__self__.backwards) <= 2
+
+
+@needs_narrow_products
 def test_second_derivatives_are_refused(recorded, direct):
     layer, _ = recorded
     x = image().requires_grad_()
