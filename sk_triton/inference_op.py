@@ -17,7 +17,7 @@ from .layout import empty_output
 from .packing import PackCache, shared_cache
 from .params import Branch, FrozenNorm, Gate
 from .spec import SKSpec
-from .training_ops import undisturbed
+from .undisturbed import undisturbed
 
 
 def run_unit(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:

@@ -6,16 +6,14 @@ Running statistics are no business of the operators, which change none of their 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .layout import empty_output, memory_format, with_adjacent_channels, with_spaced_pixels
+from .layout import memory_format
 from .reasons import PLAIN
 from .save import Save
 from .spec import SKSpec
@@ -24,7 +22,6 @@ from .training import NormSettings, UnitTensors
 if TYPE_CHECKING:
     from .kernels.running import Running
     from .replay import Recorder
-    from .steps import Tape
     from .training_branches import TrainingUnit
 
 # Outputs of the forward operator that its gradient reads: all after v and the unbiased variances. Two of them are the
@@ -44,7 +41,9 @@ class UnitCall(NamedTuple):
     recorder: Recorder | None = None
 
     def unit(self, params: Sequence[Tensor], running: Sequence[Tensor]) -> TrainingUnit:
-        return _unit(params, running, self.has, self.spec, self.norms, self.updates)
+        from .training_passes import unit_of
+
+        return unit_of(params, running, self.has, self.spec, self.norms, self.updates)
 
 
 def run_operator(
@@ -92,8 +91,10 @@ class UnitFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: UnitCall, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        from .training_passes import forward_pass
+
         params, running = tensors[:count], tensors[count:]
-        outputs, tape, x_in = _run_forward(x, call.unit(params, running), call.save)
+        outputs, tape, x_in = forward_pass(x, call.unit(params, running), call.save)
         if call.recorder is not None and tape.is_whole:
             from .training_replay import record_call
 
@@ -134,60 +135,14 @@ def run_backward(
     one is asked for."""
     if torch.is_grad_enabled() or is_watched(dv):
         return unit_bwd(dv, x, params, running, saved, call.has, call.spec.encoded, *call.norms, needs)
-    return _run_backward(dv, x, call.unit(params, running), saved, needs)[0]
+    from .training_passes import backward_pass, in_format_of, kernel_inputs
+
+    dv, x_in = kernel_inputs(dv, x)
+    return in_format_of(x, backward_pass(dv, x_in, call.unit(params, running), saved, needs)[0], needs)
 
 
 def _results(outputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return (*outputs[:FIRST_SAVED], outputs[MEAN], outputs[GATE_MEAN])
-
-
-def _run_forward(x: Tensor, unit: TrainingUnit, save: str) -> tuple[list[Tensor], Tape, Tensor]:
-    """The outputs of :func:`unit_fwd`, what computed them, and x with adjacent channels."""
-    from .dispatch import workload_of
-    from .schedules import train
-    from .steps import Tape
-    from .training_plan import plan_training
-
-    tape = Tape()
-    with undisturbed(x):
-        v = empty_output(x, unit.spec)
-        plan = plan_training(workload_of(x, unit.spec), save)
-        x_in = with_adjacent_channels(x)
-        outputs = train.forward(x_in, v, unit, plan, save=save, tape=tape)
-    changed = [t for own in unit.updates if own is not None for t in own[:3]]
-    if changed:
-        increment_version(changed)
-    return outputs, tape, x_in
-
-
-def _run_backward(
-    dv: Tensor, x: Tensor, unit: TrainingUnit, saved: Sequence[Tensor], needs: list[bool]
-) -> tuple[list[Tensor], Tape]:
-    from .dispatch import workload_of
-    from .schedules import train
-    from .steps import Tape
-    from .training_plan import plan_training
-
-    tape = Tape()
-    with undisturbed(x):
-        plan = plan_training(workload_of(x, unit.spec), "branches")
-        x_in, dv = with_adjacent_channels(x), with_spaced_pixels(dv)
-        grads = train.backward(dv, x_in, unit, plan, train.Saved(*saved), needs, tape)
-        if needs[0]:
-            grads[0] = grads[0].contiguous(memory_format=memory_format(x))
-    return grads, tape
-
-
-@contextlib.contextmanager
-def undisturbed(x: Tensor) -> Iterator[None]:
-    """On the device of x, without gradients or autocast."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        if torch.is_autocast_enabled(x.device.type):
-            stack.enter_context(torch.autocast(x.device.type, enabled=False))
-        if x.is_cuda:
-            stack.enter_context(torch.cuda.device_of(x))
-        yield
 
 
 @torch.library.custom_op("sk_triton::unit_fwd", mutates_args=())
@@ -216,8 +171,10 @@ def unit_fwd(
         v; the unbiased variance over the batch of the branches, ``[M, C]``, and of the gate, ``[d]``, empty where the
         statistics are not the batch's; then what the gradient needs: :class:`.schedules.train.Saved`.
     """
-    unit = _unit(params, running, has, SKSpec.decode(spec), NormSettings(kinds, list(epsilons), groups))
-    return _run_forward(x, unit, save)[0]
+    from .operator_replay import forward
+
+    norms = NormSettings(kinds, list(epsilons), groups)
+    return forward(x, params, running, tuple(has), SKSpec.decode(spec), norms, save)
 
 
 @torch.library.custom_op("sk_triton::unit_bwd", mutates_args=())
@@ -235,8 +192,10 @@ def unit_bwd(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Gradients of x and of the parameters, of those that `needs` names; arguments as :func:`unit_fwd`."""
-    unit = _unit(params, running, has, SKSpec.decode(spec), NormSettings(kinds, list(epsilons), groups))
-    return _run_backward(dv, x, unit, saved, list(needs))[0]
+    from .operator_replay import backward
+
+    norms = NormSettings(kinds, list(epsilons), groups)
+    return backward(dv, x, params, running, saved, tuple(has), SKSpec.decode(spec), norms, tuple(needs))
 
 
 @unit_fwd.register_fake
@@ -279,22 +238,6 @@ def _(dv, x, params, running, saved, has, spec, kinds, epsilons, groups, needs):
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))]
     grads += [torch.empty_like(param) for param in params]
     return [grad for grad, is_needed in zip(grads, needs, strict=True) if is_needed]
-
-
-def _unit(
-    params: Sequence[Tensor],
-    running: Sequence[Tensor],
-    has: Sequence[bool],
-    spec: SKSpec,
-    norms: NormSettings,
-    updates: tuple[Running | None, ...] = (),
-) -> TrainingUnit:
-    from .training_branches import TrainingUnit
-
-    remaining = iter(params)
-    values = [next(remaining) if present else None for present in has]
-    tensors = UnitTensors.from_flat(values, spec.num_branches)
-    return TrainingUnit(spec, tensors, tuple(running), norms, updates)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from .layout import memory_format, with_adjacent_channels, with_spaced_pixels
+from .layout import with_adjacent_channels
 from .recording import MAX_RECORDINGS, Packing, Recording, record, storage_of
 from .steps import Tape
-from .training_ops import FIRST_SAVED, UnitCall, _run_backward, is_watched, run_backward
+from .training_ops import FIRST_SAVED, UnitCall, is_watched, run_backward
+from .training_passes import backward_pass, in_format_of, kernel_inputs
 from .tuning import cache
 from .tuning.ranks import pinning_reason
 
@@ -99,7 +100,7 @@ class TrainingCall:
         if torch.is_grad_enabled() or is_watched(dv):
             saved = [part.view(memory) for part in self.saved]
             return run_backward(dv, x, self.call, params, self.running, saved, list(needs))
-        dv, x_in = with_spaced_pixels(dv), with_adjacent_channels(x)
+        dv, x_in = kernel_inputs(dv, x)
         # Hooks on saved tensors may hand over others: of another layout, elsewhere.
         kind = (
             dv.stride(),
@@ -115,7 +116,7 @@ class TrainingCall:
         recording = self.backwards.get(kind)
         if recording is None:
             grads = self._record_backward(kind, dv, x_in, memory, params, needs)
-            return self._like_input(grads, x, needs)
+            return in_format_of(x, grads, needs)
         grads = [
             torch.empty_like(t) for t, is_needed in zip((x_in, *params), needs, strict=True) if is_needed
         ]
@@ -127,12 +128,7 @@ class TrainingCall:
             *map(Tensor.data_ptr, grads),
             workspace.data_ptr(),
         )
-        return self._like_input(grads, x, needs)
-
-    def _like_input(self, grads: list[Tensor], x: Tensor, needs: tuple[bool, ...]) -> list[Tensor]:
-        if needs[0] and x.stride(1) != 1:
-            grads[0] = grads[0].contiguous(memory_format=memory_format(x))
-        return grads
+        return in_format_of(x, grads, needs)
 
     def _record_backward(
         self,
@@ -145,7 +141,7 @@ class TrainingCall:
     ) -> list[Tensor]:
         saved = [part.view(memory) for part in self.saved]
         unit = self.call.unit(params, self.running)
-        grads, tape = _run_backward(dv, x_in, unit, saved, list(needs))
+        grads, tape = backward_pass(dv, x_in, unit, saved, needs)
         if tape.is_whole:
             recording = record(
                 tape.steps,

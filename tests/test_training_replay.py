@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import sk_triton
-from sk_triton import SelectiveKernel, SKConv, training_ops, use_backend
+from sk_triton import SelectiveKernel, SKConv, operator_replay, training_ops, use_backend
 from sk_triton.bench.host import stubbed_launches
 from sk_triton.steps import Tape
 
@@ -320,6 +320,54 @@ def test_an_inference_call_in_between_sees_what_was_learned(recorded, direct):
             if isinstance(norm, nn.BatchNorm2d):
                 norm.eval()
         assert torch.equal(layer(x), inferred)
+
+
+@pytest.fixture
+def through_operators(monkeypatch):
+    """As compiled code calls a unit; while the list that is handed out is not empty."""
+    switch = [True]
+    monkeypatch.setattr(training_ops, "is_watched", lambda tensor: bool(switch))
+    monkeypatch.setattr("sk_triton.replay._kind", lambda x, save=None: None)
+    operator_replay.forget()
+    yield switch
+    operator_replay.forget()
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("name", ["paper", "classic", "input saved", "more outputs"])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+def test_operators_start_again_what_came_twice(name, memory_format, through_operators, direct, started):
+    """From the third call on."""
+    layer = LAYERS[name]().half()
+    planned, counts = copy.deepcopy(layer), []
+    for _ in range(3):
+        x = image(layer.spec.in_channels, memory_format=memory_format)
+        through_operators.clear()
+        started.clear()
+        expected, launches = step(planned, x), sum(started.values())
+        through_operators.append(True)
+        assert_equal(step(layer, x), expected)
+        torch.testing.assert_close(layer.state_dict(), planned.state_dict(), rtol=2e-3, atol=1e-3)
+        counts.append(len(direct))
+    assert counts == [0, 0, launches]
+
+
+@needs_narrow_products
+def test_operators_plan_what_the_library_computes_or_what_has_moved(through_operators, direct):
+    strided, moving = FORWARD_ONLY["stride 2"]().half(), paper().half()
+    counts = []
+    for _ in range(3):
+        step(strided, image())
+        counts.append(len(direct))
+        for parameter in moving.parameters():
+            parameter.data = parameter.data.clone()
+        before = len(direct)
+        step(moving, image())
+        assert len(direct) == before
+    assert counts[:2] == [0, 0] < counts[2:]
+    assert counts[2] < 10
 
 
 def test_shared_and_synchronized_norms_are_planned_each_time(direct):
