@@ -6,8 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from .geometry import cdiv
+from .config import BranchConfig, GradConfig
+from .geometry import ConvShape, cdiv
+from .grad_geometry import grad_weight_order
 from .launch import Launch
+from .packing import branch_weight_order, in_memory
 
 BLOCK = 1024
 
@@ -63,3 +66,28 @@ def gather_fwd(
     }
     grid, options = (cdiv(entries, BLOCK),), {"num_warps": 4}
     return Launch(gather_fwd_kernel, grid, arguments, constexprs, options, kept=(index, rest))
+
+
+def branch_weight_launch(
+    weights: Sequence[torch.Tensor],
+    shape: ConvShape,
+    config: BranchConfig,
+    dtype: torch.dtype,
+    scale: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, Launch]:
+    """What `pack_branch_weights` returns, and the launch that fills it; the weights as `in_memory` takes them. `scale
+    [M, C]` fp32 multiplies the outputs' channels."""
+    first = weights[0]
+    index, end = branch_weight_order(shape, config, dtype, first.dtype, first.device, in_memory(weights))
+    packed = first.new_empty(index.shape, dtype=dtype)
+    return packed, gather_fwd(weights, scale, index, end, packed)
+
+
+def grad_weight_launch(
+    weights: Sequence[torch.Tensor], shape: ConvShape, config: GradConfig, dtype: torch.dtype
+) -> tuple[torch.Tensor, Launch]:
+    """What `pack_grad_weights` returns, and the launch that fills it; the weights as `in_memory` takes them."""
+    first = weights[0]
+    index, end = grad_weight_order(shape, config, first.dtype, first.device, in_memory(weights))
+    packed = first.new_empty(index.shape, dtype=dtype)
+    return packed, gather_fwd(weights, None, index, end, packed)

@@ -7,11 +7,9 @@ from functools import lru_cache
 import torch
 
 from .config import GradConfig, GradStreamConfig
-from .gather import gather_fwd
 from .geometry import ConvShape, cdiv
 from .lasting import lasting
-from .launch import Launch
-from .packing import axes, gathered, in_memory, moved
+from .packing import axes, gathered, moved
 
 RUNS, HALO = 16, 2
 """Of `branch_grad_stream`: runs of two pixels that a tile's row has, and columns read beyond it on either side."""
@@ -110,21 +108,11 @@ def pack_grad_weights(
     GradWideConfig: `[blocks][pieces of ci][M][pieces of co][k][k]` matrices of input and output channels.
     """
     first = weights[0]
-    return gathered(weights, *_gather(shape, config, first.dtype, first.device), dtype)
-
-
-def grad_weight_launch(
-    weights: Sequence[torch.Tensor], shape: ConvShape, config: GradConfig, dtype: torch.dtype
-) -> tuple[torch.Tensor, Launch]:
-    """What `pack_grad_weights` returns, and the launch that fills it; the weights as `in_memory` takes them."""
-    first = weights[0]
-    index, end = _gather(shape, config, first.dtype, first.device, in_memory(weights))
-    packed = first.new_empty(index.shape, dtype=dtype)
-    return packed, gather_fwd(weights, None, index, end, packed)
+    return gathered(weights, *grad_weight_order(shape, config, first.dtype, first.device), dtype)
 
 
 @lru_cache(maxsize=256)
-def _gather(
+def grad_weight_order(
     shape: ConvShape,
     config: GradConfig,
     dtype: torch.dtype,

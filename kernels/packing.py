@@ -8,10 +8,8 @@ from itertools import pairwise
 import torch
 
 from .config import BranchConfig, ColumnConfig, DepthwiseConfig, MergedConfig, StreamConfig, WindowConfig
-from .gather import gather_fwd
 from .geometry import Blocking, ConvShape, blocking, row_run
 from .lasting import lasting
-from .launch import Launch
 from .merging import row_parts
 
 
@@ -28,22 +26,7 @@ def pack_branch_weights(
     scales, in 16 bits, in that of `merging_order`.
     """
     first = weights[0]
-    return gathered(weights, *_gather(shape, config, dtype, first.dtype, first.device), dtype)
-
-
-def branch_weight_launch(
-    weights: Sequence[torch.Tensor],
-    shape: ConvShape,
-    config: BranchConfig,
-    dtype: torch.dtype,
-    scale: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, Launch]:
-    """What `pack_branch_weights` returns, and the launch that fills it; the weights as `in_memory` takes them. `scale
-    [M, C]` fp32 multiplies the outputs' channels."""
-    first = weights[0]
-    index, end = _gather(shape, config, dtype, first.dtype, first.device, in_memory(weights))
-    packed = first.new_empty(index.shape, dtype=dtype)
-    return packed, gather_fwd(weights, scale, index, end, packed)
+    return gathered(weights, *branch_weight_order(shape, config, dtype, first.dtype, first.device), dtype)
 
 
 def gathered(
@@ -168,7 +151,7 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
 
 
 @lru_cache(maxsize=256)
-def _gather(
+def branch_weight_order(
     shape: ConvShape,
     config: BranchConfig,
     dtype: torch.dtype,

@@ -136,7 +136,7 @@ def run(
         compute = _CPU_PREPARE[plan.schedule](plan, memory_format(x), branches, gate, spec, cache)
         v = compute(x)
         if recorder is not None and not recorder.is_training:
-            recorder.record_function(compute)
+            recorder.add(compute)
         return v
     raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")
 

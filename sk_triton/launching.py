@@ -11,7 +11,7 @@ from .layout import empty_output, with_adjacent_channels
 from .packing import PackCache, Packed, pack
 from .params import Branch, Gate
 from .plan import Plan
-from .replay import Recorder
+from .replay import InferenceCall, Recorder
 from .schedules import library, merged, recompute, resident, store
 from .spec import SKSpec
 from .steps import Step
@@ -37,13 +37,20 @@ def run(
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
     with torch.cuda.device_of(x):
         packed = pack(plan, x.shape[2], x.shape[3], branches, gate, cache)
-        v = empty_output(x, spec)
-        x = with_adjacent_channels(x)
-        steps = prepare(plan, x, v, packed, spec)
-        started = [step() for step in steps]
-    if recorder is not None and not recorder.is_training:
-        recorder.record_launches(x, v, packed, steps, started)
+        v, call = run_packed(plan, x, packed, spec)
+    if recorder is not None and not recorder.is_training and call is not None:
+        recorder.add(call.keeping(packed).start)
     return v
+
+
+def run_packed(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[Tensor, InferenceCall | None]:
+    """The unit's output, on the current device, and what starts its kernels again while `packed` is alive, if it can
+    be."""
+    v = empty_output(x, spec)
+    x_in = with_adjacent_channels(x)
+    steps = prepare(plan, x_in, v, packed, spec)
+    started = [step() for step in steps]
+    return v, InferenceCall.of(x, x_in, v, packed, steps, started)
 
 
 def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:

@@ -147,7 +147,7 @@ def _settings(norms: NormSettings) -> tuple[Hashable, ...]:
 
 
 def _state(x: Tensor) -> tuple[Hashable, ...]:
-    """What a plan depends on besides the unit; see :func:`.replay._kind`."""
+    """What a plan depends on besides the unit; see :func:`.replay.kind_of`."""
     return (
         x.shape,
         x.dtype,

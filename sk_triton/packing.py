@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,6 +28,7 @@ class Packed:
         shifts: ``[M, C]`` fp32 for each branch launch, or None where nothing is added; for "library" one for all.
         reduce_weight, gate_scale, gate_shift: ``[d, C]``, ``[d]``, ``[d]``: ``z = act((W1 s) * scale + shift)``.
         select_weight, select_bias: ``[M, C, d]``, and ``[M, C]`` fp32 or None.
+        calls: what starts the kernels of operators' calls on these parameters again, by kind of call.
     """
 
     weights: tuple[Tensor, ...]
@@ -37,6 +38,9 @@ class Packed:
     gate_shift: Tensor
     select_weight: Tensor
     select_bias: Tensor | None
+    calls: dict[Hashable, Callable[[Tensor], Tensor]] = field(
+        init=False, default_factory=dict, compare=False, repr=False
+    )
 
     def tensors(self) -> list[Tensor]:
         """All of them, without the absent ones."""

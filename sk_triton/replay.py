@@ -9,7 +9,7 @@ starts those kernels with the new addresses.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Replays:
         """The layer's output for x by a recording, or None where there is none that holds; `save` is the layer's."""
         if not self._recordings:
             return None
-        kind = _kind(x, save)
+        kind = kind_of(x, save)
         recording = None if kind is None else self._recordings.get(kind)
         if recording is None:
             return None
@@ -62,10 +62,8 @@ class Replays:
 
     def recorder(self, layer: SKUnit, x: Tensor) -> Recorder | None:
         """What takes note of the layer's call on x, None where such a call is planned each time."""
-        kind = _kind(x, layer.save)
-        return (
-            None if kind is None else Recorder(self, layer, kind, x.stride(1) != 1, torch.is_grad_enabled())
-        )
+        kind = kind_of(x, layer.save)
+        return None if kind is None else Recorder(self, layer, kind, torch.is_grad_enabled())
 
     def add(
         self, layer: SKUnit, kind: Hashable, start: Callable[[Tensor], Tensor], is_training: bool
@@ -93,36 +91,20 @@ class Recorder(NamedTuple):
     """Takes note of one call of a layer.
 
     Attributes:
-        is_converted: whether x is copied so that its channels are adjacent.
         is_training: whether gradients are enabled: a call without them is of another kind.
     """
 
     replays: Replays
     layer: SKUnit
     kind: Hashable
-    is_converted: bool
     is_training: bool
 
     def add(self, start: Callable[[Tensor], Tensor]) -> None:
         """The call may be computed again by this."""
         self.replays.add(self.layer, self.kind, start, self.is_training)
 
-    def record_function(self, compute: Callable[[Tensor], Tensor]) -> None:
-        """The call computed this, and may compute it again."""
-        self.add(compute)
 
-    def record_launches(
-        self, x: Tensor, v: Tensor, packed: Packed, steps: Sequence[Step], started: Sequence[Any]
-    ) -> None:
-        """The call has run: x with adjacent channels, v, the packed parameters, the steps, what each gave."""
-        recording = record(steps, started, (x, v), packed.tensors(), outputs=1)
-        if recording is not None:
-            size = recording.workspace_bytes // x.element_size()
-            call = _Inference(self.is_converted, (v.shape, v.stride()), size, recording, packed)
-            self.add(call.start)
-
-
-def _kind(x: Any, save: Save | None = None) -> Hashable | None:
+def kind_of(x: Any, save: Save | None = None) -> Hashable | None:
     """What a call depends on besides the layer, None where it must be planned each time."""
     # First of all: Dynamo, which would trace the rest, leaves here.
     if tracing_reason("replays"):
@@ -138,12 +120,10 @@ def _kind(x: Any, save: Save | None = None) -> Hashable | None:
         return None
     if is_training and _get_current_dispatch_mode() is not None:
         return None
-    if torch.is_autocast_enabled(device_type):
-        if not is_training:
-            return None
-        training = chosen_save(save), torch.get_autocast_dtype(device_type)
-    else:
-        training = (chosen_save(save), None) if is_training else ()
+    autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+    if autocast is not None and not is_training:
+        return None
+    training = (chosen_save(save), autocast) if is_training else None
     # A GPU's stream; a CPU's number of threads, by which a batch is computed in parts.
     executor = 0
     if device_type == "cpu":
@@ -171,21 +151,43 @@ def _kind(x: Any, save: Save | None = None) -> Hashable | None:
 
 
 @dataclass(frozen=True)
-class _Inference:
+class InferenceCall:
     """The kernels of one call without gradients.
 
     Attributes:
         is_converted: whether x is copied so that its channels are adjacent.
         v: size and stride of the output, which has x's dtype.
         workspace_size: in elements of x's dtype.
-        packed: keeps alive what the kernels' other pointers point to.
+        packed: keeps alive what the kernels' other pointers point to, where nobody else does.
     """
 
     is_converted: bool
     v: tuple[torch.Size, tuple[int, ...]]
     workspace_size: int
     recording: Recording
-    packed: Packed
+    packed: Packed | None = None
+
+    @classmethod
+    def of(
+        cls,
+        x: Tensor,
+        x_in: Tensor,
+        v: Tensor,
+        packed: Packed,
+        steps: Sequence[Step],
+        started: Sequence[Any],
+    ) -> InferenceCall | None:
+        """Of a call that has run, if it can be started again: its input and that with adjacent channels, its output,
+        the packed parameters, the steps, and what each gave."""
+        recording = record(steps, started, (x_in, v), packed.tensors(), outputs=1)
+        if recording is None:
+            return None
+        size = recording.workspace_bytes // x.element_size()
+        return cls(x_in is not x, (v.shape, v.stride()), size, recording)
+
+    def keeping(self, packed: Packed) -> InferenceCall:
+        """This, and the packed parameters with it."""
+        return replace(self, packed=packed)
 
     def start(self, x: Tensor) -> Tensor:
         if self.is_converted:

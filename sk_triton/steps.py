@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from .plan import Plan
 
 Step = Launch | Callable[[], object]
 """One thing to run, mostly a kernel launch."""
-
-T = TypeVar("T", bound="Tensor | None")
 
 
 class Tape:
@@ -41,12 +39,16 @@ class Tape:
         """Say that PyTorch's operators compute a part of the call."""
         self.is_whole = False
 
-    def contiguous(self, tensor: T) -> T:
+    def contiguous(self, tensor: Tensor) -> Tensor:
         """The tensor, copied where it is not contiguous."""
-        if tensor is None or tensor.is_contiguous():
+        if tensor.is_contiguous():
             return tensor
         self.note_operators()
         return tensor.contiguous()
+
+    def contiguous_or_none(self, tensor: Tensor | None) -> Tensor | None:
+        """Likewise, None for none."""
+        return None if tensor is None else self.contiguous(tensor)
 
     def filling_memory(self, weight: Tensor) -> Tensor:
         """A weight ``[C, fan_in, k, k]``, copied where it is neither contiguous nor channels_last."""

@@ -50,9 +50,10 @@ class UnitTensors(NamedTuple):
     def from_flat(cls, values: Sequence[Any], m: int) -> UnitTensors:
         """The inverse of :meth:`flat`, of a unit with `m` branches."""
         weights, biases, gammas, betas = (tuple(values[i * m : (i + 1) * m]) for i in range(4))
-        gate, select = values[4 * m : 4 * m + 4], values[4 * m + 4 :]
+        reduce_weight, reduce_bias, gamma, beta, *select = values[4 * m :]
         half = len(select) // 2
-        return cls(weights, biases, gammas, betas, *gate, tuple(select[:half]), tuple(select[half:]))
+        gate = reduce_weight, reduce_bias, gamma, beta, tuple(select[:half]), tuple(select[half:])
+        return cls(weights, biases, gammas, betas, *gate)
 
 
 class NormSettings(NamedTuple):
@@ -102,13 +103,14 @@ def run(
         for statistic in (norm.running_mean, norm.running_var)
     ]
     tensors = unit_tensors(branches, gate)
-    if not is_watched(x):
-        updates = kernel_updates(norms, settings)
-        if updates is not None:
-            return run_unit(x, tensors, running, spec, settings, save, updates, recorder)[0]
-        v, var, gate_var, mean, gate_mean = run_unit(x, tensors, running, spec, settings, save)
+    if is_watched(x):
+        results = run_operator(x, tensors, running, spec, settings, save)
     else:
-        v, var, gate_var, mean, gate_mean = run_operator(x, tensors, running, spec, settings, save)
+        by_kernels = kernel_updates(norms, settings)
+        if by_kernels is not None:
+            return run_unit(x, tensors, running, spec, settings, save, by_kernels, recorder)[0]
+        results = run_unit(x, tensors, running, spec, settings, save)
+    v, var, gate_var, mean, gate_mean = results
     dtypes = {norm.running_mean.dtype for norm in norms if _updates_running(norm)}
     if len(dtypes) == 1:
         (dtype,) = dtypes
@@ -139,7 +141,8 @@ def unit_tensors(branches: Sequence[Branch], gate: Gate) -> UnitTensors:
     def parameters(name: str) -> tuple[Tensor | None, ...]:
         return tuple([getattr(branch.norm, name, None) for branch in branches])
 
-    select_weights, select_biases = gate.select_weight, gate.select_bias or (None,) * len(gate.select_weight)
+    select_weights = gate.select_weight
+    select_biases: tuple[Tensor | None, ...] = gate.select_bias or (None,) * len(select_weights)
     if len(select_weights) not in (1, len(branches)):
         select_weights = (torch.cat([weight.flatten(1) for weight in select_weights]),)
         select_biases = (None if gate.select_bias is None else torch.cat(gate.select_bias),)

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.branch_conv import branch_conv_fwd, branch_train_fwd
+from .kernels.gather import branch_weight_launch
 from .kernels.geometry import cdiv, tiles
 from .kernels.norm_params import stack_vectors
-from .kernels.packing import branch_weight_launch
 from .kernels.running import Running
 from .library import inputs_of
 from .plan import BranchLaunch, Plan
@@ -78,7 +78,7 @@ def stack(unit: TrainingUnit, x: Tensor, tape: Tape) -> BranchVectors:
         return BranchVectors.of(x.new_empty(0, dtype=torch.float32), unit)
     stacked = x.new_empty((len(vectors), unit.spec.out_channels), dtype=torch.float32)
     defaults = [1.0 if m <= i < 2 * m else 0.0 for i in range(len(vectors))]
-    tape.run(stack_vectors([tape.contiguous(vector) for vector in vectors], defaults, stacked))
+    tape.run(stack_vectors([tape.contiguous_or_none(vector) for vector in vectors], defaults, stacked))
     return BranchVectors.of(stacked, unit)
 
 

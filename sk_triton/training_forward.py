@@ -9,9 +9,9 @@ from torch import Tensor
 
 from .kernels.batch_stats import moment_tiles, tile_moments_fwd
 from .kernels.branch_conv import branch_measure_fwd, branch_pool_fwd, branch_select_fwd
+from .kernels.gather import branch_weight_launch
 from .kernels.geometry import tiles
 from .kernels.norm_params import norm_scale_shift
-from .kernels.packing import branch_weight_launch
 from .kernels.pooled_moments import pooled_moments_fwd
 from .kernels.select import select_fwd
 from .plan import BranchLaunch, Plan

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels.branch_grad import branch_grad, reduce_weight_grad
-from .kernels.grad_geometry import grad_weight_launch, partial_shape
+from .kernels.gather import grad_weight_launch
+from .kernels.grad_geometry import partial_shape
 from .kernels.grad_terms import grad_terms
 from .kernels.norm_bwd import norm_bwd
 from .library import inputs_of
@@ -87,7 +88,7 @@ def _through_kernels(
     has_norm = unit.spec.branch_norm
     terms = attention.new_empty((*attention.shape, 6 if has_norm else 2))
     packed, gather = grad_weight_launch(weights, shape, config, x.dtype)
-    settings = {"shape": shape, "config": config}
+    settings: dict[str, Any] = {"shape": shape, "config": config}
     for step in (
         grad_terms(attention, pooled, *norm, dbeta, dgamma, terms, has_norm=has_norm),
         gather,
@@ -112,7 +113,11 @@ def _through_library(
     assert plan.select is not None
     dy = torch.empty_like(y)
     dv, attention, pooled, norm, dbeta, dgamma = upstream
-    settings = {"has_norm": spec.branch_norm, "has_relu": plan.has_relu, "config": plan.select}
+    settings: dict[str, Any] = {
+        "has_norm": spec.branch_norm,
+        "has_relu": plan.has_relu,
+        "config": plan.select,
+    }
     tape.run(norm_bwd(dv, y, attention, pooled, *norm, dbeta, dgamma, dy, **settings))
     tape.note_operators()
     inputs: list[Tensor] = []

@@ -1,5 +1,6 @@
 """The inference operator: one graph under torch.compile, packed once, and never stale."""
 
+import dataclasses
 import gc
 import os
 import shutil
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from sk_triton import SelectiveKernel, inference_op, launching, packing, use_backend
+from sk_triton.functional import sk_conv
 from sk_triton.inference_op import unit_inference
 from sk_triton.kernels.lasting import lasting
 
@@ -71,8 +73,10 @@ def test_compiles_without_breaks(name):
 @pytest.mark.parametrize("schedule", ["store", "library", "recompute"])
 def test_the_schedule_that_is_asked_for_runs(schedule, x, monkeypatch):
     layer, ran = paper().half(), []
-    run = launching.run
-    monkeypatch.setattr(launching, "run", lambda plan, *args: ran.append(plan.schedule) or run(plan, *args))
+    run = launching.run_packed
+    monkeypatch.setattr(
+        launching, "run_packed", lambda plan, *args: ran.append(plan.schedule) or run(plan, *args)
+    )
     with torch.no_grad(), use_backend("triton", schedule=schedule):
         compiled(layer)(x.half())
     assert ran == [schedule]
@@ -162,6 +166,27 @@ def test_one_graph_for_every_batch(x, packs):
             assert function(torch.randn(n, 8, 5, 4)).shape == (n, 8, 5, 4)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert len(packs) == 1
+
+
+def test_a_second_call_starts_the_kernels_directly(started_directly):
+    layer = paper().half()
+    strided = dataclasses.replace(layer.spec, stride=2)
+
+    def directly(spec=layer.spec):
+        """How many kernels a call starts directly; its result is a planned call's."""
+        x = torch.randn(2, 8, 5, 4).half()
+        started_directly.clear()
+        with use_backend("triton"), torch.no_grad():
+            found = inference_op.run_unit(x, layer.branches(), layer.gate(), spec)
+            count = len(started_directly)
+            assert torch.equal(found, sk_conv(x, layer.branches(), layer.gate(), spec))
+        return count
+
+    assert [directly(), directly(), directly()] == [0, 3, 3]
+    assert [directly(strided), directly(strided), directly()] == [0, 3, 3]
+    with torch.no_grad():
+        layer.paths[0].conv.weight.mul_(2)
+    assert [directly(), directly()] == [0, 3]
 
 
 def test_autocast(x):

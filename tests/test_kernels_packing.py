@@ -48,7 +48,7 @@ def test_every_weight_is_packed_once_per_run_position(shape, config):
 @pytest.mark.parametrize("has_scale", [False, True])
 def test_a_launch_packs_the_same(shape, config, has_scale):
     """From weights as they lie in memory, of either memory format, scaled or not."""
-    from sk_triton.kernels.packing import branch_weight_launch
+    from sk_triton.kernels.gather import branch_weight_launch
 
     fan_in = shape.c_in // shape.groups
     formats = [torch.channels_last, torch.contiguous_format]
@@ -67,7 +67,8 @@ def test_a_launch_packs_the_same(shape, config, has_scale):
 @pytest.mark.interpret
 @pytest.mark.parametrize("config", [GradStreamConfig(1, 4), GradWideConfig(4, 2)], ids=str)
 def test_a_launch_packs_the_same_for_gradients(config):
-    from sk_triton.kernels.grad_geometry import grad_weight_launch, pack_grad_weights
+    from sk_triton.kernels.gather import grad_weight_launch
+    from sk_triton.kernels.grad_geometry import pack_grad_weights
 
     shape = ConvShape(16, 16, 4, (3, 3), (1, 2))
     weights = [

@@ -16,7 +16,7 @@ from sk_triton.chips import CHIPS, Chip, chip_of, pinned
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.kernels.geometry import blocking, can_run, tiles
 from sk_triton.plans import fastest_plan, make_plan
-from sk_triton.replay import _kind
+from sk_triton.replay import kind_of
 from sk_triton.training_plan import make_training_plan, plan_training
 from sk_triton.tuning import cache, keys, launches, lookup, shipped, space
 from sk_triton.tuning.entries import dump_config, dump_sections
@@ -357,13 +357,13 @@ def test_the_analytic_choice_uses_the_devices_own_processors():
 def test_recorded_calls_are_planned_anew_once_the_configs_change_or_are_pinned(folder):
     x = torch.empty(1, 8, 4, 4)
     with torch.no_grad():
-        kinds = [_kind(x), _kind(x)]
+        kinds = [kind_of(x), kind_of(x)]
         assert kinds[0] == kinds[1]
         cache.changed()
-        kinds.append(_kind(x))
+        kinds.append(kind_of(x))
         torch.use_deterministic_algorithms(True)
         try:
-            kinds.append(_kind(x))
+            kinds.append(kind_of(x))
         finally:
             torch.use_deterministic_algorithms(False)
     assert len(set(kinds)) == 3

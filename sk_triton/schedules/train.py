@@ -129,7 +129,7 @@ def backward(
         dx = branch_backward(x, y, upstream, unit, plan, targets.weights, tape, needs_dx=needs[0])
     if copies:
         tape.note_operators()
-        torch._foreach_copy_(*map(list, zip(*copies, strict=True)))
+        torch._foreach_copy_([output for output, _ in copies], [target for _, target in copies])
     return outputs if dx is None else [dx, *outputs]
 
 
@@ -244,8 +244,12 @@ def _parameter_grads(targets: UnitTensors, m: int, tape: Tape) -> ParameterGrads
         # A kernel writes those of all branches.
         return [torch.empty_like(present[0]) if grad is None else grad for grad in grads] if present else None
 
-    vectors = map(of_branches, (targets.biases, targets.gammas, targets.betas))
-    return ParameterGrads(*vectors, gate=_gate_tensors(targets, m, tape))
+    return ParameterGrads(
+        of_branches(targets.biases),
+        of_branches(targets.gammas),
+        of_branches(targets.betas),
+        _gate_tensors(targets, m, tape),
+    )
 
 
 def _gate_tensors(t: UnitTensors, m: int, tape: Tape) -> GateTensors:
@@ -257,7 +261,9 @@ def _gate_tensors(t: UnitTensors, m: int, tape: Tape) -> GateTensors:
         select_biases = [part for bias in select_biases for part in bias.view(m, -1).unbind(0)]
     return GateTensors(
         reduce_weight,
-        *(tape.contiguous(vector) for vector in (t.reduce_bias, t.gate_gamma, t.gate_beta)),
+        tape.contiguous_or_none(t.reduce_bias),
+        tape.contiguous_or_none(t.gate_gamma),
+        tape.contiguous_or_none(t.gate_beta),
         tuple(select_weights),
         tuple(select_biases) or None,
     )
