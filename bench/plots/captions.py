@@ -59,8 +59,12 @@ def words(run: Results, title: str, reading: str, cases: list[Case], *, with_tak
 
 def unit_title(case: Case) -> str:
     """Unit or network, and what is run of it."""
-    name = subject_title(case.subject).partition(":")[0]
-    return f"{name}, {direction(case)}"
+    return f"{subject_name(case)}, {direction(case)}"
+
+
+def subject_name(case: Case) -> str:
+    """Unit or network."""
+    return subject_title(case.subject).partition(":")[0]
 
 
 def direction(case: Case) -> str:

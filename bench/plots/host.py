@@ -10,14 +10,15 @@ from matplotlib.ticker import MaxNLocator
 
 from ..export import three_digits
 from ..results import Record, Results
-from ..shapes import Case
+from ..shapes import INFERENCE, TRAINING, Case
 from . import style
 from .bars import GROUP_WIDTH, SLOT, Bar, draw_bars, number_room
-from .captions import unit_title, words
+from .captions import subject_name, words
 from .card import WIDTH, Grid, draw_card
 from .selection import Groups, bar_legends, shown
 
 PANEL_HEIGHT = 1.6
+_CALLS = {INFERENCE: "inference", TRAINING: "training"}
 CASE_WIDTH = 0.66
 """Inches that the name of a case takes."""
 
@@ -27,16 +28,20 @@ def draw(run: Results, groups: Groups, all_forms: bool) -> Figure:
     chosen = {case: _least_host_time(records, all_forms) for case, records in groups.items()}
     most = max(map(len, chosen.values()))
     width = max(WIDTH, 0.8 + len(groups) * max(CASE_WIDTH, most * SLOT / GROUP_WIDTH))
-    grid = Grid((PANEL_HEIGHT, PANEL_HEIGHT), left=0.6, below=0.46, width=width)
+    grid = Grid((PANEL_HEIGHT, PANEL_HEIGHT), left=0.6, below=0.58, width=width)
     reading = "lower is better · each in the memory format that costs the host less"
-    text = words(run, f"{unit_title(next(iter(groups)))}: what a call costs the host", reading, list(groups))
+    text = words(
+        run, f"{subject_name(next(iter(groups)))}: what a call costs the host", reading, list(groups)
+    )
     figure, ((time,), (launches,)) = draw_card(
         text, bar_legends(record for records in chosen.values() for record in records), grid
     )
     bars = [[_bar(record, record.host_us) for record in records] for records in chosen.values()]
     _draw_panel(time, "until the call returns", "µs", bars, list(groups), grid)
     bars = [[_bar(record, record.launches) for record in records] for records in chosen.values()]
-    _draw_panel(launches, "kernels started", "launches", bars, list(groups), grid)
+    # Where launches are stubbed out, what other operators start is not seen.
+    title = "kernels started" if run.stamp.device_type != "cpu" else "Triton kernels started"
+    _draw_panel(launches, title, "launches", bars, list(groups), grid)
     launches.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure
 
@@ -76,5 +81,7 @@ def _draw_panel(
     ax.yaxis.set_major_locator(MaxNLocator(5))
     ax.set_ylabel(unit, color=style.MUTED, fontsize=style.TICK)
     ax.set_xticks(
-        range(len(cases)), [f"{case.shape.name}\nbatch {case.batch}" for case in cases], color=style.INK
+        range(len(cases)),
+        [f"{case.shape.name}\n{_CALLS[case.direction]}\nbatch {case.batch}" for case in cases],
+        color=style.INK,
     )
