@@ -206,7 +206,7 @@ def block_d(d: int) -> int:
 
 def norm_rows(n: int) -> int:
     """Samples that a program of the gate's norm takes at a time."""
-    return min(MOST_ROWS, next_power_of_2(n))
+    return min(MOST_ROWS, max(16, next_power_of_2(n)))
 
 
 def norm_warps(rows: int) -> int:
