@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .distributed import gather_moments, sum_over
+from .kernels.gate_params_bwd import gate_params_bwd
 from .kernels.gate_train import (
     gate_norm_fwd,
     gate_reduce_fwd,
     gate_select_fwd,
     summand_shape,
 )
-from .kernels.gate_train_bwd import gate_norm_bwd, gate_params_bwd, gate_reduce_bwd, gate_select_bwd
+from .kernels.gate_train_bwd import gate_norm_bwd, gate_reduce_bwd, gate_select_bwd
 from .kernels.running import Running
 from .steps import Tape
 

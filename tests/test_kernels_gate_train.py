@@ -143,10 +143,10 @@ def test_backward(statistics, has_norm, is_lean):
 
 def backward_samples(name, statistics, has_norm, is_lean):
     """(ours, eager's, exact) of each gradient."""
+    from sk_triton.kernels.gate_params_bwd import gate_params_bwd
     from sk_triton.kernels.gate_train import summand_shape
     from sk_triton.kernels.gate_train_bwd import (
         gate_norm_bwd,
-        gate_params_bwd,
         gate_reduce_bwd,
         gate_select_bwd,
     )
