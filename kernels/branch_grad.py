@@ -40,7 +40,7 @@ def branch_grad(
     mask is all ones. The gradient is rounded to the dtype of x and never written.
 
     `x [N, C_in, H, W]` and `dv [N, C_out, H, W]`, channels adjacent in memory (stride 1), other strides free;
-    `y [M, N, H, W, C_out]`, the convolutions' outputs, channels adjacent; `w` from `pack_grad_weights`;
+    `y [M, N, H, W, C_out]`, the convolutions' outputs, channels adjacent; `w` from `grad_weight_launch`;
     `dx [N, C_in, H, W]` of any strides; `partial` fp32, contiguous, of `partial_shape`: for `reduce_weight_grad`, which
     reads only what is written here.
 

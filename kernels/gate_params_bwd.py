@@ -75,9 +75,9 @@ def gate_params_bwd_kernel(
         tl.store(affine_grad_ptr + m * C + c, dbeta, mask=is_first)
         tl.store(affine_grad_ptr + (M + m) * C + c, dgamma, mask=is_first)
         is_batch = (BATCH_NORMS >> m) & 1
-        own = tl.where(is_batch != 0, share, 0.0)
-        tl.store(terms_ptr + m * C + c, dbeta * own, mask=is_first)
-        tl.store(terms_ptr + (M + m) * C + c, dgamma * own, mask=is_first)
+        # Not a product with zero: an infinity must not become NaN in every sample.
+        tl.store(terms_ptr + m * C + c, tl.where(is_batch != 0, dbeta * share, 0.0), mask=is_first)
+        tl.store(terms_ptr + (M + m) * C + c, tl.where(is_batch != 0, dgamma * share, 0.0), mask=is_first)
         dbias = dbeta
         if HAS_BIAS and HAS_NORM:
             # No gradient passes a norm that subtracts the batch's mean.

@@ -86,7 +86,15 @@ def branch_weight_launch(
 def grad_weight_launch(
     weights: Sequence[torch.Tensor], shape: ConvShape, config: GradConfig, dtype: torch.dtype
 ) -> tuple[torch.Tensor, Launch]:
-    """What `pack_grad_weights` returns, and the launch that fills it; the weights as `in_memory` takes them."""
+    """`weights[m] [c_out, c_in / groups, k, k]`, as `in_memory` takes them, packed for `branch_grad` under `config` in
+    `dtype`, and the launch that does it: transposed and rotated, each 16 x 16 matrix in the order of the tensor core's
+    registers.
+
+    GradStreamConfig: `[blocks][M][3][2]` matrices of input `(o, ci)` and gradient `(half of co, h, co)`, or `(h, co)`
+    unless `is_paired`: of kernel row ky, the weight of row `2 - ky` and column `o - j + 2`, where point j of a run is
+    `1 + h` in the first matrix, and 3 and 0 in the second; then the seven 0/1 matrices that move data between threads.
+    GradWideConfig: `[blocks][pieces of ci][M][pieces of co][k][k]` matrices of input and output channels.
+    """
     first = weights[0]
     index, end = grad_weight_order(shape, config, first.dtype, first.device, in_memory(weights))
     packed = first.new_empty(index.shape, dtype=dtype)

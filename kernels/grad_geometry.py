@@ -1,6 +1,5 @@
 """How the backward kernels cut images and channels, which shapes they take, and the order of their weights."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,7 +8,7 @@ import torch
 from .config import GradConfig, GradStreamConfig
 from .geometry import ConvShape, cdiv
 from .lasting import lasting
-from .packing import axes, gathered, moved
+from .packing import axes, moved
 
 RUNS, HALO = 16, 2
 """Of `branch_grad_stream`: runs of two pixels that a tile's row has, and columns read beyond it on either side."""
@@ -96,21 +95,6 @@ def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) 
     return summands, blocks.count * blocks.chunks_co, taps, blocks.size, shape.c_in // shape.groups
 
 
-def pack_grad_weights(
-    weights: Sequence[torch.Tensor], shape: ConvShape, config: GradConfig, dtype: torch.dtype
-) -> torch.Tensor:
-    """Pack `weights[m] [c_out, c_in / groups, k, k]` for `branch_grad` under `config`, rounded to `dtype`: transposed
-    and rotated, each 16 x 16 matrix in the order of the tensor core's registers.
-
-    GradStreamConfig: `[blocks][M][3][2]` matrices of input `(o, ci)` and gradient `(half of co, h, co)`, or `(h, co)`
-    unless `is_paired`: of kernel row ky, the weight of row `2 - ky` and column `o - j + 2`, where point j of a run is
-    `1 + h` in the first matrix, and 3 and 0 in the second; then the seven 0/1 matrices that move data between threads.
-    GradWideConfig: `[blocks][pieces of ci][M][pieces of co][k][k]` matrices of input and output channels.
-    """
-    first = weights[0]
-    return gathered(weights, *grad_weight_order(shape, config, first.dtype, first.device), dtype)
-
-
 @lru_cache(maxsize=256)
 def grad_weight_order(
     shape: ConvShape,
@@ -119,8 +103,8 @@ def grad_weight_order(
     device: torch.device,
     strides: tuple[tuple[int, ...], ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each entry that `pack_grad_weights` returns comes from, in the weights, one after another as `in_memory`,
-    and behind them the second tensor, of `dtype`: what is no weight."""
+    """Where each entry that `gather.grad_weight_launch` packs comes from, in the weights, one after another as
+    `in_memory`, and behind them the second tensor, of `dtype`: what is no weight."""
     sizes = [shape.c_out * (shape.c_in // shape.groups) * kernel * kernel for kernel in shape.kernels]
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:

@@ -121,6 +121,9 @@ def run(
 ) -> Tensor:
     """Run a plan whose backend is "triton" or "torch"; `recorder` takes note of what can be started again."""
     if (plan.backend, plan.schedule) == ("triton", "train"):
+        # Without gradients, such a call is of no kind that is recorded: its kernels change what inference depends on.
+        if recorder is not None and not recorder.is_training:
+            recorder = None
         return training.run(x, branches, gate, spec, save, recorder)
     if (plan.backend, plan.schedule) == ("triton", "traced"):
         from .inference_op import run_unit

@@ -116,6 +116,8 @@ def _run(
     """What a call of a kind computes: `run` plans it, and gives its outputs, what computed them, and from what."""
     with _lock:
         found = _calls.get(kind)
+        if found is not None:
+            _calls.move_to_end(kind)
     if isinstance(found, _Call):
         with undisturbed(x):
             return found.start(inputs())

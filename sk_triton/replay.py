@@ -38,13 +38,18 @@ class Replays:
     def __init__(self) -> None:
         # Each with the watch that it holds under: another thread may have begun anew.
         self._recordings: dict[Hashable, tuple[Watch, Callable[[Tensor], Tensor]]] = {}
-        # By whether calls train: those without gradients depend on what the parameters are as well.
+        # By whether gradients are enabled: calls without them depend on what the parameters are as well.
         self._watches: dict[bool, Watch] = {}
 
     def clear(self) -> None:
         """Forget everything."""
         self._recordings = {}
         self._watches = {}
+
+    def _forget(self, watch: Watch) -> None:
+        """Forget what holds under a watch."""
+        self._recordings = {kind: own for kind, own in self._recordings.items() if own[0] is not watch}
+        self._watches = {mode: own for mode, own in self._watches.items() if own is not watch}
 
     def run(self, x: Tensor, save: Save | None) -> Tensor | None:
         """The layer's output for x by a recording, or None where there is none that holds; `save` is the layer's."""
@@ -56,7 +61,7 @@ class Replays:
             return None
         watch, start = recording
         if not watch.holds():
-            self.clear()
+            self._forget(watch)
             return None
         return start(x)
 
@@ -69,9 +74,13 @@ class Replays:
         self, layer: SKUnit, kind: Hashable, start: Callable[[Tensor], Tensor], is_training: bool
     ) -> None:
         """Take `start` for the layer's calls of a kind."""
-        watch = self._watches.get(is_training)
-        if watch is None or not watch.holds() or len(self._recordings) == MAX_RECORDINGS:
+        if len(self._recordings) == MAX_RECORDINGS:
             self.clear()
+        watch = self._watches.get(is_training)
+        if watch is not None and not watch.holds():
+            self._forget(watch)
+            watch = None
+        if watch is None:
             self._watches[is_training] = watch = Watch(layer, is_training=is_training)
         # A subclass may compute its branches from whatever it likes.
         is_ours = all(
@@ -118,7 +127,11 @@ def kind_of(x: Any, save: Save | None = None) -> Hashable | None:
     device_type = device.type
     if device_type == "meta":  # there is nothing to start
         return None
-    if is_training and _get_current_dispatch_mode() is not None:
+    # Hooks must find the same tensors saved at every call: recorded ones save others (`torch.utils.checkpoint` counts).
+    if is_training and (
+        _get_current_dispatch_mode() is not None
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    ):
         return None
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     if autocast is not None and not is_training:

@@ -19,7 +19,8 @@ Step = Launch | Callable[[], object]
 
 
 class Tape:
-    """Runs the steps of a call one by one, and keeps them: what :mod:`.replay` starts again.
+    """Runs the steps of a call one by one, and keeps them: what :mod:`.training_replay` and :mod:`.operator_replay`
+    start again.
 
     Attributes:
         steps, started: what was run, and what each step gave.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from .layout import with_adjacent_channels
+from .precision import allows_tf32
 from .recording import MAX_RECORDINGS, Packing, Recording, record, storage_of
 from .steps import Tape
 from .training_ops import FIRST_SAVED, UnitCall, is_watched, run_backward
@@ -43,7 +44,8 @@ class _Part(NamedTuple):
         if not math.prod(self.size):
             return memory.new_empty(self.size, dtype=self.dtype)
         as_dtype = memory.view(self.dtype)
-        return as_dtype.as_strided(self.size, self.stride, self.start // self.dtype.itemsize)
+        start = as_dtype.storage_offset() + self.start // self.dtype.itemsize
+        return as_dtype.as_strided(self.size, self.stride, start)
 
 
 class TrainingCall:
@@ -101,13 +103,15 @@ class TrainingCall:
             saved = [part.view(memory) for part in self.saved]
             return run_backward(dv, x, self.call, params, self.running, saved, list(needs))
         dv, x_in = kernel_inputs(dv, x)
-        # Hooks on saved tensors may hand over others: of another layout, elsewhere.
+        # Hooks on single saved tensors may hand over others: of another layout, elsewhere.
         kind = (
             dv.stride(),
             x_in.stride(),
             dv.data_ptr() % 16,
             x_in.data_ptr() % 16,
+            memory.data_ptr() % 16,
             needs,
+            x.dtype is torch.float32 and allows_tf32(),
             cache.changes,
             pinning_reason(),
             *map(Tensor.stride, params),
@@ -219,5 +223,4 @@ def _slots(layer: nn.Module, params: Sequence[Tensor]) -> list[Slot] | None:
 
 
 def _memory(x: Tensor, nbytes: int) -> Tensor:
-    """So many bytes, in elements of x's dtype, which divide them."""
-    return x.new_empty(nbytes // x.element_size())
+    return x.new_empty(nbytes, dtype=torch.uint8)

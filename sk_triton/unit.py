@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -85,6 +86,12 @@ class SKUnit(nn.Module):
         # A replica has parameters of its own and runs in a thread of its own.
         replica._cache, replica._replays = PackCache(), Replays()
         return replica
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SKUnit:
+        # `.to()` and the like: what is kept would hold on to the old memory.
+        self._forget()
+        result: SKUnit = super()._apply(fn, recurse)
+        return result
 
     def train(self, mode: bool = True) -> SKUnit:
         if mode != self.training:

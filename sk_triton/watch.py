@@ -74,7 +74,7 @@ class Watch:
             return False
         vectors, arrays = _present(self._vectors), _present(self._arrays)
         try:
-            # Address, shape and strides in one call: a tuple of each, per tensor, takes Python longer than launching.
+            # Storage, shape and strides in one call: a tuple of each, per tensor, takes Python longer than launching.
             return all(map(Tensor.is_set_to, arrays, self._expected_arrays)) and (
                 self._marks(vectors, arrays) == self._expected_marks
             )
@@ -90,15 +90,11 @@ class Watch:
         return [get(attributes) for attributes, get in self._settings]
 
     def _marks(self, vectors: list[Tensor], arrays: list[Tensor]) -> tuple[list[Any], ...]:
-        addresses = [*map(Tensor.data_ptr, vectors)]
-        if self._is_training:
-            return (
-                addresses,
-                [*map(_dtype, vectors)],
-                [*map(_dtype, arrays)],
-                [*map(_needs_gradient, vectors + arrays)],
-            )
-        return addresses, [*map(_version, vectors)], [*map(_version, arrays)], [*map(_dtype, arrays)]
+        # Of arrays too: a storage may be freed and allocated again elsewhere, as FSDP does.
+        tensors = vectors + arrays
+        addresses, dtypes = [*map(Tensor.data_ptr, tensors)], [*map(_dtype, tensors)]
+        changing = _needs_gradient if self._is_training else _version
+        return addresses, dtypes, [*map(changing, tensors)]
 
 
 def _present(slots: Sequence[tuple[Mapping[str, Tensor | None], str]]) -> list[Tensor]:

@@ -15,8 +15,9 @@ from sk_triton.bench import resources, training_resources
 from sk_triton.bench.grid import CASES
 from sk_triton.kernels.branch_grad import branch_grad, reduce_weight_grad
 from sk_triton.kernels.config import GradStreamConfig, GradWideConfig
+from sk_triton.kernels.gather import grad_weight_launch
 from sk_triton.kernels.geometry import ConvShape
-from sk_triton.kernels.grad_geometry import pack_grad_weights, partial_shape
+from sk_triton.kernels.grad_geometry import partial_shape
 from sk_triton.kernels.grad_terms import grad_terms
 
 
@@ -75,7 +76,7 @@ def gradient_launches():
         norm, attention = torch.empty(m, c), torch.empty(n, m, c)
         yield grad_terms(attention, norm, *[norm] * 6, terms, has_norm=has_norm)
         partial = torch.empty(partial_shape(shape, config, n, h, w))
-        packed = pack_grad_weights(weights, shape, config, x.dtype)
+        packed, _ = grad_weight_launch(weights, shape, config, x.dtype)
         settings = {"shape": shape, "config": config}
         yield from branch_grad(x, dv, y, terms, packed, dx, partial, has_relu=has_norm, **settings)
         yield from reduce_weight_grad(partial, weights, **settings)

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from sk_triton.bench.traffic import Meter
 from sk_triton.kernels.config import GradStreamConfig, GradWideConfig
 from sk_triton.kernels.geometry import ConvShape
-from sk_triton.kernels.grad_geometry import can_run_grad, pack_grad_weights, partial_shape
+from sk_triton.kernels.grad_geometry import can_run_grad, partial_shape
 
 from .interpreter import exact_bfloat16
+from .packed import pack_grad_weights
 from .tolerances import assert_errs_like_eager
 
 pytestmark = pytest.mark.interpret

@@ -243,6 +243,25 @@ def backward_samples(name, statistics, has_norm, is_lean):
     return samples
 
 
+def test_statistics_that_are_not_the_batchs_take_no_gradient():
+    """Not even of an infinity, which times zero is NaN in every sample."""
+    from sk_triton.kernels.gate_params_bwd import gate_params_bwd
+
+    n, m, c, d = 2, 2, 20, 16
+    a, g = torch.rand(n, m, c), torch.randn(n, c)
+    grads, sums = torch.randn(2, n, m, c), torch.rand(2, n, m, c)
+    grads[:, 0, :, 3] = math.inf
+    affine, terms = nans(2, m, c), nans(2, m, c)
+    gate_params_bwd(
+        torch.randn(n, d), torch.randn(n, c), torch.randn(n, d), torch.randn(n, m, c), a, g, grads, sums,
+        torch.rand(m, c), torch.rand(m, c), affine, terms, None, None, None, nans(d, c), nans(m, c, d).unbind(0), None,
+        batch_norms=[False, True], values=4, has_norm=True,
+    )()  # fmt: skip
+    assert not affine[:, :, 3].isfinite().any()
+    assert not terms[:, 0].any()
+    assert not terms[:, 1, 3].isfinite().any()
+
+
 def test_a_bad_value_stays_with_what_it_reaches():
     t = inputs("one block")
     t["pooled"][0, 1, 0, 3] = math.nan

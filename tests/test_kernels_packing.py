@@ -15,6 +15,8 @@ from sk_triton.kernels.config import (
 from sk_triton.kernels.geometry import ConvShape, blocking
 from sk_triton.kernels.packing import pack_branch_weights
 
+from .packed import pack_grad_weights
+
 PACKED = pytest.mark.parametrize(
     ("shape", "config"),
     [
@@ -68,7 +70,6 @@ def test_a_launch_packs_the_same(shape, config, has_scale):
 @pytest.mark.parametrize("config", [GradStreamConfig(1, 4), GradWideConfig(4, 2)], ids=str)
 def test_a_launch_packs_the_same_for_gradients(config):
     from sk_triton.kernels.gather import grad_weight_launch
-    from sk_triton.kernels.grad_geometry import pack_grad_weights
 
     shape = ConvShape(16, 16, 4, (3, 3), (1, 2))
     weights = [

@@ -1,12 +1,15 @@
 """Training steps started again from a recording give what planned steps give, and only while the layer is as it was."""
 
 import copy
+import gc
 from collections import Counter
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.checkpoint import checkpoint
 
 import sk_triton
 from sk_triton import SelectiveKernel, SKConv, operator_replay, training_ops, use_backend
@@ -280,19 +283,109 @@ def test_gradients_of_another_layout(spread, recorded, direct):
 
 @needs_narrow_products
 def test_saved_tensors_that_come_back_elsewhere_in_another_layout(recorded, direct, monkeypatch):
-    """As `save_on_cpu` brings them: contiguous copies."""
+    """As hooks on a node's own saved tensors may hand them over: clones, slices of a buffer, contiguous copies."""
     monkeypatch.setattr("sk_triton.training_replay.MAX_RECORDINGS", 2)
     layer, planned = recorded
-    for _ in range(4):
+
+    def in_a_buffer(tensor):
+        buffer = tensor.new_empty(tensor.numel() + 64)
+        return buffer[64:].view(tensor.shape).copy_(tensor) if tensor.dim() == 1 else tensor.clone()
+
+    for unpack in (torch.clone, in_a_buffer, torch.Tensor.contiguous) * 2:
         x = image()
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, torch.Tensor.contiguous):
-            found = step(layer, x)
-        assert_equal(found[2:], step(planned, x)[2:])
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t.clone()):
-            found = step(layer, x)
-        assert_equal(found, step(planned, x))
+        inner = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        layer.zero_grad()
+        with use_backend("triton"):
+            v = layer(inner)
+        for saved in v.grad_fn._raw_saved_tensors:
+            saved.register_hooks(lambda tensor: tensor, unpack)
+        v.backward(torch.full_like(v, 0.5))
+        found = [inner.grad, *(p.grad for p in layer.parameters())]
+        planned.load_state_dict(layer.state_dict())
+        planned._replays.clear()
+        expected = step(planned, x)[1:]
+        for one, other in zip(found, expected, strict=True):
+            assert torch.equal(one, other)
+    assert direct
     (_, start), *_ = layer._replays._recordings.values()
     assert 0 < len(start.__self__.backwards) <= 2
+
+
+@needs_narrow_products
+def test_hooks_on_all_saved_tensors_meet_planned_calls(recorded, direct):
+    layer, planned = recorded
+    for _ in range(2):
+        x = image()
+        direct.clear()
+        with torch.autograd.graph.saved_tensors_hooks(torch.clone, torch.clone):
+            found = step(layer, x)
+        assert not direct
+        assert_equal(found, step(planned, x))
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant, direct):
+    layer = paper().half()
+    planned = copy.deepcopy(layer)
+    for _ in range(3):
+        x = image()
+        found = []
+        for module, run in (
+            (layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant)),
+            (planned, planned),
+        ):
+            inner = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            module.zero_grad()
+            with use_backend("triton"):
+                run(inner).sum().backward()
+            found.append([inner.grad, *(p.grad for p in module.parameters())])
+        assert_equal(*found)
+
+
+@needs_narrow_products
+def test_memory_that_was_freed_and_allocated_again(recorded, direct):
+    """As FSDP does between the passes: the storage is the same one, elsewhere."""
+    layer, planned = recorded
+    weight = layer.paths[0].conv.weight.data
+    values, storage = weight.clone(), weight.untyped_storage()
+    size = storage.nbytes()
+    storage.resize_(0)
+    keeps_it_away = [torch.zeros(size, dtype=torch.uint8) for _ in range(8)]
+    storage.resize_(size)
+    weight.copy_(values)
+    x = image()
+    assert_equal(step(layer, x), step(planned, x))
+    del keeps_it_away
+
+
+def test_calls_with_and_without_gradients_are_kept_side_by_side(direct):
+    layer = SKConv(8, M=2, G=2, r=2, L=4).half()
+    x = image()
+    counts = []
+    for _ in range(4):
+        direct.clear()
+        with use_backend("triton"), torch.no_grad():
+            layer(x)
+        inferred = len(direct)
+        with use_backend("triton"):
+            layer(x)
+        counts.append((inferred, len(direct) - inferred))
+    assert counts[0] == (0, 0)
+    assert counts[1] == counts[3]
+    assert all(counts[1])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_moved_layer_keeps_no_old_memory(train, direct):
+    layer = paper().half().train(train)
+    for _ in range(2):
+        with use_backend("triton"):
+            layer(image())
+    old = [StorageWeakRef(t.untyped_storage()) for t in (*layer.parameters(), *layer.buffers())]
+    layer.double()
+    gc.collect()
+    assert sum(not reference.expired() for reference in old) == 3  # the counters, which stay as they are
 
 
 @needs_narrow_products
