@@ -28,9 +28,9 @@ def launches(case: Case, target: str) -> list[Launch]:
     return list(different.values())
 
 
-def measure(case: Case, target: str, kernels: str = "") -> list[Row]:
+def measure(case: Case, target: str, kernels: str | tuple[str, ...] = "") -> list[Row]:
     """Compiles the kernels of a case's training steps for `target` and reads what they use; `per_output` is by element
-    of all branches. `kernels`: how the names of those wanted begin."""
+    of all branches. `kernels`: how the names of those wanted begin, any of several."""
     from .compile import compile_launch
 
     height, width = case.spec.output_size(case.size, case.size)
