@@ -14,7 +14,7 @@ from sk_triton.bench import export, host, protocol, providers, results, session,
 from sk_triton.bench.grid import UNITS, paper_unit
 from sk_triton.bench.peers import SKNet50
 from sk_triton.bench.providers import competitors
-from sk_triton.bench.shapes import PAPER, SEED, SKNET50, TRAINING, unit_shape
+from sk_triton.bench.shapes import INFERENCE, PAPER, SEED, SKNET50, TRAINING, unit_shape
 from sk_triton.bench.sources import Ours
 from sk_triton.bench.suites import OPTIONS, SUITES, Choice
 from sk_triton.kernels.launch import Launch
@@ -170,8 +170,13 @@ def test_host_costs_on_the_cpu_leave_the_launches_out(monkeypatch):
     assert {(record.status, record.message) for record in run.records} == {(results.OK, None)}
     assert all(record.host_us > 0 for record in run.records)
     stubbed = [record for record in run.records if record.source in ("ours-stubbed", "rev-1")]
-    assert [record.case.subject for record in stubbed] == [SEED, PAPER] * 2
-    assert {(record.runs.partition("/")[0], record.launches > 0) for record in stubbed} == {("triton", True)}
+    kinds = [(record.case.subject, record.case.direction) for record in stubbed]
+    assert kinds == [(unit, direction) for unit in (SEED, PAPER) for direction in (INFERENCE, TRAINING)] * 2
+    assert {record.runs.partition("/")[0] for record in stubbed} == {"triton"}
+    assert all(
+        record.launches == 3 if record.case.direction == INFERENCE else record.launches > 10
+        for record in stubbed
+    )
     assert {host.IMPORT_TORCH, host.IMPORT_OURS, host.CONV2D} < {r.case.subject for r in run.records}
 
 

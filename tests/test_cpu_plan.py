@@ -146,8 +146,9 @@ class Computed(nn.BatchNorm2d):
 def test_a_setting_that_is_computed_is_not_watched():
     layer = paper_layer()
     layer.attn.bn = Computed(layer.attn.bn.num_features).eval()
-    assert not Watch(layer).is_possible
-    assert Watch(paper_layer()).is_possible
+    for is_training in (False, True):
+        assert not Watch(layer, is_training=is_training).is_possible
+        assert Watch(paper_layer(), is_training=is_training).is_possible
 
 
 def test_what_cannot_be_watched_is_planned_each_time():
