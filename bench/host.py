@@ -1,9 +1,8 @@
 """The `host` suite: what a call costs the host, how many kernels it launches, and what starting up costs.
 
 A call is an inference of batch 1, or a training step of batch 2. On a GPU, the time until it returns, the device's work
-not awaited. On a CPU there is nothing to
-launch: there, sk_triton's launches are replaced by nothing, so that its own Python alone is timed, beside PyTorch's
-cheapest `conv2d`; peers are left out, since their time is the computation.
+not awaited. On a CPU there is nothing to launch: there, sk_triton's launches are replaced by nothing, so that its own
+Python alone is timed, beside PyTorch's cheapest `conv2d`; peers are left out, since their time is the computation.
 """
 
 from __future__ import annotations

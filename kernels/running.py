@@ -26,6 +26,11 @@ def pointers_of(
     return means, variances, counters
 
 
+def tensors_of(running: Sequence[Running | None]) -> list[torch.Tensor]:
+    """All tensors of those that are there."""
+    return [tensor for own in running if own is not None for tensor in own[:3]]
+
+
 def momentum_of(running: Sequence[Running | None]) -> float:
     """The momentum of all of them.
 

@@ -97,9 +97,8 @@ def record(
     """
     kept = tuple(tensor for step in steps if isinstance(step, Launch) for tensor in step.kept)
     stays = {storage_of(tensor) for tensor in (*fixed, *kept)}
-    origins: dict[
-        int, tuple[int, int]
-    ] = {}  # of a storage: what holds it, and the address where that would begin
+    # Of a storage: what holds it, and the address where that would begin.
+    origins: dict[int, tuple[int, int]] = {}
     for base, tensor in enumerate(tensors):
         if isinstance(tensor, Packing):
             own = {storage: storage - offset for storage, offset in tensor.offsets.items()}

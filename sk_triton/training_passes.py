@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .dispatch import workload_of
-from .kernels.running import Running
+from .kernels.running import Running, tensors_of
 from .layout import empty_output, memory_format, with_adjacent_channels, with_spaced_pixels
 from .schedules import train
 from .spec import SKSpec
@@ -43,7 +43,7 @@ def forward_pass(x: Tensor, unit: TrainingUnit, save: str) -> tuple[list[Tensor]
         plan = plan_training(workload_of(x, unit.spec), save)
         x_in = with_adjacent_channels(x)
         outputs = train.forward(x_in, v, unit, plan, save=save, tape=tape)
-    changed = [t for own in unit.updates if own is not None for t in own[:3]]
+    changed = tensors_of(unit.updates)
     if changed:
         increment_version(changed)
     return outputs, tape, x_in

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
+from .kernels.running import tensors_of
 from .layout import with_adjacent_channels
 from .precision import allows_tf32
 from .recording import MAX_RECORDINGS, Packing, Recording, record, storage_of
@@ -75,7 +76,7 @@ class TrainingCall:
         self.dtype, self.is_converted = x.dtype, x.stride(1) != 1
         self.v = v.shape, v.stride()
         self.saved, self.saved_bytes = [_Part.of(tensor, packing) for tensor in saved], packing.nbytes
-        self.changed = [t for own in call.updates if own is not None for t in own[:3]]
+        self.changed = tensors_of(call.updates)
         self.recording = recording
         self.backwards: dict[Hashable, Recording] = {}
 
@@ -207,8 +208,7 @@ def record_call(
         return  # a group of processes may form later
     v, saved = outputs[0], outputs[FIRST_SAVED:]
     packing = Packing(tensor for tensor in saved if tensor.numel())
-    updated = [t for own in call.updates if own is not None for t in own[:3]]
-    fixed = (*params, *running, *updated)
+    fixed = (*params, *running, *tensors_of(call.updates))
     recording = record(tape.steps, tape.started, (x_in, packing, v), fixed, outputs=1)
     if recording is not None:
         plain = call._replace(recorder=None)

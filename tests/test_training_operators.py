@@ -48,6 +48,20 @@ LAYERS = {
 }
 
 
+def test_operators_of_eager():
+    """What the README compares with: a step of the paper's unit by PyTorch's operators."""
+    layer = LAYERS["paper"][0]().train()
+    x = torch.randn(2, 16, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+    counting = Counting()
+    with use_backend("reference"):
+        with counting:
+            v = layer(x)
+        dv = torch.ones_like(v)
+        with counting:
+            v.backward(dv)
+    assert counting.counts.total() == 46, counting.counts.most_common()
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "autocast"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_step_runs_few_small_operators(name, dtype, monkeypatch):
