@@ -4,6 +4,7 @@ import importlib.util
 import math
 import os
 import tempfile
+from collections import Counter
 
 import pytest
 import torch
@@ -116,3 +117,19 @@ def started_directly(monkeypatch):
 
     monkeypatch.setattr(Launch, "__call__", start)
     return found
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """How many launches each planned pass of a training step took."""
+    from sk_triton.steps import Tape
+
+    counts = Counter()
+    run = Tape.run
+
+    def counted(tape, launch):
+        counts[id(tape)] += 1
+        run(tape, launch)
+
+    monkeypatch.setattr(Tape, "run", counted)
+    return counts

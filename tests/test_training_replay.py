@@ -2,8 +2,6 @@
 
 import copy
 import gc
-from collections import Counter
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,134 +10,20 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import sk_triton
-from sk_triton import SelectiveKernel, SKConv, operator_replay, training_ops, use_backend
+from sk_triton import SKConv, training_ops, use_backend
 from sk_triton.bench.host import stubbed_launches
 from sk_triton.steps import Tape
 
 from .test_training_operators import Counting
-from .units import randomize_norms
+from .training_steps import FORWARD_ONLY, LAYERS, assert_equal, image, paper, step, steps_alike
 from .versions import needs_narrow_products
 
 pytestmark = pytest.mark.interpret
 
 
-def paper(channels=8, groups=2, **settings):
-    layer = SelectiveKernel(channels, groups=groups, split_input=False, **settings)
-    if "norm_layer" not in settings:
-        randomize_norms(layer)
-    return layer
-
-
-def without_affine(channels):
-    return nn.BatchNorm2d(channels, affine=False, momentum=0.3)
-
-
-def untracked(channels):
-    return nn.BatchNorm2d(channels, track_running_stats=False)
-
-
-def saving_input():
-    layer = paper()
-    layer.save = "input"
-    return layer
-
-
-def channels_last_weights():
-    return paper(16, 2).to(memory_format=torch.channels_last)
-
-
-def of_different_epsilons():
-    layer = paper()
-    layer.paths[1].bn.eps = 0.1
-    return layer
-
-
-LAYERS = {
-    "paper": paper,
-    "classic": lambda: SKConv(8, M=2, G=2, r=2, L=4),
-    "classic, one branch": lambda: SKConv(8, M=1, G=2, r=2, L=4),
-    "16 channels a group": lambda: paper(16, 1),
-    "input saved": saving_input,
-    "channels_last weights": channels_last_weights,
-    "norms without parameters": lambda: paper(norm_layer=without_affine),
-    "norms that keep nothing": lambda: paper(norm_layer=untracked),
-    "epsilons of their own": of_different_epsilons,
-    "more outputs": lambda: paper(out_channels=16),
-    "no activation": lambda: paper(act_layer=None),
-}
-# The library computes these gradients.
-FORWARD_ONLY = {
-    "stride 2": lambda: paper(stride=2),
-    "split_input": lambda: SelectiveKernel(8, groups=2),
-}
-
-
-def image(channels=8, size=(2, 5, 4), memory_format=torch.channels_last):
-    return torch.randn(size[0], channels, *size[1:]).half().to(memory_format=memory_format)
-
-
-def step(layer, x, dv=None, autocast=False):
-    """Output, gradients of x and of the parameters; the parameters then change."""
-    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
-    layer.zero_grad()
-    with use_backend("triton"):
-        with torch.autocast("cpu", torch.float16) if autocast else nullcontext():
-            v = layer(x)
-        v.backward(torch.full_like(v, 0.5) if dv is None else dv)
-    found = [v.detach(), x.grad, *(p.grad for p in layer.parameters())]
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            if parameter.grad is not None:
-                parameter.sub_(parameter.grad, alpha=0.05)
-    return found
-
-
-def assert_equal(found, expected):
-    for one, other in zip(found, expected, strict=True):
-        assert (one is None) == (other is None)
-        if one is not None:
-            assert torch.equal(one, other)
-            assert one.stride() == other.stride()
-
-
-def steps_alike(layer, steps, direct, started, **settings):
-    """`steps` steps of the layer, and of a copy that forgets its recordings each time.
-
-    Returns how many kernels each step of the layer started directly, and how many launches it takes.
-    """
-    planned = copy.deepcopy(layer)
-    counts = []
-    for _ in range(steps):
-        x = image(layer.spec.in_channels, **settings.get("image", {}))
-        planned._replays.clear()
-        started.clear()
-        expected = step(planned, x, autocast=settings.get("autocast", False))
-        launches = sum(started.values())
-        direct.clear()
-        found = step(layer, x, autocast=settings.get("autocast", False))
-        assert_equal(found, expected)
-        assert_equal(layer.state_dict().values(), planned.state_dict().values())
-        counts.append((len(direct), launches))
-    return counts
-
-
 @pytest.fixture
 def direct(started_directly):
     return started_directly
-
-
-@pytest.fixture
-def started(monkeypatch):
-    """How many launches each planned pass took."""
-    counts = Counter()
-    run = Tape.run
-
-    def counted(tape, launch):
-        counts[id(tape)] += 1
-        run(tape, launch)
-
-    monkeypatch.setattr(Tape, "run", counted)
-    return counts
 
 
 @needs_narrow_products
@@ -413,54 +297,6 @@ def test_an_inference_call_in_between_sees_what_was_learned(recorded, direct):
             if isinstance(norm, nn.BatchNorm2d):
                 norm.eval()
         assert torch.equal(layer(x), inferred)
-
-
-@pytest.fixture
-def through_operators(monkeypatch):
-    """As compiled code calls a unit; while the list that is handed out is not empty."""
-    switch = [True]
-    monkeypatch.setattr(training_ops, "is_watched", lambda tensor: bool(switch))
-    monkeypatch.setattr("sk_triton.replay.kind_of", lambda x, save=None: None)
-    operator_replay.forget()
-    yield switch
-    operator_replay.forget()
-
-
-@needs_narrow_products
-@pytest.mark.parametrize("name", ["paper", "classic", "input saved", "more outputs"])
-@pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
-)
-def test_operators_start_again_what_came_twice(name, memory_format, through_operators, direct, started):
-    """From the third call on."""
-    layer = LAYERS[name]().half()
-    planned, counts = copy.deepcopy(layer), []
-    for _ in range(3):
-        x = image(layer.spec.in_channels, memory_format=memory_format)
-        through_operators.clear()
-        started.clear()
-        expected, launches = step(planned, x), sum(started.values())
-        through_operators.append(True)
-        assert_equal(step(layer, x), expected)
-        torch.testing.assert_close(layer.state_dict(), planned.state_dict(), rtol=2e-3, atol=1e-3)
-        counts.append(len(direct))
-    assert counts == [0, 0, launches]
-
-
-@needs_narrow_products
-def test_operators_plan_what_the_library_computes_or_what_has_moved(through_operators, direct):
-    strided, moving = FORWARD_ONLY["stride 2"]().half(), paper().half()
-    counts = []
-    for _ in range(3):
-        step(strided, image())
-        counts.append(len(direct))
-        for parameter in moving.parameters():
-            parameter.data = parameter.data.clone()
-        before = len(direct)
-        step(moving, image())
-        assert len(direct) == before
-    assert counts[:2] == [0, 0] < counts[2:]
-    assert counts[2] < 10
 
 
 def test_shared_and_synchronized_norms_are_planned_each_time(direct):

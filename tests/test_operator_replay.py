@@ -1,0 +1,63 @@
+"""Training operators start again what came twice: calls of no layer, known by their arguments."""
+
+import copy
+
+import pytest
+import torch
+
+from sk_triton import operator_replay, training_ops
+
+from .training_steps import FORWARD_ONLY, LAYERS, assert_equal, image, paper, step
+from .versions import needs_narrow_products
+
+pytestmark = pytest.mark.interpret
+
+
+@pytest.fixture
+def through_operators(monkeypatch):
+    """As compiled code calls a unit; while the list that is handed out is not empty."""
+    switch = [True]
+    monkeypatch.setattr(training_ops, "is_watched", lambda tensor: bool(switch))
+    monkeypatch.setattr("sk_triton.replay.kind_of", lambda x, save=None: None)
+    operator_replay.forget()
+    yield switch
+    operator_replay.forget()
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("name", ["paper", "classic", "input saved", "more outputs"])
+@pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+)
+def test_operators_start_again_what_came_twice(
+    name, memory_format, through_operators, started_directly, started
+):
+    """From the third call on."""
+    layer = LAYERS[name]().half()
+    planned, counts = copy.deepcopy(layer), []
+    for _ in range(3):
+        x = image(layer.spec.in_channels, memory_format=memory_format)
+        through_operators.clear()
+        started.clear()
+        expected, launches = step(planned, x), sum(started.values())
+        through_operators.append(True)
+        assert_equal(step(layer, x), expected)
+        torch.testing.assert_close(layer.state_dict(), planned.state_dict(), rtol=2e-3, atol=1e-3)
+        counts.append(len(started_directly))
+    assert counts == [0, 0, launches]
+
+
+@needs_narrow_products
+def test_operators_plan_what_the_library_computes_or_what_has_moved(through_operators, started_directly):
+    strided, moving = FORWARD_ONLY["stride 2"]().half(), paper().half()
+    counts = []
+    for _ in range(3):
+        step(strided, image())
+        counts.append(len(started_directly))
+        for parameter in moving.parameters():
+            parameter.data = parameter.data.clone()
+        before = len(started_directly)
+        step(moving, image())
+        assert len(started_directly) == before
+    assert counts[:2] == [0, 0] < counts[2:]
+    assert counts[2] < 10
