@@ -8,7 +8,7 @@ import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -93,6 +93,7 @@ def measure(
     from .compile import compile_launch
 
     rows: list[Row] = []
+    measured: list[Launch] = []
     height, width = case.spec.output_size(case.size, case.size)
     outputs = case.n * height * width * case.spec.out_channels
     planned = [
@@ -109,11 +110,20 @@ def measure(
             branch_launch = None  # its config is no branch kernel's
         elif kernel_name(launch) == "gate" and any(row.kernel == "gate" for row in rows):
             continue  # every schedule's gate is the same
+        elif any(launch.kernel is other.kernel and _code(launch) == _code(other) for other in measured):
+            continue
         else:
             used = compile_launch(launch, target)
+        measured.append(launch)
         computed = outputs * len(launch.constexprs.get("KERNELS", (1,)))
         rows.append(row_of(case, launch, used, computed, branch_launch))
     return rows
+
+
+def _code(launch: Launch) -> tuple[Any, ...]:
+    """What tells one compilation of a kernel from another, for the same unit."""
+    kinds = [getattr(argument, "dtype", None) for argument in launch.arguments]
+    return kinds, launch.constexprs, launch.options, launch.trips
 
 
 def kernel_name(launch: Launch) -> str:
@@ -146,13 +156,12 @@ def _branches_first(found: list[Launch]) -> list[Launch]:
 
 
 def measure_all(
-    cases: list[Case],
-    targets: list[str],
+    pairs: Sequence[tuple[Case, str]],
     workers: int,
     measure: Callable[[Case, str], list[Row]] = measure,
 ) -> Iterator[list[Row]]:
-    """`measure` for every pair, in order, in `workers` new processes, where kernels are compiled, not interpreted."""
-    pairs = [(case, target) for target in targets for case in cases]
+    """`measure` for every case and target, in order, in `workers` new processes, where kernels are compiled, not
+    interpreted."""
     with compiling_processes(workers) as pool:
         yield from pool.map(measure, *zip(*pairs, strict=True))
 
@@ -232,7 +241,7 @@ def run(args: argparse.Namespace) -> int:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("compiling", total=len(cases) * len(chips))
         chosen = training_resources.measure if args.training else measure
-        for found in measure_all(cases, chips, args.workers, chosen):
+        for found in measure_all([(case, chip) for chip in chips for case in cases], args.workers, chosen):
             rows.extend(found)
             progress.advance(task)
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from sk_triton import dispatch, plans
-from sk_triton.backend import SCHEDULES
+from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS, Chip
 from sk_triton.kernels.config import BranchConfig
 from sk_triton.kernels.geometry import cdiv
@@ -155,16 +155,18 @@ class Prediction:
         return sum(known) if known and len(known) == len(stated) else None
 
 
-def schedules_for(problem: Problem, chip: Chip) -> list[tuple[str, Plan, Sequence[PlannedStep]]]:
-    """(name, plan, steps on meta tensors) of each schedule that can compute the problem on a chip."""
+def schedules_for(
+    problem: Problem, chip: Chip, schedules: Sequence[Schedule] = SCHEDULES
+) -> list[tuple[str, Plan, Sequence[PlannedStep]]]:
+    """(name, plan, steps on meta tensors) of each of the schedules that can compute the problem on a chip."""
     workload = problem.on(chip)
     return [
-        (name, *planned_steps(name, workload)[:2]) for name in SCHEDULES if not plans.refusal(name, workload)
+        (name, *planned_steps(name, workload)[:2]) for name in schedules if not plans.refusal(name, workload)
     ]
 
 
-def predict(problem: Problem, gpu: Gpu) -> list[Prediction]:
-    """Every schedule's prediction, then `EAGER`, `COMPILED` and `FLOOR`.
+def predict(problem: Problem, gpu: Gpu, schedules: Sequence[Schedule] = SCHEDULES) -> list[Prediction]:
+    """The prediction of each schedule, then `EAGER`, `COMPILED` and `FLOOR`.
 
     Those three take their passes at copy bandwidth, convolutions at the dense rate of products where that takes longer,
     and one launch per operator or fused group, which flatters them.
@@ -173,7 +175,7 @@ def predict(problem: Problem, gpu: Gpu) -> list[Prediction]:
         ValueError: a program of a kernel does not fit on the GPU's processors.
     """
     found = []
-    for name, plan, steps in schedules_for(problem, CHIPS[gpu.chip]):
+    for name, plan, steps in schedules_for(problem, CHIPS[gpu.chip], schedules):
         configs = tuple((launch.config, str(launch.source)) for launch in plan.branch_launches)
         found.append(Prediction(name, predict_steps(steps, gpu), configs))
     for name, operators in (
@@ -220,12 +222,14 @@ def least_steps(steps: Sequence[PlannedStep], gpu: Gpu) -> tuple[Step, ...]:
     )
 
 
-def predict_all(problems: Sequence[Problem], gpu: Gpu) -> list[list[Prediction]]:
+def predict_all(
+    problems: Sequence[Problem], gpu: Gpu, schedules: Sequence[Schedule] = SCHEDULES
+) -> list[list[Prediction]]:
     """`predict` for each problem: here, or in a process of its own where this one interprets kernels."""
     if not dispatch.is_interpreted():
-        return [predict(problem, gpu) for problem in problems]
+        return [predict(problem, gpu, schedules) for problem in problems]
     with compiling_processes(1) as pool:
-        return list(pool.map(functools.partial(predict, gpu=gpu), problems))
+        return list(pool.map(functools.partial(predict, gpu=gpu, schedules=schedules), problems))
 
 
 def times(work: Work, gpu: Gpu) -> Step:

@@ -109,6 +109,18 @@ class SelectConfig:
 
 
 @dataclass(frozen=True)
+class GatedSelectConfig:
+    """`gated_select_fwd_kernel`: BLOCK_P pixels x BLOCK_C channels per program, the rest as in `GateConfig`."""
+
+    BLOCK_P: int
+    BLOCK_C: int
+    BLOCK_S: int
+    BLOCK_D: int
+    BLOCK_T: int = 1
+    num_warps: int = 4
+
+
+@dataclass(frozen=True)
 class ReductionConfig:
     """Kernels that reduce over pixels: STEPS blocks of BLOCK_P pixels x BLOCK_C channels per program."""
 

@@ -66,27 +66,22 @@ def gate_logits(
     return tl.dot(z.to(dtype), tl.trans(w_select), input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=("N", "TILES", "PIXELS"))
-def gate_fwd_kernel(
-    partial_ptr, reduce_ptr, scale_ptr, shift_ptr, select_ptr, select_bias_ptr, attention_ptr,
-    N, TILES, C, D, PIXELS,
-    stride_partial_n, stride_partial_t,
-    M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, IS_ONE_BLOCK_D: tl.constexpr,
+@triton.jit
+def all_logits(
+    partial_ptr, reduce_ptr, scale_ptr, shift_ptr, select_ptr, select_bias_ptr,
+    n, mask_n, c0, TILES, C, D, PIXELS, stride_partial_n, stride_partial_t,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, BLOCK_T: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, IS_ONE_BLOCK_D: tl.constexpr,
     HAS_RELU: tl.constexpr, HAS_SELECT_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Attention of BLOCK_N samples for BLOCK_C channels and all M branches.
+    """Logits of BLOCK_N samples for BLOCK_C channels from `c0` on and all M branches. [ROWS, BLOCK_M * BLOCK_C]
 
-    Every program computes the whole descriptor z, BLOCK_D entries and BLOCK_S pooled channels at a time, BLOCK_T tiles
-    of each: cheaper than a second launch or a grid-wide wait.
+    `n` and `mask_n` as in `gate_logits`, which computes the whole descriptor z, BLOCK_D entries and BLOCK_S pooled
+    channels at a time, BLOCK_T tiles of each.
     """
-    ROWS: tl.constexpr = 16 if BLOCK_N < 16 else BLOCK_N
-    n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
-    n = n0 + tl.arange(0, BLOCK_T * BLOCK_N) % BLOCK_N
-    mask_n = n < N
     offs_mc = tl.arange(0, BLOCK_M * BLOCK_C)
     m = offs_mc // BLOCK_C
-    c = tl.program_id(1) * BLOCK_C + offs_mc % BLOCK_C
+    c = c0 + offs_mc % BLOCK_C
     mask_mc = (m < M) & (c < C)
     row = m * C + c
 
@@ -107,14 +102,42 @@ def gate_fwd_kernel(
             )  # fmt: skip
     if HAS_SELECT_BIAS:
         logits += bias[None, :]
-    logits = tl.where((m < M)[None, :], logits, float("-inf"))
+    return tl.where((m < M)[None, :], logits, float("-inf"))
+
+
+@triton.jit(do_not_specialize=("N", "TILES", "PIXELS"))
+def gate_fwd_kernel(
+    partial_ptr, reduce_ptr, scale_ptr, shift_ptr, select_ptr, select_bias_ptr, attention_ptr,
+    N, TILES, C, D, PIXELS,
+    stride_partial_n, stride_partial_t,
+    M: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, IS_ONE_BLOCK_D: tl.constexpr,
+    HAS_RELU: tl.constexpr, HAS_SELECT_BIAS: tl.constexpr,
+):  # fmt: skip
+    """Attention of BLOCK_N samples for BLOCK_C channels and all M branches.
+
+    Every program computes the whole descriptor: cheaper than a second launch or a grid-wide wait.
+    """
+    ROWS: tl.constexpr = 16 if BLOCK_N < 16 else BLOCK_N
+    n0 = tl.program_id(0).to(tl.int64) * BLOCK_N
+    n = n0 + tl.arange(0, BLOCK_T * BLOCK_N) % BLOCK_N
+    c0 = tl.program_id(1) * BLOCK_C
+    logits = all_logits(
+        partial_ptr, reduce_ptr, scale_ptr, shift_ptr, select_ptr, select_bias_ptr,
+        n, n < N, c0, TILES, C, D, PIXELS, stride_partial_n, stride_partial_t,
+        M, BLOCK_M, BLOCK_N, ROWS, BLOCK_T, BLOCK_S, BLOCK_D, BLOCK_C, IS_ONE_BLOCK_D, HAS_RELU, HAS_SELECT_BIAS,
+    )  # fmt: skip
     logits = tl.reshape(logits, [ROWS, BLOCK_M, BLOCK_C])
     # A maximum may drop NaN; the subtraction puts it back, so one NaN logit makes all its branches NaN.
     e = tl.exp(logits - tl.max(logits, axis=1)[:, None, :])
     attention = tl.reshape(e / tl.sum(e, axis=1)[:, None, :], [ROWS, BLOCK_M * BLOCK_C])
+    offs_mc = tl.arange(0, BLOCK_M * BLOCK_C)
+    m = offs_mc // BLOCK_C
+    c = c0 + offs_mc % BLOCK_C
+    mask_mc = (m < M) & (c < C)
     i = tl.arange(0, ROWS)
     mask_i = (i < BLOCK_N) & (n0 + i < N)
-    offs_attention = (n0 + i)[:, None] * (M * C) + row[None, :]
+    offs_attention = (n0 + i)[:, None] * (M * C) + (m * C + c)[None, :]
     tl.store(attention_ptr + offs_attention, attention, mask=mask_i[:, None] & mask_mc[None, :])
 
 

@@ -56,7 +56,7 @@ PAIRED_SELECT_CHIPS = ("sm_80", "sm_120")
 # tiles of a sample.
 GATE_SUMS = (8192, 4096)
 MAX_GATE_WEIGHTS = 32768
-MAX_GATE_TILES = 32
+GATE_TILES = 32
 # Warps per processor that keep memory busy, and tiles of a sample past which the gate would walk long.
 BUSY_WARPS = 16
 # Pixels of an image below which one warp at a time sums them.
@@ -138,7 +138,7 @@ def gate_config(m: int, c: int, d: int, n: int, dtype: torch.dtype, chip: Chip) 
 
 def gate_tiles(block_n: int, block_s: int, sums: int) -> int:
     """Tiles of BLOCK_N samples and BLOCK_S channels that are `sums` sums."""
-    return min(MAX_GATE_TILES, max(1, sums // (block_n * block_s)))
+    return min(GATE_TILES, max(1, sums // (block_n * block_s)))
 
 
 def select_config(pixels: int, c: int) -> SelectConfig:

@@ -12,7 +12,7 @@ from .scoped import Scoped
 Backend = Literal["auto", "triton", "reference", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
-Schedule = Literal["store", "recompute", "merged", "resident", "library"]
+Schedule = Literal["store", "gated", "recompute", "merged", "resident", "library"]
 """Schedules of the Triton backend."""
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 

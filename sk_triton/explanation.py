@@ -74,6 +74,8 @@ class Explanation:
             lines.append(f"gate      {_show(plan.gate)}")
         if plan.select is not None:
             lines.append(f"select    {_show(plan.select)}")
+        if plan.gated_select is not None:
+            lines.append(f"gated     {_show(plan.gated_select)}")
         for source in plan.sources:
             lines.append(f"source    {source.kind}: {source.text}")
             lines.append(f"  key     {source.key}")

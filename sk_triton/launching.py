@@ -12,12 +12,13 @@ from .packing import PackCache, Packed, pack
 from .params import Branch, Gate
 from .plan import Plan
 from .replay import InferenceCall, Recorder
-from .schedules import library, merged, recompute, resident, store
+from .schedules import gated, library, merged, recompute, resident, store
 from .spec import SKSpec
 from .steps import Step
 
 _PREPARE: dict[str, Callable[..., list[Step]]] = {
     "store": store.prepare,
+    "gated": gated.prepare,
     "recompute": recompute.prepare,
     "merged": merged.prepare,
     "resident": resident.prepare,

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         BorderConfig,
         BranchConfig,
         GateConfig,
+        GatedSelectConfig,
         GradConfig,
         MergedConfig,
         ReductionConfig,
@@ -55,13 +56,14 @@ class Plan:
     """The choice for one call.
 
     Attributes:
-        backend, schedule: "triton" and "store", "recompute", "merged", "resident", "library" or "train", or "traced"
-            where ``torch.compile`` traces an operator that plans when it runs; "torch" and "folded", "merged", "train"
-            or "train_merged"; or "reference" and "eager".
+        backend, schedule: "triton" and "store", "gated", "recompute", "merged", "resident", "library" or "train", or
+            "traced" where ``torch.compile`` traces an operator that plans when it runs; "torch" and "folded", "merged",
+            "train" or "train_merged"; or "reference" and "eager".
         passes: predicted passes over one activation tensor, counting every tensor read or written once.
         rejected: what was not taken, and why.
         dtype: of the computation and the result.
         branch_launches, gate, select: configs of the launches; empty and None where there are none.
+        gated_select: config of the selection that computes its gate in "gated", else None.
         sources: where the configs are from, one for each lookup.
         folded_launches: of "train" where no branch is written in the forward pass: the launches that take moments, pool
             and select; ``branch_launches`` then convolve in the backward pass.
@@ -82,6 +84,7 @@ class Plan:
     branch_launches: tuple[BranchLaunch, ...] = ()
     gate: GateConfig | None = None
     select: SelectConfig | None = None
+    gated_select: GatedSelectConfig | None = None
     sources: tuple[Source, ...] = ()
     folded_launches: tuple[BranchLaunch, ...] = ()
     reduction: ReductionConfig | None = None

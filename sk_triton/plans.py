@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
+from math import prod
 
 import torch
 
-from . import analytic_merged, analytic_resident
+from . import analytic_gated, analytic_merged, analytic_resident
 from .backend import SCHEDULES, Schedule
 from .chips import UNHOISTED_LOOPS
 from .environment import triton_version
 from .kernels.config import ColumnConfig, TapConfig
-from .kernels.geometry import MAX_ITEMS, ConvShape, can_run, resident_items
+from .kernels.geometry import MAX_ITEMS, ConvShape, can_run, resident_items, tiles
 from .kernels.merging import merged_shape
 from .plan import BranchLaunch, MergedLaunch, Plan
 from .spec import BranchSpec, SKSpec
@@ -110,6 +111,29 @@ def library_reason(workload: Workload) -> str:
 
 
 def _expected_kernels(workload: Workload) -> Plan:
+    """Of the schedules that convolve by kernels: for few samples that of fewer launches, else of fewer passes."""
+    gated = _plan_gated(workload)
+    reason = _gated_reason(workload, gated)
+    if reason:
+        return _fewest_passes(workload).rejecting("gated", reason)
+    for name in ("store", "recompute", "merged"):
+        gated = gated.rejecting(
+            name,
+            refusal(name, workload)
+            or "three launches, against 2: for so few samples their starts are the time",
+        )
+    return gated.rejecting("resident", _unmeasured_reason(workload))
+
+
+def _gated_reason(workload: Workload, gated: Plan) -> str:
+    """Why "gated" is not expected to be faster than three launches, "" if it is."""
+    assert gated.gated_select is not None
+    size = workload.output_size
+    summed = sum(prod(tiles(launch.shape, launch.config, *size)) for launch in gated.branch_launches)
+    return analytic_gated.gated_reason(workload, summed, gated.gated_select)
+
+
+def _fewest_passes(workload: Workload) -> Plan:
     """Of the schedules that convolve by kernels, the plan of the fewest passes among those that memory binds."""
     store = plan_store(workload)
     merged = _plan_merged(workload)
@@ -153,13 +177,26 @@ def _unmeasured_reason(workload: Workload) -> str:
 
 def plan_store(workload: Workload) -> Plan:
     """The plan of schedule "store", which runs every unit."""
+    plan = _plan_stored("store", workload)
+    select, source = launches.select_config(workload)
+    return replace(plan, select=select, sources=(*plan.sources, source))
+
+
+def _plan_stored(schedule: Schedule, workload: Workload, *, has_gate: bool = True) -> Plan:
+    """The parts of a plan that writes its branches."""
     branches = [
         branch_launch(workload, start, stop, shape, "store")
         for start, stop, shape in conv_shapes(workload.spec)
     ]
-    plan = _plan("store", workload, len(branches), 2 * workload.spec.num_branches + 1, tuple(branches))
-    select, source = launches.select_config(workload)
-    return replace(plan, select=select, sources=(*plan.sources, source))
+    passes = 2 * workload.spec.num_branches + 1
+    return _plan(schedule, workload, len(branches), passes, tuple(branches), has_gate=has_gate)
+
+
+def _plan_gated(workload: Workload) -> Plan:
+    """The plan of schedule "gated", which runs every unit."""
+    plan = _plan_stored("gated", workload, has_gate=False)
+    config, source = launches.gated_select_config(workload)
+    return replace(plan, gated_select=config, sources=(*plan.sources, source))
 
 
 def _plan_recompute(workload: Workload) -> Plan | str:
@@ -263,8 +300,8 @@ def _plan_resident(workload: Workload) -> Plan | str:
         )
     source = launches.resident_source(workload)
     launch = BranchLaunch(start, stop, shape, config.branch, source, "resident")
-    plan = _plan("resident", workload, 1, 1, (launch,))
-    return replace(plan, resident=config, gate=None, sources=(source,))
+    plan = _plan("resident", workload, 1, 1, (launch,), has_gate=False)
+    return replace(plan, resident=config)
 
 
 def _plan_library(workload: Workload) -> Plan:
@@ -281,6 +318,7 @@ def _plan_library(workload: Workload) -> Plan:
 
 _PLANNERS: dict[Schedule, Callable[[Workload], Plan | str]] = {
     "store": plan_store,
+    "gated": _plan_gated,
     "recompute": _plan_recompute,
     "merged": _plan_merged,
     "resident": _plan_resident,
@@ -313,11 +351,21 @@ def branch_launch(workload: Workload, start: int, stop: int, shape: ConvShape, t
 
 
 def _plan(
-    schedule: str, workload: Workload, reads: int, output_passes: int, branches: tuple[BranchLaunch, ...]
+    schedule: Schedule,
+    workload: Workload,
+    reads: int,
+    output_passes: int,
+    branches: tuple[BranchLaunch, ...],
+    *,
+    has_gate: bool = True,
 ) -> Plan:
-    """The parts that all schedules have. `reads`: of the input; `output_passes`: over tensors of the output's size."""
+    """The parts that all schedules have. `reads`: of the input; `output_passes`: over tensors of the output's size;
+    `has_gate`: whether the gate has a launch of its own."""
     spec = workload.spec
-    gate, source = launches.gate_config(workload)
+    gate, sources = None, tuple(launch.source for launch in branches)
+    if has_gate:
+        gate, source = launches.gate_config(workload)
+        sources += (source,)
     return Plan(
         backend="triton",
         schedule=schedule,
@@ -326,7 +374,7 @@ def _plan(
         rejected=(("reference", f"the kernels can run; eager takes {eager_passes(spec)} passes"),),
         branch_launches=branches,
         gate=gate,
-        sources=(*(launch.source for launch in branches), source),
+        sources=sources,
         has_relu=spec.branch_act == "relu",
         gate_has_relu=spec.gate_act == "relu",
         allow_tf32=workload.allow_tf32 and workload.dtype == torch.float32,

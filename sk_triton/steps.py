@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .kernels.branch_conv import branch_conv_fwd
 from .kernels.gate import gate_fwd
+from .kernels.geometry import tiles
 from .kernels.launch import Launch
 from .packing import Packed
 from .plan import Plan
+from .spec import SKSpec
 
 Step = Launch | Callable[[], object]
 """One thing to run, mostly a kernel launch."""
@@ -56,6 +60,40 @@ class Tape:
         if weight.is_contiguous(memory_format=torch.channels_last):
             return weight
         return self.contiguous(weight)
+
+
+def store_steps(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[Step], Tensor, Tensor]:
+    """The steps that write the branches and their pooled sums, then `u [M, N, H, W, C]` and `partial [N, tiles, C]` fp32.
+
+    Neither tensor has values yet.
+    """
+    n, _, h_in, w_in = x.shape
+    h, w = spec.output_size(h_in, w_in)
+    c, m = spec.out_channels, spec.num_branches
+    counts = [math.prod(tiles(launch.shape, launch.config, h, w)) for launch in plan.branch_launches]
+    u = x.new_empty((m, n, h, w, c))
+    partial = x.new_empty((n, sum(counts), c), dtype=torch.float32)
+
+    steps: list[Step] = []
+    first_tile = 0
+    for launch, count, weight, shift in zip(
+        plan.branch_launches, counts, packed.weights, packed.shifts, strict=True
+    ):
+        steps.append(
+            branch_conv_fwd(
+                x[:, launch.start * spec.branch_in_channels :] if spec.split_input else x,
+                weight,
+                shift,
+                u[launch.start : launch.stop],
+                partial[:, first_tile : first_tile + count],
+                shape=launch.shape,
+                has_relu=plan.has_relu,
+                allow_tf32=plan.allow_tf32,
+                config=launch.config,
+            )
+        )
+        first_tile += count
+    return steps, u, partial
 
 
 # The gate walks the partial sums of a channel one tile after another; past this many a reduction of its own is faster.

@@ -32,21 +32,31 @@ CHOSEN = [case for case in CASES if case.name in UNITS.get(case.precision, ())]
 SPLIT = Case("stage 1, split", paper_unit(128, in_channels=256, split_input=True), 128, 56, torch.float16)
 CHOSEN.append(SPLIT)
 TARGETS = resources.compilable_chips()
+# Stages 2 and 3 take other blocks of the kernels of stage 1: of chips that compile alike, one takes the one and one the
+# other. "resident" in columns, a minute each, is compiled by `test_resident.py` and `pressed_kernels.py`.
+LEFT_OUT = {
+    "sm_86": ("stage 2",),
+    "sm_89": ("stage 3",),
+    "sm_120": ("stage 2",),
+    "gfx942": ("stage 3", SPLIT.name),
+}
 LARGE = Case("over 2^31 elements", paper_unit(64, groups=16), 1, 8192, torch.float16)
 
 
 @pytest.fixture(scope="module")
 def rows():
     measure = functools.partial(resources.measure, with_phases=False)
-    others = [chip for chip in TARGETS if chip != "sm_90"]
-    # "resident" takes a minute there: elsewhere `pressed_kernels.py` compiles it by columns.
-    slow = [case for case in CHOSEN if (case.name, case.precision) == ("stage 3", "fp16")]
+    pairs = [(case, chip) for chip in TARGETS for case in chosen(chip)]
+    slow = [(case, chip) for case, chip in pairs if (case.name, case.precision) == ("stage 3", "fp16")]
     measured = (
-        *resources.measure_all([*CHOSEN, LARGE], ["sm_90"], 2, measure),
-        *resources.measure_all([case for case in CHOSEN if case not in slow], others, 2, measure),
-        *resources.measure_all(slow, others, 2, functools.partial(measure, without=("resident",))),
+        *resources.measure_all([*(pair for pair in pairs if pair not in slow), (LARGE, "sm_90")], 2, measure),
+        *resources.measure_all(slow, 2, functools.partial(measure, without=("resident",))),
     )
     return [row for found in measured for row in found]
+
+
+def chosen(chip):
+    return [case for case in CHOSEN if case.precision != "fp16" or case.name not in LEFT_OUT.get(chip, ())]
 
 
 @needs_narrow_products
@@ -54,7 +64,7 @@ def rows():
 def test_no_kernel_has_a_fault(rows, chip):
     """No spills, shared memory within the chip's limit, tensor cores where meant."""
     found = [row for row in rows if row.resources.target == chip]
-    assert len(found) >= 3 * len(CHOSEN)
+    assert len(found) >= 3 * len(chosen(chip))
     assert not [(row.case.name, row.case.precision, row.kernel, row.faults) for row in found if row.faults]
 
 
@@ -81,7 +91,7 @@ def test_a_window_loads_8_bytes_of_a_pixel_at_a_time(rows, chip):
         if row.resources.target == chip
         and row.kernel.startswith(("branch_conv_window", "merged_conv_window"))
     ]
-    assert len(found) >= 3 * 4
+    assert len(found) >= 3 * 3 + 1
     for row in found:
         loads = {
             name: count
@@ -132,7 +142,7 @@ def test_instructions_per_output_of_the_convolution(rows, stage, most):
 def test_instructions_of_the_resident_kernel_are_those_of_its_phases():
     """It convolves twice: twice the budget of a convolution."""
     case = next(case for case in CHOSEN if (case.name, case.precision) == ("stage 1", "fp16"))
-    (rows,) = resources.measure_all([case], ["sm_90"], workers=1)
+    (rows,) = resources.measure_all([(case, "sm_90")], workers=1)
     (row,) = (row for row in rows if row.kernel == "unit_resident")
     assert 15 < row.per_output <= 20
 

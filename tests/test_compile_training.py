@@ -1,6 +1,7 @@
 """The kernels of training steps compiled for the chips that training is budgeted for."""
 
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -43,10 +44,10 @@ def rows():
     # The gate's and other small kernels are the same code in every stage.
     large = partial(training_resources.measure, kernels=("branch_", "pooled", "select", "norm_bwd"))
     measured = (
-        *resources.measure_all(STAGES[:1], CHIPS, 2, training_resources.measure),
-        *resources.measure_all(STAGES[1:], CHIPS, 2, large),
-        *resources.measure_all(GRADIENTS, CHIPS, 2, gradients),
-        *resources.measure_all(SPLIT, CHIPS, 2, branches),
+        *resources.measure_all(list(product(STAGES[:1], CHIPS)), 2, training_resources.measure),
+        *resources.measure_all(list(product(STAGES[1:], CHIPS)), 2, large),
+        *resources.measure_all(list(product(GRADIENTS, CHIPS)), 2, gradients),
+        *resources.measure_all(list(product(SPLIT, CHIPS)), 2, branches),
     )
     return [row for found in measured for row in found]
 

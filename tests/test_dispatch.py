@@ -196,7 +196,7 @@ def test_auto_takes_the_librarys_convolution_in_wide_groups(x, monkeypatch):
     monkeypatch.setattr(dispatch, "chip_of", lambda device: SM_90)
     for backend in ("auto", "triton"):
         assert choose(wide, backend).schedule == "library"
-        assert choose(narrow, backend).schedule == "store"
+        assert choose(narrow, backend).schedule == "gated"
     with use_backend("triton", schedule="library"):
         assert choose(narrow, "triton").schedule == "library"
 
@@ -231,10 +231,11 @@ def test_explain_triton(x):
     with torch.no_grad(), use_backend("triton"):
         text = str(explain(SKConv(16, M=3, G=4, r=4).eval(), x))
     assert "backend   triton" in text
-    assert "schedule  store" in text
+    assert "schedule  gated" in text
     assert "passes    10 over one activation tensor (predicted)" in text  # two of them convert NCHW
     assert "store     3x3 g4, 5x5 g4, 7x7 g4" in text
     assert "branch_store: analytic (sm_90)" in text
+    assert "gated     GatedSelectConfig(BLOCK_P=" in text
     assert "not reference: the kernels can run; eager takes 25 passes" in text
 
 

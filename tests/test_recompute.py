@@ -106,6 +106,7 @@ def test_a_schedule_that_cannot_run_raises_with_the_reason():
         )
     with pytest.raises(
         ValueError,
-        match="schedule must be one of 'store', 'recompute', 'merged', 'resident', 'library' with backend 'triton'",
+        match="schedule must be one of 'store', 'gated', 'recompute', 'merged', 'resident', 'library' with backend "
+        "'triton'",
     ):
         use_backend("auto", schedule="store")

@@ -234,8 +234,9 @@ def test_no_schedule_is_faster_than_the_floor_and_larger_batches_take_longer(spe
         for prediction in predictions:
             assert prediction.bound in (*sol.BOUNDS, sol.LAUNCHES)
             assert prediction.total >= floor.total
-            # A larger batch may take a config with fewer partial sums: a little time less, where launches are most.
-            assert prediction.total >= 0.99 * before.get(prediction.schedule, 0.0)
+            # A larger batch may take a config with fewer partial sums or longer tiles: a little time less, where
+            # launches are most.
+            assert prediction.total >= 0.98 * before.get(prediction.schedule, 0.0)
             assert prediction.memory_bytes >= floor.memory_bytes
             before[prediction.schedule] = prediction.total
 
@@ -319,7 +320,7 @@ def test_one_sample_is_bound_by_launches():
 )
 def test_a_real_kernel_executes_at_least_the_useful_multiplies(unit, kernel, share, besides):
     problem = Problem(unit, 128, 56, 56, torch.float16)
-    ((store, *_),) = sol.predict_all([problem], H100)
+    ((store, *_),) = sol.predict_all([problem], H100, ["store"])
     conv = store.steps[0]
     assert conv.work.name == kernel
     useful = 2 * 2 * 4 * 9 * problem.outputs

@@ -97,17 +97,18 @@ def test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing(folder, ca
     code, out, _ = run("--dry-run", "--gpu", "a100", *SMALL, "--budget", "900s", capsys=capsys)
     assert code == 0
     for kind in (
+        "branch_store (gated)",
+        "gated_select (gated)",
+        "gate (store)",
+        "select (store)",
         "branch_pool (recompute)",
         "branch_select (recompute)",
-        "gate (recompute)",
-        "branch_store (store)",
-        "select (store)",
         "pooled_sums (library)",
         "schedule",
     ):
         assert kind in out
-    assert out.count("(analytic)") == 7
-    assert re.search(r"7 launches and schedules with \d+ choices, 16 of them candidates: [1-9]", out)
+    assert out.count("(analytic)") == 8
+    assert re.search(r"8 launches and schedules with \d+ choices, 19 of them candidates: [1-9]", out)
     assert " 0 out, 0 left by the budget" in out
     assert "for A100 80GB in" in out
     assert "Predicted, not measured" in out
@@ -115,14 +116,14 @@ def test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing(folder, ca
 
 
 class Instant(Executor):
-    """Compiles nothing: whatever is asked for takes 10 µs."""
+    """Compiles nothing: whatever is asked for takes 10 µs, and every further candidate one more."""
 
     def __init__(self, workers):
         pass
 
     def submit(self, function, target, choice, settled, gpu):
         future = Future()
-        future.set_result(Trial(choice, 1e-5, None))
+        future.set_result(Trial(choice, 1e-5 + 1e-6 * target.choices.index(choice), None))
         return future
 
 
@@ -138,8 +139,8 @@ def test_a_dry_run_ranks_within_its_budget(monkeypatch, capsys):
     monkeypatch.setattr(tune, "rank", left_out)
     code, out, _ = run("--dry-run", "--gpu", "h100", *SMALL, "--budget", "0.2s", capsys=capsys)
     assert code == 0
-    assert asked == {"targets": 7, "seconds": 0.2, "workers": 1}
-    assert "16 of them candidates: 0 cannot win and were not compiled, 0 ranked, 0 out, 16 left" in out
+    assert asked == {"targets": 8, "seconds": 0.2, "workers": 1}
+    assert "19 of them candidates: 0 cannot win and were not compiled, 0 ranked, 0 out, 19 left" in out
     run("--dry-run", "--gpu", "h100", *SMALL, capsys=capsys)
     assert asked["seconds"] == tune.DRY_BUDGET_SECONDS < 120
 
@@ -192,8 +193,9 @@ def test_a_direction_is_tuned_and_kept_under_its_own_kinds(direction, kinds, gpu
     assert "branch_grad (train)" in out
 
 
-@pytest.mark.compile
-def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu, folder, capsys):
+def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu, folder, monkeypatch, capsys):
+    """Candidates are compiled in `test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing`."""
+    monkeypatch.setattr(tune, "compiling_processes", Instant)
     code, out, _ = run(*SMALL, "--budget", "2s", capsys=capsys)
     assert code == 0
     assert "left for the next run" in out
@@ -207,7 +209,8 @@ def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu,
     ((origin, entries),) = cache.read().items()
     assert (origin.gpu, origin.processors, origin.chip) == (H100.gpu, 132, "sm_90")
     assert {keys.kind_of(key).name for key in entries} == {
-        "branch_store", "branch_pool", "branch_select", "gate", "select", "pooled_sums", "schedule",
+        "branch_store", "branch_pool", "branch_select", "gate", "select", "gated_select", "pooled_sums",
+        "schedule",
     }  # fmt: skip
     tuned = [key for key, found in entries.items() if found.choice is not None]
     assert len(tuned) >= 4

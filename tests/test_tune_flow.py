@@ -162,7 +162,7 @@ def test_a_winner_that_fails_when_run_again_has_not_won():
 def test_a_schedule_is_measured_with_the_configs_that_won_before():
     schedule = TARGETS[-1]
     assert schedule.is_schedule
-    assert schedule.choices == ("recompute", "store", "resident", "library")
+    assert schedule.choices == ("recompute", "store", "gated", "resident", "library")
     machine = FakeMachine({GOOD: 50e-6, "store": 80e-6})
     outcomes, kept = run(machine, TARGETS)
     assert kept[schedule.key].choice == "store"

@@ -87,7 +87,7 @@ def test_a_schedule_that_cannot_win_takes_the_launches_that_only_it_has_along(mo
     model.least["schedule", "store"] = 98e-6
     found = ranked()
     kinds = {kind for kind, _ in model.compiled}
-    assert kinds == {"schedule", "branch_pool", "branch_select", "gate", "pooled_sums"}
+    assert kinds == {"schedule", "branch_pool", "branch_select", "gate", "gated_select", "pooled_sums"}
     assert ("schedule", "store") not in model.compiled
     stores = found[BY_KIND["branch_store"].key]
     assert {trial.dropped for trial in stores} == {f"{CANNOT_WIN}store takes at least 98.00 µs"}

@@ -36,9 +36,9 @@ def kinds(targets) -> list[str]:
 def test_every_launch_of_every_schedule_once_then_the_schedule():
     found = targets_of("a unit", workload(), 3)
     assert kinds(found) == [
-        "branch_pool", "branch_select", "gate", "branch_store", "select", "pooled_sums", SCHEDULE,
+        "branch_pool", "branch_select", "gate", "branch_store", "select", "gated_select", "pooled_sums", SCHEDULE,
     ]  # fmt: skip
-    schedules = 3 * ["recompute"] + 2 * ["store"] + ["library", "recompute"]
+    schedules = 3 * ["recompute"] + 2 * ["store"] + ["gated", "library", "recompute"]
     assert [target.schedule for target in found] == schedules
     assert len({target.key for target in found}) == len(found)
     assert all(len(target.choices) <= 3 for target in found[:-1])
@@ -78,7 +78,7 @@ def test_dense_units_start_from_the_librarys_convolution():
     targets = targets_of("a unit", workload(4, spec=paper_unit(256, groups=1), size=7), 3)
     pool, schedule = next(t for t in targets if t.kind == "pooled_sums"), targets[-1]
     assert (pool.kind, pool.schedule, len(pool.choices)) == ("pooled_sums", "library", 3)
-    assert schedule.choices == ("library", "store")
+    assert schedule.choices == ("library", "store", "gated")
     for choice in pool.choices:
         assert pool.plan(choice, {}).reduction == choice
 
@@ -204,7 +204,7 @@ def _without_weights(v, gradients):
 @pytest.mark.interpret
 def test_what_is_timed_is_the_targets_own_launch_with_the_settled_configs(monkeypatch):
     found = {t.kind: t for t in targets_of("small", SMALL, 2)}
-    settled = {found["branch_pool"].key: found["branch_pool"].choices[1]}
+    settled = {found["branch_store"].key: found["branch_store"].choices[1]}
     timed = {}
 
     def measure(contestants, timer, budget, into):
@@ -219,7 +219,7 @@ def test_what_is_timed_is_the_targets_own_launch_with_the_settled_configs(monkey
     for call, choice in zip(timed.values(), gate.choices, strict=True):
         assert call.kernel.fn.__name__ == "gate_fwd_kernel"
         assert call.constexprs["BLOCK_S"] == dump_config(choice)["BLOCK_S"]
-    assert gate.plan(gate.choices[0], settled).branch_launches[0].config == found["branch_pool"].choices[1]
+    assert gate.plan(gate.choices[0], settled).branch_launches[0].config == found["branch_store"].choices[1]
 
 
 @pytest.mark.interpret

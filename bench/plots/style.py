@@ -21,6 +21,7 @@ FAMILY_COLOURS = {
 # Forced schedules, and the other choice of what to save, keep sk_triton's hue, lightened.
 SCHEDULE_TINTS = {
     "store": 0.16,
+    "gated": 0.24,
     "recompute": 0.31,
     "input": 0.38,
     "merged": 0.45,

@@ -14,6 +14,7 @@ from ..kernels.config import (
     ColumnConfig,
     DepthwiseConfig,
     GateConfig,
+    GatedSelectConfig,
     GradConfig,
     GradStreamConfig,
     GradWideConfig,
@@ -32,7 +33,16 @@ MAX_TEXT = 200
 MAX_FIELD = 1 << 16
 """The largest number in a config; no kernel comes near it."""
 
-Config = BranchConfig | GateConfig | SelectConfig | MergedConfig | BorderConfig | ReductionConfig | GradConfig
+Config = (
+    BranchConfig
+    | GateConfig
+    | SelectConfig
+    | GatedSelectConfig
+    | MergedConfig
+    | BorderConfig
+    | ReductionConfig
+    | GradConfig
+)
 Choice = Config | str
 """A config, or the name of a schedule."""
 
@@ -44,6 +54,7 @@ _KERNELS: dict[str, type] = {
     "depthwise": DepthwiseConfig,
     "gate": GateConfig,
     "select": SelectConfig,
+    "gated_select": GatedSelectConfig,
     "border": BorderConfig,
     "merged": MergedConfig,
     "reduction": ReductionConfig,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from .. import analytic, analytic_grad, analytic_merged
+from .. import analytic, analytic_gated, analytic_grad, analytic_merged
 from ..kernels.geometry import ConvShape
 from ..workload import Workload
 from . import space
@@ -54,6 +54,20 @@ def select_config(workload: Workload) -> Found:
         _key(workload, "select", f"m{workload.spec.num_branches}/c{c}"),
         partial(space.select_configs, pixels, c),
         partial(analytic.select_config, pixels, c),
+    )
+    return resolve(request, workload.chip)
+
+
+def gated_select_config(workload: Workload) -> Found:
+    """For the selection from stored branches that computes its gate."""
+    spec, dtype = workload.spec, workload.dtype
+    pixels, m, c, d = math.prod(workload.output_size), spec.num_branches, spec.out_channels, spec.gate_width
+    expected = analytic_gated.gated_select_config(workload.n, pixels, m, c, d, dtype, workload.chip)
+    request = Request(
+        "gated_select",
+        _key(workload, "gated_select", f"m{m}/c{c}/d{d}"),
+        partial(space.gated_select_configs, pixels, expected),
+        lambda: expected,
     )
     return resolve(request, workload.chip)
 

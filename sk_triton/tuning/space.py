@@ -21,6 +21,7 @@ from ..kernels.config import (
     BranchConfig,
     ColumnConfig,
     GateConfig,
+    GatedSelectConfig,
     GradConfig,
     GradStreamConfig,
     GradWideConfig,
@@ -94,6 +95,16 @@ def select_configs(pixels: int, c: int) -> list[SelectConfig]:
         if block_c <= max(32, most_c)
     ]
     return list(dict.fromkeys(found))
+
+
+def gated_select_configs(pixels: int, expected: GatedSelectConfig) -> list[GatedSelectConfig]:
+    """Of the selection that computes its gate, for outputs of `pixels` pixels: `expected` and other tiles."""
+    found = [
+        replace(expected, BLOCK_P=min(block_p, next_power_of_2(pixels)), BLOCK_C=block_c)
+        for block_p, block_c in product((16, 32, 64, 128, 256), (16, 32, 64))
+        if block_c <= expected.BLOCK_C
+    ]
+    return list(dict.fromkeys([expected, *found]))
 
 
 def pooled_sums_configs(pixels: int, c: int) -> list[ReductionConfig]:

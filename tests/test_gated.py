@@ -1,0 +1,133 @@
+"""Whole units through schedule "gated", interpreted, its selecting kernel alone, and when it is taken."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from sk_triton import analytic_gated, plans, use_backend
+from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.chips import CHIPS
+from sk_triton.kernels.config import GatedSelectConfig
+from sk_triton.workload import Workload
+
+from .units import sizes, specs
+from .whole_units import LAYERS, VIEWS, compare, compare_unit, image
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers(name, dtype, memory_format):
+    layer = LAYERS[name]().to(dtype)
+    compare(layer, image(layer, 2, 7, 5).contiguous(memory_format=memory_format), "gated")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_views(view):
+    compare(LAYERS["paper"]().half(), view(torch.randn(2, 16, 6, 5).half()), "gated")
+
+
+@pytest.mark.interpret
+@settings(max_examples=15)
+@given(specs(acts=("relu", "identity")), sizes)
+def test_any_unit(spec, size):
+    compare_unit(spec, size, "gated")
+
+
+@pytest.mark.interpret
+def test_every_output_element_is_written(nan_in_new_memory):
+    for name in ("paper, stride 2", "seed", "depthwise"):
+        layer = LAYERS[name]().half()
+        compare(layer, image(layer, 2, 7, 5), "gated")
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_bad_values_propagate_as_in_eager(value):
+    layer, x = LAYERS["paper"]().eval(), torch.randn(3, 16, 7, 5)
+    x[1, 2, 3, 4] = value
+    with torch.no_grad():
+        with use_backend("triton", schedule="gated"):
+            ours = layer(x)
+        with use_backend("reference"):
+            eager = layer(x)
+    assert ours[1].isnan().any()
+    assert torch.equal(ours.isnan(), eager.isnan())
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("m", "c", "d", "pixels", "tiles"), [(2, 40, 20, 33, 5), (1, 8, 3, 4, 1), (3, 24, 32, 65, 2)], ids=str
+)
+def test_the_kernel_takes_its_sizes_in_any_blocks(m, c, d, pixels, tiles, has_bias, nan_in_new_memory):
+    from sk_triton.kernels.gated_select import gated_select_fwd
+
+    n = 2
+    u, partial = torch.randn(m, n, pixels, 1, c), torch.randn(n, tiles, c)
+    reduce_weight, select_weight = torch.randn(d, c), torch.randn(m, c, d)
+    scale, shift = torch.randn(d), torch.randn(d)
+    bias = torch.randn(m, c) if has_bias else None
+    v = torch.empty(n, c, pixels, 1)
+    config = GatedSelectConfig(BLOCK_P=16, BLOCK_C=16, BLOCK_S=16, BLOCK_D=16, BLOCK_T=2)
+    gated_select_fwd(
+        u, partial, reduce_weight, scale, shift, select_weight, bias, v, has_relu=True, config=config
+    )()
+    s = partial.double().sum(1) / pixels
+    z = torch.relu(s @ reduce_weight.double().T * scale + shift)
+    logits = torch.einsum("mcd,nd->nmc", select_weight.double(), z)
+    attention = (logits if bias is None else logits + bias).softmax(1)
+    expected = torch.einsum("nmc,mnpqc->ncpq", attention, u.double())
+    torch.testing.assert_close(v.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.interpret
+def test_what_the_kernel_does_not_take_is_refused():
+    from sk_triton.kernels.gated_select import gated_select_fwd
+
+    u, partial = torch.randn(2, 1, 2, 3, 16), torch.randn(1, 1, 16)
+    weights = torch.randn(20, 16), torch.ones(20), torch.zeros(20), torch.randn(2, 16, 20), None
+    config = GatedSelectConfig(BLOCK_P=16, BLOCK_C=16, BLOCK_S=16, BLOCK_D=16)
+    with pytest.raises(ValueError, match=r"v must have equally spaced pixels, got strides \(128, 8, 4, 1\)"):
+        gated_select_fwd(
+            u, partial, *weights, torch.empty(1, 16, 2, 4)[..., :3], has_relu=True, config=config
+        )
+
+
+def plan(spec, n, size, dtype=torch.float16, chip="sm_90"):
+    return plans.fastest_plan(Workload(spec, n, size, size, dtype, CHIPS[chip]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("channels", "size"), [(128, 56), (256, 28), (512, 14), (1024, 7)])
+def test_one_sample_of_every_stage_takes_two_launches(channels, size, dtype):
+    # Of the classic class in the last stage the library convolves: its 5x5 branches are wide.
+    for spec in (paper_unit(channels), *([seed_unit(channels)] if channels < 1024 else [])):
+        found = plan(spec, 1, size, dtype)
+        assert found.schedule == "gated"
+        assert dict(found.rejected).keys() == {
+            "reference",
+            "store",
+            "recompute",
+            "merged",
+            "resident",
+            "library",
+        }
+        assert all(dict(found.rejected).values())
+
+
+def test_large_batches_take_other_schedules_and_the_plan_says_why():
+    assert "do not run at once" in dict(plan(paper_unit(128), 2, 56).rejected)["gated"]
+    many = plan(paper_unit(2048), 1, 14)
+    assert "MiB more of weights and sums" in dict(many.rejected)["gated"]
+
+
+def test_configs_cover_any_size():
+    chip = CHIPS["sm_90"]
+    tiny = analytic_gated.gated_select_config(1, 1, 2, 1, 1, torch.float16, chip)
+    assert (tiny.BLOCK_P, tiny.BLOCK_C) == (1, 16)
+    assert analytic_gated.gated_select_config(1, 3136, 2, 128, 32, torch.float16, chip).BLOCK_P == 64
+    assert analytic_gated.gated_select_config(1, 784, 2, 256, 32, torch.float16, chip).BLOCK_P == 64
