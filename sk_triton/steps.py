@@ -63,7 +63,7 @@ class Tape:
 
 
 def store_steps(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[list[Step], Tensor, Tensor]:
-    """The steps that write the branches and their pooled sums, then `u [M, N, H, W, C]` and `partial [N, tiles, C]` fp32.
+    """The steps that write the branches and their sums, then `u [M, N, H, W, C]` and `partial [N, tiles, C]` fp32.
 
     Neither tensor has values yet.
     """
