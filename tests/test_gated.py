@@ -6,14 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sk_triton import analytic_gated, plans, use_backend
+from sk_triton import analytic_gated, plans
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import GatedSelectConfig
 from sk_triton.workload import Workload
 
 from .units import sizes, specs
-from .whole_units import LAYERS, VIEWS, compare, compare_unit, image
+from .whole_units import LAYERS, VIEWS, compare, compare_bad_value, compare_unit, image
 
 
 @pytest.mark.interpret
@@ -47,15 +47,7 @@ def test_every_output_element_is_written(nan_in_new_memory):
 @pytest.mark.interpret
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_values_propagate_as_in_eager(value):
-    layer, x = LAYERS["paper"]().eval(), torch.randn(3, 16, 7, 5)
-    x[1, 2, 3, 4] = value
-    with torch.no_grad():
-        with use_backend("triton", schedule="gated"):
-            ours = layer(x)
-        with use_backend("reference"):
-            eager = layer(x)
-    assert ours[1].isnan().any()
-    assert torch.equal(ours.isnan(), eager.isnan())
+    compare_bad_value(LAYERS["paper"](), value, "gated")
 
 
 @pytest.mark.interpret

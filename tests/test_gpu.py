@@ -34,10 +34,12 @@ def compare(layer, x):
     assert_errs_like_eager(ours, eager, exact)
 
 
+# One sample takes other schedules than eight.
+@pytest.mark.parametrize("n", [1, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("channels", "size"), [(128, 56), (256, 28), (512, 14), (1024, 7)])
-def test_sknet_stages(channels, size, dtype, memory_format):
-    x = torch.randn(8, channels, size, size, device="cuda", dtype=dtype).contiguous(
+def test_sknet_stages(channels, size, dtype, n, memory_format):
+    x = torch.randn(n, channels, size, size, device="cuda", dtype=dtype).contiguous(
         memory_format=memory_format
     )
     compare(SelectiveKernel(channels, groups=32, split_input=False), x)
@@ -87,7 +89,7 @@ def test_tf32_is_used_where_pytorch_allows_it(monkeypatch):
     assert 1e-6 < error < 3e-3
 
 
-@pytest.mark.parametrize("schedule", ["store", "library"])
+@pytest.mark.parametrize("schedule", ["store", "gated", "library"])
 def test_cuda_graph_replays_the_result(schedule):
     layer = SelectiveKernel(64, groups=16, split_input=False).cuda().half().eval()
     x = torch.randn(2, 64, 14, 14, device="cuda", dtype=torch.half).to(memory_format=torch.channels_last)

@@ -20,7 +20,7 @@ from sk_triton.workload import Workload
 from .interpreter import exact_bfloat16
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import randomize_norms, sizes, specs
-from .whole_units import LAYERS, VIEWS, compare, compare_unit
+from .whole_units import LAYERS, VIEWS, compare, compare_bad_value, compare_unit
 
 DENSE = {
     "dense": lambda: SelectiveKernel(16, split_input=False),
@@ -98,15 +98,7 @@ def test_every_output_element_is_written(nan_in_new_memory):
 @pytest.mark.interpret
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_values_propagate_as_in_eager(value):
-    layer, x = DENSE["dense"]().eval(), torch.randn(3, 16, 7, 5)
-    x[1, 2, 3, 4] = value
-    with torch.no_grad():
-        with use_backend("triton", schedule="library"):
-            ours = layer(x)
-        with use_backend("reference"):
-            eager = layer(x)
-    assert ours[1].isnan().any()
-    assert torch.equal(ours.isnan(), eager.isnan())
+    compare_bad_value(DENSE["dense"](), value, "library")
 
 
 @pytest.mark.interpret

@@ -13,7 +13,7 @@ from sk_triton.kernels.config import SelectConfig
 from .peers import SeedSKConv
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import randomize_norms, sizes, specs
-from .whole_units import LAYERS, VIEWS, compare, compare_unit
+from .whole_units import LAYERS, VIEWS, compare, compare_bad_value, compare_unit
 
 pytestmark = pytest.mark.interpret
 
@@ -99,15 +99,7 @@ def test_autocast():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_values_propagate_as_in_eager(value):
-    layer, x = LAYERS["paper"]().eval(), torch.randn(3, 16, 7, 5)
-    x[1, 2, 3, 4] = value
-    with torch.no_grad():
-        with use_backend("triton"):
-            ours = layer(x)
-        with use_backend("reference"):
-            eager = layer(x)
-    assert ours[1].isnan().any()
-    assert torch.equal(ours.isnan(), eager.isnan())
+    compare_bad_value(LAYERS["paper"](), value, "store")
 
 
 def test_many_tiles_are_reduced_before_the_gate(monkeypatch):

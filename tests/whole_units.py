@@ -62,6 +62,19 @@ def compare_unit(spec, size, schedule):
             assert_same(ours, functional.sk_conv(x, branches, gate, spec))
 
 
+def compare_bad_value(layer, value, schedule):
+    """A NaN or an infinity in one sample of a layer of 16 channels ends as NaN where it does in eager."""
+    layer, x = layer.eval(), torch.randn(3, 16, 7, 5)
+    x[1, 2, 3, 4] = value
+    with torch.no_grad():
+        with use_backend("triton", schedule=schedule):
+            ours = layer(x)
+        with use_backend("reference"):
+            eager = layer(x)
+    assert ours[1].isnan().any()
+    assert torch.equal(ours.isnan(), eager.isnan())
+
+
 def image(layer, *sizes):
     """A random input of a layer, ``[N, H, W]`` in size, in the dtype of its parameters."""
     n, h, w = sizes
