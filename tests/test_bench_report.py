@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import subprocess
+import time
 from html.parser import HTMLParser
 
 import pytest
@@ -260,7 +262,11 @@ def test_counts_of_pytest(tmp_path):
 def checkout(tmp_path, monkeypatch):
     """A checkout with one test that passes and one that sleeps."""
     (tmp_path / "test_one.py").write_text(
-        "import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(float('SECONDS'))\n"
+        "import pathlib, time\n"
+        "def test_quick(): pass\n"
+        "def test_slow():\n"
+        "    pathlib.Path('begun').touch()\n"
+        "    time.sleep(float('SECONDS'))\n"
     )
     monkeypatch.setattr(environment, "CLONE_DIR", tmp_path)
     return tmp_path / "test_one.py"
@@ -270,11 +276,21 @@ def checkout(tmp_path, monkeypatch):
 def test_pytest_runs_in_the_checkout_and_is_stopped_in_time(
     checkout, seconds, complete, tmp_path, monkeypatch
 ):
-    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # the quick test must have run by then
+    def expire(process, timeout=None):
+        """The limit is over as soon as the slow test has begun, however long pytest takes to start."""
+        if timeout != 12:
+            return wait(process, timeout)
+        while not (tmp_path / "begun").exists() and process.poll() is None:
+            time.sleep(0.05)
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    wait = subprocess.Popen.wait
+    monkeypatch.setattr(subprocess.Popen, "wait", expire)
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
     checkout.write_text(checkout.read_text().replace("SECONDS", seconds))
     xml = tmp_path / "tests.xml"
     arguments = ["pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}"]
-    assert report_steps._run_pytest(arguments, 20 if complete else 12) == complete
+    assert report_steps._run_pytest(arguments, 120 if complete else 12) == complete
     found = report_steps._read_junit(xml, "pytest", complete)
     assert (found.green, found.passed >= 1) == (complete, True)
 
