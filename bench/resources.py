@@ -32,11 +32,20 @@ if TYPE_CHECKING:
 
 
 MATRIX_KERNELS = (
-    *("branch_conv_stream", "branch_conv_window", "branch_conv_column", "branch_conv_tap", "gate"),
+    *(
+        "branch_conv_stream",
+        "branch_conv_window",
+        "branch_conv_column",
+        "branch_conv_tap",
+        "gate",
+        "gated_select",
+    ),
     *("merged_conv", "unit_resident"),
     *("branch_grad_stream", "branch_grad_data", "branch_grad_weight"),
 )
 """What is meant to use tensor cores."""
+GATES = ("gate", "gated_select")
+"""Of these the ones whose products in fp32 are IEEE."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +69,7 @@ class Row:
         found = self.resources.excesses
         # fp32 units take the tensor cores only in the branches, only where TF32 is allowed, and never depthwise.
         precision = (
-            "fp32" if self.kernel == "gate" and self.case.dtype == torch.float32 else self.case.precision
+            "fp32" if self.kernel in GATES and self.case.dtype == torch.float32 else self.case.precision
         )
         uses_matrix = self.kernel.startswith(MATRIX_KERNELS) and precision != "fp32"
         if uses_matrix and not self.resources.matrix:
@@ -121,8 +130,8 @@ def measure(
 
 
 def _code(launch: Launch) -> tuple[Any, ...]:
-    """What tells one compilation of a kernel from another, for the same unit."""
-    kinds = [getattr(argument, "dtype", None) for argument in launch.arguments]
+    """What tells one compilation of a branch convolution from another, for the same unit."""
+    kinds = [getattr(argument, "dtype", argument) for argument in launch.arguments]
     return kinds, launch.constexprs, launch.options, launch.trips
 
 
@@ -138,7 +147,7 @@ def row_of(
 ) -> Row:
     """The row of a launch that computes as many elements of the branches, or of the output, as `computed` says."""
     name, per_output = kernel_name(launch), None
-    if used.instructions is not None and name != "gate":
+    if used.instructions is not None and name not in GATES:
         per_output = used.instructions * used.threads * torch.Size(launch.grid).numel() / computed
     sizes = {k: v for k, v in launch.constexprs.items() if k.startswith(("BLOCK", "RUN"))}
     config = " ".join(f"{k}={v}" for k, v in sizes.items()) + f" num_warps={launch.options['num_warps']}"

@@ -250,9 +250,11 @@ def l2_bytes(launch: Launch, used: Resources) -> float:
 
 
 def tile_bytes(launch: Launch) -> float | None:
-    """Distinct bytes of each program of a branch convolution, a gate or border sums, all together; None for others."""
+    """Distinct bytes of every program of a branch convolution, a gate or border sums, all together; None for others."""
     if launch.kernel.fn.__name__ == "gate_fwd_kernel":
         return _gate_tile_bytes(launch)
+    if launch.kernel.fn.__name__ == "gated_select_fwd_kernel":
+        return _gated_select_tile_bytes(launch)
     if launch.kernel.fn.__name__ == "border_sums_fwd_kernel":
         return _border_tile_bytes(launch)
     if "KERNELS" not in launch.constexprs or "CHANNEL_PROGRAMS" not in launch.kernel.arg_names:
@@ -270,6 +272,16 @@ def _gate_tile_bytes(launch: Launch) -> float:
     samples, channels = launch.grid
     weights = samples * (channels * _bytes(named["reduce_ptr"]) + _bytes(named["select_ptr"]))
     return float(channels * _bytes(named["partial_ptr"]) + weights + _bytes(named["attention_ptr"]))
+
+
+def _gated_select_tile_bytes(launch: Launch) -> float:
+    """Branches and result once; every program reads what a gate's program for one sample does."""
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    programs, channels = launch.grid
+    sums = named["partial_ptr"]
+    weights = programs * (channels * _bytes(named["reduce_ptr"]) + _bytes(named["select_ptr"]))
+    summed = programs * channels * _bytes(sums) / sums.shape[0]
+    return float(_bytes(named["u_ptr"]) + _bytes(named["v_ptr"]) + weights + summed)
 
 
 def _border_tile_bytes(launch: Launch) -> float:

@@ -14,39 +14,30 @@ from .workload import Workload
 
 # Bytes that programs may ask of L2 beyond what a gate's own would: 8 MiB are 1.5 µs on an H100, a launch 2 µs.
 MAX_GATED_BYTES = 8 * 2**20
-TILE_ELEMENTS, FEWEST_PIXELS = 4096, 16
+TILE_ELEMENTS = 4096
 
 
 def gated_select_config(
-    n: int, pixels: int, m: int, c: int, d: int, dtype: torch.dtype, chip: Chip
+    pixels: int, m: int, c: int, d: int, dtype: torch.dtype, chip: Chip
 ) -> GatedSelectConfig:
-    """Config for `n` outputs of `pixels` pixels and `c` channels, `m` branches and a descriptor of `d` entries."""
+    """Config for outputs of `pixels` pixels and `c` channels, `m` branches and a descriptor of `d` entries.
+
+    The same for every batch: smaller tiles would keep more processors busy, and each read the gate's weights again.
+    """
     gate = gate_config(m, c, d, 1, dtype, chip)
     block_p = min(TILE_ELEMENTS // gate.BLOCK_C, next_power_of_2(pixels))
-    # Smaller tiles keep idle processors busy, for as long as the branches outweigh the weights that each reads again.
-    while (
-        2 * n * cdiv(pixels, block_p) * cdiv(c, gate.BLOCK_C) <= chip.processors
-        and block_p > FEWEST_PIXELS
-        and (m + 1) * block_p * gate.BLOCK_C > gate_weights(m, c, d, gate.BLOCK_C)
-    ):
-        block_p //= 2
     return GatedSelectConfig(
         block_p, gate.BLOCK_C, gate.BLOCK_S, gate.BLOCK_D, gate.BLOCK_T, num_warps=gate.num_warps
     )
 
 
-def gate_weights(m: int, c: int, d: int, block_c: int) -> int:
-    """Weights that a program reads: all of the descriptor's and its own channels' rows."""
-    return d * (c + m * block_c)
-
-
 def gated_reason(workload: Workload, summed: int, config: GatedSelectConfig) -> str:
     """Why computing the gate in every selecting program is not expected to pay, "" if it is.
 
-    `summed`: pooled tiles of a sample.
+    `summed`: pooled tiles of a sample; `config`: the analytic one, since a tuned one may have smaller tiles.
     """
     spec = workload.spec
-    c = spec.out_channels
+    m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
     tiles = cdiv(prod(workload.output_size), config.BLOCK_P)
     blocks = workload.n * cdiv(c, config.BLOCK_C)
     programs = tiles * blocks
@@ -55,8 +46,9 @@ def gated_reason(workload: Workload, summed: int, config: GatedSelectConfig) -> 
             f"its {programs} programs do not run at once on {workload.chip.processors} processors: the launch that it "
             "saves no longer counts"
         )
-    weights = gate_weights(spec.num_branches, c, spec.gate_width, config.BLOCK_C)
-    # A gate of its own has a program for each block of channels.
+    # All weights of the descriptor and the rows of its own channels. A gate of its own has a program for each block of
+    # channels.
+    weights = d * (c + m * config.BLOCK_C)
     asked = (programs - blocks) * (weights * workload.dtype.itemsize + 4 * summed * c)
     if asked > MAX_GATED_BYTES:
         return (

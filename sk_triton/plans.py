@@ -75,7 +75,8 @@ def fastest_plan(workload: Workload) -> Plan:
 
 
 def expected_plan(workload: Workload) -> Plan:
-    """The plan that is expected to be fastest: the library's convolution in wide groups, else the fewest passes."""
+    """The plan that is expected to be fastest: the library's convolution in wide groups, else the fewest launches for few
+    samples, and the fewest passes for many."""
     library = _plan_library(workload)
     slower = library_reason(workload)
     if not slower:
@@ -116,21 +117,23 @@ def _expected_kernels(workload: Workload) -> Plan:
     reason = _gated_reason(workload, gated)
     if reason:
         return _fewest_passes(workload).rejecting("gated", reason)
-    for name in ("store", "recompute", "merged"):
-        gated = gated.rejecting(
-            name,
-            refusal(name, workload)
-            or "three launches, against 2: for so few samples their starts are the time",
-        )
-    return gated.rejecting("resident", _unmeasured_reason(workload))
+    recompute = plan_recompute(workload)
+    more = (
+        f"more launches than {len(gated.branch_launches) + 1}: for so few samples their starts are the time"
+    )
+    return (
+        gated.rejecting("store", more)
+        .rejecting("recompute", recompute if isinstance(recompute, str) else more)
+        .rejecting("merged", refusal("merged", workload) or more)
+        .rejecting("resident", _unmeasured_reason(workload))
+    )
 
 
 def _gated_reason(workload: Workload, gated: Plan) -> str:
     """Why "gated" is not expected to be faster than three launches, "" if it is."""
-    assert gated.gated_select is not None
     size = workload.output_size
     summed = sum(prod(tiles(launch.shape, launch.config, *size)) for launch in gated.branch_launches)
-    return analytic_gated.gated_reason(workload, summed, gated.gated_select)
+    return analytic_gated.gated_reason(workload, summed, launches.expected_gated_select(workload))
 
 
 def _fewest_passes(workload: Workload) -> Plan:
@@ -171,7 +174,7 @@ def _unmeasured_reason(workload: Workload) -> str:
     # Eight channels a program ask L2 for half sectors: bench/results/h100/units.csv, stage 1.
     return (
         f"{resident.passes:g} passes over memory in one launch, but slower where it was measured (407 µs against 194 "
-        "on an H100 at 128 @ 56²); sk-triton tune measures it here"
+        "on an H100, 128 samples at 128 @ 56²); sk-triton tune measures it here"
     )
 
 

@@ -1,4 +1,7 @@
-"""Schedule "gated": as "store", the gate computed by every program that selects. Two launches, for few samples."""
+"""Schedule "gated": as "store", the gate computed by every program that selects. Two launches, for few samples.
+
+However many tiles there are, each program sums them all: large images are no business of this schedule.
+"""
 
 from __future__ import annotations
 

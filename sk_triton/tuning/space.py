@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .. import analytic, analytic_merged
+from .. import analytic, analytic_gated, analytic_merged
 from ..analytic_window import merged_window_candidates, takes_window
 from ..chips import Chip
 from ..kernels.config import (
@@ -101,8 +101,8 @@ def gated_select_configs(pixels: int, expected: GatedSelectConfig) -> list[Gated
     """Of the selection that computes its gate, for outputs of `pixels` pixels: `expected` and other tiles."""
     found = [
         replace(expected, BLOCK_P=min(block_p, next_power_of_2(pixels)), BLOCK_C=block_c)
-        for block_p, block_c in product((16, 32, 64, 128, 256), (16, 32, 64))
-        if block_c <= expected.BLOCK_C
+        for block_p, block_c in product((16, 32, 64, 128, 256), (16, 32, 64, 128))
+        if block_c <= expected.BLOCK_C and block_p * block_c <= 2 * analytic_gated.TILE_ELEMENTS
     ]
     return list(dict.fromkeys([expected, *found]))
 
