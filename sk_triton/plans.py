@@ -75,8 +75,8 @@ def fastest_plan(workload: Workload) -> Plan:
 
 
 def expected_plan(workload: Workload) -> Plan:
-    """The plan that is expected to be fastest: the library's convolution in wide groups, else the fewest launches for few
-    samples, and the fewest passes for many."""
+    """The plan that is expected to be fastest: the library in wide groups, else for few samples that of the fewest
+    launches, for many that of the fewest passes."""
     library = _plan_library(workload)
     slower = library_reason(workload)
     if not slower:
