@@ -16,7 +16,7 @@ from sk_triton import dispatch, plans
 from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS
 from sk_triton.environment import require
-from sk_triton.kernels.launch import Launch
+from sk_triton.kernels.launch import Launch, flat
 from sk_triton.plan import BranchLaunch, Plan
 from sk_triton.tuning import shipped
 from sk_triton.tuning.launches import branch_key
@@ -130,8 +130,8 @@ def measure(
 
 
 def _code(launch: Launch) -> tuple[Any, ...]:
-    """What tells one compilation of a branch convolution from another, for the same unit."""
-    kinds = [getattr(argument, "dtype", argument) for argument in launch.arguments]
+    """What tells one compilation of a kernel from another: launches of which it is equal compile alike."""
+    kinds = [getattr(argument, "dtype", argument) for argument in flat(launch.arguments)]
     return kinds, launch.constexprs, launch.options, launch.trips
 
 
