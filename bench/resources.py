@@ -32,20 +32,13 @@ if TYPE_CHECKING:
 
 
 MATRIX_KERNELS = (
-    *(
-        "branch_conv_stream",
-        "branch_conv_window",
-        "branch_conv_column",
-        "branch_conv_tap",
-        "gate",
-        "gated_select",
-    ),
+    *("branch_conv_stream", "branch_conv_window", "branch_conv_column", "branch_conv_tap", "gate"),
     *("merged_conv", "unit_resident"),
     *("branch_grad_stream", "branch_grad_data", "branch_grad_weight"),
 )
-"""What is meant to use tensor cores."""
+"""What is meant to use tensor cores, or what its name starts with."""
 GATES = ("gate", "gated_select")
-"""Of these the ones whose products in fp32 are IEEE."""
+"""Whose products in fp32 are IEEE."""
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -32,31 +33,22 @@ CHOSEN = [case for case in CASES if case.name in UNITS.get(case.precision, ())]
 SPLIT = Case("stage 1, split", paper_unit(128, in_channels=256, split_input=True), 128, 56, torch.float16)
 CHOSEN.append(SPLIT)
 TARGETS = resources.compilable_chips()
-# Stages 2 and 3 take other blocks of the kernels of stage 1: chips beside those of training take one of the two each.
-# "resident" in columns, a minute each, is compiled by `test_resident.py` and `pressed_kernels.py`.
-LEFT_OUT = {
-    "sm_86": ("stage 2",),
-    "sm_89": ("stage 3",),
-    "sm_120": ("stage 2",),
-    "gfx942": ("stage 2", SPLIT.name),
-}
 LARGE = Case("over 2^31 elements", paper_unit(64, groups=16), 1, 8192, torch.float16)
 
 
 @pytest.fixture(scope="module")
 def rows():
     measure = functools.partial(resources.measure, with_phases=False)
-    pairs = [(case, chip) for chip in TARGETS for case in chosen(chip)]
-    slow = [(case, chip) for case, chip in pairs if (case.name, case.precision) == ("stage 3", "fp16")]
+    # "resident" in columns, a minute each, is compiled by `test_resident.py` and `pressed_kernels.py`.
+    slow = [case for case in CHOSEN if (case.name, case.precision) == ("stage 3", "fp16")]
+    others = [case for case in CHOSEN if case not in slow]
     measured = (
-        *resources.measure_all([*(pair for pair in pairs if pair not in slow), (LARGE, "sm_90")], 2, measure),
-        *resources.measure_all(slow, 2, functools.partial(measure, without=("resident",))),
+        *resources.measure_all([*product(others, TARGETS), (LARGE, "sm_90")], 2, measure),
+        *resources.measure_all(
+            list(product(slow, TARGETS)), 2, functools.partial(measure, without=("resident",))
+        ),
     )
     return [row for found in measured for row in found]
-
-
-def chosen(chip):
-    return [case for case in CHOSEN if case.precision != "fp16" or case.name not in LEFT_OUT.get(chip, ())]
 
 
 @needs_narrow_products
@@ -64,8 +56,8 @@ def chosen(chip):
 def test_no_kernel_has_a_fault(rows, chip):
     """No spills, shared memory within the chip's limit, tensor cores where meant."""
     found = [row for row in rows if row.resources.target == chip]
-    assert len(found) >= 4 * len(chosen(chip))
-    assert sum(row.kernel == "gated_select" for row in found) == len(chosen(chip)) + (chip == "sm_90")
+    assert len(found) >= 4 * len(CHOSEN)
+    assert sum(row.kernel == "gated_select" for row in found) == len(CHOSEN) + (chip == "sm_90")
     assert not [(row.case.name, row.case.precision, row.kernel, row.faults) for row in found if row.faults]
 
 
@@ -92,7 +84,7 @@ def test_a_window_loads_8_bytes_of_a_pixel_at_a_time(rows, chip):
         if row.resources.target == chip
         and row.kernel.startswith(("branch_conv_window", "merged_conv_window"))
     ]
-    assert len(found) >= 3 * 3 + 1
+    assert len(found) >= 3 * 4
     for row in found:
         loads = {
             name: count

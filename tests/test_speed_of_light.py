@@ -234,9 +234,8 @@ def test_no_schedule_is_faster_than_the_floor_and_larger_batches_take_longer(spe
         for prediction in predictions:
             assert prediction.bound in (*sol.BOUNDS, sol.LAUNCHES)
             assert prediction.total >= floor.total
-            # A larger batch may take a config with fewer partial sums or longer tiles: a little time less, where
-            # launches are most.
-            assert prediction.total >= 0.98 * before.get(prediction.schedule, 0.0)
+            # A larger batch may take a config with fewer partial sums: a little time less, where launches are most.
+            assert prediction.total >= 0.99 * before.get(prediction.schedule, 0.0)
             assert prediction.memory_bytes >= floor.memory_bytes
             before[prediction.schedule] = prediction.total
 
