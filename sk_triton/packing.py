@@ -42,10 +42,14 @@ class Packed:
         init=False, default_factory=dict, compare=False, repr=False
     )
 
+    @property
+    def gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+        """The gate's parameters, in the order in which kernels take them."""
+        return self.reduce_weight, self.gate_scale, self.gate_shift, self.select_weight, self.select_bias
+
     def tensors(self) -> list[Tensor]:
         """All of them, without the absent ones."""
-        rest = (self.reduce_weight, self.gate_scale, self.gate_shift, self.select_weight, self.select_bias)
-        return [t for t in (*self.weights, *self.shifts, *rest) if t is not None]
+        return [t for t in (*self.weights, *self.shifts, *self.gate) if t is not None]
 
 
 Fingerprint = list[tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]]

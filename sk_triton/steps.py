@@ -112,11 +112,7 @@ def gate_steps(plan: Plan, partial: Tensor, packed: Packed, attention: Tensor, *
     steps.append(
         gate_fwd(
             partial,
-            packed.reduce_weight,
-            packed.gate_scale,
-            packed.gate_shift,
-            packed.select_weight,
-            packed.select_bias,
+            *packed.gate,
             attention,
             pixels=pixels,
             has_relu=plan.gate_has_relu,

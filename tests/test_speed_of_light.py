@@ -235,7 +235,9 @@ def test_no_schedule_is_faster_than_the_floor_and_larger_batches_take_longer(spe
             assert prediction.bound in (*sol.BOUNDS, sol.LAUNCHES)
             assert prediction.total >= floor.total
             # A larger batch may take a config with fewer partial sums: a little time less, where launches are most.
-            assert prediction.total >= 0.99 * before.get(prediction.schedule, 0.0)
+            # "gated" has one less, and the same sums: as a share of the time with that launch.
+            start = gpu.launch_seconds if prediction.schedule == "gated" else 0.0
+            assert prediction.total + start >= 0.99 * (before.get(prediction.schedule, 0.0) + start)
             assert prediction.memory_bytes >= floor.memory_bytes
             before[prediction.schedule] = prediction.total
 

@@ -22,11 +22,7 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> l
         gated_select_fwd(
             u,
             partial,
-            packed.reduce_weight,
-            packed.gate_scale,
-            packed.gate_shift,
-            packed.select_weight,
-            packed.select_bias,
+            *packed.gate,
             v,
             has_relu=plan.gate_has_relu,
             config=plan.gated_select,
