@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from math import prod
 
-import torch
-
 from .analytic import gate_config
-from .chips import Chip
 from .kernels.config import GatedSelectConfig
 from .kernels.geometry import cdiv, next_power_of_2
 from .workload import Workload
@@ -17,26 +14,26 @@ MAX_GATED_BYTES = 8 * 2**20
 TILE_ELEMENTS = 4096
 
 
-def gated_select_config(
-    pixels: int, m: int, c: int, d: int, dtype: torch.dtype, chip: Chip
-) -> GatedSelectConfig:
-    """Config for outputs of `pixels` pixels and `c` channels, `m` branches and a descriptor of `d` entries.
+def gated_select_config(workload: Workload) -> GatedSelectConfig:
+    """Config of the selection.
 
     The same for every batch: smaller tiles would keep more processors busy, and each read the gate's weights again.
     """
-    gate = gate_config(m, c, d, 1, dtype, chip)
-    block_p = min(TILE_ELEMENTS // gate.BLOCK_C, next_power_of_2(pixels))
+    spec = workload.spec
+    sizes = spec.num_branches, spec.out_channels, spec.gate_width
+    gate = gate_config(*sizes, 1, workload.dtype, workload.chip)
+    block_p = min(TILE_ELEMENTS // gate.BLOCK_C, next_power_of_2(prod(workload.output_size)))
     return GatedSelectConfig(
         block_p, gate.BLOCK_C, gate.BLOCK_S, gate.BLOCK_D, gate.BLOCK_T, num_warps=gate.num_warps
     )
 
 
-def gated_reason(workload: Workload, summed: int, config: GatedSelectConfig) -> str:
+def gated_reason(workload: Workload, summed: int) -> str:
     """Why computing the gate in every selecting program is not expected to pay, "" if it is.
 
-    `summed`: pooled tiles of a sample; `config`: the analytic one, since a tuned one may have smaller tiles.
+    `summed`: pooled tiles of a sample. Under the analytic config: a tuned one may have smaller tiles.
     """
-    spec = workload.spec
+    spec, config = workload.spec, gated_select_config(workload)
     m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
     tiles = cdiv(prod(workload.output_size), config.BLOCK_P)
     blocks = workload.n * cdiv(c, config.BLOCK_C)

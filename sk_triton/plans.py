@@ -133,7 +133,7 @@ def _gated_reason(workload: Workload, gated: Plan) -> str:
     """Why "gated" is not expected to be faster than three launches, "" if it is."""
     size = workload.output_size
     summed = sum(prod(tiles(launch.shape, launch.config, *size)) for launch in gated.branch_launches)
-    return analytic_gated.gated_reason(workload, summed, launches.expected_gated_select(workload))
+    return analytic_gated.gated_reason(workload, summed)
 
 
 def _fewest_passes(workload: Workload) -> Plan:

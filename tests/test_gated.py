@@ -13,6 +13,7 @@ from sk_triton.kernels.config import GatedSelectConfig
 from sk_triton.workload import Workload
 
 from .units import sizes, specs
+from .versions import needs_narrow_products
 from .whole_units import LAYERS, VIEWS, compare, compare_bad_value, compare_unit, image
 
 
@@ -118,11 +119,22 @@ def test_large_batches_take_other_schedules_and_the_plan_says_why():
 
 
 def test_configs_cover_any_size():
-    chip = CHIPS["sm_90"]
-    tiny = analytic_gated.gated_select_config(1, 2, 1, 1, torch.float16, chip)
+    def config(spec, size):
+        work = Workload(spec, 1, size, size, torch.float16, CHIPS["sm_90"])
+        return analytic_gated.gated_select_config(work)
+
+    tiny, stage1 = config(paper_unit(1, groups=1), 1), config(paper_unit(128), 56)
     assert (tiny.BLOCK_P, tiny.BLOCK_C) == (1, 16)
-    stage1 = analytic_gated.gated_select_config(3136, 2, 128, 32, torch.float16, chip)
     assert (stage1.BLOCK_P, stage1.BLOCK_C) == (64, 64)
+
+
+@needs_narrow_products
+@pytest.mark.parametrize(
+    ("channels", "size", "most"), [(128, 56, 1), (256, 28, 2), (512, 14, 4), (1024, 7, 8)]
+)
+def test_how_many_samples_an_h100_takes_in_16_bits(channels, size, most):
+    taken = [n for n in range(1, 17) if plan(paper_unit(channels), n, size).schedule == "gated"]
+    assert taken == list(range(1, most + 1))
 
 
 @pytest.mark.parametrize("chip", CHIPS)

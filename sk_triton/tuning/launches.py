@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 from .. import analytic, analytic_gated, analytic_grad, analytic_merged
-from ..kernels.config import GatedSelectConfig
 from ..kernels.geometry import ConvShape
 from ..workload import Workload
 from . import space
@@ -61,7 +60,7 @@ def select_config(workload: Workload) -> Found:
 
 def gated_select_config(workload: Workload) -> Found:
     """For the selection from stored branches that computes its gate."""
-    pixels, expected = math.prod(workload.output_size), expected_gated_select(workload)
+    pixels, expected = math.prod(workload.output_size), analytic_gated.gated_select_config(workload)
     m, c, d = workload.spec.num_branches, workload.spec.out_channels, workload.spec.gate_width
     request = Request(
         "gated_select",
@@ -70,13 +69,6 @@ def gated_select_config(workload: Workload) -> Found:
         lambda: expected,
     )
     return resolve(request, workload.chip)
-
-
-def expected_gated_select(workload: Workload) -> GatedSelectConfig:
-    """The same without looking anything up."""
-    spec, pixels = workload.spec, math.prod(workload.output_size)
-    sizes = pixels, spec.num_branches, spec.out_channels, spec.gate_width
-    return analytic_gated.gated_select_config(*sizes, workload.dtype, workload.chip)
 
 
 def pooled_sums_config(workload: Workload) -> Found:
