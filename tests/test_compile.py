@@ -191,7 +191,7 @@ def output_of(name, *arguments):
 def test_launches_pass_the_jit():
     expected = {
         "branch_conv_stream", "branch_conv_tap", "branch_conv_depthwise",
-        "border_sums", "merged_conv", "gate", "select", "pooled_sums",
+        "border_sums", "merged_conv", "gate", "select", "pooled_sums", "gated_select",
     }  # fmt: skip
     if HAS_NARROW_PRODUCTS:
         expected |= {"branch_conv_window", "branch_conv_column", "merged_conv_window"}
