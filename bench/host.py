@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from types import ModuleType
@@ -56,14 +56,12 @@ def measure(setting: Setting, revisions: Sequence[Ours] = ()) -> Iterator[result
         yield from _gpu_records(setting)
         yield from _start_up_records(on_gpu=True)
     else:
-        for source in (Ours(), *revisions):
-            yield from _stubbed_records(setting, source)
+        yield from _stubbed_records(setting, (Ours(), *revisions))
         yield from _start_up_records(on_gpu=False)
 
 
 def _gpu_records(setting: Setting) -> Iterator[results.Record]:
     for case in _cases():
-        state = make_state(case, setting.seed)
         x, dv = _inputs(case, setting)
         for provider in setting.competitors(case):
             record = _record(case, provider)
@@ -73,8 +71,7 @@ def _gpu_records(setting: Setting) -> Iterator[results.Record]:
                 continue
             try:
                 with provider.scope():
-                    module = provider.module(case, state, DTYPES[case.dtype], setting.device)
-                    entrant = Entrant(case, provider, module)
+                    entrant = _entrant(case, provider, setting)
                     record = replace(record, runs=entrant.runs(x))
                     host_us, launches = provider.form.run(partial(_host_cost, entrant, x, dv))
             except Exception as error:
@@ -88,44 +85,55 @@ def _gpu_records(setting: Setting) -> Iterator[results.Record]:
     yield _measured(yardstick, host_us, None)
 
 
-def _stubbed_records(setting: Setting, source: Ours) -> Iterator[results.Record]:
-    """A record of each unit and, beside the installed package's, the yardstick's: all timed in turns."""
-    stubbed = Ours(
-        "ours-stubbed" if source.key == "ours" else source.key,
-        f"{source.label}, launches stubbed out",
-        backend="triton",
-        role=source.role,
-        package=source.package,
-    )
-    provider = Provider(stubbed, forms.CHANNELS_LAST)
+def _stubbed_records(setting: Setting, sources: Sequence[Ours]) -> Iterator[results.Record]:
+    """A record of each unit from each source, and the yardstick's: all timed in turns."""
     records, calls = [], []
-    with stubbed_launches(source.package) as started, provider.scope():
-        for case in _cases():
-            x, dv = _inputs(case, setting)
-            record = _record(case, provider)
-            try:
-                state = make_state(case, setting.seed)
-                module = provider.module(case, state, DTYPES[case.dtype], setting.device)
-                entrant = Entrant(case, provider, module)
-                call, _ = entrant.bind(x, dv)
-                for _ in range(RECORDED_BY):
+    with ExitStack() as stack:
+        packages = {source.package for source in sources}
+        started = {package: stack.enter_context(stubbed_launches(package)) for package in packages}
+
+        def forget_started() -> None:
+            for launches in started.values():
+                launches.clear()
+
+        for source in sources:
+            provider = _stubbed(source)
+            stack.enter_context(provider.scope())
+            for case in _cases():
+                record = _record(case, provider)
+                try:
+                    entrant = _entrant(case, provider, setting)
+                    x, dv = _inputs(case, setting)
+                    call, _ = entrant.bind(x, dv)
+                    for _ in range(RECORDED_BY):
+                        call()
+                    forget_started()
                     call()
-                started.clear()
-                call()
-                launches = len(started)
-            except Exception as error:
-                status, message = protocol.failure(error)
-                yield replace(record, status=status, message=message)
-            else:
-                records.append(replace(record, runs=entrant.runs(x), launches=launches))
-                calls.append(call)
-        if source.key == "ours":
-            yardstick, call = _conv2d(torch.zeros(1, 8, 1, 1))
-            records.append(yardstick)
-            calls.append(call)
-        host_us = _host_us(calls, started.clear)
-    for record, us in zip(records, host_us, strict=True):
+                    launches = len(started[source.package])
+                except Exception as error:
+                    status, message = protocol.failure(error)
+                    yield replace(record, status=status, message=message)
+                else:
+                    records.append(replace(record, runs=entrant.runs(x), launches=launches))
+                    calls.append(call)
+        yardstick, call = _conv2d(torch.zeros(1, 8, 1, 1))
+        host_us = _host_us([*calls, call], forget_started)
+    for record, us in zip([*records, yardstick], host_us, strict=True):
         yield _measured(record, us, record.launches)
+
+
+def _stubbed(source: Ours) -> Provider:
+    """The source's kernels, whose launches are left out."""
+    key = "ours-stubbed" if source.key == "ours" else source.key
+    label = f"{source.label}, launches stubbed out"
+    stubbed = Ours(key, label, backend="triton", role=source.role, package=source.package)
+    return Provider(stubbed, forms.CHANNELS_LAST)
+
+
+def _entrant(case: Case, provider: Provider, setting: Setting) -> Entrant:
+    state = make_state(case, setting.seed)
+    module = provider.module(case, state, DTYPES[case.dtype], setting.device)
+    return Entrant(case, provider, module)
 
 
 @contextmanager

@@ -136,8 +136,11 @@ def record(
                 if base != in_place:
                     pointers.append((index, base, offset))
             elif isinstance(argument, tuple) and index < len(step.arguments):
-                arguments[index] = None
-                tuples.append((index, tuple(map(place, argument))))
+                members = tuple(map(place, argument))
+                stay = all(base == in_place for base, _ in members)
+                arguments[index] = tuple(address for _, address in members) if stay else None
+                if not stay:
+                    tuples.append((index, members))
         starts.append(_Start(compiled[(*step.grid, 1, 1)[:3]], arguments, tuple(pointers), tuple(tuples)))
     if not met.issuperset(range(len(tensors) - outputs, len(tensors))):
         return None

@@ -2,8 +2,8 @@
 
 The first call of a kind is checked, planned and run as any other, and recorded: on a CPU, the function that computed
 it; on a GPU, its compiled kernels, and which of their arguments point into the input, the output or a workspace. A
-later call of the same kind, on an unchanged layer, calls that function, or allocates the output and one workspace and
-starts those kernels with the new addresses.
+later call of the same kind, on an unchanged layer, calls that function, or allocates the output and starts those
+kernels with the new addresses.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from .save import Save, chosen_save
 from .tuning import cache
 from .tuning.ranks import pinning_reason
 from .watch import Watch
+from .workspace import Stream, scratch, stream_of
 
 if TYPE_CHECKING:
     from .steps import Step  # imports Triton
@@ -170,13 +171,13 @@ class InferenceCall:
     Attributes:
         is_converted: whether x is copied so that its channels are adjacent.
         v: size and stride of the output, which has x's dtype.
-        workspace_size: in elements of x's dtype.
+        stream: that it ran on.
         packed: keeps alive what the kernels' other pointers point to, where nobody else does.
     """
 
     is_converted: bool
     v: tuple[torch.Size, tuple[int, ...]]
-    workspace_size: int
+    stream: Stream
     recording: Recording
     packed: Packed | None = None
 
@@ -195,8 +196,7 @@ class InferenceCall:
         recording = record(steps, started, (x_in, v), packed.tensors(), outputs=1)
         if recording is None:
             return None
-        size = recording.workspace_bytes // x.element_size()
-        return cls(x_in is not x, (v.shape, v.stride()), size, recording)
+        return cls(x_in is not x, (v.shape, v.stride()), stream_of(x.device), recording)
 
     def keeping(self, packed: Packed) -> InferenceCall:
         """This, and the packed parameters with it."""
@@ -206,6 +206,6 @@ class InferenceCall:
         if self.is_converted:
             x = with_adjacent_channels(x)
         v = x.new_empty_strided(*self.v)
-        workspace = x.new_empty(self.workspace_size)
+        workspace = scratch(self.recording.workspace_bytes, self.stream)
         self.recording.start(x.data_ptr(), v.data_ptr(), workspace.data_ptr())
         return v

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from operator import attrgetter, itemgetter
+from collections.abc import Sequence
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ _SETTINGS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 
 _version, _dtype = attrgetter("_version"), attrgetter("dtype")
-_needs_gradient = attrgetter("requires_grad")
+_needs_gradient, _shape = attrgetter("requires_grad"), attrgetter("shape")
 
 
 class Watch:
@@ -46,56 +46,54 @@ class Watch:
         are_plain = all(name in attributes for attributes, names in settings for name in names)
         self._settings = [(attributes, itemgetter(*names)) for attributes, names in settings if are_plain]
         self._expected_settings = self._list_settings()
-        slots = [
-            (own, name, t)
+        self._slots = [
+            (own, name)
             for m in modules
             for own in (m._parameters, m._buffers)
-            for name, t in own.items()
+            for name in own
             if is_training or name != "num_batches_tracked"
         ]
-        self._vectors = [(own, name) for own, name, t in slots if t is not None and t.dim() == 1]
-        self._arrays = [(own, name) for own, name, t in slots if t is None or t.dim() != 1]
-        vectors, arrays = _present(self._vectors), _present(self._arrays)
+        self._expected_slots = [own[name] for own, name in self._slots]
+        self._tensors = [t for t in self._expected_slots if t is not None]
+        self._arrays = [t for t in self._tensors if t.dim() != 1]
         self.is_possible = are_plain and not (
-            any(t.is_inference() for t in vectors + arrays)
+            any(t.is_inference() for t in self._tensors)
             or any(self._hooks)
             or any(map(is_parametrized, modules))
         )
-        # They keep the memory alive: an address tells tensors apart no longer than that.
-        self._expected_arrays = [t.detach() for t in arrays]
-        self._kept_vectors = [t.detach() for t in vectors]
-        self._expected_marks = self._marks(vectors, arrays) if self.is_possible else ()
+        # They keep the memory alive, which a tensor may leave: an address tells no longer than that.
+        self._kept = [t.detach() for t in self._tensors]
+        self._expected_marks = self._marks() if self.is_possible else ()
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
-        if any(self._hooks) or self._children != self._expected_children:
+        if not self.is_possible or any(self._hooks) or self._children != self._expected_children:
             return False
         if self._list_settings() != self._expected_settings:
             return False
-        vectors, arrays = _present(self._vectors), _present(self._arrays)
         try:
-            # Storage, shape and strides in one call: a tuple of each, per tensor, takes Python longer than launching.
-            return all(map(Tensor.is_set_to, arrays, self._expected_arrays)) and (
-                self._marks(vectors, arrays) == self._expected_marks
-            )
-        except RuntimeError:  # an inference tensor, or one of another device, has taken a parameter's place
+            slots = [own[name] for own, name in self._slots]
+        except KeyError:
             return False
+        # Not `==`, which compares values where the tensors differ.
+        return all(map(is_, slots, self._expected_slots)) and self._marks() == self._expected_marks
 
     def covers(self, tensors: Sequence[Tensor]) -> bool:
         """Whether all of them lie in the memory of watched parameters and buffers: a plain attribute does not."""
-        watched = {t.untyped_storage().data_ptr() for t in self._kept_vectors + self._expected_arrays}
+        watched = {t.untyped_storage().data_ptr() for t in self._kept}
         return all(t.untyped_storage().data_ptr() in watched for t in tensors)
 
     def _list_settings(self) -> list[Any]:
         return [get(attributes) for attributes, get in self._settings]
 
-    def _marks(self, vectors: list[Tensor], arrays: list[Tensor]) -> tuple[list[Any], ...]:
-        # Of arrays too: a storage may be freed and allocated again elsewhere, as FSDP does.
-        tensors = vectors + arrays
-        addresses, dtypes = [*map(Tensor.data_ptr, tensors)], [*map(_dtype, tensors)]
+    def _marks(self) -> tuple[list[Any], ...]:
+        """What may change of a tensor that stays the same object."""
+        # Its address, by `.data` and by a storage that is freed and allocated again elsewhere, as FSDP does.
         changing = _needs_gradient if self._is_training else _version
-        return addresses, dtypes, [*map(changing, tensors)]
-
-
-def _present(slots: Sequence[tuple[Mapping[str, Tensor | None], str]]) -> list[Tensor]:
-    return [t for own, name in slots if (t := own.get(name)) is not None]
+        return (
+            [*map(Tensor.data_ptr, self._tensors)],
+            [*map(changing, self._tensors)],
+            [*map(_dtype, self._arrays)],
+            [*map(_shape, self._arrays)],
+            [*map(Tensor.stride, self._arrays)],
+        )

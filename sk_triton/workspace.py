@@ -1,4 +1,4 @@
-"""Memory that one launch leaves for the next on the same stream, ready for use: no launch is spent on clearing it."""
+"""Memory that is kept from call to call, for one stream's launches: neither allocated nor cleared for each."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ from torch import Tensor
 
 from .kernels.lasting import lasting
 
-_kept: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+Stream = tuple[torch.device, int]
+"""A device and the handle of a stream there, 0 where there are none."""
+
+# Bytes. A larger workspace takes the device longer than Python takes to allocate it.
+MAX_SCRATCH = 8 << 20
+
+_kept: dict[Stream, tuple[Tensor, Tensor]] = {}
 _lock = threading.Lock()
+_local = threading.local()
 
 
 def kept_exchange(counters: int, words: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -23,15 +30,43 @@ def kept_exchange(counters: int, words: int, device: torch.device) -> tuple[Tens
     """
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return _zeros(counters, words, device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    stream = stream_of(device)
     with _lock:
-        kept = _kept.get(key)
+        kept = _kept.get(stream)
         if kept is None or kept[0].numel() < counters or kept[1].numel() < words:
             if kept is not None:
                 # It lives on in recorded calls (`replay`), if any.
                 counters, words = max(counters, kept[0].numel()), max(words, kept[1].numel())
-            kept = _kept[key] = lasting(functools.partial(_zeros, counters, words, device), device)
+            kept = _kept[stream] = lasting(functools.partial(_zeros, counters, words, device), device)
     return kept
+
+
+def stream_of(device: torch.device) -> Stream:
+    """The device's current stream."""
+    return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def scratch(nbytes: int, stream: Stream) -> Tensor:
+    """At least so many bytes without values, for the launches of one call, which follow one another on a stream.
+
+    A small one is this thread's, kept for the stream's next call: launches of two threads may alternate there. To be
+    used outside of a capture, whose launches a graph may replay on any stream.
+    """
+    if nbytes > MAX_SCRATCH:
+        return _bytes(nbytes, stream[0])
+    try:
+        kept = _local.scratch
+    except AttributeError:
+        kept = _local.scratch = {}
+    memory: Tensor | None = kept.get(stream)
+    if memory is None or memory.numel() < nbytes:
+        device = stream[0]
+        memory = kept[stream] = lasting(functools.partial(_bytes, nbytes, device), device)
+    return memory
+
+
+def _bytes(count: int, device: torch.device) -> Tensor:
+    return torch.empty(count, dtype=torch.uint8, device=device)
 
 
 def _zeros(counters: int, words: int, device: torch.device) -> tuple[Tensor, Tensor]:

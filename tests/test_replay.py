@@ -128,6 +128,7 @@ def test_changes_that_no_kernel_runs_raise_as_in_a_planned_call(direct):
     for change, error, reason in (
         (lambda layer: layer.paths[0].bn.register_forward_hook(print), RuntimeError, "forward hooks"),
         (lambda layer: setattr(layer.paths[0].conv, "dilation", (2, 2)), ValueError, "must stay as built"),
+        (lambda layer: delattr(layer.attn.fc_reduce, "weight"), AttributeError, "weight"),
     ):
         layer, x = paper_layer(), image(2, 5, 5)
         layer(x)
@@ -255,4 +256,4 @@ def test_workspaces_of_a_call_do_not_overlap_and_are_aligned(direct):
     assert len(offsets) == 3  # the branches, their pooled sums, the attention
     assert all(offset % 256 == 0 for offset in offsets)
     branches = 2 * math.prod((2, 8, 5, 5)) * 4
-    assert 4 * call.workspace_size >= branches + 2 * 8 * 4 + 2 * 2 * 8 * 4
+    assert call.recording.workspace_bytes >= branches + 2 * 8 * 4 + 2 * 2 * 8 * 4
