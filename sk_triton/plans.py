@@ -61,7 +61,11 @@ def possible_schedules(workload: Workload) -> list[Schedule]:
 def fastest_plan(workload: Workload) -> Plan:
     """The plan of the schedule that was measured to be fastest on this GPU, else of the one expected to be."""
     expected = expected_plan(workload)
-    request = launches.schedule_request(workload, lambda: possible_schedules(workload), expected.schedule)
+
+    def expected_at(n: int) -> Schedule:
+        return expected_plan(replace(workload, n=n)).schedule
+
+    request = launches.schedule_request(workload, lambda: possible_schedules(workload), expected_at)
     found = tuned(request, workload.chip)
     if found is None:
         return expected

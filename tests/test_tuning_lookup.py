@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sk_triton import SelectiveKernel, analytic, dispatch, explain, plans, use_backend
-from sk_triton.backend import SCHEDULES
 from sk_triton.bench.grid import CASES, seed_unit
 from sk_triton.chips import CHIPS, Chip, chip_of, pinned
 from sk_triton.kernels.config import StreamConfig
@@ -176,14 +175,10 @@ def test_training_takes_what_was_tuned_for_it(kind, field, folder):
     assert getattr(plan_training(replace(work, n=200), "branches"), field) == other_choice(request)
 
 
-def schedule_key(work):
-    return launches.schedule_request(work, lambda: SCHEDULES, "").key
-
-
 def test_a_measured_schedule_comes_before_the_expected_one(folder):
     work = workload()
     assert fastest_plan(work).schedule == "recompute"
-    cache.save(origin(), {schedule_key(work): entry("store")})
+    cache.save(origin(), {launches.schedule_key(work): entry("store")})
     plan = fastest_plan(work)
     assert plan.schedule == "store"
     assert source(plan, "schedule").text == "tuned for NVIDIA H100 80GB HBM3 (132 SMs)"
@@ -193,9 +188,26 @@ def test_a_measured_schedule_comes_before_the_expected_one(folder):
 
 def test_a_measured_schedule_that_cannot_run_is_not_used(folder):
     work = workload()
-    cache.save(origin(), {schedule_key(work): entry("merged")})
+    cache.save(origin(), {launches.schedule_key(work): entry("merged")})
     with pytest.warns(RuntimeWarning, match="has no candidate merged"):
         assert fastest_plan(work).schedule == "recompute"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "measured", "asked", "expected"),
+    [
+        ("store", 128, 40, "store"),
+        ("store", 1, 2, "recompute"),  # where "gated" is expected at one sample, and no longer at two
+        ("store", 2, 1, "gated"),
+        ("gated", 4, 2, "gated"),
+        ("gated", 4, 8, "recompute"),  # more samples, more programs, each with a gate
+    ],
+)
+def test_a_measured_schedule_serves_batches_that_the_same_is_expected_for(
+    chosen, measured, asked, expected, folder
+):
+    cache.save(origin(), {launches.schedule_key(workload(n=measured)): entry(chosen)})
+    assert fastest_plan(workload(n=asked)).schedule == expected
 
 
 def test_an_experiment_sees_its_own_choices_only_and_leaves_nothing_behind(request_):

@@ -118,11 +118,8 @@ def _of_inference(unit: str, workload: Workload, limit: int) -> list[Target]:
             found.setdefault(target.key, target)
     if len(schedules) > 1:
         others = tuple(name for name in schedules if name != expected)
-        request = launches.schedule_request(workload, lambda: schedules, expected)
-        choices = (expected, *others)
-        found[request.key] = Target(
-            unit, workload, SCHEDULE, request.key, expected, 0, choices, frozenset(choices)
-        )
+        key, choices = launches.schedule_key(workload), (expected, *others)
+        found[key] = Target(unit, workload, SCHEDULE, key, expected, 0, choices, frozenset(choices))
     return list(found.values())
 
 

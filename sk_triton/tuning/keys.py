@@ -139,8 +139,13 @@ def near(text: str) -> list[str]:
 
 def samples(text: str) -> str:
     """The batches that a key stands for: "65 to 128"."""
-    bucket = int(text.rpartition("n")[2])
-    return f"{2 ** (bucket - 1) + 1} to {2**bucket}" if bucket > 1 else str(2**bucket)
+    most = most_samples(text)
+    return f"{most // 2 + 1} to {most}" if most > 2 else str(most)
+
+
+def most_samples(text: str) -> int:
+    """The largest batch that a key stands for."""
+    return 1 << int(text.rpartition("n")[2])
 
 
 @dataclass(frozen=True)

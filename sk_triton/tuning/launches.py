@@ -10,6 +10,7 @@ from .. import analytic, analytic_gated, analytic_grad, analytic_merged
 from ..kernels.geometry import ConvShape
 from ..workload import Workload
 from . import space
+from .entries import Choice
 from .keys import SCHEDULE, conv_text, key, unit_text
 from .lookup import Found, Request, Source, resolve
 
@@ -140,10 +141,22 @@ def resident_source(workload: Workload) -> Source:
     return Source("unit_resident", f"analytic ({workload.chip.name})", "none: not tuned")
 
 
-def schedule_request(workload: Workload, candidates: Callable[[], Sequence[str]], expected: str) -> Request:
-    """For the schedule: `candidates` gives those that can run, `expected` is the one chosen without measurements."""
-    key_text = _key(workload, SCHEDULE, unit_text(workload.spec), workload.allow_tf32)
-    return Request(SCHEDULE, key_text, candidates, lambda: expected)
+def schedule_request(
+    workload: Workload, candidates: Callable[[], Sequence[str]], expected: Callable[[int], str]
+) -> Request:
+    """For the schedule: `candidates` gives those that can run, `expected` the one chosen without measurements for so
+    many samples."""
+
+    def serves(choice: Choice | None, n: int) -> bool:
+        # Each program more of "gated" computes a gate more.
+        return expected(n) == expected(workload.n) and (choice != "gated" or workload.n <= n)
+
+    return Request(SCHEDULE, schedule_key(workload), candidates, lambda: expected(workload.n), serves=serves)
+
+
+def schedule_key(workload: Workload) -> str:
+    """Text key of :func:`schedule_request`."""
+    return _key(workload, SCHEDULE, unit_text(workload.spec), workload.allow_tf32)
 
 
 def _key(workload: Workload, kind: str, what: str, allow_tf32: bool = False) -> str:

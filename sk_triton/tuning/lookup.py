@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ..chips import Chip
 from . import cache
 from .entries import Choice, Entry, Sections
-from .keys import near, samples, stamp
+from .keys import most_samples, near, samples, stamp
 from .ranks import pinning_reason, user_sections
 from .shipped import contributed, shipped
 
@@ -43,6 +43,8 @@ class Request:
         kind: a name in `keys.KINDS`.
         candidates: gives the search space; analytic: gives the analytic choice.
         cost: relative predicted time of a candidate, where there is a model of it.
+        serves: whether an entry of up to so many samples serves this batch as well; the entry's choice is None where it
+            is the analytic one.
     """
 
     kind: str
@@ -50,6 +52,7 @@ class Request:
     candidates: Callable[[], Sequence[Any]]
     analytic: Callable[[], Any]
     cost: Callable[[Any], float] | None = None
+    serves: Callable[[Choice | None, int], bool] = lambda choice, n: True
 
     def found(self, config: Any, text: str) -> Found:
         """The answer, from where `text` says."""
@@ -101,7 +104,7 @@ def tuned(request: Request, chip: Chip) -> Found | None:
         return None
     for key in near(request.key):
         entry = _entry(key, chip)
-        if entry is None:
+        if entry is None or (key != request.key and not request.serves(entry.choice, most_samples(key))):
             continue
         if entry.choice is None:
             if key != request.key:
