@@ -62,7 +62,7 @@ def fastest_plan(workload: Workload) -> Plan:
     """The plan of the schedule that was measured to be fastest on this GPU, else of the one expected to be."""
     expected = expected_plan(workload)
 
-    def expected_at(n: int) -> Schedule:
+    def expected_at(n: int) -> str:
         return expected_plan(replace(workload, n=n)).schedule
 
     request = launches.schedule_request(workload, lambda: possible_schedules(workload), expected_at)
