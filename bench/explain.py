@@ -6,57 +6,65 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from sk_triton import plans
+from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS, Chip
 from sk_triton.environment import require
 
 from . import speed_of_light as sol
 from .gpus import Gpu, find_gpu
 from .grid import paper_unit
-from .shapes import GROUPS, PAPER, SEED, STAGES
+from .shapes import STAGES
 from .speed_of_light import Prediction, Problem
-from .validation import PRECISIONS, Compared, committed, compare, rank_correlation, unit_spec
+from .unit_arguments import add_unit_arguments, problem_of
+from .validation import Compared, Seconds, beside, committed, compare, rank_correlation
+from .validation import problem_of as case_problem
 
 BAD_USAGE = 2
+SHORT = {sol.MATRIX: "tensor", sol.SHARED: "shared", sol.ISSUE: "issue"}
+"""Bounds as the table's head has them."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton explain`."""
     parser.add_argument("--gpu", required=True, help="h100, a100, rtx4090, … or a device's full name")
     add_unit_arguments(parser, parser.add_mutually_exclusive_group(required=True))
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="compare with every measured time of the unit on that GPU, not only with this input's",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-
-
-def add_unit_arguments(parser: argparse.ArgumentParser, subject: Any) -> None:
-    """The options that describe a unit and its input, as :func:`problem_of` reads them; `subject`: their group."""
-    subject.add_argument("--shape", type=_shape, metavar="N,C,H,W", help="of the input")
-    subject.add_argument("--stage", type=int, choices=tuple(STAGES), help="stage of SKNet-50 instead")
-    parser.add_argument(
-        "--batch", type=int, default=128, help="samples, where no --shape says it (default 128)"
-    )
-    parser.add_argument("--unit", choices=(PAPER, SEED), default=PAPER, help="default: the paper's")
-    parser.add_argument("--groups", type=int, default=GROUPS, help=f"default {GROUPS}")
-    parser.add_argument(
-        "--kernels", type=int, nargs="+", help="per branch (default: 3 3; the seed's unit: 3 5)"
-    )
-    parser.add_argument(
-        "--dilations", type=int, nargs="+", help="per branch (default: 1 2; the seed's unit: 1 1)"
-    )
-    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="fp16", help="default: fp16")
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the predictions; returns 2 for a GPU or a unit that is not known."""
     require("rich", "triton")
+    from rich.console import Console
+
+    from .progress import case_progress
+
     try:
         gpu = find_gpu(args.gpu)
         problem = problem_of(args)
-        predictions = sol.predict_all([problem], gpu)[0]
-        compared = compare(committed(gpu, args.unit, args.dtype), gpu, args.dtype)
+        measured = committed(gpu, args.unit, args.dtype)
+        names = plans.possible_schedules(problem.on(CHIPS[gpu.chip]))
+        steps = len(names) + (len(measured) if args.validate else 0)
+        # On stderr: the output may be JSON.
+        console = Console(stderr=True, quiet=not sys.stderr.isatty())
+        with case_progress(console, steps) as report:
+            predictions = _predict(problem, gpu, names, lambda done, name: report(done, name, 0.0))
+            if args.validate:
+                compared = compare(
+                    measured, gpu, args.dtype, lambda done, case: report(len(names) + done, case.title, 0.0)
+                )
+            else:
+                compared = _measured_here(problem, measured, args.dtype, predictions)
     except ValueError as error:
         print(f"sk-triton explain: {error}", file=sys.stderr)
         return BAD_USAGE
@@ -64,30 +72,50 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(as_json(problem, gpu, predictions, compared), indent=1))
         return 0
     show(problem, gpu, predictions, compared)
+    if not compared:
+        print(_why_not_measured(gpu, len(measured)))
     return 0
 
 
-def problem_of(args: argparse.Namespace) -> Problem:
-    """The problem that the command's options describe.
+def _predict(
+    problem: Problem, gpu: Gpu, names: Sequence[Schedule], report: Callable[[int, str], object]
+) -> list[Prediction]:
+    """As `sol.predict`, one schedule after the other, each reported with how many are done."""
+    found = []
+    for done, name in enumerate(names):
+        report(done, name)
+        found.append(sol.predict_all([problem], gpu, [name])[0][0])
+    return found + sol.predict_all([problem], gpu, [])[0]
 
-    Raises:
-        ValueError: kernels and dilations of different numbers, or a unit that `SKSpec` refuses.
-    """
-    if args.stage:
-        channels, size = STAGES[args.stage]
-        shape = (args.batch, channels, size, size)
-    else:
-        shape = args.shape
-    if min(shape) < 1:
-        raise ValueError(f"shape must be four positive sizes N,C,H,W, got {','.join(map(str, shape))}")
-    defaults = ([3, 3], [1, 2]) if args.unit == PAPER else ([3, 5], [1, 1])
-    kernels, dilations = args.kernels or defaults[0], args.dilations or defaults[1]
-    if len(kernels) != len(dilations):
-        raise ValueError(
-            f"kernels and dilations must be as many as there are branches, got {len(kernels)} and {len(dilations)}"
-        )
-    spec = unit_spec(args.unit, shape[1], args.groups, kernels, dilations)
-    return Problem(spec, shape[0], *shape[2:], *PRECISIONS[args.dtype])
+
+def _measured_here(
+    problem: Problem, measured: Seconds, dtype: str, predictions: list[Prediction]
+) -> list[Compared]:
+    """The predictions beside what was measured of the very problem, if anything was."""
+    return [
+        found
+        for case, seconds in measured.items()
+        if case_problem(case, dtype) == problem
+        for found in beside(case, seconds, predictions)
+    ]
+
+
+def _why_not_measured(gpu: Gpu, cases: int) -> str:
+    if not cases:
+        return f"not measured: no results of {gpu.name} are committed"
+    return f"not measured: this input is not among the {cases} cases of {gpu.name}; --validate compares those"
+
+
+def rejected(problem: Problem, predictions: list[Prediction], chip: Chip) -> dict[str, str]:
+    """Why "auto" runs no other of the predicted schedules, in the dispatcher's words."""
+    words = dict(plans.fastest_plan(problem.on(chip)).rejected)
+    return {p.schedule: words[p.schedule] for p in predictions if p.schedule in words}
+
+
+def refused(problem: Problem, chip: Chip) -> dict[str, str]:
+    """Why a schedule cannot run the problem, for those that cannot."""
+    reasons = {name: plans.refusal(name, problem.on(chip)) for name in SCHEDULES}
+    return {name: reason for name, reason in reasons.items() if reason}
 
 
 def choice(problem: Problem, predictions: list[Prediction], chip: Chip) -> tuple[str, str]:
@@ -138,7 +166,8 @@ def as_json(
     problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: list[Compared]
 ) -> dict[str, Any]:
     """Everything the command knows, times in microseconds."""
-    chosen, reason = choice(problem, predictions, CHIPS[gpu.chip])
+    chip = CHIPS[gpu.chip]
+    chosen, reason = choice(problem, predictions, chip)
     return {
         "gpu": gpu.name,
         "chip": gpu.chip,
@@ -146,7 +175,8 @@ def as_json(
         "shape": [problem.n, problem.spec.in_channels, problem.height, problem.width],
         "dtype": str(problem.dtype).removeprefix("torch."),
         "branches": [str(branch) for branch in problem.spec.branches],
-        "choice": {"schedule": chosen, "reason": reason},
+        "choice": {"schedule": chosen, "reason": reason, "rejected": rejected(problem, predictions, chip)},
+        "refused": refused(problem, chip),
         "schedules": [
             {
                 "schedule": prediction.schedule,
@@ -155,7 +185,8 @@ def as_json(
                 "passes": prediction.memory_bytes / problem.tensor_bytes,
                 "bounds_us": {b: _microseconds(prediction.seconds(b)) for b in sol.BOUNDS},
                 "configs": [
-                    {"config": str(config), "source": str(source)} for config, source in prediction.configs
+                    {"task": task, "config": str(config), "source": source}
+                    for task, config, source in prediction.configs
                 ],
                 "steps": [
                     {
@@ -180,23 +211,30 @@ def as_json(
 
 def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: list[Compared]) -> None:
     """Prints the tables."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    spec = problem.spec
+    spec, chip = problem.spec, CHIPS[gpu.chip]
+    # Narrow: nine columns have to fit into 80.
     table = Table(
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=0,
         title=f"Predicted for {gpu.name} ({gpu.chip}), in µs: {problem.n} x {spec.in_channels} x {problem.height} x "
-        f"{problem.width}, {', '.join(map(str, spec.branches))}"
+        f"{problem.width}, {', '.join(map(str, spec.branches))}",
     )
-    table.add_column("schedule")
-    for title in (*sol.BOUNDS, "warps", "total"):
-        table.add_column(title, justify="right")
-    table.add_column("bound by")
+    table.add_column("schedule", no_wrap=True)
+    for title in (*map(_short, sol.BOUNDS), "warps", "total"):
+        table.add_column(title, justify="right", no_wrap=True)
+    table.add_column("bound by", no_wrap=True)
     for prediction in predictions:
         table.add_section()
         bounds = [_us(prediction.seconds(bound)) for bound in sol.BOUNDS]
-        table.add_row(prediction.schedule, *bounds, "", _us(prediction.total), prediction.bound, style="bold")
+        table.add_row(
+            prediction.schedule, *bounds, "", _us(prediction.total), _short(prediction.bound), style="bold"
+        )
         for step in prediction.steps if prediction.is_ours else ():
             mark = "" if step.work.is_counted else "≥"
             cells = [
@@ -206,20 +244,27 @@ def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: li
                 for bound in sol.BOUNDS
             ]
             warps = f"{step.resident_warps}/{gpu.threads // gpu.warp}" if step.work.programs else ""
-            table.add_row(f"  {step.work.name}", *cells, warps, mark + _us(step.total), step.bound)
+            table.add_row(f"  {step.work.name}", *cells, warps, mark + _us(step.total), _short(step.bound))
     console.print(table)
+    console.print()
+    heads = ", ".join(f"{short}: {bound}" for bound, short in SHORT.items())
     console.print(
-        f"Each launch takes its largest bound and {_us(gpu.launch_seconds)} µs to start; warps: resident on a "
+        f"Each launch takes its largest bound and {_us(gpu.launch_seconds)} µs to start. {heads}; warps: resident on a "
         "processor, of those that fit. ≥: loops that the compiler unrolled count once. Latency is not modelled: "
         "these are bounds, not measurements.\n"
     )
     for prediction in predictions:
-        for config, source in prediction.configs:
-            console.print(f"{prediction.schedule}: {config}, from {source}", markup=False, highlight=False)
-    chosen, reason = choice(problem, predictions, CHIPS[gpu.chip])
+        tasks = {task for task, *_ in prediction.configs}
+        for task, config, source in prediction.configs:
+            name = f"{prediction.schedule}, {task}" if len(tasks) > 1 else prediction.schedule
+            console.print(f"{name}: {config}, from {source}", markup=False, highlight=False)
+    for name, reason in refused(problem, chip).items():
+        console.print(f"{name}: {reason}", markup=False, highlight=False)
+    chosen, reason = choice(problem, predictions, chip)
     console.print(f"choice: {chosen}: {reason}", markup=False, highlight=False)
+    for name, reason in rejected(problem, predictions, chip).items():
+        console.print(f"  not {name}: {reason}", markup=False, highlight=False)
     if not compared:
-        console.print(f"not measured: no results of {gpu.name} are committed")
         return
     table = Table(title=f"Predicted and measured on {gpu.name}, in µs")
     for title in ("case", "schedule"):
@@ -235,14 +280,8 @@ def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: li
         console.print(f"rank correlation (Spearman): {correlation:.2f} over {len(compared)} times")
 
 
-def _shape(text: str) -> tuple[int, ...]:
-    try:
-        sizes = tuple(int(size) for size in text.split(","))
-    except ValueError:
-        sizes = ()
-    if len(sizes) != 4:
-        raise argparse.ArgumentTypeError(f"must be N,C,H,W, as in 128,128,56,56, got {text!r}")
-    return sizes
+def _short(bound: str) -> str:
+    return SHORT.get(bound, bound)
 
 
 def _microseconds(seconds: float | None) -> float | None:

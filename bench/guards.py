@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from sk_triton.backend import SCHEDULES
+
 from . import clocks, results
 
 FATAL_THROTTLING = (clocks.THERMAL, clocks.HARDWARE, clocks.POWER_BRAKE)
@@ -12,7 +14,9 @@ TOLERANCE = 1.1
 """The copy and the product are PyTorch's, which may leave a tenth of the machine unused."""
 LIBRARY_FLOP_SHARE = 4.0
 """Libraries may convolve by Winograd's F(4x4, 3x3), in a quarter of the multiplies; merged branches save some too."""
-WITHOUT_SAVING = ("triton/store", "triton/recompute")
+SAVING = ("merged", "library")
+"""Schedules that may leave multiplies out."""
+WITHOUT_SAVING = tuple(f"triton/{name}" for name in SCHEDULES if name not in SAVING)
 """What executes every multiply that is counted."""
 
 

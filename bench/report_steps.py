@@ -283,10 +283,19 @@ def _judge_anew(course: Course) -> None:
             results.save(judged(replace(run, tests=tests)), course.path(run.suite))
 
 
+# A background job of a shell ignores Ctrl-C, and so would the Python that it starts.
+_STOPPABLE = (
+    "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
+)
+
+
 def _run_pytest(arguments: list[str], seconds: float) -> bool:
     """Runs pytest in the checkout; False if it had to be stopped."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.Popen([sys.executable, "-m", *arguments], cwd=environment.CLONE_DIR, env=kept)
+    process = subprocess.Popen(
+        [sys.executable, "-c", _STOPPABLE, *arguments], cwd=environment.CLONE_DIR, env=kept
+    )
     try:
         process.wait(timeout=seconds)
     except subprocess.TimeoutExpired:

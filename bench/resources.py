@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import importlib.metadata
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,13 +14,14 @@ import torch
 from sk_triton import dispatch, plans
 from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS
-from sk_triton.environment import require
+from sk_triton.environment import installed_triton, require
 from sk_triton.kernels.launch import Launch, flat
 from sk_triton.plan import BranchLaunch, Plan
 from sk_triton.tuning import shipped
 from sk_triton.tuning.launches import branch_key
 from sk_triton.workload import Workload
 
+from .arguments import positive
 from .grid import CASES, UNITS, Case
 from .phases import counted, has_phases
 from .planned import planned_steps
@@ -185,9 +185,7 @@ def write_configs(rows: list[Row]) -> None:
             key = branch_key(workload_of(case, row.resources.target), launch.shape, launch.task)
             by_chip[row.resources.target][key] = launch.config
     for chip, entries in by_chip.items():
-        content = json.dumps(
-            shipped.shipped_content(chip, entries, importlib.metadata.version("triton")), indent=1
-        )
+        content = json.dumps(shipped.shipped_content(chip, entries, installed_triton() or "none"), indent=1)
         shipped.shipped_file(chip).write_text(content + "\n")
 
 
@@ -219,7 +217,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="ship the analytic configs of what is compiled here",
     )
-    parser.add_argument("--workers", type=int, default=2, help="compiling processes (default 2)")
+    parser.add_argument(
+        "--workers", type=positive, metavar="N", default=2, help="compiling processes (default 2)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from sk_triton.environment import require
 
+from .arguments import positive
 from .suites import HOST, LAYER, OPTIONS, SUITES, Choice
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"what to measure (default: layer). {described}",
     )
     parser.add_argument("--quick", action="store_true", help="fewer sizes and peers, less time on each")
-    parser.add_argument("--batch", type=_positive, nargs="+", metavar="N", help="batch sizes")
+    parser.add_argument("--batch", type=positive, nargs="+", metavar="N", help="batch sizes")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", help="dtypes")
     parser.add_argument(
         "--stages", type=int, choices=(1, 2, 3, 4), nargs="+", help="stages of SKNet-50: 128@56² is 1"
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="keep the cases that DIR already holds")
     parser.add_argument(
         "--time-limit",
-        type=_positive,
+        type=positive,
         metavar="SECONDS",
         help="begin no case of a suite that would end after this",
     )
@@ -149,10 +150,3 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {name!r}, but {torch.cuda.device_count()} GPUs are visible to PyTorch")
     return device
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -121,11 +121,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Prediction:
-    """A schedule's predicted time. `configs`: (config, where it is from) of its branch launches."""
+    """A schedule's predicted time. `configs`: (task, config, where it is from) of its branch launches."""
 
     schedule: str
     steps: tuple[Step, ...]
-    configs: tuple[tuple[BranchConfig, str], ...] = ()
+    configs: tuple[tuple[str, BranchConfig, str], ...] = ()
     is_ours: bool = True
 
     @property
@@ -176,7 +176,7 @@ def predict(problem: Problem, gpu: Gpu, schedules: Sequence[Schedule] = SCHEDULE
     """
     found = []
     for name, plan, steps in schedules_for(problem, CHIPS[gpu.chip], schedules):
-        configs = tuple((launch.config, str(launch.source)) for launch in plan.branch_launches)
+        configs = tuple((launch.task, launch.config, str(launch.source)) for launch in plan.branch_launches)
         found.append(Prediction(name, predict_steps(steps, gpu), configs))
     for name, operators in (
         (EAGER, passes.reference(problem.spec).steps),
@@ -225,11 +225,19 @@ def least_steps(steps: Sequence[PlannedStep], gpu: Gpu) -> tuple[Step, ...]:
 def predict_all(
     problems: Sequence[Problem], gpu: Gpu, schedules: Sequence[Schedule] = SCHEDULES
 ) -> list[list[Prediction]]:
-    """`predict` for each problem: here, or in a process of its own where this one interprets kernels."""
+    """`predict` for each problem."""
+    return list(predict_each(problems, gpu, schedules))
+
+
+def predict_each(
+    problems: Sequence[Problem], gpu: Gpu, schedules: Sequence[Schedule] = SCHEDULES
+) -> Iterator[list[Prediction]]:
+    """As `predict_all`, as they come: from here, or from another process where this one interprets kernels."""
     if not dispatch.is_interpreted():
-        return [predict(problem, gpu, schedules) for problem in problems]
+        yield from (predict(problem, gpu, schedules) for problem in problems)
+        return
     with compiling_processes(1) as pool:
-        return list(pool.map(functools.partial(predict, gpu=gpu, schedules=schedules), problems))
+        yield from pool.map(functools.partial(predict, gpu=gpu, schedules=schedules), problems)
 
 
 def times(work: Work, gpu: Gpu) -> Step:

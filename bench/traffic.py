@@ -14,20 +14,25 @@ from torch import Tensor
 
 from sk_triton import SKSpec
 from sk_triton.backend import SCHEDULES
+from sk_triton.chips import CHIPS
 from sk_triton.environment import require
 from sk_triton.layout import empty_output
 from sk_triton.library import Convolution
 from sk_triton.plan import BranchLaunch
 from sk_triton.save import SAVES, Save
+from sk_triton.workload import Workload
 
-from .grid import paper_unit
+from .grid import paper_unit, seed_unit
 from .planned import unit_parameters
+from .shapes import PAPER, SEED
 
 if TYPE_CHECKING:
     from sk_triton.kernels.launch import Launch  # imports Triton
 
 
 TRAIN = "train"
+DEFAULT_SAVE: Save = "branches"
+BAD_USAGE = 2
 
 
 @dataclass
@@ -125,27 +130,33 @@ def count(
         RuntimeError: the kernels were imported without ``TRITON_INTERPRET=1``.
     """
     from sk_triton import dispatch, plans
-    from sk_triton.chips import CHIPS
     from sk_triton.kernels.launch import Launch
     from sk_triton.launching import prepare
     from sk_triton.packing import pack
-    from sk_triton.workload import Workload
 
     if not dispatch.is_interpreted():
         raise RuntimeError(
             "traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
         )
-    dtype = torch.float16
-    workload = Workload(spec, 128, size, size, dtype, CHIPS["sm_90"])
+    workload = _workload(spec, size)
     plan = plans.plan_schedule(schedule, workload)
     if full is not None:
         planned = plans.plan_schedule(schedule, replace(workload, spec=full))
         launches = _with_configs(plan.branch_launches, planned.branch_launches)
-        plan = replace(plan, branch_launches=launches, resident=planned.resident, reduction=planned.reduction)
+        merged = planned.merged_launch
+        if plan.merged_launch and merged:
+            merged = replace(plan.merged_launch, border=merged.border, conv=merged.conv)
+        plan = replace(
+            plan,
+            branch_launches=launches,
+            merged_launch=merged,
+            resident=planned.resident,
+            reduction=planned.reduction,
+        )
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(workload.dtype)
 
     x = random(n, spec.in_channels, size, size).to(memory_format=torch.channels_last)
     packed = pack(plan, size, size, *unit_parameters(spec, random), None)
@@ -166,17 +177,15 @@ def count(
 
 
 def count_training(
-    spec: SKSpec, n: int, size: int, full: SKSpec | None = None, save: Save = "branches"
+    spec: SKSpec, n: int, size: int, full: SKSpec | None = None, save: Save = DEFAULT_SAVE
 ) -> tuple[list[Traffic], int]:
     """As :func:`count`, of a training step: the launches of the forward, then those of the backward pass. What the
     library's convolutions and their gradients move is not counted."""
-    from sk_triton.chips import CHIPS
     from sk_triton.training_plan import plan_training
-    from sk_triton.workload import Workload
 
     from .training_steps import take_step
 
-    workload = Workload(spec, 128, size, size, torch.float16, CHIPS["sm_90"])
+    workload = _workload(spec, size)
     plan = plan_training(workload, save)
     if full is not None:
         planned = plan_training(replace(workload, spec=full), save)
@@ -195,6 +204,10 @@ def count_training(
         lambda launch, run: rows.extend(_metered(launch, run)),
     )
     return rows, v.numel() * v.element_size()
+
+
+def _workload(spec: SKSpec, size: int) -> Workload:
+    return Workload(spec, 128, size, size, torch.float16, CHIPS["sm_90"])
 
 
 def _with_configs(
@@ -245,13 +258,18 @@ def passes(rows: list[Traffic], unit: int, tensors: tuple[str, ...] = ACTIVATION
     return sum(row.touched for row in rows if row.tensor in tensors) / unit
 
 
-# The SKNet-50 stages, each by a few of its channels: (full unit, interpreted unit, batch, size).
-STAGES = {
-    1: (paper_unit(128), paper_unit(16, groups=4), 1, 56),
-    2: (paper_unit(256), paper_unit(16, groups=2), 1, 28),
-    3: (paper_unit(512), paper_unit(32, groups=2), 1, 14),
-    4: (paper_unit(1024), paper_unit(64, groups=2), 1, 7),
-}
+def _stages(unit: Callable[..., SKSpec]) -> dict[int, tuple[SKSpec, SKSpec, int, int]]:
+    """The SKNet-50 stages, each by a few of its channels: (full unit, interpreted unit, batch, size)."""
+    return {
+        1: (unit(128), unit(16, groups=4), 1, 56),
+        2: (unit(256), unit(16, groups=2), 1, 28),
+        3: (unit(512), unit(32, groups=2), 1, 14),
+        4: (unit(1024), unit(64, groups=2), 1, 7),
+    }
+
+
+STAGES = _stages(paper_unit)
+UNITS = {PAPER: STAGES, SEED: _stages(seed_unit)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -266,18 +284,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: recompute; {TRAIN}: forward and backward",
     )
     parser.add_argument(
-        "--save", choices=SAVES, default="branches", help=f"what {TRAIN} saves (default branches)"
+        "--unit", choices=tuple(UNITS), default=PAPER, help=f"default: the paper's; {SEED}: linear branches"
     )
+    parser.add_argument("--save", choices=SAVES, help=f"what {TRAIN} saves (default {DEFAULT_SAVE})")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table of one unit."""
+    """Prints the table of one unit; returns 2 for a schedule that cannot run it, or an option without effect."""
     import os
     import sys
 
     require("rich")
     from sk_triton import dispatch
 
+    try:
+        refuse(args)
+    except ValueError as error:
+        print(f"sk-triton traffic: {error}", file=sys.stderr)
+        return BAD_USAGE
     if not dispatch.is_interpreted():
         # Triton reads the switch when a kernel is defined, so it must be set before the process starts.
         os.environ["TRITON_INTERPRET"] = "1"
@@ -285,13 +309,14 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    full, spec, n, size = STAGES[args.stage]
+    full, spec, n, size = UNITS[args.unit][args.stage]
     if args.schedule == TRAIN:
-        rows, unit = count_training(spec, n, size, full, args.save)
+        rows, unit = count_training(spec, n, size, full, args.save or DEFAULT_SAVE)
     else:
         rows, unit = count(spec, n, size, full, args.schedule)
     table = Table(
-        title=f"Schedule {_title(args)}, stage {args.stage} of SKNet-50, in passes over one activation tensor (T)"
+        title=f"Schedule {_title(args)}, {args.unit} unit, stage {args.stage} of SKNet-50, in passes over one "
+        "activation tensor (T)"
     )
     for title in ("kernel", "tensor"):
         table.add_column(title)
@@ -308,5 +333,21 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def refuse(args: argparse.Namespace) -> None:
+    """Raises ValueError for an option that has no effect, and for a schedule that cannot run the unit."""
+    if args.schedule == TRAIN:
+        return
+    if args.save:
+        raise ValueError(f"--save acts on --schedule {TRAIN}, got --schedule {args.schedule}")
+    from sk_triton import plans
+
+    full, spec, _, size = UNITS[args.unit][args.stage]
+    for each in (full, spec):
+        if reason := plans.refusal(args.schedule, _workload(each, size)):
+            raise ValueError(
+                f"schedule {args.schedule!r} cannot run the {args.unit} unit of stage {args.stage}: {reason}"
+            )
+
+
 def _title(args: argparse.Namespace) -> str:
-    return f"{TRAIN}, saving {args.save}" if args.schedule == TRAIN else args.schedule
+    return f"{TRAIN}, saving {args.save or DEFAULT_SAVE}" if args.schedule == TRAIN else args.schedule

@@ -21,7 +21,7 @@ from sk_triton.tuning import cache
 from sk_triton.tuning.entries import Entry, Origin, Trial
 from sk_triton.tuning.keys import DIRECTIONS, FORWARD, stamp
 
-from .explain import add_unit_arguments, problem_of
+from .arguments import positive
 from .gpus import GPUS, Gpu, find_gpu
 from .processes import compiling_processes
 from .progress import case_progress
@@ -33,6 +33,7 @@ from .tuning.flow import LEFT, DeviceLostError, Outcome, tune
 from .tuning.ranking import failures, rank
 from .tuning.targets import Settled, Target, assess, refusal, targets_of
 from .tuning.units import network_problems, title
+from .unit_arguments import add_unit_arguments, batch_of, problem_of
 from .validation import PRECISIONS
 
 if TYPE_CHECKING:
@@ -78,13 +79,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--candidates",
-        type=int,
+        type=positive,
         metavar="N",
         help=f"per launch (default {CANDIDATES}, in a dry run {DRY_CANDIDATES})",
     )
     parser.add_argument(
         "--workers",
-        type=int,
+        type=positive,
+        metavar="N",
         default=_cores(),
         help="compiling processes (default: one per core, at most 16)",
     )
@@ -251,10 +253,6 @@ def show(outcomes: list[Outcome], console: Console) -> None:
 def _refuse(args: argparse.Namespace) -> None:
     if args.gpu and not args.dry_run:
         raise ValueError("--gpu is for --dry-run: only the GPU of this machine can be measured")
-    for name in ("candidates", "workers"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
 
 
 def _gpu_device(args: argparse.Namespace) -> torch.device:
@@ -288,7 +286,7 @@ def _present(device: torch.device) -> tuple[Chip, Gpu]:
 
 def _problems(args: argparse.Namespace) -> list[Problem]:
     if args.model:
-        return network_problems(args.model, args.batch, *PRECISIONS[args.dtype])
+        return network_problems(args.model, batch_of(args), *PRECISIONS[args.dtype])
     return [problem_of(args)]
 
 

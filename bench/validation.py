@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from .gpus import Gpu, find_gpu
 from .grid import paper_unit, seed_unit
 from .results import Record, Results
 from .shapes import INFERENCE, PAPER, Case
-from .speed_of_light import Problem
+from .speed_of_light import Prediction, Problem
 
 PRECISIONS = {
     "fp16": (torch.float16, False),
@@ -81,21 +81,35 @@ def seconds_of(measured: Results, unit: str, dtype: str) -> Seconds:
     return found
 
 
-def compare(cases: Seconds, gpu: Gpu, dtype: str) -> list[Compared]:
-    """Predicted against measured times, for every case and schedule that was measured."""
-    problems = []
-    for case in cases:
-        shape = case.shape
-        spec = unit_spec(
-            case.subject, shape.channels, shape.groups, shape.kernels, shape.dilations, shape.stride
-        )
-        problems.append(Problem(spec, case.batch, shape.height, shape.width, *PRECISIONS[dtype]))
+def compare(
+    cases: Seconds, gpu: Gpu, dtype: str, report: Callable[[int, Case], object] = lambda done, case: None
+) -> list[Compared]:
+    """Predicted against measured times, for every case and schedule that was measured.
+
+    `report`: called before each case with how many are done.
+    """
+    predicted = sol.predict_each([problem_of(case, dtype) for case in cases], gpu)
     found = []
-    for (case, measured), predictions in zip(cases.items(), sol.predict_all(problems, gpu), strict=True):
-        for prediction in predictions:
-            if (seconds := measured.get(prediction.schedule)) is not None:
-                found.append(Compared(case.title, prediction.schedule, prediction.total, seconds))
+    for done, (case, measured) in enumerate(cases.items()):
+        report(done, case)
+        found += beside(case, measured, next(predicted))
     return found
+
+
+def problem_of(case: Case, dtype: str) -> Problem:
+    """The problem whose prediction a measured case is compared with."""
+    shape = case.shape
+    spec = unit_spec(case.subject, shape.channels, shape.groups, shape.kernels, shape.dilations, shape.stride)
+    return Problem(spec, case.batch, shape.height, shape.width, *PRECISIONS[dtype])
+
+
+def beside(case: Case, measured: Mapping[str, float], predictions: Iterable[Prediction]) -> list[Compared]:
+    """The predictions for which the case has a measured time, beside it."""
+    return [
+        Compared(case.title, prediction.schedule, prediction.total, measured[prediction.schedule])
+        for prediction in predictions
+        if prediction.schedule in measured
+    ]
 
 
 def rank_correlation(compared: list[Compared]) -> float | None:

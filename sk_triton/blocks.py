@@ -207,6 +207,11 @@ def make_aa(aa_layer: Factory, channels: int, stride: int, placement: Placement)
 
 
 def _placed(name: str, factory: Factory, placement: Placement, *args: Any, **kwargs: Any) -> nn.Module:
+    if isinstance(factory, nn.Module):
+        kind = type(factory).__name__
+        raise TypeError(
+            f"{name} must be a class or a function that makes a module, got a module: {kind}, not {kind}(...)"
+        )
     # Moved afterwards rather than built in place: not every factory takes device and dtype.
     module = factory(*args, **kwargs) if callable(factory) else None
     if not isinstance(module, nn.Module):

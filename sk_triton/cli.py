@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -38,12 +39,26 @@ COMMANDS = {
     "traffic": Command("sk_triton.bench.traffic", "count each schedule's passes over memory"),
     "tune": Command("sk_triton.bench.tune", "measure configs on this GPU, and keep what is faster"),
 }
+CLOSED_OUTPUT = 1
 MISSING_PACKAGE = 2
 INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit code; 2 for bad usage or a missing optional package."""
+    """Runs one subcommand and returns its exit code; 1 where its output is closed early, 2 for bad usage or a missing
+    optional package."""
+    try:
+        try:
+            return _run(argv)
+        finally:
+            sys.stdout.flush()  # what is closed shows here, not when the interpreter ends
+    except BrokenPipeError:
+        # The interpreter flushes once more: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_OUTPUT
+
+
+def _run(argv: Sequence[str] | None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = arguments[0] if arguments else None
     try:

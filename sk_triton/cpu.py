@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .cpu_convolution import packs_weights
 from .layout import memory_format
 from .params import Branch, Gate
 from .plan import Plan
@@ -55,10 +56,25 @@ def reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> s
     return _call_reason(x, spec) or state_reason(x, branches, gate, _SCHEDULES)
 
 
-def can_train(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> bool:
-    """Whether the CPU's training schedules can run the unit on `x`: linear branches, no norms at all."""
-    reason = _call_reason(x, spec) or state_reason(x, branches, gate, _SCHEDULES, is_training=True)
-    return spec.is_linear and not spec.gate_norm and not reason
+def training_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> str:
+    """Why the CPU's training schedules cannot run the unit on `x`; "" if they can."""
+    return (
+        _call_reason(x, spec)
+        or state_reason(x, branches, gate, _SCHEDULES, is_training=True)
+        or _untrained_part(spec)
+    )
+
+
+def _untrained_part(spec: SKSpec) -> str:
+    """The part of a unit that only autograd trains on a CPU; "" if there is none."""
+    for part, is_there in (
+        ("the branches have norms", spec.branch_norm),
+        (f"branch_act is {spec.branch_act}", spec.branch_act != "identity"),
+        ("the gate has a norm", spec.gate_norm),
+    ):
+        if is_there:
+            return f"{part}; {_SCHEDULES} train linear branches without norms"
+    return ""
 
 
 def _call_reason(x: Tensor, spec: SKSpec) -> str:
@@ -70,7 +86,7 @@ def _call_reason(x: Tensor, spec: SKSpec) -> str:
 
 
 def training_plan(x: Tensor, spec: SKSpec) -> Plan:
-    """The plan for an input that :func:`can_train` accepts."""
+    """The plan for an input that :func:`training_reason` accepts."""
     return _cached_plan(x, spec, is_training=True)
 
 
@@ -81,8 +97,10 @@ def plan(x: Tensor, spec: SKSpec) -> Plan:
 
 def _cached_plan(x: Tensor, spec: SKSpec, is_training: bool) -> Plan:
     n, _, h, w = x.shape
-    is_channels_last = memory_format(x) == torch.channels_last
-    return _plan(spec, n, h, w, x.dtype, is_channels_last, torch.get_num_threads(), is_training)
+    x_format = memory_format(x)
+    is_packed = not is_training and packs_weights(x.dtype, x_format)
+    threads = torch.get_num_threads()
+    return _plan(spec, n, h, w, x.dtype, x_format == torch.channels_last, is_packed, threads, is_training)
 
 
 @lru_cache(maxsize=1024)
@@ -93,6 +111,7 @@ def _plan(
     w_in: int,
     dtype: torch.dtype,
     is_channels_last: bool,
+    is_packed: bool,
     threads: int,
     is_training: bool,
 ) -> Plan:
@@ -124,7 +143,7 @@ def _plan(
     if is_training:
         # The input for each branch, which is written, read to pool, and read to be added to the output.
         return Plan("torch", names[0], m * reads + 2 * m + 2 + 3 * (m - 1), dtype, rejected)
-    convolve = m * (3 + 2 * (spec.branch_act == "relu"))
+    convolve = m * (3 + 2 * (spec.branch_act == "relu" and not is_packed))
     select = 3 if m == 2 else 2 + 3 * (m - 1)
     return Plan("torch", names[0], convolve + select, dtype, rejected, samples=part_samples)
 

@@ -38,9 +38,7 @@ _CPU_TRAIN = {"train": cpu_train.run, "train_merged": cpu_train_merged.run}
 
 def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[bool, str]:
     """Whether the Triton kernels can run the unit on `x`; if not, the reason (else "")."""
-    reason = _inference_reason(x, branches, gate, spec)
-    if reason and training.is_training(x, branches, gate):
-        reason = _training_reason(x, branches, gate, spec)
+    reason, _ = _kernels_reason(x, branches, gate, spec)
     return not reason, reason
 
 
@@ -57,30 +55,30 @@ def choose(
         RuntimeError: `backend` is "triton" or "torch" and it cannot run; the message holds the reason.
     """
     if backend == "reference":
-        return _reference_plan(x.dtype, spec, "the reference was requested")
+        return reference_plan(x.dtype, spec, "the reference was requested")
     if backend == "torch" or (backend == "auto" and x.device.type == "cpu"):
         reason = cpu.reason(x, branches, gate, spec)
         if not reason:
             return cpu.plan(x, spec)
-        if training.is_training(x, branches, gate) and cpu.can_train(x, branches, gate, spec):
-            return cpu.training_plan(x, spec)
+        if training.is_training(x, branches, gate):
+            reason = cpu.training_reason(x, branches, gate, spec)
+            if not reason:
+                return cpu.training_plan(x, spec)
         if backend == "torch":
             raise RuntimeError(f'use_backend("torch") cannot run here: {reason}')
-        return _reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes the reference', reason)
+        return reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes no kernels', reason)
     if backend == "auto" and not torch.compiler.is_compiling() and is_interpreted():
-        return _reference_plan(x.dtype, spec, 'TRITON_INTERPRET is set, where "auto" takes the reference')
-    reason = _inference_reason(x, branches, gate, spec)
-    if reason and training.is_training(x, branches, gate):
-        reason = _training_reason(x, branches, gate, spec)
-        if not reason:
-            return _training_plan(x, spec, save)
+        return reference_plan(x.dtype, spec, 'TRITON_INTERPRET is set, where "auto" takes the reference')
+    reason, is_training = _kernels_reason(x, branches, gate, spec)
     if not reason:
+        if is_training:
+            return _training_plan(x, spec, save)
         if torch.compiler.is_compiling():  # the operator plans when it runs
             return Plan("triton", "traced", math.nan, x.dtype)
         return inference_plan(x, spec)
     if backend == "triton":
         raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
-    return _reference_plan(x.dtype, spec, reason)
+    return reference_plan(x.dtype, spec, reason)
 
 
 def inference_plan(x: Tensor, spec: SKSpec) -> Plan:
@@ -154,23 +152,19 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _inference_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> str:
-    return (
+def _kernels_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> tuple[str, bool]:
+    """Why the kernels cannot run the unit, "" if they can, and whether they would train it."""
+    reason = (
         tracing_reason(_KERNELS, is_operator=True)
         or _device_reason(x.device, x.dtype)
         or unit_reason(spec, _KERNELS)
-        or state_reason(x, branches, gate, _KERNELS)
     )
-
-
-def _training_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> str:
-    return (
-        tracing_reason(_KERNELS, is_operator=True)
-        or _device_reason(x.device, x.dtype)
-        or unit_reason(spec, _KERNELS)
-        or state_reason(x, branches, gate, _KERNELS, is_training=True)
-        or _schedule_reason()
-    )
+    if reason:
+        return reason, False
+    reason = state_reason(x, branches, gate, _KERNELS)
+    if not reason or not training.is_training(x, branches, gate):
+        return reason, False
+    return state_reason(x, branches, gate, _KERNELS, is_training=True) or _schedule_reason(), True
 
 
 def _schedule_reason() -> str:
@@ -208,6 +202,7 @@ def _device_reason(device: torch.device, dtype: torch.dtype) -> str:
 _device_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _reference_plan(dtype: torch.dtype, spec: SKSpec, reason: str, torch_reason: str = "") -> Plan:
+def reference_plan(dtype: torch.dtype, spec: SKSpec, reason: str, torch_reason: str = "") -> Plan:
+    """The reference, why not the kernels, and on a CPU why not its schedules."""
     rejected = (("triton", reason), ("torch", torch_reason)) if torch_reason else (("triton", reason),)
     return Plan("reference", "eager", eager_passes(spec), dtype, rejected=rejected)

@@ -13,6 +13,9 @@ import torch
 from . import environment
 from .dispatch import is_interpreted
 from .environment import OPTIONAL_PACKAGES, OptionalPackage
+from .tuning import cache
+from .tuning.command import is_current
+from .tuning.entries import BrokenFileError, NewerFileError
 
 LABEL_WIDTH = 14
 
@@ -52,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
 def inspect_package(package: OptionalPackage) -> PackageState:
     """Version of a package, and whether it is missing, too old or broken; imports it."""
-    installed = environment.version(package.distribution)
+    is_triton = package.module == "triton"  # which AMD's PyTorch brings under another name
+    installed = environment.installed_triton() if is_triton else environment.version(package.distribution)
     remedy = environment.install_command(package)
     if installed is None:
         return PackageState(package, None, "not installed", remedy)
@@ -84,6 +88,7 @@ def report(packages: list[PackageState], backends: list[BackendState]) -> list[s
         name = state.package.distribution
         facts = [state.version or "", f"({state.trouble})" if state.trouble else ""]
         lines.append(_row(name, " ".join(fact for fact in facts if fact)))
+    lines.append(_row("tuned", _tuned()))
 
     lines += ["", "Devices"]
     lines.append(_row("cpu", f"{environment.cpu_name()}, {torch.get_num_threads()} threads"))
@@ -129,6 +134,22 @@ def _probe_device(device: torch.device, dtype: torch.dtype) -> list[BackendState
         why = "; ".join(reasons) or f"schedule {plan.schedule}"
         states.append(BackendState(device.type, name, plan.backend, why, works=True))
     return states
+
+
+def _tuned() -> str:
+    """Where this user's tuned configs are, how many, and how many of them this version uses."""
+    try:
+        sections, complaints = cache.inspect()
+    except NewerFileError as error:
+        return f"{cache.path()}: not used: {error}"
+    except BrokenFileError as error:
+        return f"{cache.path()}: damaged: {error}"
+    except OSError as error:
+        return f"not used: {error}"
+    entries = sum(map(len, sections.values()))
+    current = sum(len(found) for origin, found in sections.items() if is_current(origin))
+    damaged = f", {len(complaints)} damaged; the first: {complaints[0]}" if complaints else ""
+    return f"{cache.path()}: {entries} entries, {current} current{damaged}"
 
 
 def _why_no_gpu() -> str:

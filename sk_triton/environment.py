@@ -88,11 +88,15 @@ def version(distribution: str) -> str | None:
         return None
 
 
+def installed_triton() -> str | None:
+    """Version of the installed Triton, under either name of its distribution, or None."""
+    return version("triton") or version("pytorch-triton-rocm")
+
+
 @lru_cache
 def triton_version() -> tuple[int, int]:
-    """Major and minor version of the installed Triton, under either name of its distribution; (0, 0) without one."""
-    text = version("triton") or version("pytorch-triton-rocm") or "0.0"
-    major, minor = text.split(".")[:2]
+    """Major and minor version of the installed Triton; (0, 0) without one."""
+    major, minor = (installed_triton() or "0.0").split(".")[:2]
     return int(major), int(minor)
 
 

@@ -3,54 +3,63 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-from . import dispatch
-from .backend import current_backend
-from .checks import check_input
 from .chips import chip_of
-from .functional import autocast_dtype
+from .functional import planned
 from .plan import Plan
-from .save import chosen_save
+from .save import Save, chosen_save
 from .spec import SKSpec
 from .tuning.lookup import describe
-
-if TYPE_CHECKING:
-    from .unit import SKUnit
+from .unit import SKUnit
 
 
 def explain(layer: SKUnit, x: Tensor) -> Explanation:
     """What ``layer(x)`` would run under the current backend, grad mode and autocast, and why not the others.
 
+    Args:
+        layer: an ``SKConv`` or ``SelectiveKernel``.
+        x: ``[N, in_channels, H, W]``.
+
     Raises:
-        ValueError: an unknown ``layer.save``.
-        RuntimeError: ``use_backend("triton")`` or ``use_backend("torch")`` is in force and it cannot run.
+        TypeError: another layer, and what ``layer(x)`` raises.
+        ValueError, RuntimeError: what ``layer(x)`` raises: x does not fit the layer, or the backend that
+            ``use_backend`` asks for cannot run.
     """
-    check_input(x, layer.spec)
-    x = x.to(autocast_dtype(x) or x.dtype)
-    branches, gate, spec = layer.branches(), layer.gate(), layer.spec
+    if not isinstance(layer, SKUnit):
+        raise TypeError(
+            f"layer must be an SKConv or a SelectiveKernel, got {type(layer).__name__}: "
+            "of a model, name one of its units"
+        )
     save = chosen_save(layer.save)
-    plan = dispatch.choose(x, branches, gate, spec, backend=current_backend(), save=save)
+    x, plan, _ = planned(x, layer.branches(), layer.gate(), layer.spec, save)
     chip = chip_of(x.device) if plan.backend == "triton" else None
-    return Explanation(plan, spec, "" if chip is None else describe(chip))
+    return Explanation(plan, layer.spec, "" if chip is None else describe(chip), save)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A plan that prints as a report."""
+    """A plan that prints as a report.
+
+    Attributes:
+        gpu: the GPU and what is tuned for it, "" where no kernel runs.
+        save: what a training step of kernels saves for its backward pass.
+    """
 
     plan: Plan
     spec: SKSpec
     gpu: str = ""
+    save: Save = "branches"
 
     def __str__(self) -> str:
         plan = self.plan
+        part = ", forward" if self._is_kernel_training else ""
         lines = [
             f"backend   {plan.backend}",
             f"schedule  {plan.schedule}",
-            f"passes    {plan.passes:g} over one activation tensor (predicted)",
+            f"passes    {plan.passes:g} over one activation tensor{part} (predicted)",
         ]
         if self.gpu:
             lines.append(f"gpu       {self.gpu}")
@@ -58,6 +67,22 @@ class Explanation:
             lines.append(f"samples   {plan.samples} at a time")
         if plan.merged is not None:
             lines.append(f"merged    {plan.merged}")
+        lines.extend(self._launch_lines())
+        for source in plan.sources:
+            lines.append(f"source    {source.kind}: {source.text}")
+            lines.append(f"  key     {source.key}")
+        lines.extend(f"not {name}: {reason}" for name, reason in plan.rejected)
+        return "\n".join(lines)
+
+    @property
+    def _is_kernel_training(self) -> bool:
+        return (self.plan.backend, self.plan.schedule) == ("triton", "train")
+
+    def _launch_lines(self) -> list[str]:
+        """What the kernels compute, in the order in which they run, with their configs."""
+        plan, lines = self.plan, []
+        if self._is_kernel_training:
+            lines.append(f"saves     {self.save}")
         if plan.merged_launch is not None:
             lines.append(f"sums      {_show(plan.merged_launch.border)}")
             lines.append(f"merged    {_show(plan.merged_launch.conv)}")
@@ -65,22 +90,21 @@ class Explanation:
             branches = ", ".join(map(str, self.spec.branches[launch.start : launch.stop]))
             lines.append(f"{launch.task:<9} {branches}")
             lines.append(f"  config  {_show(launch.config)}")
-        if plan.schedule == "library":
+        if plan.reduction is not None and not plan.branch_launches:
             lines.append(f"convolve  by the library: {', '.join(map(str, self.spec.branches))}")
-            lines.append(f"pool      {_show(plan.reduction)}")
-        if plan.resident is not None:
-            lines.append(f"resident  {_show(plan.resident)}")
-        if plan.gate is not None:
-            lines.append(f"gate      {_show(plan.gate)}")
-        if plan.select is not None:
-            lines.append(f"select    {_show(plan.select)}")
-        if plan.gated_select is not None:
-            lines.append(f"gated     {_show(plan.gated_select)}")
-        for source in plan.sources:
-            lines.append(f"source    {source.kind}: {source.text}")
-            lines.append(f"  key     {source.key}")
-        lines.extend(f"not {name}: {reason}" for name, reason in plan.rejected)
-        return "\n".join(lines)
+        for title, config in (
+            ("reduce" if self._is_kernel_training else "pool", plan.reduction),
+            ("resident", plan.resident),
+            ("gate", plan.gate),
+            ("select", plan.select),
+            ("gated", plan.gated_select),
+        ):
+            if config is not None:
+                lines.append(f"{title:<9} {_show(config)}")
+        if self._is_kernel_training:
+            by_kernels = plan.gradient is not None
+            lines.append(f"gradient  {_show(plan.gradient) if by_kernels else 'by the library'}")
+        return lines
 
 
 def _show(config: Any) -> str:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import PackCache, fold_norm, remember
+from .packing import fold_norm
 from .params import Branch, Gate
 
 
@@ -56,28 +56,14 @@ def fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor
     return scaled.to(weight.dtype), shift.to(weight.dtype)
 
 
+@torch.no_grad()
 def fold_unit(
-    branches: Sequence[Branch],
-    gate: Gate,
-    dtype: torch.dtype,
-    memory_format: torch.memory_format,
-    cache: PackCache | None,
+    branches: Sequence[Branch], gate: Gate, dtype: torch.dtype, memory_format: torch.memory_format
 ) -> FoldedUnit:
-    """The unit in `dtype` without norms, from `cache` where its parameters are unchanged.
+    """The unit in `dtype` without norms, weights in `memory_format`.
 
     Tensors that come out as they were are shared with the parameters, not copied.
     """
-
-    def build() -> FoldedUnit:
-        return _fold_unit(branches, gate, dtype, memory_format)
-
-    return remember(cache, ("folded", dtype, memory_format), branches, gate, build)
-
-
-@torch.no_grad()
-def _fold_unit(
-    branches: Sequence[Branch], gate: Gate, dtype: torch.dtype, memory_format: torch.memory_format
-) -> FoldedUnit:
     weights, biases = [], []
     for branch in branches:
         weight, bias = _fold_in(dtype, branch.weight, branch.bias, branch.norm)

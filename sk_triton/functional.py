@@ -12,6 +12,7 @@ from .backend import current_backend
 from .checks import check_input, check_params
 from .packing import PackCache
 from .params import Branch, Gate
+from .plan import Plan
 from .replay import Recorder
 from .save import Save, chosen_save
 from .spec import SKSpec
@@ -52,16 +53,9 @@ def sk_conv(
         RuntimeError: ``use_backend("triton")`` or ``use_backend("torch")`` where it cannot run; the message holds
             the reason.
     """
-    check_input(x, spec)
-    autocast = autocast_dtype(x)
-    check_params(x, branches, gate, spec, autocast)
-    if autocast is not None:
-        x = x.to(autocast)
     save = chosen_save(save)
-    plan = dispatch.choose(x, branches, gate, spec, backend=current_backend(), save=save)
-    if plan.schedule == "train" and x.shape[0] == 0:
-        check_empty_batch(branches, gate)
-    if plan.backend == "reference" or x.shape[0] == 0:
+    x, plan, autocast = planned(x, branches, gate, spec, save)
+    if plan.backend == "reference":
         v = reference.sk_conv(x, branches, gate, spec)
         # A norm or an activation of the user's may leave the autocast dtype.
         return v if autocast is None else v.to(autocast)
@@ -69,6 +63,27 @@ def sk_conv(
         return dispatch.run(plan, x, branches, gate, spec, cache, recorder, save)
     with torch.autocast(x.device.type, enabled=False):  # sums stay in float32
         return dispatch.run(plan, x, branches, gate, spec, cache, recorder, save)
+
+
+def planned(
+    x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: Save
+) -> tuple[Tensor, Plan, torch.dtype | None]:
+    """x as :func:`sk_conv` computes on it, the plan of the call, and the dtype of the autocast in force or None.
+
+    Raises:
+        As :func:`sk_conv`.
+    """
+    check_input(x, spec)
+    autocast = autocast_dtype(x)
+    check_params(x, branches, gate, spec, autocast)
+    if autocast is not None:
+        x = x.to(autocast)
+    plan = dispatch.choose(x, branches, gate, spec, backend=current_backend(), save=save)
+    if x.shape[0] == 0 and plan.backend != "reference":
+        if plan.schedule == "train":
+            check_empty_batch(branches, gate)
+        plan = dispatch.reference_plan(x.dtype, spec, "x holds no samples")
+    return x, plan, autocast
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .layout import empty_output
 from .packing import PackCache, pack, shared_cache
-from .params import Branch, FrozenNorm, Gate
+from .params import Branch, FrozenNorm, Gate, norms_of
 from .recording import MAX_RECORDINGS
 from .replay import kind_of
 from .spec import SKSpec
@@ -35,8 +35,7 @@ def run_unit(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) ->
         *gate.select_weight,
         *select_bias,
     ]
-    norms: list[Any] = [*[branch.norm for branch in branches], gate.norm]
-    epsilons = [0.0 if norm is None else norm.eps for norm in norms]
+    epsilons = [0.0 if norm is None else norm.eps for norm in norms_of(branches, gate)]
     tensors = [t for t in flat if t is not None]
     return unit_inference(x, tensors, [t is not None for t in flat], epsilons, spec.encoded)
 
@@ -105,7 +104,7 @@ def _unit(flat: Sequence[Any], epsilons: Sequence[float]) -> tuple[tuple[Branch,
 
 
 def _cache_of(branches: Sequence[Branch], gate: Gate, tensors: Sequence[Tensor]) -> PackCache | None:
-    norms: list[Any] = [*[branch.norm for branch in branches], gate.norm]
+    norms = norms_of(branches, gate)
     statistics = {id(t) for norm in norms if norm is not None for t in (norm.running_mean, norm.running_var)}
     are_kept = all(isinstance(t, nn.Parameter) or id(t) in statistics for t in tensors)
     return shared_cache(tensors) if are_kept else None

@@ -25,6 +25,7 @@ from .spec import (
     BranchSpec,
     SKSpec,
     make_divisible,
+    require_bool,
     require_divides,
     require_int,
     require_odd_kernel,
@@ -216,6 +217,8 @@ class SelectiveKernel(SKUnit):
         require_int("stride", stride)
         require_int("dilation", dilation)
         require_int("groups", groups)
+        require_bool("keep_3x3", keep_3x3)
+        require_bool("split_input", split_input)
         if stride > 2 and aa_layer is None:
             # timm pads by (stride - 1) // 2 more than "same" there, which shifts the output.
             raise ValueError(f"stride must be 1 or 2, or more together with aa_layer, got {stride}")

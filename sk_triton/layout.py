@@ -18,6 +18,13 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def branch_inputs(x: Tensor, spec: SKSpec) -> list[Tensor]:
+    """What each of the M branches reads of x: all of it, or its slice of the channels."""
+    if spec.split_input:
+        return list(x.split(spec.branch_in_channels, dim=1))
+    return [x] * spec.num_branches
+
+
 def empty_output(x: Tensor, spec: SKSpec) -> Tensor:
     """``[N, C, H', W']`` in the dtype and memory format of x, without values."""
     size = (x.shape[0], spec.out_channels, *spec.output_size(*x.shape[2:]))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .spec import BranchSpec, SKSpec
+from .spec import BranchSpec
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,6 @@ class Convolution:
         """What PyTorch moves before it calls the library: an input that is a part of another tensor is copied."""
         x = self.x
         return 0 if x.is_contiguous(memory_format=torch.channels_last) else 2 * x.numel() * x.element_size()
-
-
-def inputs_of(x: Tensor, spec: SKSpec) -> list[Tensor]:
-    """What each branch reads."""
-    if spec.split_input:
-        return list(x.split(spec.branch_in_channels, 1))
-    return [x] * spec.num_branches
 
 
 def without_memory(like: Tensor, size: tuple[int, ...]) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .kernels.lasting import lasting
-from .params import Branch, FrozenNorm, Gate
+from .params import Branch, FrozenNorm, Gate, norms_of
 from .plan import BranchLaunch, MergedLaunch, Plan
 
 T = TypeVar("T")
@@ -202,7 +202,7 @@ def remember(
     """What `build` makes of a unit's parameters, from `cache` where they are unchanged; without one, made anew."""
     if cache is None:
         return build()
-    epsilons = tuple([getattr(norm, "eps", None) for norm in (*(b.norm for b in branches), gate.norm)])
+    epsilons = tuple([getattr(norm, "eps", None) for norm in norms_of(branches, gate)])
     return cache.get((key, epsilons), sources(branches, gate), build)
 
 

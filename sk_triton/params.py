@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -54,3 +54,8 @@ class Gate(NamedTuple):
     act: Map | None
     select_weight: tuple[Tensor, ...]
     select_bias: tuple[Tensor, ...] | None = None
+
+
+def norms_of(branches: Sequence[Branch], gate: Gate) -> list[Any]:
+    """The norms, or None, of the M branches and then of the gate."""
+    return [*[branch.norm for branch in branches], gate.norm]

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .layout import memory_format
+from .layout import branch_inputs, memory_format
 from .params import Branch, Gate
 from .spec import SKSpec
 
@@ -29,9 +29,8 @@ def split(x: Tensor, branches: Sequence[Branch], spec: SKSpec) -> list[Tensor]:
     Returns:
         M tensors ``[N, C, H', W']``: the paper's U-tilde, U-hat, ...
     """
-    xs = x.split(spec.branch_in_channels, dim=1) if spec.split_input else [x] * spec.num_branches
     us = []
-    for x_m, branch, conv in zip(xs, branches, spec.branches, strict=True):
+    for x_m, branch, conv in zip(branch_inputs(x, spec), branches, spec.branches, strict=True):
         u = F.conv2d(x_m, branch.weight, branch.bias, spec.stride, conv.padding, conv.dilation, conv.groups)
         for step in (branch.norm, branch.drop, branch.act, branch.aa):
             if step is not None:

@@ -26,7 +26,7 @@ from .save import Save, chosen_save
 from .tuning import cache
 from .tuning.ranks import pinning_reason
 from .watch import Watch
-from .workspace import Stream, scratch, stream_of
+from .workspace import Stream, borrow, give_back, stream_of
 
 if TYPE_CHECKING:
     from .steps import Step  # imports Triton
@@ -129,19 +129,19 @@ def kind_of(x: Any, save: Save | None = None) -> Hashable | None:
     if device_type == "meta":  # there is nothing to start
         return None
     # Hooks must find the same tensors saved at every call: recorded ones save others (`torch.utils.checkpoint` counts).
-    if is_training and (
-        _get_current_dispatch_mode() is not None
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    ):
+    if is_training and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    # A mode is to see the operators that it knows.
+    if (is_training or device_type == "cpu") and _get_current_dispatch_mode() is not None:
         return None
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     if autocast is not None and not is_training:
         return None
     training = (chosen_save(save), autocast) if is_training else None
-    # A GPU's stream; a CPU's number of threads, by which a batch is computed in parts.
-    executor = 0
+    # A GPU's stream; a CPU's library and number of threads, by which a batch is computed in parts.
+    executor: Hashable = 0
     if device_type == "cpu":
-        executor = torch.get_num_threads()
+        executor = torch.get_num_threads(), torch.backends.mkldnn.enabled
     elif device_type == "cuda":
         if torch.cuda.current_device() != device.index or torch.cuda.is_current_stream_capturing():
             return None
@@ -206,6 +206,7 @@ class InferenceCall:
         if self.is_converted:
             x = with_adjacent_channels(x)
         v = x.new_empty_strided(*self.v)
-        workspace = scratch(self.recording.workspace_bytes, self.stream)
+        workspace = borrow(self.recording.workspace_bytes, self.stream)
         self.recording.start(x.data_ptr(), v.data_ptr(), workspace.data_ptr())
+        give_back(workspace, self.stream)
         return v

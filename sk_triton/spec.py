@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import KW_ONLY, dataclass, field, fields
 from functools import lru_cache
 
@@ -21,16 +22,26 @@ def require_int(name: str, value: object, minimum: int = 1) -> None:
 
 
 def require_positive(name: str, value: object) -> None:
-    """Raise unless ``value`` is a number above 0.
+    """Raise unless ``value`` is a finite number above 0.
 
     Raises:
         TypeError: ``value`` is not an ``int`` or ``float``.
-        ValueError: ``value`` is not above 0.
+        ValueError: ``value`` is not above 0, or infinite.
     """
-    if not isinstance(value, (int, float)):
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number > 0, got {value!r} of type {type(value).__name__}")
-    if not value > 0:
-        raise ValueError(f"{name} must be a number > 0, got {value}")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a number > 0{' and finite' if value > 0 else ''}, got {value}")
+
+
+def require_bool(name: str, value: object) -> None:
+    """Raise unless ``value`` is a ``bool``.
+
+    Raises:
+        TypeError: ``value`` is anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
 def require_odd_kernel(name: str, value: object, minimum: int = 1) -> None:
@@ -167,8 +178,7 @@ class SKSpec:
         if not self.branches:
             raise ValueError("branches must hold M >= 1 BranchSpec, got an empty tuple")
         for name in ("split_input", "branch_bias", "branch_norm", "gate_bias", "gate_norm", "select_bias"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be a bool, got {getattr(self, name)!r}")
+            require_bool(name, getattr(self, name))
         for name in ("branch_act", "gate_act"):
             act = getattr(self, name)
             if not isinstance(act, str) or not act:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .distributed import sync_group
-from .params import Branch, Gate
+from .params import Branch, Gate, norms_of
 from .reasons import tensors_of
 from .save import Save
 from .spec import SKSpec
@@ -72,7 +72,7 @@ class NormSettings(NamedTuple):
 
 def is_training(x: Tensor, branches: Sequence[Branch], gate: Gate) -> bool:
     """Whether a call needs gradients, or a norm takes the statistics of the batch."""
-    if any(_uses_batch(norm) for norm in _norms(branches, gate)):
+    if any(_uses_batch(norm) for norm in norms_of(branches, gate)):
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in (x, *tensors_of(branches, gate)))
 
@@ -93,7 +93,7 @@ def run(
     """
     from .training_ops import is_watched, run_operator, run_unit
 
-    norms = _norms(branches, gate)
+    norms = norms_of(branches, gate)
     settings = norm_settings(norms)
     _check_batch(x, spec, settings)
     running = [
@@ -129,7 +129,7 @@ def check_empty_batch(branches: Sequence[Branch], gate: Gate) -> None:
     Raises:
         ValueError: a norm takes its statistics over the processes of a group.
     """
-    if any(sync_group(norm) for norm in _norms(branches, gate)):
+    if any(sync_group(norm) for norm in norms_of(branches, gate)):
         raise ValueError(
             "x must have N >= 1 where SyncBatchNorm takes statistics over a process group, got an empty batch"
         )
@@ -167,10 +167,6 @@ def norm_settings(norms: Sequence[Any]) -> NormSettings:
         [0.0 if norm is None else norm.eps for norm in norms],
         ",".join([sync_group(norm) for norm in norms]),
     )
-
-
-def _norms(branches: Sequence[Branch], gate: Gate) -> list[Any]:
-    return [*[branch.norm for branch in branches], gate.norm]
 
 
 def _uses_batch(norm: Any) -> bool:

@@ -15,7 +15,7 @@ from .kernels.gather import branch_weight_launch
 from .kernels.geometry import cdiv, tiles
 from .kernels.norm_params import stack_vectors
 from .kernels.running import Running
-from .library import inputs_of
+from .layout import branch_inputs
 from .plan import BranchLaunch, Plan
 from .spec import SKSpec
 from .steps import Tape
@@ -161,7 +161,7 @@ def sums_over_pixels(
 
 
 def _convolve_by_library(x: Tensor, unit: TrainingUnit, y: Tensor) -> None:
-    for m, (x_m, conv) in enumerate(zip(inputs_of(x, unit.spec), unit.spec.branches, strict=True)):
+    for m, (x_m, conv) in enumerate(zip(branch_inputs(x, unit.spec), unit.spec.branches, strict=True)):
         weight, bias = unit.tensors.weights[m].to(x.dtype), unit.tensors.biases[m]
         if bias is not None:
             bias = bias.to(x.dtype)

@@ -13,7 +13,7 @@ from .kernels.gather import grad_weight_launch
 from .kernels.grad_geometry import partial_shape
 from .kernels.grad_terms import grad_terms
 from .kernels.norm_bwd import norm_bwd
-from .library import inputs_of
+from .layout import branch_inputs
 from .plan import Plan
 from .steps import Tape
 from .training_branches import BranchNorm, TrainingUnit
@@ -122,7 +122,7 @@ def _through_library(
     tape.note_operators()
     inputs: list[Tensor] = []
     written, found = [], []
-    for m, (x_m, conv) in enumerate(zip(inputs_of(x, spec), spec.branches, strict=True)):
+    for m, (x_m, conv) in enumerate(zip(branch_inputs(x, spec), spec.branches, strict=True)):
         grad = weight_grads[m]
         if not needs_dx and grad is None:
             continue

@@ -80,6 +80,8 @@ def _folded(plan: Plan, workload: Workload) -> Plan:
     return replace(
         plan,
         passes=recompute.passes + reads * workload.input_passes,
+        # Where kernels compute the gradients nothing selects from stored branches.
+        select=plan.select if plan.gradient is None else None,
         folded_launches=(moments, *recompute.branch_launches),
         sources=(*plan.sources, *(launch.source for launch in recompute.branch_launches)),
     )

@@ -25,8 +25,8 @@ class Watch:
     """A layer's state when this was made: its modules, their settings and hooks, and its parameters and buffers.
 
     Like the cache of packed weights it cannot see writes that PyTorch does not count. Besides, a vector, as those of
-    norms are, is taken for unchanged where its address is: other data that begin there go unseen. Asking each vector
-    for its size, stride and dtype takes Python half as long as all the rest.
+    norms are, is taken for unchanged where its address and dtype are: other data that begin there go unseen. Asking
+    each vector for its size and stride takes Python half as long as all the rest.
 
     Attributes:
         is_possible: False where changes would go unseen: parametrized parameters, inference tensors, hooks, settings
@@ -54,8 +54,8 @@ class Watch:
             if is_training or name != "num_batches_tracked"
         ]
         self._expected_slots = [own[name] for own, name in self._slots]
-        self._tensors = [t for t in self._expected_slots if t is not None]
-        self._arrays = [t for t in self._tensors if t.dim() != 1]
+        self._expected_absent = [t is None for t in self._expected_slots]
+        self._tensors, self._arrays = _split(self._expected_slots)
         self.is_possible = are_plain and not (
             any(t.is_inference() for t in self._tensors)
             or any(self._hooks)
@@ -63,7 +63,7 @@ class Watch:
         )
         # They keep the memory alive, which a tensor may leave: an address tells no longer than that.
         self._kept = [t.detach() for t in self._tensors]
-        self._expected_marks = self._marks() if self.is_possible else ()
+        self._expected_marks = self._marks(self._tensors, self._arrays) if self.is_possible else ()
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
@@ -76,7 +76,17 @@ class Watch:
         except KeyError:
             return False
         # Not `==`, which compares values where the tensors differ.
-        return all(map(is_, slots, self._expected_slots)) and self._marks() == self._expected_marks
+        if all(map(is_, slots, self._expected_slots)):
+            tensors, arrays = self._tensors, self._arrays
+        elif [t is None for t in slots] == self._expected_absent:
+            # Others stand for them: new views of the same memory, as FSDP makes at every call, are no change.
+            tensors, arrays = _split(slots)
+        else:
+            return False
+        try:
+            return self._marks(tensors, arrays) == self._expected_marks
+        except RuntimeError:  # an inference tensor has taken a parameter's place
+            return False
 
     def covers(self, tensors: Sequence[Tensor]) -> bool:
         """Whether all of them lie in the memory of watched parameters and buffers: a plain attribute does not."""
@@ -86,14 +96,20 @@ class Watch:
     def _list_settings(self) -> list[Any]:
         return [get(attributes) for attributes, get in self._settings]
 
-    def _marks(self) -> tuple[list[Any], ...]:
-        """What may change of a tensor that stays the same object."""
-        # Its address, by `.data` and by a storage that is freed and allocated again elsewhere, as FSDP does.
+    def _marks(self, tensors: list[Tensor], arrays: list[Tensor]) -> tuple[list[Any], ...]:
+        # A tensor may move while it stays the same object: by `.data`, or, as FSDP's, as its storage is freed and
+        # allocated again.
         changing = _needs_gradient if self._is_training else _version
         return (
-            [*map(Tensor.data_ptr, self._tensors)],
-            [*map(changing, self._tensors)],
-            [*map(_dtype, self._arrays)],
-            [*map(_shape, self._arrays)],
-            [*map(Tensor.stride, self._arrays)],
+            [*map(Tensor.data_ptr, tensors)],
+            [*map(changing, tensors)],
+            [*map(_dtype, tensors)],
+            [*map(_shape, arrays)],
+            [*map(Tensor.stride, arrays)],
         )
+
+
+def _split(slots: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of slots, and those that are no vectors."""
+    tensors = [t for t in slots if t is not None]
+    return tensors, [t for t in tensors if t.dim() != 1]

@@ -18,7 +18,8 @@ MAX_SCRATCH = 8 << 20
 
 _kept: dict[Stream, tuple[Tensor, Tensor]] = {}
 _lock = threading.Lock()
-_local = threading.local()
+# Pop and append are atomic.
+_idle: dict[Stream, list[Tensor]] = {}
 
 
 def kept_exchange(counters: int, words: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -46,23 +47,29 @@ def stream_of(device: torch.device) -> Stream:
     return device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
-def scratch(nbytes: int, stream: Stream) -> Tensor:
-    """At least so many bytes without values, for the launches of one call, which follow one another on a stream.
+def borrow(nbytes: int, stream: Stream) -> Tensor:
+    """At least so many bytes without values, for launches on `stream`, the current one.
 
-    A small one is this thread's, kept for the stream's next call: launches of two threads may alternate there. To be
-    used outside of a capture, whose launches a graph may replay on any stream.
+    Whoever has started them gives the memory back: what the stream runs next may use it, whichever thread starts it.
+    Not for a capture, whose launches a graph may replay on any stream.
     """
+    device, _ = stream
     if nbytes > MAX_SCRATCH:
-        return _bytes(nbytes, stream[0])
+        return _bytes(nbytes, device)
     try:
-        kept = _local.scratch
-    except AttributeError:
-        kept = _local.scratch = {}
-    memory: Tensor | None = kept.get(stream)
+        memory = _idle[stream].pop()
+    except (KeyError, IndexError):
+        memory = None
     if memory is None or memory.numel() < nbytes:
-        device = stream[0]
-        memory = kept[stream] = lasting(functools.partial(_bytes, nbytes, device), device)
+        rounded = 1 << (nbytes - 1).bit_length()
+        memory = lasting(functools.partial(_bytes, rounded, device), device)
     return memory
+
+
+def give_back(memory: Tensor, stream: Stream) -> None:
+    """Keep what :func:`borrow` gave for the stream's next launches, unless it is large."""
+    if memory.numel() <= MAX_SCRATCH:
+        _idle.setdefault(stream, []).append(memory)
 
 
 def _bytes(count: int, device: torch.device) -> Tensor:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sk_triton.backend import SCHEDULES
 from sk_triton.bench import ceilings, clocks, guards, protocol, results
 from sk_triton.bench.results import Ceilings, ClockSample, Timing
 
@@ -75,7 +76,12 @@ def test_a_noisy_copy_is_no_objection():
 
 
 @pytest.mark.parametrize(
-    ("runs", "share"), [("triton/store", 1.0), ("triton/merged", 4.0), ("reference/eager", 4.0), (None, 4.0)]
+    ("runs", "share"),
+    [
+        *[(f"triton/{name}", 4.0 if name in ("merged", "library") else 1.0) for name in SCHEDULES],
+        ("reference/eager", 4.0),
+        (None, 4.0),
+    ],
 )
 def test_nothing_exceeds_the_matrix_rate_and_only_libraries_may_save_multiplies(runs, share):
     run, _ = one_case()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import subprocess
 import sys
@@ -86,6 +87,24 @@ def test_ctrl_c_ends_without_a_traceback(subcommand, capsys):
     subcommand(raising(KeyboardInterrupt()))
     assert cli.main(["probe"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [(["--help"], ""), (["doctor", "--help"], ""), (["configs", "list"], ""), (["configs", "list"], "1")],
+)
+def test_output_that_is_closed_early_ends_without_a_traceback(arguments, unbuffered):
+    with subprocess.Popen(
+        [sys.executable, "-m", "sk_triton", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
+    ) as process:
+        process.stdout.close()  # long before anything is printed
+        error = process.stderr.read()
+    assert error == ""
+    assert process.returncode == cli.CLOSED_OUTPUT
 
 
 def test_the_bench_package_runs_as_a_module(monkeypatch, capsys):

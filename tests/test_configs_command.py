@@ -113,6 +113,43 @@ def test_import_takes_nothing_that_is_unsound(folder, tmp_path, capsys, text, re
     assert not folder.exists()
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [("{ torn", "it is no JSON"), (json.dumps({"schema": SCHEMA + 1, "sections": []}), "its schema is 2")],
+)
+@pytest.mark.parametrize("action", ["list", "show", "export"])
+def test_a_damaged_file_is_reported_in_one_line(action, folder, tmp_path, capsys, recwarn, text, reason):
+    folder.mkdir()
+    (folder / "tuned.json").write_text(text)
+    code, out, err = run(action, *[tmp_path / "mine.json"] * (action == "export"), capsys=capsys)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"sk-triton configs: {folder / 'tuned.json'}: {reason}")
+    assert len(err.splitlines()) == 1
+    assert not recwarn.list
+
+
+def test_an_entry_that_is_not_used_is_reported_beside_the_others(filled, capsys, recwarn):
+    file = filled / "tuned.json"
+    file.write_text(re.sub(r'"BLOCK_CI": \d+', '"BLOCK_CI": -8', file.read_text(), count=1))
+    code, out, err = run("list", capsys=capsys)
+    assert code == 0
+    assert "1 entries, 0 faster than the analytic choice" in out
+    assert err.startswith("ignored: ")
+    assert "BLOCK_CI must be between 1 and" in err
+    assert not recwarn.list
+
+
+def test_clear_removes_a_damaged_file(folder, capsys, recwarn):
+    folder.mkdir()
+    (folder / "tuned.json").write_text("{ torn")
+    code, _, err = run("clear", capsys=capsys)
+    assert code == 0
+    assert "tuned.json was put aside as tuned.broken" in err
+    assert all(line.startswith("sk-triton configs: ") for line in err.splitlines())
+    assert not recwarn.list
+    assert run("list", capsys=capsys)[0] == 0
+
+
 def test_import_of_a_file_that_is_not_there(folder, tmp_path, capsys):
     code, _, err = run("import", tmp_path / "nowhere.json", capsys=capsys)
     assert code == 1

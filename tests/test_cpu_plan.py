@@ -216,10 +216,13 @@ def test_large_batches_are_computed_in_parts_and_small_ones_whole():
     x = torch.empty(8, 16, 5, 4)
     assert cpu.plan(x, PAPER).samples == 8
     threads = torch.get_num_threads()
-    plan = cpu._plan(PAPER, 8, 256, 256, torch.float32, False, threads, False)
-    assert plan.samples < 8
-    assert cpu._plan(PAPER, 8, 256, 256, torch.float32, False, 64 * threads, False).samples == 8
-    assert cpu._plan(PAPER, 8, 4096, 4096, torch.float32, False, threads, False).samples == 1
+
+    def samples(size, threads):
+        return cpu._plan(PAPER, 8, size, size, torch.float32, False, False, threads, False).samples
+
+    assert samples(256, threads) < 8
+    assert samples(256, 64 * threads) == 8
+    assert samples(4096, threads) == 1
 
 
 def test_autocast():

@@ -192,7 +192,7 @@ def test_auto_takes_the_librarys_convolution_in_wide_groups(x, monkeypatch):
             self.stride = tensor.stride
 
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
-    monkeypatch.setattr(dispatch, "_inference_reason", lambda *args: "")
+    monkeypatch.setattr(dispatch, "_kernels_reason", lambda *args: ("", False))
     monkeypatch.setattr(dispatch, "chip_of", lambda device: SM_90)
     for backend in ("auto", "triton"):
         assert choose(wide, backend).schedule == "library"
@@ -216,7 +216,7 @@ def test_explain_reference(x):
     text = str(explain(layer(), x))
     assert "backend   reference" in text
     assert "schedule  eager" in text
-    assert 'not triton: x is on "cpu", where "auto" takes the reference' in text
+    assert 'not triton: x is on "cpu", where "auto" takes no kernels' in text
 
 
 @pytest.mark.interpret

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import json
 import re
 
 import pytest
@@ -12,6 +13,10 @@ import torch
 import sk_triton
 from sk_triton import cli, doctor, environment
 from sk_triton.environment import OptionalPackage
+from sk_triton.tuning import cache
+from sk_triton.tuning.entries import SCHEMA
+
+from .tuned import entry, origin, requests, workload
 
 TIMM = next(package for package in environment.OPTIONAL_PACKAGES if package.module == "timm")
 TRITON = next(package for package in environment.OPTIONAL_PACKAGES if package.module == "triton")
@@ -67,6 +72,12 @@ def test_an_old_package_is_reported(monkeypatch):
     assert "pip install" in state.remedy
 
 
+def test_triton_is_found_under_the_name_that_amds_pytorch_brings(monkeypatch):
+    versions = {"pytorch-triton-rocm": "3.5.0+rocm"}
+    monkeypatch.setattr(environment, "version", versions.get)
+    assert doctor.inspect_package(TRITON) == doctor.PackageState(TRITON, "3.5.0+rocm")
+
+
 def test_a_package_that_does_not_import_is_reported(monkeypatch):
     def broken(name):
         raise RuntimeError("operator torchvision::nms does not exist")
@@ -78,6 +89,42 @@ def test_a_package_that_does_not_import_is_reported(monkeypatch):
 def test_nothing_to_mend_is_not_mentioned():
     states = [doctor.PackageState(TIMM, "1.0.31")]
     assert "To mend" not in doctor.report(states, [])
+
+
+def tuned_row() -> str:
+    (row,) = (line for line in doctor.report([], []) if line.startswith("  tuned "))
+    return " ".join(row.split())
+
+
+def test_tuned_configs_are_counted_those_of_this_version_apart(folder):
+    file = folder / "tuned.json"
+    assert tuned_row() == f"tuned {file}: 0 entries, 0 current"
+    key = requests("store", workload())["branch_store"].key
+    cache.save(origin(), {key: entry(None), key.replace("/n7", "/n0"): entry(None)})
+    cache.save(origin(triton="3.0.0"), {key: entry(None)})
+    assert tuned_row() == f"tuned {file}: 3 entries, 2 current"
+    file.write_text(file.read_text().replace('"analytic_us": 100.0', '"analytic_us": -1', 1))
+    assert tuned_row().startswith(f"tuned {file}: 2 entries, 1 current, 1 damaged; the first: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{ torn", "damaged: it is no JSON"),
+        (json.dumps({"schema": SCHEMA + 1, "sections": []}), "not used: its schema is 2"),
+    ],
+)
+def test_tuned_configs_that_cannot_be_read_are_reported_without_a_warning(folder, text, words, recwarn):
+    folder.mkdir()
+    (folder / "tuned.json").write_text(text)
+    assert tuned_row().startswith(f"tuned {folder / 'tuned.json'}: {words}")
+    assert not recwarn.list
+
+
+def test_a_file_of_tuned_configs_that_may_not_be_read_is_reported(folder):
+    (folder / "tuned.json").mkdir(parents=True)
+    assert "tuned.json" in tuned_row()
+    assert "not used: " in tuned_row() or "damaged: " in tuned_row()
 
 
 @pytest.mark.parametrize(

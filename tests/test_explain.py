@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import pytest
 
 from sk_triton import cli
-from sk_triton.bench import explain, results, validation
+from sk_triton.bench import explain, progress, results, validation
 from sk_triton.bench import speed_of_light as sol
 from sk_triton.bench.gpus import find_gpu
-from sk_triton.bench.shapes import SEED
+from sk_triton.bench.shapes import PAPER, SEED
 
 from .synthetic_results import some_results
 from .versions import needs_narrow_products
@@ -68,6 +69,97 @@ def test_explain_shows_measurements_where_there_are_some(command, tmp_path):
     assert "not measured" not in out
 
 
+@pytest.fixture
+def measured(tmp_path):
+    """Stage 1 was measured with 8 and with 128 samples."""
+    (tmp_path / "h100").mkdir()
+    run = some_results(every=True, batches=(8, 128), stages=(1,))
+    results.save(run, tmp_path / "h100" / "layer.json")
+    return validation.seconds_of(run, PAPER, "fp16")
+
+
+@pytest.fixture
+def predicted(monkeypatch):
+    """The batches that were predicted, by schedule."""
+    found = []
+    predict = sol.predict
+
+    def noted(problem, gpu, schedules):
+        found.extend((problem.n, name) for name in schedules)
+        return predict(problem, gpu, schedules)
+
+    monkeypatch.setattr(sol, "predict", noted)
+    return found
+
+
+def test_only_what_was_asked_for_is_predicted_and_compared(command, measured, predicted):
+    _, out, _ = command("--stage", "1", "--batch", "8", "--gpu", "h100", "--json")
+    case = next(case for case in measured if case.batch == 8)
+    data = json.loads(out)
+    assert {each["case"] for each in data["measured"]} == {case.title}
+    assert {each["schedule"] for each in data["measured"]} <= set(measured[case])
+    assert len(predicted) == len(set(predicted))
+    assert {n for n, _ in predicted} == {8}
+
+
+def test_an_input_that_was_not_measured_is_compared_with_nothing(command, measured, predicted):
+    _, out, _ = command("--stage", "1", "--batch", "9", "--gpu", "h100")
+    assert "not measured: this input is not among the 2 cases of H100 SXM; --validate compares those" in out
+    assert {n for n, _ in predicted} == {9}
+
+
+def test_all_that_was_measured_is_compared_on_demand(command, measured):
+    _, out, _ = command("--stage", "1", "--batch", "9", "--gpu", "h100", "--validate", "--json")
+    found = json.loads(out)["measured"]
+    assert {each["case"] for each in found} == {case.title for case in measured}
+    every = validation.compare(measured, H100, "fp16")
+    assert [(each["case"], each["schedule"]) for each in found] == [(c.case, c.schedule) for c in every]
+
+
+def test_progress_names_each_schedule_and_each_case(command, measured, monkeypatch):
+    told = []
+
+    @contextlib.contextmanager
+    def noted(console, cases):
+        assert console.stderr
+        yield lambda done, title, share: told.append((done, cases, title))
+
+    monkeypatch.setattr(progress, "case_progress", noted)
+    assert command("--stage", "1", "--gpu", "h100", "--validate")[0] == 0
+    assert [done for done, *_ in told] == list(range(len(told)))
+    assert {cases for _, cases, _ in told} == {len(told)}
+    titles = [title for *_, title in told]
+    assert titles[0] == "store"
+    assert titles[-2:] == [case.title for case in measured]
+
+
+def test_names_are_whole_on_80_columns(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, out, _ = command("--stage", "2", "--gpu", "h100")
+    starts = [line.split()[0] for line in out.splitlines() if line.strip()]
+    for name in ("store", "gated", "recompute", "library", "torch.compile", "gated_select", "pooled_sums"):
+        assert name in starts
+    assert "the library's 3x3 d2 g32" in out
+    assert "…" not in out
+    assert max(map(len, out.splitlines())) <= 80
+
+
+def test_what_is_not_taken_comes_with_the_dispatchers_words(command):
+    _, out, _ = command("--shape", "128,256,28,28", "--gpu", "h100")
+    refusal = "branch_act is relu; only linear branches merge into one convolution"
+    assert f"\nmerged: {refusal}\n" in out
+    assert "\n  not store: 6 passes over memory, against 3\n" in out
+    assert out.count("\nrecompute, pool: ") == out.count("\nrecompute, select: ") == 1
+    assert out.count("\nstore: ") == 1
+    _, out, _ = command("--shape", "128,256,28,28", "--gpu", "h100", "--json")
+    data = json.loads(out)
+    assert data["refused"]["merged"] == refusal
+    assert data["choice"]["rejected"]["store"] == "6 passes over memory, against 3"
+    assert "merged" not in data["choice"]["rejected"]
+    tasks = {s["schedule"]: [each["task"] for each in s["configs"]] for s in data["schedules"]}
+    assert tasks["recompute"] == ["pool", "select"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -76,6 +168,14 @@ def test_explain_shows_measurements_where_there_are_some(command, tmp_path):
         (["--shape", "0,128,7,7", "--gpu", "h100"], "shape must be four positive sizes"),
         (["--shape", "1,130,7,7", "--gpu", "h100"], "groups must divide"),
         (["--stage", "1", "--gpu", "h100", "--kernels", "3"], "kernels and dilations must be as many"),
+        (
+            ["--stage", "1", "--gpu", "h100", "--batch", "0"],
+            "--batch: must be a whole number from 1 on, got '0'",
+        ),
+        (
+            ["--shape", "8,128,7,7", "--gpu", "h100", "--batch", "3"],
+            "--batch does not act on --shape, whose first size is the batch, 8",
+        ),
         (["--gpu", "h100"], "--shape"),
         (["--stage", "1"], "--gpu"),
     ],

@@ -75,7 +75,7 @@ def make(shape, n, h, w, dtype):
 
 
 def terms_of(attention, g, statistics, *, has_norm):
-    """What `branch_grad` takes, from design.md section 3b."""
+    """What `branch_grad` takes, by "Gradients of the branches" in kernels/README.md."""
     lift = g[:, None].expand_as(attention)
     if not has_norm:
         return torch.stack([attention, lift], -1)

@@ -166,6 +166,54 @@ def test_another_schedule_and_another_backend_are_another_kind(direct):
     assert not direct
 
 
+def test_layers_share_memory_in_turns(direct):
+    layers = paper_layer(), paper_layer(out_channels=64)
+    for _ in range(3):
+        for layer in layers:
+            x = image(2, 5, 5)
+            assert torch.equal(layer(x), expected(layer, x))
+    assert direct
+
+
+def test_new_views_of_the_same_parameters_are_no_change(direct):
+    """FSDP and `torch.func.functional_call` put them in place at every call."""
+    layer, x = paper_layer(), image(2, 5, 5)
+    v = layer(x)
+    for _ in range(2):
+        views = {name: t.detach() for name, t in layer.state_dict().items()}
+        assert torch.equal(torch.func.functional_call(layer, views, x), v)
+    assert direct
+    others = {name: t.clone() for name, t in layer.state_dict().items()}
+    direct.clear()
+    assert torch.equal(torch.func.functional_call(layer, others, x), v)
+    assert not direct
+
+
+@pytest.mark.parametrize("name", ["running_mean", "bias"])
+def test_an_inference_tensor_in_a_parameters_place_is_planned(name, direct):
+    layer, x = paper_layer(), image(2, 5, 5)
+    layer(x)
+    norm = layer.paths[0].bn
+    with torch.inference_mode():
+        inferred = torch.full_like(getattr(norm, name), 3.0)
+    own = norm._buffers if name in norm._buffers else norm._parameters
+    own[name] = inferred
+    for _ in range(2):
+        assert torch.equal(layer(x), expected(layer, x))
+    assert not direct
+
+
+def test_a_tensor_that_becomes_an_inference_tensor_is_planned(direct):
+    layer, x = paper_layer(), image(2, 5, 5)
+    layer(x)
+    mean = layer.paths[0].bn.running_mean
+    with torch.inference_mode():
+        inferred = torch.full_like(mean, 3.0)
+    torch.utils.swap_tensors(mean, inferred)
+    assert torch.equal(layer(x), expected(layer, x))
+    assert not direct
+
+
 def test_bad_input_raises_though_a_good_one_was_recorded(direct):
     layer = paper_layer()
     layer(image(2, 5, 5))

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from sk_triton import plans
+from sk_triton import cli, launching, plans
 from sk_triton.bench import traffic
 from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.shapes import SEED
 from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
 
@@ -127,3 +128,70 @@ def test_an_access_outside_of_its_tensors_is_caught():
         traffic.Meter({"u": u, "v": v}).watch(),
     ):
         launch()
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_merged_schedule_moves_three_passes_of_linear_branches(stage):
+    full, spec, n, size = traffic.UNITS[SEED][stage]
+    rows, unit = traffic.count(spec, n, size, full, "merged")
+    assert {row.kernel for row in rows} == {"border_sums", "gate", "merged_conv_window"}
+    assert traffic.passes(rows, unit) == 3
+
+
+@needs_narrow_products
+def test_a_few_channels_are_merged_by_the_configs_of_all(monkeypatch):
+    full, spec, n, size = traffic.UNITS[SEED][3]
+    planned, small = (
+        plans.plan_schedule("merged", Workload(each, 128, size, size, torch.float16, CHIPS["sm_90"]))
+        for each in (full, spec)
+    )
+    assert planned.merged_launch.conv != small.merged_launch.conv
+    seen = []
+    prepare = launching.prepare
+    monkeypatch.setattr(
+        launching, "prepare", lambda plan, *rest: (seen.append(plan), prepare(plan, *rest))[1]
+    )
+    traffic.count(spec, n, size, full, "merged")
+    (plan,) = seen
+    assert plan.merged_launch.conv == planned.merged_launch.conv
+    assert plan.merged_launch.border == planned.merged_launch.border
+
+
+def test_the_command_counts_the_unit_that_it_is_given(capsys):
+    assert cli.main(["traffic", "--stage", "4", "--unit", "seed", "--schedule", "store"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "Schedule store, seed unit, stage 4" in out
+    assert "activations 6.00 T" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            ["--schedule", "merged"],
+            "schedule 'merged' cannot run the paper unit of stage 1: branch_act is relu; only linear branches",
+        ),
+        (
+            ["--schedule", "merged", "--unit", "seed", "--stage", "4"],
+            "stage 4: a group has 32 channels; above 16",
+        ),
+        pytest.param(
+            ["--schedule", "resident", "--stage", "4"],
+            "stage 4: groups above 16 channels",
+            marks=needs_unhoisted_loops,
+        ),
+        (["--save", "input"], "--save acts on --schedule train, got --schedule recompute"),
+        (
+            ["--save", "branches", "--schedule", "store"],
+            "--save acts on --schedule train, got --schedule store",
+        ),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_in_one_line(options, message, capsys):
+    assert cli.main(["traffic", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("sk-triton traffic: ")
+    assert message in err
+    assert len(err.splitlines()) == 1

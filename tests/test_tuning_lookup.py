@@ -18,7 +18,7 @@ from sk_triton.plans import fastest_plan, make_plan
 from sk_triton.replay import kind_of
 from sk_triton.training_plan import make_training_plan, plan_training
 from sk_triton.tuning import cache, keys, launches, lookup, shipped, space
-from sk_triton.tuning.entries import dump_config, dump_sections
+from sk_triton.tuning.entries import Entry, dump_config, dump_sections
 from sk_triton.workload import Workload
 
 from .tuned import H100, entry, origin, other_choice, requests, workload
@@ -210,6 +210,12 @@ def test_a_measured_schedule_serves_batches_that_the_same_is_expected_for(
     assert fastest_plan(workload(n=asked)).schedule == expected
 
 
+def test_an_entry_that_does_not_serve_lets_another_one(folder):
+    confirmed, near = (launches.schedule_key(workload(n=n)) for n in (1, 8))
+    cache.save(origin(), {confirmed: Entry(None, 100e-6, 100e-6), near: entry("store")})
+    assert fastest_plan(workload(n=2)).schedule == "store"
+
+
 def test_an_experiment_sees_its_own_choices_only_and_leaves_nothing_behind(request_):
     chosen = other_choice(request_)
     tune(request_, chosen)
@@ -257,7 +263,7 @@ def test_deterministic_algorithms_pin_the_packages_configs(request_, monkeypatch
     """What a user's file says, or when it was written, must not change a deterministic result."""
     tune(request_, other_choice(request_))
     unit = SelectiveKernel(128, groups=32, rd_channels=32, split_input=False).eval()
-    monkeypatch.setattr(dispatch, "_inference_reason", lambda *args: "")
+    monkeypatch.setattr(dispatch, "_kernels_reason", lambda *args: ("", False))
     monkeypatch.setattr(dispatch, "chip_of", lambda device: H100)
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
     x = torch.empty(128, 128, 56, 56, dtype=torch.float16, device="meta")

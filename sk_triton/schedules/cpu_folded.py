@@ -1,4 +1,4 @@
-"""Schedule "folded", for the CPU: norms folded into PyTorch's convolutions, everything after them in place.
+"""Schedule "folded", for the CPU: norms folded into the library's convolutions, everything after them in place.
 
 A few samples pass through all steps before the next ones do, so that their branches stay in the caches and take the
 same memory again.
@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ..folding import FoldedUnit, attend, fold_unit, sum_dtype
-from ..layout import empty_output
-from ..packing import PackCache
+from ..cpu_convolution import convolution, packs_weights
+from ..folding import FoldedGate, attend, fold_unit, sum_dtype
+from ..layout import branch_inputs, empty_output
+from ..packing import PackCache, remember
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec
+
+
+class _Unit(NamedTuple):
+    convolutions: tuple[Callable[[Tensor], Tensor], ...]
+    gate: FoldedGate
 
 
 def prepare(
@@ -30,11 +36,22 @@ def prepare(
     cache: PackCache | None,
 ) -> Callable[[Tensor], Tensor]:
     """What computes the unit's output from inputs in a memory format, as :func:`sk_triton.functional.sk_conv` does."""
-    unit = fold_unit(branches, gate, plan.dtype, out_format, cache)
+    is_packed, has_relu = packs_weights(plan.dtype, out_format), spec.branch_act == "relu"
+
+    @torch.no_grad()
+    def build() -> _Unit:
+        unit = fold_unit(branches, gate, plan.dtype, out_format)
+        convolutions = tuple(
+            convolution(weight, bias, branch, spec.stride, has_relu, is_packed)
+            for weight, bias, branch in zip(unit.weights, unit.biases, spec.branches, strict=True)
+        )
+        return _Unit(convolutions, unit.gate)
+
+    unit = remember(cache, ("folded", plan.dtype, out_format, is_packed), branches, gate, build)
     return functools.partial(_run, unit, spec, plan.samples, out_format)
 
 
-def _run(unit: FoldedUnit, spec: SKSpec, samples: int, out_format: torch.memory_format, x: Tensor) -> Tensor:
+def _run(unit: _Unit, spec: SKSpec, samples: int, out_format: torch.memory_format, x: Tensor) -> Tensor:
     n = x.shape[0]
     if samples >= n:
         us, a = _split_and_fuse(x, unit, spec)
@@ -46,13 +63,10 @@ def _run(unit: FoldedUnit, spec: SKSpec, samples: int, out_format: torch.memory_
     return v
 
 
-def _split_and_fuse(x: Tensor, unit: FoldedUnit, spec: SKSpec) -> tuple[list[Tensor], list[Tensor]]:
+def _split_and_fuse(x: Tensor, unit: _Unit, spec: SKSpec) -> tuple[list[Tensor], list[Tensor]]:
     """The branches ``[N, C, H', W']`` and the attention to each, ``[N, C, 1, 1]``."""
-    xs = x.split(spec.branch_in_channels, dim=1) if spec.split_input else [x] * spec.num_branches
-    us = []
-    for x_m, weight, bias, branch in zip(xs, unit.weights, unit.biases, spec.branches, strict=True):
-        u = F.conv2d(x_m, weight, bias, spec.stride, branch.padding, branch.dilation, branch.groups)
-        us.append(u.relu_() if spec.branch_act == "relu" else u)
+    inputs = branch_inputs(x, spec)
+    us = [convolve(x_m) for convolve, x_m in zip(unit.convolutions, inputs, strict=True)]
     # Each branch is summed by itself: no sum of the branches is written.
     dtype = sum_dtype(x.dtype)
     s = us[0].sum((2, 3), dtype=dtype)

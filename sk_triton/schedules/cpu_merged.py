@@ -34,7 +34,7 @@ def prepare(
 
     @torch.no_grad()
     def build() -> tuple[MergedKernels, FoldedGate]:
-        unit = fold_unit(branches, gate, sum_dtype(plan.dtype), torch.contiguous_format, None)
+        unit = fold_unit(branches, gate, sum_dtype(plan.dtype), torch.contiguous_format)
         return merge(unit.weights, unit.biases, spec, merged, out_format), unit.gate
 
     kernels, affine = remember(cache, ("merged", plan.dtype, merged, out_format), branches, gate, build)

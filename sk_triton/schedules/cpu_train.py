@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ..cpu_gate import affine_gate, attend_bwd
 from ..folding import FoldedGate, attend, sum_dtype
-from ..layout import memory_format
+from ..layout import branch_inputs, memory_format
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec
@@ -40,7 +40,7 @@ class _LinearUnit(torch.autograd.Function):
         m = spec.num_branches
         us = []
         for x_m, weight, bias, branch in zip(
-            _inputs(x, spec), parameters[:m], parameters[m : 2 * m], spec.branches, strict=True
+            branch_inputs(x, spec), parameters[:m], parameters[m : 2 * m], spec.branches, strict=True
         ):
             assert weight is not None
             us.append(
@@ -82,7 +82,9 @@ def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
     dv_sum = dv.sum((2, 3), dtype=sums)
     dxs: list[Tensor] = []
     weight_grads, bias_grads = [], []
-    for i, (x_i, weight, branch) in enumerate(zip(_inputs(x, spec), weights, spec.branches, strict=True)):
+    for i, (x_i, weight, branch) in enumerate(
+        zip(branch_inputs(x, spec), weights, spec.branches, strict=True)
+    ):
         du = torch.addcmul(g, a[:, i, :, None, None].to(dv.dtype), dv, out=scratch)
         dx_i, weight_grad, _ = torch.ops.aten.convolution_backward(
             du, x_i, weight, None, [spec.stride] * 2, [branch.padding] * 2, [branch.dilation] * 2, False,
@@ -96,8 +98,3 @@ def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
             dxs[0] += dx_i
     dx = dxs[0] if len(dxs) == 1 else torch.cat(dxs, dim=1) if dxs else None
     return None, dx, *weight_grads, *bias_grads, *gate_grads
-
-
-def _inputs(x: Tensor, spec: SKSpec) -> Sequence[Tensor]:
-    """What each branch reads."""
-    return x.split(spec.branch_in_channels, dim=1) if spec.split_input else [x] * spec.num_branches

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..kernels.geometry import cdiv
 from ..kernels.pooled_sums import pooled_sums_fwd
 from ..kernels.select import select_fwd
-from ..library import Convolution, inputs_of, without_memory
+from ..layout import branch_inputs
+from ..library import Convolution, without_memory
 from ..packing import Packed
 from ..plan import Plan
 from ..spec import SKSpec
@@ -30,7 +31,7 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> l
     (shift,) = packed.shifts
     convolutions = [
         Convolution(x_m, weight, without_memory(x, (n, h, w, c)), branch, spec.stride, plan.allow_tf32)
-        for x_m, weight, branch in zip(inputs_of(x, spec), packed.weights, spec.branches, strict=True)
+        for x_m, weight, branch in zip(branch_inputs(x, spec), packed.weights, spec.branches, strict=True)
     ]
     y = [convolution.y for convolution in convolutions]
     return [

@@ -1,7 +1,8 @@
 """Configs of the launches: found in four levels, tuned only when asked for, never by a call of a layer.
 
 1. What was tuned for this very GPU (name and SM count) at this shape and batch: the user's file, then the package's.
-2. The same at the nearest other power of two of the batch, at most `keys.NEAR` away.
+2. The same at the nearest other power of two of the batch, at most `keys.NEAR` away; a schedule only where the same one
+   is expected there.
 3. The package's file of the architecture, ``configs/sm_90.json``.
 4. The analytic choice (:mod:`sk_triton.analytic`).
 """

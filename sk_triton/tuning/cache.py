@@ -69,6 +69,20 @@ def read() -> Sections:
     return _read[1]
 
 
+def inspect() -> tuple[Sections, list[str]]:
+    """As :func:`read`, anew and without a warning: all sound entries, and a complaint for each other one.
+
+    Raises:
+        OSError: the file is there and cannot be read.
+        BrokenFileError: it is no file of tuned entries.
+    """
+    try:
+        text = read_text(path())
+    except FileNotFoundError:
+        return {}, []
+    return load_sections(text)
+
+
 def _sections(file: Path) -> Sections:
     try:
         sections, complaints = load_sections(read_text(file))

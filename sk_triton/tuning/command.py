@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import cache
@@ -32,13 +35,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Returns 0, 1 if a file could not be read or written, 2 if it is not a file of configs."""
+    actions = {"list": _list, "show": _show, "export": _export, "import": _import, "clear": _clear}
     try:
-        return {"list": _list, "show": _show, "export": _export, "import": _import, "clear": _clear}[
-            args.action
-        ](args)
+        with _warnings_in_a_line():
+            return actions[args.action](args)
     except BrokenFileError as error:
-        print(f"sk-triton configs: {args.file}: {error}", file=sys.stderr)
+        print(f"sk-triton configs: {error}", file=sys.stderr)
         return BAD_USAGE
+    except BrokenPipeError:
+        raise  # the output, not a file
     except OSError as error:
         print(f"sk-triton configs: {error}", file=sys.stderr)
         return FAILED
@@ -49,9 +54,19 @@ def is_current(origin: Origin) -> bool:
     return (origin.triton, origin.kernels) == (stamp().triton, stamp().kernels)
 
 
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """What a library warns of, with the line of its source, is what this command has to say."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *rest, **options: print(
+            f"sk-triton configs: {str(message).removeprefix('sk_triton: ')}", file=sys.stderr
+        )
+        yield
+
+
 def _list(args: argparse.Namespace) -> int:
+    sections = _kept()
     print(cache.path())
-    sections = cache.read()
     for origin, entries in sections.items():
         tuned = sum(entry.choice is not None for entry in entries.values())
         print(f"{_title(origin)}: {len(entries)} entries, {tuned} faster than the analytic choice")
@@ -61,7 +76,7 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
-    for origin, entries in cache.read().items():
+    for origin, entries in _kept().items():
         print(_title(origin))
         for key, entry in sorted(entries.items()):
             if args.key in key:
@@ -70,7 +85,7 @@ def _show(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    chosen = {o: entries for o, entries in cache.read().items() if args.all or is_current(o)}
+    chosen = {o: entries for o, entries in _kept().items() if args.all or is_current(o)}
     if not chosen:
         print(
             "sk-triton configs: there are no entries to export; `sk-triton tune` makes them", file=sys.stderr
@@ -90,9 +105,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    sections, complaints = load_sections(cache.read_text(args.file))
-    for complaint in complaints:
-        print(f"ignored: {complaint}", file=sys.stderr)
+    sections = _sound(args.file, lambda: load_sections(cache.read_text(args.file)))
     for origin, entries in sections.items():
         print(f"{_title(origin)}: {len(entries)} entries")
     if not any(sections.values()):
@@ -110,6 +123,25 @@ def _clear(args: argparse.Namespace) -> int:
         f"{sum(map(len, before.values())) - sum(map(len, after.values()))} entries removed from {cache.path()}"
     )
     return 0
+
+
+def _kept() -> Sections:
+    return _sound(cache.path(), cache.inspect)
+
+
+def _sound(file: Path, load: Callable[[], tuple[Sections, list[str]]]) -> Sections:
+    """The sound entries of a file; of the others it is told why they are ignored.
+
+    Raises:
+        BrokenFileError: it is no file of configs; the message names it.
+    """
+    try:
+        sections, complaints = load()
+    except BrokenFileError as error:
+        raise BrokenFileError(f"{file}: {error}") from None
+    for complaint in complaints:
+        print(f"ignored: {complaint}", file=sys.stderr)
+    return sections
 
 
 def _title(origin: Origin) -> str:

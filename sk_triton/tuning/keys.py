@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from .. import kernels
-from ..environment import version
+from ..environment import installed_triton
 from ..kernels.config import (
     BorderConfig,
     ColumnConfig,
@@ -34,7 +34,7 @@ FORWARD, BACKWARD = "forward", "backward"
 """What runs without gradients, and what runs with them: the forward pass of training is of the latter."""
 DIRECTIONS = (FORWARD, BACKWARD)
 NEAR = 2
-"""Powers of two of the batch across which an entry still serves: from a quarter to four times as many samples."""
+"""Powers of two of the batch across which an entry may still serve: from a quarter to four times as many samples."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,7 @@ class Stamp:
 @lru_cache
 def stamp() -> Stamp:
     """The stamp of the installed Triton and of this package's kernels."""
-    installed = version("triton") or version("pytorch-triton-rocm") or "none"
-    return Stamp(installed, kernels_hash())
+    return Stamp(installed_triton() or "none", kernels_hash())
 
 
 @lru_cache

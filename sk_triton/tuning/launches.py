@@ -149,7 +149,7 @@ def schedule_request(
 
     def serves(choice: Choice | None, n: int) -> bool:
         # Each program more of "gated" computes a gate more.
-        return expected(n) == expected(workload.n) and (choice != "gated" or workload.n <= n)
+        return (choice != "gated" or workload.n <= n) and expected(n) == expected(workload.n)
 
     return Request(SCHEDULE, schedule_key(workload), candidates, lambda: expected(workload.n), serves=serves)
 

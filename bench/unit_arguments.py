@@ -1,0 +1,69 @@
+"""The options that describe a unit and its input, for the subcommands that ask about one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from .arguments import positive, sizes
+from .shapes import GROUPS, PAPER, SEED, STAGES
+from .speed_of_light import Problem
+from .validation import PRECISIONS, unit_spec
+
+DEFAULT_BATCH = 128
+
+
+def add_unit_arguments(parser: argparse.ArgumentParser, subject: Any) -> None:
+    """The options that describe a unit and its input, as :func:`problem_of` reads them; `subject`: their group."""
+    subject.add_argument("--shape", type=sizes, metavar="N,C,H,W", help="of the input")
+    subject.add_argument("--stage", type=int, choices=tuple(STAGES), help="stage of SKNet-50 instead")
+    parser.add_argument(
+        "--batch", type=positive, metavar="N", help=f"samples, without --shape (default {DEFAULT_BATCH})"
+    )
+    parser.add_argument("--unit", choices=(PAPER, SEED), default=PAPER, help="default: the paper's")
+    parser.add_argument("--groups", type=positive, metavar="G", default=GROUPS, help=f"default {GROUPS}")
+    parser.add_argument(
+        "--kernels",
+        type=positive,
+        nargs="+",
+        metavar="K",
+        help="per branch (default: 3 3; the seed's unit: 3 5)",
+    )
+    parser.add_argument(
+        "--dilations",
+        type=positive,
+        nargs="+",
+        metavar="D",
+        help="per branch (default: 1 2; the seed's unit: 1 1)",
+    )
+    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="fp16", help="default: fp16")
+
+
+def problem_of(args: argparse.Namespace) -> Problem:
+    """The problem that the command's options describe.
+
+    Raises:
+        ValueError: a batch beside a shape, kernels and dilations of different numbers, or a unit that `SKSpec` refuses.
+    """
+    if args.stage:
+        channels, size = STAGES[args.stage]
+        shape = (batch_of(args), channels, size, size)
+    else:
+        shape = args.shape
+        if args.batch:
+            raise ValueError(f"--batch does not act on --shape, whose first size is the batch, {shape[0]}")
+    if min(shape) < 1:
+        raise ValueError(f"shape must be four positive sizes N,C,H,W, got {','.join(map(str, shape))}")
+    defaults = ([3, 3], [1, 2]) if args.unit == PAPER else ([3, 5], [1, 1])
+    kernels, dilations = args.kernels or defaults[0], args.dilations or defaults[1]
+    if len(kernels) != len(dilations):
+        raise ValueError(
+            f"kernels and dilations must be as many as there are branches, got {len(kernels)} and {len(dilations)}"
+        )
+    spec = unit_spec(args.unit, shape[1], args.groups, kernels, dilations)
+    return Problem(spec, shape[0], *shape[2:], *PRECISIONS[args.dtype])
+
+
+def batch_of(args: argparse.Namespace) -> int:
+    """The samples that the options say, where no shape does."""
+    return args.batch or DEFAULT_BATCH

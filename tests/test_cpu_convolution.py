@@ -1,0 +1,88 @@
+"""Weights laid out for oneDNN once give what PyTorch's convolution gives, and are taken where they should be."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from sk_triton import BranchSpec, SelectiveKernel, use_backend
+from sk_triton.cpu_convolution import _has_operators, convolution, packs_weights
+
+from .tolerances import assert_errs_like_eager, assert_same
+
+needs_packing = pytest.mark.skipif(not _has_operators(), reason="needs oneDNN on an x86 processor")
+LAST, FIRST = torch.channels_last, torch.contiguous_format
+
+
+@needs_packing
+@pytest.mark.parametrize("has_relu", [False, True])
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("branch", "stride"),
+    [(BranchSpec(3, 2, 4), 1), (BranchSpec(5, 1, 8), 2), (BranchSpec(1), 1), (BranchSpec(3, 1, 32), 3)],
+)
+@pytest.mark.parametrize("size", [(1, 7, 7), (3, 12, 5)], ids=str)
+def test_both_convolve_alike(size, branch, stride, has_bias, has_relu):
+    n, h, w = size
+    weight = torch.randn(32, 32 // branch.groups, *[branch.kernel_size] * 2)
+    bias = torch.randn(32) if has_bias else None
+    plain, packed, exact = (
+        convolution(*parameters, branch, stride, has_relu, is_packed)
+        for parameters, is_packed in (
+            ((weight, bias), False),
+            ((weight, bias), True),
+            ((weight.double(), None if bias is None else bias.double()), False),
+        )
+    )
+    whole = torch.randn(n, 64, h, w).contiguous(memory_format=LAST)
+    for x in (whole[:, :32], whole[:, 32:], torch.randn(n, 32, h, w).contiguous(memory_format=LAST)):
+        found, expected = packed(x), plain(x)
+        assert_same(found, expected)
+        assert_errs_like_eager(found, expected, exact(x.double()))
+
+
+@needs_packing
+def test_where_weights_are_packed():
+    assert packs_weights(torch.float32, LAST)
+    assert not packs_weights(torch.float32, FIRST)
+    assert not packs_weights(torch.bfloat16, LAST)
+    assert not packs_weights(torch.float64, LAST)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not packs_weights(torch.float32, LAST)
+    with FlopCounterMode(display=False):
+        assert not packs_weights(torch.float32, LAST)
+
+
+def layer():
+    return SelectiveKernel(16, groups=4, split_input=False).eval()
+
+
+def image():
+    return torch.randn(2, 16, 9, 8).contiguous(memory_format=LAST)
+
+
+@torch.no_grad()
+def test_a_recorded_call_follows_the_library_and_the_counters():
+    """Operations of both branches and of the gate are counted, though the call has been recorded before."""
+    module, x = layer(), image()
+    v = module(x)
+    with FlopCounterMode(display=False) as counter:
+        assert_same(module(x), v)
+    convolutions = 2 * 2 * x.numel() * 4 * 9
+    assert counter.get_total_flops() > convolutions
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert_same(module(x), v)
+
+
+@torch.no_grad()
+def test_packed_weights_follow_the_parameters_and_are_left_out_of_copies():
+    module, x = layer(), image()
+    module(x)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(copied(x), module(x))
+    module.paths[0].conv.weight.mul_(2)
+    with use_backend("reference"):
+        expected = module(x)
+    assert_same(module(x), expected)
