@@ -61,9 +61,10 @@ def choose(
         if not reason:
             return cpu.plan(x, spec)
         if training.is_training(x, branches, gate):
-            reason = cpu.training_reason(x, branches, gate, spec)
-            if not reason:
+            not_trained = cpu.training_reason(x, branches, gate, spec)
+            if not not_trained:
                 return cpu.training_plan(x, spec)
+            reason = f"{reason}; for training, {not_trained}"
         if backend == "torch":
             raise RuntimeError(f'use_backend("torch") cannot run here: {reason}')
         return reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes no kernels', reason)
