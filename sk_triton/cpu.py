@@ -145,7 +145,9 @@ def _plan(
         return Plan("torch", names[0], m * reads + 2 * m + 2 + 3 * (m - 1), dtype, rejected)
     convolve = m * (3 + 2 * (spec.branch_act == "relu" and not is_packed))
     select = 3 if m == 2 else 2 + 3 * (m - 1)
-    return Plan("torch", names[0], convolve + select, dtype, rejected, samples=part_samples)
+    return Plan(
+        "torch", names[0], convolve + select, dtype, rejected, is_packed=is_packed, samples=part_samples
+    )
 
 
 def _part_samples(n: int, sample_bytes: int, threads: int) -> int:

@@ -17,7 +17,7 @@ def packs_weights(dtype: torch.dtype, memory_format: torch.memory_format) -> boo
     """Whether weights are put into the layout that oneDNN computes in once, not at every call.
 
     By the operators that Inductor freezes models with: no public one does, and where they are missing PyTorch's
-    convolution serves. So it does in NCHW, where it is faster, by half in 512 @ 14² at batch 8 on a Zen 3; and under a
+    convolution serves. So it does in NCHW, where these operators were slower, see ``schedules/README.md``; and under a
     dispatch mode, which counts operations or memory by the operators it knows.
     """
     return (

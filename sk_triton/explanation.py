@@ -65,6 +65,8 @@ class Explanation:
             lines.append(f"gpu       {self.gpu}")
         if plan.samples:
             lines.append(f"samples   {plan.samples} at a time")
+        if plan.is_packed:
+            lines.append("weights   laid out for oneDNN once")
         if plan.merged is not None:
             lines.append(f"merged    {plan.merged}")
         lines.extend(self._launch_lines())

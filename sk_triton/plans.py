@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache as remembered
 from functools import lru_cache
 from itertools import groupby
 from math import prod
@@ -63,7 +63,7 @@ def fastest_plan(workload: Workload) -> Plan:
     """The plan of the schedule that was measured to be fastest on this GPU, else of the one expected to be."""
     expected = expected_plan(workload)
 
-    @remembered
+    @functools.cache
     def expected_at(n: int) -> str:
         return expected.schedule if n == workload.n else expected_plan(replace(workload, n=n)).schedule
 

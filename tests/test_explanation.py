@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from sk_triton import SelectiveKernel, SKConv, explain, use_backend
+from sk_triton.cpu_convolution import packs_weights
 from sk_triton.explanation import Explanation
 from sk_triton.training_plan import make_training_plan
 
@@ -23,6 +24,18 @@ def test_it_raises_what_the_call_raises():
 def test_another_layer_is_refused():
     with pytest.raises(TypeError, match="layer must be an SKConv or a SelectiveKernel, got Conv2d"):
         explain(nn.Conv2d(8, 8, 3), torch.randn(1, 8, 5, 4))
+
+
+def test_packed_weights_are_told():
+    layer, x = (
+        SKConv(8, 2, 2, 2).eval(),
+        torch.randn(1, 8, 5, 4).contiguous(memory_format=torch.channels_last),
+    )
+    with torch.no_grad():
+        found, plain = explain(layer, x), explain(layer, x.contiguous())
+    told = "weights   laid out for oneDNN once"
+    assert (told in str(found)) == found.plan.is_packed == packs_weights(x.dtype, torch.channels_last)
+    assert told not in str(plain)
 
 
 def test_an_empty_batch_takes_the_reference():

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cpu_convolution import convolution, packs_weights
+from ..cpu_convolution import convolution
 from ..folding import FoldedGate, attend, fold_unit, sum_dtype
 from ..layout import branch_inputs, empty_output
 from ..packing import PackCache, remember
@@ -36,18 +36,18 @@ def prepare(
     cache: PackCache | None,
 ) -> Callable[[Tensor], Tensor]:
     """What computes the unit's output from inputs in a memory format, as :func:`sk_triton.functional.sk_conv` does."""
-    is_packed, has_relu = packs_weights(plan.dtype, out_format), spec.branch_act == "relu"
+    has_relu = spec.branch_act == "relu"
 
     @torch.no_grad()
     def build() -> _Unit:
         unit = fold_unit(branches, gate, plan.dtype, out_format)
         convolutions = tuple(
-            convolution(weight, bias, branch, spec.stride, has_relu, is_packed)
+            convolution(weight, bias, branch, spec.stride, has_relu, plan.is_packed)
             for weight, bias, branch in zip(unit.weights, unit.biases, spec.branches, strict=True)
         )
         return _Unit(convolutions, unit.gate)
 
-    unit = remember(cache, ("folded", plan.dtype, out_format, is_packed), branches, gate, build)
+    unit = remember(cache, ("folded", plan.dtype, out_format, plan.is_packed), branches, gate, build)
     return functools.partial(_run, unit, spec, plan.samples, out_format)
 
 
