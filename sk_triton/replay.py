@@ -121,37 +121,37 @@ def kind_of(x: Any, save: Save | None = None) -> Hashable | None:
         return None
     if type(x) is not Tensor or x.layout is not torch.strided:
         return None
-    is_training = torch.is_grad_enabled()
-    shape, device = x.shape, x.device
-    if len(shape) != 4:
+    shape, is_cpu = x.shape, x.is_cpu
+    # Elsewhere there is nothing to start.
+    if len(shape) != 4 or not (is_cpu or x.is_cuda):
         return None
-    device_type = device.type
-    if device_type == "meta":  # there is nothing to start
-        return None
+    is_training, device_type = torch.is_grad_enabled(), "cpu" if is_cpu else "cuda"
     # Hooks must find the same tensors saved at every call: recorded ones save others (`torch.utils.checkpoint` counts).
     if is_training and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
     # A mode is to see the operators that it knows.
-    if (is_training or device_type == "cpu") and _get_current_dispatch_mode() is not None:
+    if (is_training or is_cpu) and _get_current_dispatch_mode() is not None:
         return None
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     if autocast is not None and not is_training:
         return None
     training = (chosen_save(save), autocast) if is_training else None
+    index = x.get_device()
     # A GPU's stream; a CPU's library and number of threads, by which a batch is computed in parts.
-    executor: Hashable = 0
-    if device_type == "cpu":
+    executor: Hashable
+    if is_cpu:
         executor = torch.get_num_threads(), torch.backends.mkldnn.enabled
-    elif device_type == "cuda":
-        if torch.cuda.current_device() != device.index or torch.cuda.is_current_stream_capturing():
+    else:
+        if torch.cuda.current_device() != index or torch.cuda.is_current_stream_capturing():
             return None
-        executor = torch.cuda.current_stream(device).cuda_stream
+        # Not by `torch.cuda.current_stream`, which makes an object of it.
+        executor = torch._C._cuda_getCurrentRawStream(index)
     dtype = x.dtype
     return (
         shape,
         x.stride(),
         dtype,
-        device,
+        index,
         x.data_ptr() % 16,
         executor,
         current_backend(),

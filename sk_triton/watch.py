@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import attrgetter, is_, itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,16 +17,16 @@ _SETTINGS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (nn.modules.dropout._DropoutNd, ("training",)),
 )
 
-_version, _dtype = attrgetter("_version"), attrgetter("dtype")
-_needs_gradient, _shape = attrgetter("requires_grad"), attrgetter("shape")
+_version, _needs_gradient = attrgetter("_version"), attrgetter("requires_grad")
 
 
 class Watch:
     """A layer's state when this was made: its modules, their settings and hooks, and its parameters and buffers.
 
-    Like the cache of packed weights it cannot see writes that PyTorch does not count. Besides, a vector, as those of
-    norms are, is taken for unchanged where its address and dtype are: other data that begin there go unseen. Asking
-    each vector for its size and stride takes Python half as long as all the rest.
+    Like the cache of packed weights it cannot see writes that PyTorch does not count. Besides, two uses of `.data` go
+    unseen, both of the same memory: in another dtype of the same size, and, of vectors, as those of norms are, with
+    another size or stride. Looking at these at every call would take Python
+    as long as all the rest.
 
     Attributes:
         is_possible: False where changes would go unseen: parametrized parameters, inference tensors, hooks, settings
@@ -36,7 +36,6 @@ class Watch:
     def __init__(self, layer: nn.Module, *, is_training: bool) -> None:
         """`is_training`: a call then reads the tensors as they are, so that these may change, and counts batches; but
         which of them need gradients is a part of the state."""
-        self._is_training = is_training
         modules = list(layer.modules())
         # The layer's own hooks run around its forward; those of its parts never would.
         self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
@@ -46,24 +45,29 @@ class Watch:
         are_plain = all(name in attributes for attributes, names in settings for name in names)
         self._settings = [(attributes, itemgetter(*names)) for attributes, names in settings if are_plain]
         self._expected_settings = self._list_settings()
-        self._slots = [
+        slots = [
             (own, name)
             for m in modules
             for own in (m._parameters, m._buffers)
             for name in own
             if is_training or name != "num_batches_tracked"
         ]
-        self._expected_slots = [own[name] for own, name in self._slots]
-        self._expected_absent = [t is None for t in self._expected_slots]
-        self._tensors, self._arrays = _split(self._expected_slots)
+        self._empty = [(own, name) for own, name in slots if own[name] is None]
+        filled = [(own, name, t) for own, name in slots if (t := own[name]) is not None]
+        tensors = [t for _, _, t in filled]
         self.is_possible = are_plain and not (
-            any(t.is_inference() for t in self._tensors)
-            or any(self._hooks)
-            or any(map(is_parametrized, modules))
+            any(t.is_inference() for t in tensors) or any(self._hooks) or any(map(is_parametrized, modules))
         )
         # They keep the memory alive, which a tensor may leave: an address tells no longer than that.
-        self._kept = [t.detach() for t in self._tensors]
-        self._expected_marks = self._marks(self._tensors, self._arrays) if self.is_possible else ()
+        self._kept = [t.detach() for t in tensors]
+        # A tensor may move while it stays the same object: by `.data`, or, as FSDP's, as its storage is freed and
+        # allocated again.
+        self._mark = _needs_gradient if is_training else _version
+        self._filled = [
+            (own, name, t, t.data_ptr(), self._mark(t), None if t.dim() == 1 else kept, kept)
+            for (own, name, t), kept in zip(filled, self._kept, strict=True)
+            if self.is_possible
+        ]
 
     def holds(self) -> bool:
         """Whether nothing has changed."""
@@ -71,22 +75,22 @@ class Watch:
             return False
         if self._list_settings() != self._expected_settings:
             return False
+        mark = self._mark
         try:
-            slots = [own[name] for own, name in self._slots]
-        except KeyError:
+            for own, name, tensor, address, expected_mark, array, kept in self._filled:
+                now = own[name]
+                if now is None or (now is not tensor and not _stands_for(now, kept)):
+                    return False
+                if now.data_ptr() != address or mark(now) != expected_mark:
+                    return False
+                if array is not None and not now.is_set_to(array):
+                    return False
+            for own, name in self._empty:
+                if own[name] is not None:
+                    return False
+        except (KeyError, RuntimeError):  # none is left, or an inference tensor has taken a parameter's place
             return False
-        # Not `==`, which compares values where the tensors differ.
-        if all(map(is_, slots, self._expected_slots)):
-            tensors, arrays = self._tensors, self._arrays
-        elif [t is None for t in slots] == self._expected_absent:
-            # Others stand for them: new views of the same memory, as FSDP makes at every call, are no change.
-            tensors, arrays = _split(slots)
-        else:
-            return False
-        try:
-            return self._marks(tensors, arrays) == self._expected_marks
-        except RuntimeError:  # an inference tensor has taken a parameter's place
-            return False
+        return True
 
     def covers(self, tensors: Sequence[Tensor]) -> bool:
         """Whether all of them lie in the memory of watched parameters and buffers: a plain attribute does not."""
@@ -96,20 +100,7 @@ class Watch:
     def _list_settings(self) -> list[Any]:
         return [get(attributes) for attributes, get in self._settings]
 
-    def _marks(self, tensors: list[Tensor], arrays: list[Tensor]) -> tuple[list[Any], ...]:
-        # A tensor may move while it stays the same object: by `.data`, or, as FSDP's, as its storage is freed and
-        # allocated again.
-        changing = _needs_gradient if self._is_training else _version
-        return (
-            [*map(Tensor.data_ptr, tensors)],
-            [*map(changing, tensors)],
-            [*map(_dtype, tensors)],
-            [*map(_shape, arrays)],
-            [*map(Tensor.stride, arrays)],
-        )
 
-
-def _split(slots: Sequence[Tensor | None]) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors of slots, and those that are no vectors."""
-    tensors = [t for t in slots if t is not None]
-    return tensors, [t for t in tensors if t.dim() != 1]
+def _stands_for(now: Tensor, kept: Tensor) -> bool:
+    """Whether the tensor in a slot may be a new view of what was there, as FSDP makes at every call: no change."""
+    return now.dtype is kept.dtype and now.is_set_to(kept)
