@@ -27,8 +27,9 @@ PART_BYTES_PER_THREAD = 1 << 20
 class _Costs(NamedTuple):
     """What merging trades, in multiply-adds of oneDNN's convolution.
 
-    Fitted to times of "folded" and "merged", and of "train" and "train_merged", on an AMD EPYC (Zen 4), two threads,
-    batch 8, float32, over 4 to 32 channels per group, 32 groups, 14 to 56 pixels a side, NCHW and channels_last.
+    Fitted to times of "folded" and "merged" on an AMD EPYC (Zen 4), and of "train" and "train_merged" on an Intel Xeon
+    (AVX-512), two threads, batch 8, float32, over 4 to 32 channels per group, 32 groups, 14 to 56 pixels a side, NCHW
+    and channels_last.
 
     Attributes:
         convolutions: how often a product is computed: once, or for the output and both gradients.
@@ -46,7 +47,7 @@ class _Costs(NamedTuple):
 
 
 _INFERENCE_COSTS = _Costs(1, 85, 90, 90, 15_000_000)
-_TRAINING_COSTS = _Costs(3, 300, 400, 650, 30_000_000)
+_TRAINING_COSTS = _Costs(3, 275, 410, 1000, 30_000_000)
 _SCHEDULES = "the CPU's schedules"
 _NOT_TRITON = ("triton", 'x is on "cpu", where "auto" takes PyTorch\'s operators')
 
@@ -141,8 +142,10 @@ def _plan(
         not_merged = balance
     rejected = (_NOT_TRITON, (names[1], not_merged))
     if is_training:
-        # The input for each branch, which is written, read to pool, and read to be added to the output.
-        return Plan("torch", names[0], m * reads + 2 * m + 2 + 3 * (m - 1), dtype, rejected)
+        # The input for each branch, which is written, read to pool, and read to be added to the output; of two, their
+        # difference is written besides.
+        passes = m * reads + 2 * m + 2 + 3 * (m - 1) + 3 * (m == 2)
+        return Plan("torch", names[0], passes, dtype, rejected)
     convolve = m * (3 + 2 * (spec.branch_act == "relu" and not is_packed))
     select = 3 if m == 2 else 2 + 3 * (m - 1)
     return Plan(

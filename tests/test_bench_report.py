@@ -41,7 +41,7 @@ GREEN = results.Tests("pytest", 3, 0, 0, environment.git_revision().commit)
 def tiny(monkeypatch):
     """Steps in seconds: small shapes, three rounds, one picture, and no other process."""
     monkeypatch.setattr(protocol, "QUICK", SHORT)
-    monkeypatch.setattr(shapes, "STAGES", {1: (32, 7), 3: (32, 5), 4: (64, 4)})
+    monkeypatch.setattr(shapes, "STAGES", {1: (32, 14), 3: (32, 12), 4: (64, 10)})
     model = next(iter(suites.layer(suites.Choice(False, quick=True, batches=(1,)))))
     for suite in suites.SUITES:
         case = dataclasses.replace(model, suite=suite)

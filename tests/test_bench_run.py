@@ -18,7 +18,7 @@ from .bench_fakes import SHORT, FakeSource, SwappedBranches
 def tiny(monkeypatch):
     """Three rounds of small shapes, and no pictures."""
     monkeypatch.setattr(protocol, "QUICK", SHORT)
-    monkeypatch.setattr(shapes, "STAGES", {1: (32, 7), 3: (32, 5)})
+    monkeypatch.setattr(shapes, "STAGES", {1: (32, 14), 3: (32, 12)})
     monkeypatch.setattr(plots, "save_plots", lambda run, folder: [])
     monkeypatch.setattr(session, "measure_ceilings", lambda device, dtypes: results.Ceilings(1e15, {}))
 

@@ -121,9 +121,10 @@ def test_a_unit_of_the_grid_that_is_lost_is_listed(monkeypatch):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """All suites on small shapes, three rounds each."""
+    """All suites on small shapes, three rounds each. Of fewer pixels, chance takes the largest error of one output in
+    some hundreds past twice eager's."""
     monkeypatch.setattr(protocol, "QUICK", SHORT)
-    monkeypatch.setattr(shapes, "STAGES", {1: (32, 7), 3: (32, 5), 4: (64, 4)})
+    monkeypatch.setattr(shapes, "STAGES", {1: (32, 14), 3: (32, 12), 4: (64, 10)})
     monkeypatch.setattr(host, "CALLS", 1)
     monkeypatch.setattr(host, "REPEATS", 2)
     monkeypatch.setattr(host, "PROCESSES", 1)

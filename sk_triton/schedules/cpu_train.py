@@ -1,7 +1,8 @@
 """Schedule "train", for the CPU and linear branches: one function with a backward pass of its own.
 
 Autograd would keep what every operator reads, and walk over the branches once for each operator's gradient. Here the
-input and the branches are kept, and a branch's gradient is written once, into memory that the next branch takes again.
+input and the branches are kept, of two branches their difference alone; and a branch's gradient is written once, into
+memory that the next branch takes again.
 """
 
 from __future__ import annotations
@@ -55,6 +56,9 @@ class _LinearUnit(torch.autograd.Function):
         v = us[0] * a[:, 0]
         for i in range(1, m):
             v.addcmul_(us[i], a[:, i])
+        if m == 2:
+            # Attention sums to 1: its gradient is that of the first, by their difference.
+            us = [us[0].sub_(us[1])]
         ctx.spec = spec
         ctx.save_for_backward(x, s, attention, *parameters[2 * m :], *parameters[:m], *us)
         return v.contiguous(memory_format=memory_format(x))
@@ -75,7 +79,9 @@ def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
     gate, weights, us = FoldedGate(*rest[:4]), rest[4 : 4 + m], rest[4 + m :]
     sums = sum_dtype(dv.dtype)
     scratch = torch.empty_like(us[0])
-    da = torch.stack([torch.mul(dv, u, out=scratch).sum((2, 3), dtype=sums) for u in us], dim=1)  # [N, M, C]
+    da = torch.zeros_like(a)
+    for i, u in enumerate(us):
+        da[:, i] = torch.mul(dv, u, out=scratch).sum((2, 3), dtype=sums)
     ds, gate_grads = attend_bwd(s, gate, spec.gate_act == "relu", da)
     pixels = dv.shape[2] * dv.shape[3]
     g = (ds / pixels).to(dv.dtype)[..., None, None]
