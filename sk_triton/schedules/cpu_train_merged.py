@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -36,8 +35,9 @@ from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import BranchSpec, SKSpec
 
-# Pixels whose products are added one by one to a gradient of weights; a single row may have more.
-LONGEST_SUM = 512
+# Pixels whose products oneDNN may add to a gradient of weights in one call; a single row may have more. Below AVX-512
+# it adds them one by one in channels_last, and rounding errors grow four times as fast.
+LONGEST_SUM = 2048 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 512
 
 
 def run(plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
@@ -134,33 +134,31 @@ def _convolve_bwd(
             dv_part, x_part = side_by_side(dv[part]), side_by_side(x[part])
             dx_part, _ = _convolution_backward(dv_part, x_part, weight, spec, merged, padding, (True, False))
             dx[part] = dx_part.view_as(dx[part])
-        for dk_i, dv_i, x_i in zip(dk[part], dv[part].split(1), x[part].split(1), strict=True):
-            _kernel_grad(dv_i, x_i, spec, merged, out=dk_i)
+    _kernel_grads(dv, x, spec, merged, out=dk)
     return dx, dk
 
 
-def _kernel_grad(dv: Tensor, x: Tensor, spec: SKSpec, merged: BranchSpec, out: Tensor) -> None:
-    """The gradient of one sample's kernels ``[C, fan_in, K, K]``, written to `out`.
+def _kernel_grads(dv: Tensor, x: Tensor, spec: SKSpec, merged: BranchSpec, out: Tensor) -> None:
+    """The gradients of each sample's own kernels, written to `out` ``[N, C, fan_in, K, K]``.
 
-    By strips of rows: oneDNN adds the products of all pixels one by one, in channels_last on some processors and in
-    NCHW on others, and the rounding of so long a sum would be several times that of eager's attention gradient.
+    By strips of rows: the rounding of a sum over a large image would be several times that of eager's attention
+    gradient.
     """
     h, w = dv.shape[2:]
-    rows = max(1, LONGEST_SUM // w)
-    if rows >= h:
-        dv, x = (t.contiguous(memory_format=torch.channels_last) for t in (dv, x))
-        padding = (merged.padding, merged.padding)
-        out.copy_(_convolution_backward(dv, x, out, spec, merged, padding, (False, True))[1])
-        return
-    x = F.pad(x, (0, 0, merged.padding, merged.padding))
-    dv, x = (t.contiguous(memory_format=torch.channels_last) for t in (dv, x))
+    rows = math.ceil(h / math.ceil(h / max(1, LONGEST_SUM // w)))
+    pad = merged.padding
+    _, c, h_in, w_in = x.shape
+    # One sample and the rows of zeros around it; strips begin and end anywhere in it.
+    padded = torch.empty(1, c, h_in + 2 * pad, w_in, dtype=x.dtype, memory_format=torch.channels_last).zero_()
     out.zero_()
-    for start in range(0, h, rows):
-        dv_strip = dv[:, :, start : start + rows]
-        first = start * spec.stride
-        x_strip = x[:, :, first : first + (dv_strip.shape[2] - 1) * spec.stride + 2 * merged.padding + 1]
-        padding = (0, merged.padding)
-        out += _convolution_backward(dv_strip, x_strip, out, spec, merged, padding, (False, True))[1]
+    for dk_i, dv_i, x_i in zip(out, dv.split(1), x.split(1), strict=True):
+        padded[:, :, pad : pad + h_in] = x_i
+        dv_i = dv_i.contiguous(memory_format=torch.channels_last)
+        for start in range(0, h, rows):
+            dv_strip = dv_i[:, :, start : start + rows]
+            first = start * spec.stride
+            x_strip = padded[:, :, first : first + (dv_strip.shape[2] - 1) * spec.stride + 2 * pad + 1]
+            dk_i += _convolution_backward(dv_strip, x_strip, dk_i, spec, merged, (0, pad), (False, True))[1]
 
 
 def _convolution_backward(
