@@ -47,7 +47,7 @@ class _Costs(NamedTuple):
 
 
 _INFERENCE_COSTS = _Costs(1, 85, 90, 90, 15_000_000)
-_TRAINING_COSTS = _Costs(3, 275, 410, 1000, 30_000_000)
+_TRAINING_COSTS = _Costs(3, 275, 410, 650, 30_000_000)
 _SCHEDULES = "the CPU's schedules"
 _NOT_TRITON = ("triton", 'x is on "cpu", where "auto" takes PyTorch\'s operators')
 
