@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from sk_triton import plans
+from sk_triton import plans, preference
 from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS, Chip
 from sk_triton.environment import require
@@ -108,7 +108,7 @@ def _why_not_measured(gpu: Gpu, cases: int) -> str:
 
 def rejected(problem: Problem, predictions: list[Prediction], chip: Chip) -> dict[str, str]:
     """Why "auto" runs no other of the predicted schedules, in the dispatcher's words."""
-    words = dict(plans.fastest_plan(problem.on(chip)).rejected)
+    words = dict(preference.fastest_plan(problem.on(chip)).rejected)
     return {p.schedule: words[p.schedule] for p in predictions if p.schedule in words}
 
 
@@ -120,7 +120,7 @@ def refused(problem: Problem, chip: Chip) -> dict[str, str]:
 
 def choice(problem: Problem, predictions: list[Prediction], chip: Chip) -> tuple[str, str]:
     """(what "auto" runs, why): the dispatcher's own choice, beside the predictions."""
-    chosen = plans.fastest_plan(problem.on(chip)).schedule
+    chosen = preference.fastest_plan(problem.on(chip)).schedule
     by_name = {prediction.schedule: prediction for prediction in predictions}
     others = ", ".join(f"{name} {_us(p.total)}" for name, p in by_name.items() if name != chosen)
     return chosen, f"predicted {_us(by_name[chosen].total)} µs, bound by {by_name[chosen].bound}; {others}"

@@ -19,8 +19,9 @@ from .layout import memory_format
 from .packing import PackCache
 from .params import Branch, Gate
 from .plan import Plan
-from .plans import eager_passes, fastest_plan, plan_schedule
+from .plans import eager_passes, plan_schedule
 from .precision import allows_tf32
+from .preference import fastest_plan
 from .reasons import state_reason, tracing_reason, unit_reason
 from .replay import Recorder
 from .save import Save

@@ -1,34 +1,24 @@
-"""Plans of the Triton schedules: which can run a unit, with which configs, and which is expected to be fastest."""
+"""Plans of the Triton schedules: which can run a unit, and with which configs; :mod:`.preference` takes one of them."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from itertools import groupby
-from math import prod
 
 import torch
 
-from . import analytic_gated, analytic_merged, analytic_resident
+from . import analytic_merged, analytic_resident
 from .backend import SCHEDULES, Schedule
 from .chips import UNHOISTED_LOOPS
 from .environment import triton_version
-from .kernels.config import ColumnConfig, TapConfig
-from .kernels.geometry import MAX_ITEMS, ConvShape, can_run, resident_items, tiles
+from .kernels.geometry import MAX_ITEMS, ConvShape, can_run, resident_items
 from .kernels.merging import merged_shape
 from .plan import BranchLaunch, MergedLaunch, Plan
 from .spec import BranchSpec, SKSpec
 from .tuning import cache, launches
-from .tuning.lookup import tuned
 from .workload import Workload
-
-# Channels per group up to which the convolution is bound by memory, so that fusing it pays; above, it is the library's.
-MAX_KERNEL_CHANNELS = 64
-# Channels per group from which kernels above 3x3, multiplied tap by tap, lose to the library's convolution: 145 against
-# 77 µs for 3x3 and 5x5 branches of 32, 1024 @ 7², batch 128, on an H100 (bench/results/h100/launches.csv).
-MIN_LIBRARY_TAP_CHANNELS = 32
 
 
 def make_plan(schedule: Schedule, workload: Workload) -> Plan:
@@ -37,7 +27,7 @@ def make_plan(schedule: Schedule, workload: Workload) -> Plan:
     Raises:
         RuntimeError: the schedule cannot run the unit; the message holds the reason.
     """
-    plan = _PLANNERS[schedule](workload)
+    plan = plan_or_refusal(schedule, workload)
     if isinstance(plan, str):
         raise RuntimeError(f"schedule {schedule!r} cannot run here: {plan}")
     return plan
@@ -47,141 +37,20 @@ plan_schedule = lru_cache(maxsize=1024)(make_plan)
 """As :func:`make_plan`, remembered."""
 
 
+def plan_or_refusal(schedule: Schedule, workload: Workload) -> Plan | str:
+    """The plan of one schedule, made anew, or why it cannot run the unit."""
+    return _PLANNERS[schedule](workload)
+
+
 def refusal(schedule: Schedule, workload: Workload) -> str:
     """Why a schedule cannot run a unit, "" if it can."""
-    plan = _PLANNERS[schedule](workload)
+    plan = plan_or_refusal(schedule, workload)
     return plan if isinstance(plan, str) else ""
 
 
 def possible_schedules(workload: Workload) -> list[Schedule]:
     """The schedules that can run a unit."""
     return [name for name in SCHEDULES if not refusal(name, workload)]
-
-
-@lru_cache(maxsize=1024)
-def fastest_plan(workload: Workload) -> Plan:
-    """The plan of the schedule that was measured to be fastest on this GPU, else of the one expected to be."""
-    expected = expected_plan(workload)
-
-    @functools.cache
-    def expected_at(n: int) -> str:
-        return expected.schedule if n == workload.n else expected_plan(replace(workload, n=n)).schedule
-
-    request = launches.schedule_request(workload, lambda: possible_schedules(workload), expected_at)
-    found = tuned(request, workload.chip)
-    if found is None:
-        return expected
-    plan = expected
-    if found.config != expected.schedule:
-        plan = make_plan(found.config, workload)
-        for name in SCHEDULES:
-            if name != found.config:
-                plan = plan.rejecting(name, refusal(name, workload) or f"slower: {found.source}")
-    return replace(plan, sources=(found.source, *plan.sources))
-
-
-def expected_plan(workload: Workload) -> Plan:
-    """The plan that is expected to be fastest: the library in wide groups, else for few samples that of the fewest
-    launches, for many that of the fewest passes."""
-    library = _plan_library(workload)
-    slower = library_reason(workload)
-    if not slower:
-        plan = _expected_kernels(workload)
-        return plan.rejecting(
-            "library",
-            f"{library.passes:g} passes over memory, against {plan.passes:g}: it fuses no convolution",
-        )
-    for name in SCHEDULES:
-        if name != library.schedule:
-            library = library.rejecting(name, refusal(name, workload) or slower)
-    return library
-
-
-def library_reason(workload: Workload) -> str:
-    """Why the library's convolution is expected to be faster than the kernels'; "" if it is not."""
-    widest = workload.spec.group_channels
-    if widest > MAX_KERNEL_CHANNELS:
-        return (
-            f"a branch has {widest} channels per group; above {MAX_KERNEL_CHANNELS} the library's convolution is "
-            "expected to be faster"
-        )
-    # Not known of AMD's library, and not in fp32.
-    if workload.chip.l2_mib and workload.dtype != torch.float32 and widest >= MIN_LIBRARY_TAP_CHANNELS:
-        for launch in plan_store(workload).branch_launches:
-            if isinstance(launch.config, TapConfig) and max(launch.shape.kernels) > 3:
-                return (
-                    f"a branch above 3x3 has {widest} channels per group: only one kernel takes it, tap by tap; "
-                    f"from {MIN_LIBRARY_TAP_CHANNELS} the library's convolution was faster (77 µs against 145 on an "
-                    "H100 at 1024 @ 7²)"
-                )
-    return ""
-
-
-def _expected_kernels(workload: Workload) -> Plan:
-    """Of the schedules that convolve by kernels: for few samples that of fewer launches, else of fewer passes."""
-    gated = _plan_gated(workload)
-    reason = _gated_reason(workload, gated)
-    if reason:
-        return _fewest_passes(workload).rejecting("gated", reason)
-    recompute = plan_recompute(workload)
-    more = (
-        f"more launches than {len(gated.branch_launches) + 1}: for so few samples their starts are the time"
-    )
-    return (
-        gated.rejecting("store", more)
-        .rejecting("recompute", recompute if isinstance(recompute, str) else more)
-        .rejecting("merged", refusal("merged", workload) or more)
-        .rejecting("resident", _unmeasured_reason(workload))
-    )
-
-
-def _gated_reason(workload: Workload, gated: Plan) -> str:
-    """Why "gated" is not expected to be faster than three launches, "" if it is."""
-    size = workload.output_size
-    summed = sum(prod(tiles(launch.shape, launch.config, *size)) for launch in gated.branch_launches)
-    return analytic_gated.gated_reason(workload, summed)
-
-
-def _fewest_passes(workload: Workload) -> Plan:
-    """Of the schedules that convolve by kernels, the plan of the fewest passes among those that memory binds."""
-    store = plan_store(workload)
-    merged = _plan_merged(workload)
-    if not isinstance(merged, str):
-        return (
-            merged.rejecting("store", f"{store.passes:g} passes over memory, against {merged.passes:g}")
-            .rejecting("recompute", "as many passes as merged, and every branch convolved twice")
-            .rejecting("resident", "every branch convolved twice, where merged convolves once for all")
-        )
-    store = store.rejecting("merged", merged)
-    recompute = plan_recompute(workload)
-    if isinstance(recompute, str):
-        return store.rejecting("recompute", recompute)
-    if recompute.passes >= store.passes:
-        return store.rejecting(
-            "recompute", f"{recompute.passes:g} passes over memory, against {store.passes:g}"
-        )
-    return (
-        recompute.rejecting("resident", _unmeasured_reason(workload))
-        .rejecting("merged", merged)
-        .rejecting("store", f"{store.passes:g} passes over memory, against {recompute.passes:g}")
-    )
-
-
-def _unmeasured_reason(workload: Workload) -> str:
-    """Why "resident" is not expected to be the schedule to take."""
-    resident = _plan_resident(workload)
-    if isinstance(resident, str):
-        return resident
-    chip = workload.chip
-    (launch,) = resident.branch_launches
-    if analytic_resident.has_short_columns(launch.config, launch.shape, chip):
-        # Predicted for an A100: 204 µs against 194 in stage 1.
-        return f"it fits {chip.name}'s registers with short columns only, whose instructions cost more than a pass"
-    # Eight channels a program ask L2 for half sectors: bench/results/h100/units.csv, stage 1.
-    return (
-        f"{resident.passes:g} passes over memory in one launch, but slower where it was measured (407 µs against 194 "
-        "on an H100, 128 samples at 128 @ 56²); sk-triton tune measures it here"
-    )
 
 
 def plan_store(workload: Workload) -> Plan:
@@ -201,7 +70,7 @@ def _plan_stored(schedule: Schedule, workload: Workload, *, has_gate: bool = Tru
     return _plan(schedule, workload, len(branches), passes, tuple(branches), has_gate=has_gate)
 
 
-def _plan_gated(workload: Workload) -> Plan:
+def plan_gated(workload: Workload) -> Plan:
     """The plan of schedule "gated", which runs every unit."""
     plan = _plan_stored("gated", workload, has_gate=False)
     config, source = launches.gated_select_config(workload)
@@ -221,24 +90,6 @@ def _plan_recompute(workload: Workload) -> Plan | str:
                 "dilations that are no power of two have no kernel that selects"
             )
     return _plan("recompute", workload, 2, 1, branches)
-
-
-def plan_recompute(workload: Workload) -> Plan | str:
-    """The plan of schedule "recompute" where convolving again is expected to cost less than writing the branches;
-    elsewhere, or where it cannot run, the reason."""
-    plan = _plan_recompute(workload)
-    if isinstance(plan, str):
-        return plan
-    if workload.dtype == torch.float32:
-        # 36 to 350 instructions per output: convolving twice costs more than the passes it saves.
-        return "in fp32 the convolution is bound by arithmetic, and would run twice"
-    if (
-        isinstance(plan.branch_launches[0].config, ColumnConfig)
-        and workload.spec.branch_in_channels > 16 * workload.spec.branches[0].groups
-    ):
-        # Predicted for stage 4: 53 µs, against 47 of "store" (`sk-triton explain --gpu h100 --stage 4`).
-        return "groups above 16 channels are bound by loading weights, twice as many"
-    return plan
 
 
 def _plan_merged(workload: Workload) -> Plan | str:
@@ -313,7 +164,7 @@ def _plan_resident(workload: Workload) -> Plan | str:
     return replace(plan, resident=config)
 
 
-def _plan_library(workload: Workload) -> Plan:
+def plan_library(workload: Workload) -> Plan:
     """The plan of schedule "library", which runs every unit."""
     spec = workload.spec
     m = spec.num_branches
@@ -327,11 +178,11 @@ def _plan_library(workload: Workload) -> Plan:
 
 _PLANNERS: dict[Schedule, Callable[[Workload], Plan | str]] = {
     "store": plan_store,
-    "gated": _plan_gated,
+    "gated": plan_gated,
     "recompute": _plan_recompute,
     "merged": _plan_merged,
     "resident": _plan_resident,
-    "library": _plan_library,
+    "library": plan_library,
 }
 
 
@@ -403,4 +254,3 @@ def eager_passes(spec: SKSpec) -> float:
 
 
 cache.when_changed(plan_schedule.cache_clear)
-cache.when_changed(fastest_plan.cache_clear)

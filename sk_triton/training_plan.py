@@ -10,7 +10,8 @@ from .environment import triton_version
 from .kernels.config import DepthwiseConfig
 from .kernels.geometry import can_run
 from .plan import BranchLaunch, Plan
-from .plans import branch_launch, eager_passes, library_reason, plan_recompute, plan_store
+from .plans import branch_launch, eager_passes, plan_store
+from .preference import library_reason, plan_recompute
 from .save import Save
 from .tuning import cache
 from .tuning import launches as lookups

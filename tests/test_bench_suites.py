@@ -18,7 +18,7 @@ from sk_triton.bench.shapes import INFERENCE, PAPER, SEED, SKNET50, TRAINING, un
 from sk_triton.bench.sources import Ours
 from sk_triton.bench.suites import OPTIONS, SUITES, Choice
 from sk_triton.kernels.launch import Launch
-from sk_triton.plans import MAX_KERNEL_CHANNELS
+from sk_triton.preference import MAX_KERNEL_CHANNELS
 
 from .bench_fakes import CPU, SHORT
 from .synthetic_results import slowed

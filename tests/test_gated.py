@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sk_triton import analytic_gated, plans
+from sk_triton import analytic_gated, preference
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import GatedSelectConfig
@@ -91,7 +91,7 @@ def test_what_the_kernel_does_not_take_is_refused():
 
 
 def plan(spec, n, size, dtype=torch.float16, chip="sm_90"):
-    return plans.fastest_plan(Workload(spec, n, size, size, dtype, CHIPS[chip]))
+    return preference.fastest_plan(Workload(spec, n, size, size, dtype, CHIPS[chip]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from sk_triton import SelectiveKernel, SKConv, explain, plans, steps, use_backend
+from sk_triton import SelectiveKernel, SKConv, explain, plans, preference, steps, use_backend
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.planned import prepared_steps
 from sk_triton.chips import CHIPS
@@ -165,14 +165,14 @@ def test_a_slice_of_the_input_is_copied():
 
 
 def expected(spec, dtype=torch.float16, **changes):
-    return plans.expected_plan(Workload(spec, 128, 14, 14, dtype, CHIPS["sm_90"], **changes))
+    return preference.expected_plan(Workload(spec, 128, 14, 14, dtype, CHIPS["sm_90"], **changes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=lambda chip: chip.name)
 def test_wide_groups_take_it_and_narrow_ones_do_not(chip, dtype):
     for channels, groups, is_wide in ((128, 1, True), (1024, 8, True), (512, 8, False), (128, 32, False)):
-        plan = plans.expected_plan(Workload(paper_unit(channels, groups), 32, 14, 14, dtype, chip))
+        plan = preference.expected_plan(Workload(paper_unit(channels, groups), 32, 14, 14, dtype, chip))
         assert (plan.schedule == "library") is is_wide
         others = {name for name, _ in plan.rejected}
         assert others >= ({"store", "recompute", "merged", "resident"} if is_wide else {"library"})

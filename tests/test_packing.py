@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import sk_triton.packing
-from sk_triton import SelectiveKernel, SKConv, plans, use_backend
+from sk_triton import SelectiveKernel, SKConv, preference, use_backend
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.packing import PackCache, fold_norm
 from sk_triton.tuning.lookup import Found, Source
@@ -171,11 +171,11 @@ def test_another_batch_or_image_size_packs_nothing_new(monkeypatch):
     pack = sk_triton.packing._pack
     monkeypatch.setattr("sk_triton.packing._pack", lambda *args: packed.append(args) or pack(*args))
     monkeypatch.setattr("sk_triton.tuning.launches.branch_config", config)
-    plans.fastest_plan.cache_clear()
+    preference.fastest_plan.cache_clear()
     for size in ((1, 8, 5, 4), (2, 8, 5, 4), (1, 8, 5, 7)):
         ours, expected = outputs(layer, torch.randn(size))
         torch.testing.assert_close(ours, expected)
-    plans.fastest_plan.cache_clear()
+    preference.fastest_plan.cache_clear()
     assert len(packed) == 1
 
 

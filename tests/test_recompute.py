@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sk_triton import functional, plans, use_backend
+from sk_triton import functional, plans, preference, use_backend
 from sk_triton.bench.grid import paper_unit
 from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
@@ -79,7 +79,7 @@ def test_a_bad_value_stays_in_its_sample():
 
 
 def plan(spec, *, n=128, size=56, dtype=torch.float16):
-    return plans.fastest_plan(Workload(spec, n, size, size, dtype, CHIPS["sm_90"]))
+    return preference.fastest_plan(Workload(spec, n, size, size, dtype, CHIPS["sm_90"]))
 
 
 @needs_narrow_products

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sk_triton import SelectiveKernel, plans, use_backend
+from sk_triton import SelectiveKernel, plans, preference, use_backend
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.chips import CHIPS
 from sk_triton.layout import empty_output
@@ -187,14 +187,14 @@ def test_the_list_advances_in_any_order_of_programs():
 
 
 def plan(spec, *, n=128, size=56, dtype=torch.float16, chip="sm_90"):
-    return plans.fastest_plan(Workload(spec, n, size, size, dtype, CHIPS[chip]))
+    return preference.fastest_plan(Workload(spec, n, size, size, dtype, CHIPS[chip]))
 
 
 @pytest.mark.parametrize(("channels", "size"), [(128, 56), (256, 28), (512, 14)])
 @pytest.mark.parametrize("n", [1, 128])
 def test_unmeasured_it_is_left_alone_and_runs_on_request(channels, size, n):
     work = Workload(paper_unit(channels), n, size, size, torch.float16, CHIPS["sm_90"])
-    chosen = plans.fastest_plan(work)
+    chosen = preference.fastest_plan(work)
     assert chosen.schedule == ("gated" if n == 1 else "recompute")
     assert (
         "2 passes over memory in one launch, but slower where it was measured"

@@ -14,7 +14,8 @@ from sk_triton.bench.grid import CASES, seed_unit
 from sk_triton.chips import CHIPS, Chip, chip_of, pinned
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.kernels.geometry import blocking, can_run, tiles
-from sk_triton.plans import fastest_plan, make_plan
+from sk_triton.plans import make_plan
+from sk_triton.preference import fastest_plan
 from sk_triton.replay import kind_of
 from sk_triton.training_plan import make_training_plan, plan_training
 from sk_triton.tuning import cache, keys, launches, lookup, shipped, space

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from sk_triton import plans
+from sk_triton import plans, preference
 from sk_triton.backend import Schedule
 from sk_triton.kernels.launch import Launch
 from sk_triton.plan import Plan
@@ -108,7 +108,7 @@ def _of_inference(unit: str, workload: Workload, limit: int) -> list[Target]:
     """Every launch of every schedule, then the schedule."""
     with experiment({}):
         schedules = plans.possible_schedules(workload)
-        expected: Any = plans.expected_plan(workload).schedule
+        expected: Any = preference.expected_plan(workload).schedule
     found: dict[str, Target] = {}
     # What schedules have in common is of the one that is expected to be taken.
     for schedule in sorted(schedules, key=lambda name: name != expected):
