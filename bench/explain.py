@@ -21,7 +21,7 @@ from .gpus import Gpu, find_gpu
 from .grid import paper_unit
 from .shapes import STAGES
 from .speed_of_light import Prediction, Problem
-from .unit_arguments import add_unit_arguments, problem_of
+from .unit_arguments import add_unit_arguments, problem_of, unit_of
 from .validation import Compared, Seconds, beside, committed, compare, rank_correlation
 from .validation import problem_of as case_problem
 
@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         gpu = find_gpu(args.gpu)
         problem = problem_of(args)
-        measured = committed(gpu, args.unit, args.dtype)
+        measured = committed(gpu, unit_of(args), args.dtype)
         names = plans.possible_schedules(problem.on(CHIPS[gpu.chip]))
         steps = len(names) + (len(measured) if args.validate else 0)
         # On stderr: the output may be JSON.

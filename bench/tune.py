@@ -33,7 +33,7 @@ from .tuning.flow import LEFT, DeviceLostError, Outcome, tune
 from .tuning.ranking import failures, rank
 from .tuning.targets import Settled, Target, assess, refusal, targets_of
 from .tuning.units import network_problems, title
-from .unit_arguments import add_unit_arguments, batch_of, problem_of
+from .unit_arguments import add_unit_arguments, batch_of, problem_of, refuse_unit_options
 from .validation import PRECISIONS
 
 if TYPE_CHECKING:
@@ -253,6 +253,8 @@ def show(outcomes: list[Outcome], console: Console) -> None:
 def _refuse(args: argparse.Namespace) -> None:
     if args.gpu and not args.dry_run:
         raise ValueError("--gpu is for --dry-run: only the GPU of this machine can be measured")
+    if args.model:
+        refuse_unit_options(args, f"--model {args.model}")
 
 
 def _gpu_device(args: argparse.Namespace) -> torch.device:

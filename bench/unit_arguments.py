@@ -20,8 +20,8 @@ def add_unit_arguments(parser: argparse.ArgumentParser, subject: Any) -> None:
     parser.add_argument(
         "--batch", type=positive, metavar="N", help=f"samples, without --shape (default {DEFAULT_BATCH})"
     )
-    parser.add_argument("--unit", choices=(PAPER, SEED), default=PAPER, help="default: the paper's")
-    parser.add_argument("--groups", type=positive, metavar="G", default=GROUPS, help=f"default {GROUPS}")
+    parser.add_argument("--unit", choices=(PAPER, SEED), help="default: the paper's")
+    parser.add_argument("--groups", type=positive, metavar="G", help=f"default {GROUPS}")
     parser.add_argument(
         "--kernels",
         type=positive,
@@ -54,14 +54,32 @@ def problem_of(args: argparse.Namespace) -> Problem:
             raise ValueError(f"--batch does not act on --shape, whose first size is the batch, {shape[0]}")
     if min(shape) < 1:
         raise ValueError(f"shape must be four positive sizes N,C,H,W, got {','.join(map(str, shape))}")
-    defaults = ([3, 3], [1, 2]) if args.unit == PAPER else ([3, 5], [1, 1])
+    unit = unit_of(args)
+    defaults = ([3, 3], [1, 2]) if unit == PAPER else ([3, 5], [1, 1])
     kernels, dilations = args.kernels or defaults[0], args.dilations or defaults[1]
     if len(kernels) != len(dilations):
         raise ValueError(
             f"kernels and dilations must be as many as there are branches, got {len(kernels)} and {len(dilations)}"
         )
-    spec = unit_spec(args.unit, shape[1], args.groups, kernels, dilations)
+    spec = unit_spec(unit, shape[1], args.groups or GROUPS, kernels, dilations)
     return Problem(spec, shape[0], *shape[2:], *PRECISIONS[args.dtype])
+
+
+def unit_of(args: argparse.Namespace) -> str:
+    """Which unit the options say."""
+    unit: str = args.unit or PAPER
+    return unit
+
+
+def refuse_unit_options(args: argparse.Namespace, subject: str) -> None:
+    """`subject` says what the units are: options that describe one do not act on it.
+
+    Raises:
+        ValueError: one of them is given.
+    """
+    for name in ("unit", "groups", "kernels", "dilations"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--{name} does not act on {subject}, whose units are what they are")
 
 
 def batch_of(args: argparse.Namespace) -> int:

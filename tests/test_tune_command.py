@@ -55,6 +55,7 @@ def run(*options, capsys) -> tuple[int, str, str]:
         ),
         (("--model", "resnet50"), "invalid choice: 'resnet50'"),
         (("--model", "sknet50", "--stage", "1"), "not allowed with argument"),
+        (("--model", "sknet50", "--groups", "8"), "--groups does not act on --model sknet50"),
         ((), "one of the arguments --model --shape --stage is required"),
     ],
 )
