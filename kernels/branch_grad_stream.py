@@ -107,13 +107,21 @@ def branch_gradients(
             dys = dys + (tl.zeros([BLOCKS, 16, RUNS], dtype),)
         for start in tl.static_range(0, (RUN_H - 1 - first) // DILATION + 3, ROWS_AT_ONCE):
             # A loop of one trip, or none where the tile's rows lie beyond the image: ptxas would lift the loads of all
-            # rows to the first of them, and spill. (Triton sends what an `if` returns through shared memory.)
+            # rows to the first of them, and spill. (Triton sends what an `if` returns through shared memory.) Before
+            # Triton 3.9 LLVM lifts them all the same, but for addresses that depend on the trip, which is 0; so aligned
+            # a step keeps the loads wide.
             trips = tl.minimum(y_end - (y_first + first + max(0, start - 2) * DILATION), 1)
-            for _ in tl.range(trips, disable_licm=True):
-                to_accumulator = load_weight_operands(moves_ptr, moves)
-                own_runs = load_weight_operands(moves_ptr + 256, moves)
-                left_runs = load_weight_operands(moves_ptr + DILATION * 512, moves)
-                right_runs = load_weight_operands(moves_ptr + DILATION * 512 + 256, moves)
+            for trip in tl.range(trips, disable_licm=True):
+                moves_trip_ptr, w_trip_ptr = moves_ptr + trip * 1024, w_ptr + trip * 1024
+                x_trip_ptr, dv_trip_ptr, y_trip_ptr = (
+                    x_ptr + trip * 1024,
+                    dv_ptr + trip * 1024,
+                    y_ptr + trip * 1024,
+                )
+                to_accumulator = load_weight_operands(moves_trip_ptr, moves)
+                own_runs = load_weight_operands(moves_trip_ptr + 256, moves)
+                left_runs = load_weight_operands(moves_trip_ptr + DILATION * 512, moves)
+                right_runs = load_weight_operands(moves_trip_ptr + DILATION * 512 + 256, moves)
                 for k in tl.static_range(
                     start, min(start + ROWS_AT_ONCE, (RUN_H - 1 - first) // DILATION + 3)
                 ):
@@ -123,8 +131,8 @@ def branch_gradients(
                     if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
                         mask = mask_read & is_row
                     dy = row_gradient(
-                        dv_ptr + (first + (k - 1) * DILATION) * stride_dvh + offs_dv,
-                        y_ptr + (first + (k - 1) * DILATION) * stride_yh + offs_y,
+                        dv_trip_ptr + (first + (k - 1) * DILATION) * stride_dvh + offs_dv,
+                        y_trip_ptr + (first + (k - 1) * DILATION) * stride_yh + offs_y,
                         mask, to_accumulator, terms, HAS_RELU, HAS_NORM,
                     )  # fmt: skip
                     if not (IS_EVEN_H and k > 0 and first + (k - 1) * DILATION < RUN_H):
@@ -144,10 +152,12 @@ def branch_gradients(
                         if k - tap >= 0 and k - tap < (RUN_H - 1 - first) // DILATION + 1:
                             acc = dx[first + (k - tap) * DILATION]
                             acc = tl.dot(
-                                load_weight_operands(w_ptr + 2 * tap * 256, block * (M * 6 * 256)), own, acc
+                                load_weight_operands(w_trip_ptr + 2 * tap * 256, block * (M * 6 * 256)),
+                                own,
+                                acc,
                             )
                             acc = tl.dot(
-                                load_weight_operands(w_ptr + (2 * tap + 1) * 256, block * (M * 6 * 256)),
+                                load_weight_operands(w_trip_ptr + (2 * tap + 1) * 256, block * (M * 6 * 256)),
                                 beyond,
                                 acc,
                             )
@@ -155,14 +165,14 @@ def branch_gradients(
                     if k >= 2:
                         row = tl.full([1, 1, 1, 1], y_first + first + (k - 2) * DILATION, tl.int32)
                         low, high = input_points(
-                            x_ptr + (first + (k - 2) * DILATION) * stride_xh,
+                            x_trip_ptr + (first + (k - 2) * DILATION) * stride_xh,
                             offs_x,
                             mask_in if IS_EVEN_H else mask_in & (row < y_end),
                         )
                         # An accumulator holds every tap of a kernel row once per position; unpaired, points are shifted
                         # so that both positions add to one.
                         if not IS_PAIRED:
-                            next_point = load_weight_operands(moves_ptr + 6 * 256, moves)
+                            next_point = load_weight_operands(moves_trip_ptr + 6 * 256, moves)
                             low_next, high_next = moved(next_point, low), moved(next_point, high)
                         low, high = moved(own_runs, low), moved(own_runs, high)
                         for ky in tl.static_range(3):
