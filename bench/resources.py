@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -32,13 +33,15 @@ if TYPE_CHECKING:
 
 
 MATRIX_KERNELS = (
-    *("branch_conv_stream", "branch_conv_window", "branch_conv_column", "branch_conv_tap", "gate"),
+    *("branch_conv_stream", "branch_conv_window", "branch_conv_column", "branch_conv_tap"),
     *("merged_conv", "unit_resident"),
     *("branch_grad_stream", "branch_grad_data", "branch_grad_weight"),
 )
 """What is meant to use tensor cores, or what its name starts with."""
 GATES = ("gate", "gated_select")
-"""Whose products in fp32 are IEEE."""
+"""Likewise, by their whole names: the gate in training multiplies in fp32. Whose products in fp32 are IEEE."""
+WIDTH = 160
+"""Columns of the table where no terminal says how many there are: in a file, a row is a line."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class Row:
         precision = (
             "fp32" if self.kernel in GATES and self.case.dtype == torch.float32 else self.case.precision
         )
-        uses_matrix = self.kernel.startswith(MATRIX_KERNELS) and precision != "fp32"
+        is_meant_to = self.kernel in GATES or self.kernel.startswith(MATRIX_KERNELS)
+        uses_matrix = is_meant_to and precision != "fp32"
         if uses_matrix and not self.resources.matrix:
             found.append("no tensor-core instruction")
         return found
@@ -238,6 +242,8 @@ def run(args: argparse.Namespace) -> int:
     ]
     chips = args.chip or compilable_chips()
     console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
