@@ -16,8 +16,8 @@ from sk_triton.bench.grid import CASES, Case, paper_unit
 
 from .versions import (
     HAS_NARROW_PRODUCTS,
-    MAX_SPILLS,
     HAS_UNHOISTED_LOOPS,
+    MAX_SPILLS,
     needs_configured_compiler,
     needs_narrow_products,
 )
