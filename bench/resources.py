@@ -39,9 +39,9 @@ MATRIX_KERNELS = (
 )
 """What is meant to use tensor cores, or what its name starts with."""
 GATES = ("gate", "gated_select")
-"""Likewise, by their whole names: the gate in training multiplies in fp32. Whose products in fp32 are IEEE."""
-WIDTH = 160
-"""Columns of the table where no terminal says how many there are: in a file, a row is a line."""
+"""Those of inference, by their whole names: training's use no tensor cores. In fp32 units their products are IEEE."""
+WIDTH = 220
+"""Columns of the table where no terminal says how many there are, so that a row is a line."""
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton tune`."""
     subject = parser.add_mutually_exclusive_group(required=True)
     subject.add_argument(
-        "--model", choices=tuple(NETWORKS), help="all units of a network, at 224 x 224 pixels"
+        "--model",
+        choices=tuple(NETWORKS),
+        help="all units of a network, at 224 x 224 pixels; refuses options that describe a unit",
     )
     add_unit_arguments(parser, subject)
     parser.add_argument(

@@ -67,19 +67,18 @@ def problem_of(args: argparse.Namespace) -> Problem:
 
 def unit_of(args: argparse.Namespace) -> str:
     """Which unit the options say."""
-    unit: str = args.unit or PAPER
-    return unit
+    return str(args.unit or PAPER)
 
 
-def refuse_unit_options(args: argparse.Namespace, subject: str) -> None:
-    """`subject` says what the units are: options that describe one do not act on it.
+def refuse_unit_options(args: argparse.Namespace, given: str) -> None:
+    """`given` says which units: options that describe one do not act on it.
 
     Raises:
         ValueError: one of them is given.
     """
     for name in ("unit", "groups", "kernels", "dilations"):
         if getattr(args, name) is not None:
-            raise ValueError(f"--{name} does not act on {subject}, whose units are what they are")
+            raise ValueError(f"--{name} does not act on {given}, which says what its units are")
 
 
 def batch_of(args: argparse.Namespace) -> int:

@@ -194,7 +194,7 @@ def shares_row(shape: ConvShape) -> bool:
 def takes_columns(shape: ConvShape) -> bool:
     """Whether branches of 16-bit activations go one kernel column at a time: those of wider groups, and those of narrow
     ones without runs along a row, where streaming holds every kernel column's rows and spills."""
-    # Triton 3.4 does not compile the column formulation: its `min` of two constants is none.
+    # Before, Triton does not compile the column formulation: its `min` of two constants is none.
     if max(shape.kernels) > 3 or triton_version() < NARROW_PRODUCTS:
         return False
     group = max(shape.c_in, shape.c_out) // shape.groups

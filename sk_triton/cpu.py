@@ -22,6 +22,8 @@ from .spec import BranchSpec, SKSpec
 # every call, to be mapped and cleared anew at the next: it is computed in parts.
 WHOLE_BYTES = 4 << 20
 PART_BYTES_PER_THREAD = 1 << 20
+# Weights per value of input and output from which both are converted in NCHW, so that weights are laid out once.
+LEAST_WEIGHTS = 2
 
 
 class _Costs(NamedTuple):
@@ -98,10 +100,21 @@ def plan(x: Tensor, spec: SKSpec) -> Plan:
 
 def _cached_plan(x: Tensor, spec: SKSpec, is_training: bool) -> Plan:
     n, _, h, w = x.shape
-    x_format = memory_format(x)
-    is_packed = not is_training and packs_weights(x.dtype, x_format)
+    is_channels_last = memory_format(x) == torch.channels_last
+    is_packed = (
+        not is_training and packs_weights(x.dtype) and (is_channels_last or _converting_pays(spec, n, h, w))
+    )
     threads = torch.get_num_threads()
-    return _plan(spec, n, h, w, x.dtype, x_format == torch.channels_last, is_packed, threads, is_training)
+    return _plan(spec, n, h, w, x.dtype, is_channels_last, is_packed, threads, is_training)
+
+
+def _converting_pays(spec: SKSpec, n: int, h_in: int, w_in: int) -> bool:
+    """Whether to convert x ``[n, C_in, h_in, w_in]`` to channels_last and the output back, so that weights are laid out
+    once: weights outweigh both by far."""
+    h, w = spec.output_size(h_in, w_in)
+    fan_in = [spec.branch_in_channels // b.groups * b.kernel_size**2 for b in spec.branches]
+    activations = n * (spec.in_channels * h_in * w_in + spec.out_channels * h * w)
+    return spec.out_channels * sum(fan_in) >= LEAST_WEIGHTS * activations
 
 
 @lru_cache(maxsize=1024)
@@ -147,10 +160,10 @@ def _plan(
         passes = m * reads + 2 * m + 2 + 3 * (m - 1) + 3 * (m == 2)
         return Plan("torch", names[0], passes, dtype, rejected)
     convolve = m * (3 + 2 * (spec.branch_act == "relu" and not is_packed))
+    convert = 2 * reads + 2 if is_packed and not is_channels_last else 0
     select = 3 if m == 2 else 2 + 3 * (m - 1)
-    return Plan(
-        "torch", names[0], convolve + select, dtype, rejected, is_packed=is_packed, samples=part_samples
-    )
+    passes = convert + convolve + select
+    return Plan("torch", names[0], passes, dtype, rejected, is_packed=is_packed, samples=part_samples)
 
 
 def _part_samples(n: int, sample_bytes: int, threads: int) -> int:

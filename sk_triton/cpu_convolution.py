@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .spec import BranchSpec
 
 
-def packs_weights(dtype: torch.dtype, memory_format: torch.memory_format) -> bool:
-    """Whether weights are put into the layout that oneDNN computes in once, not at every call.
+def packs_weights(dtype: torch.dtype) -> bool:
+    """Whether weights are put into the layout that oneDNN computes in once, not at every call: in channels_last.
 
     By the operators that Inductor freezes models with: no public one does, and where they are missing PyTorch's
     convolution serves. So it does in NCHW, where these operators were slower, see ``schedules/README.md``; and under a
@@ -22,7 +22,6 @@ def packs_weights(dtype: torch.dtype, memory_format: torch.memory_format) -> boo
     """
     return (
         dtype == torch.float32
-        and memory_format == torch.channels_last
         and bool(torch.backends.mkldnn.enabled)
         and _get_current_dispatch_mode() is None
         and _has_operators()

@@ -66,7 +66,7 @@ class Explanation:
         if plan.samples:
             lines.append(f"samples   {plan.samples} at a time")
         if plan.is_packed:
-            lines.append("weights   laid out for oneDNN once")
+            lines.append("weights   laid out for oneDNN once, in channels_last")
         if plan.merged is not None:
             lines.append(f"merged    {plan.merged}")
         lines.extend(self._launch_lines())

@@ -72,7 +72,8 @@ class Plan:
         merged_launch: shapes and configs of the Triton schedule "merged", else None.
         resident: config of the Triton schedule "resident", else None.
         has_relu, gate_has_relu, allow_tf32: settings of the launches.
-        is_packed: whether the CPU's schedule "folded" lays out weights for its library once.
+        is_packed: whether the CPU's schedule "folded" lays out weights for its library once, and computes in
+            channels_last.
         samples: how many samples pass through all steps of a schedule on the CPU together.
         merged: the kernel that holds those of all branches, for the CPU's schedules "merged" and "train_merged".
     """

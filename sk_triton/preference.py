@@ -99,7 +99,7 @@ def _expected_kernels(workload: Workload) -> Plan:
     reason = _gated_reason(workload, gated)
     if reason:
         return _fewest_passes(workload).rejecting("gated", reason)
-    recompute = plan_recompute(workload)
+    recompute = worthwhile_recompute(workload)
     more = (
         f"more launches than {len(gated.branch_launches) + 1}: for so few samples their starts are the time"
     )
@@ -129,7 +129,7 @@ def _fewest_passes(workload: Workload) -> Plan:
             .rejecting("resident", "every branch convolved twice, where merged convolves once for all")
         )
     store = store.rejecting("merged", merged)
-    recompute = plan_recompute(workload)
+    recompute = worthwhile_recompute(workload)
     if isinstance(recompute, str):
         return store.rejecting("recompute", recompute)
     if recompute.passes >= store.passes:
@@ -160,7 +160,7 @@ def _unmeasured_reason(workload: Workload) -> str:
     )
 
 
-def plan_recompute(workload: Workload) -> Plan | str:
+def worthwhile_recompute(workload: Workload) -> Plan | str:
     """The plan of schedule "recompute" where convolving again is expected to cost less than writing the branches;
     elsewhere, or where it cannot run, the reason."""
     plan = plan_or_refusal("recompute", workload)

@@ -129,8 +129,8 @@ def kind_of(x: Any, save: Save | None = None) -> Hashable | None:
     # Hooks must find the same tensors saved at every call: recorded ones save others (`torch.utils.checkpoint` counts).
     if is_training and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
-    # A mode is to see the operators that it knows.
-    if (is_training or is_cpu) and _get_current_dispatch_mode() is not None:
+    # A mode is to see the operators that it knows, and no questions about parameters.
+    if _get_current_dispatch_mode() is not None:
         return None
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
     if autocast is not None and not is_training:

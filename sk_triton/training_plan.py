@@ -11,7 +11,7 @@ from .kernels.config import DepthwiseConfig
 from .kernels.geometry import can_run
 from .plan import BranchLaunch, Plan
 from .plans import branch_launch, eager_passes, plan_store
-from .preference import library_reason, plan_recompute
+from .preference import library_reason, worthwhile_recompute
 from .save import Save
 from .tuning import cache
 from .tuning import launches as lookups
@@ -69,7 +69,7 @@ plan_training = lru_cache(maxsize=1024)(make_training_plan)
 
 def _folded(plan: Plan, workload: Workload) -> Plan:
     """`plan` with a forward pass that convolves anew instead of writing branches, where that is expected to pay."""
-    recompute = plan_recompute(workload)
+    recompute = worthwhile_recompute(workload)
     if isinstance(recompute, str):
         return plan.rejecting("recompute", recompute)
     (train,) = plan.branch_launches

@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from .reasons import PLAIN
+
 # What a part computes besides its tensors. Others compute the same whatever their settings: a unit with an activation
 # that has some is not run by kernels.
 _SETTINGS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -23,10 +25,9 @@ _version, _needs_gradient = attrgetter("_version"), attrgetter("requires_grad")
 class Watch:
     """A layer's state when this was made: its modules, their settings and hooks, and its parameters and buffers.
 
-    Like the cache of packed weights it cannot see writes that PyTorch does not count. Besides, two uses of `.data` go
-    unseen, both of the same memory: in another dtype of the same size, and, of vectors, as those of norms are, with
-    another size or stride. Looking at these at every call would take Python
-    as long as all the rest.
+    Like the cache of packed weights it cannot see writes that PyTorch does not count. Besides, a vector, as those of
+    norms are, is taken for unchanged where its address and dtype are: asking each for its size and stride would take
+    Python as long as all the rest.
 
     Attributes:
         is_possible: False where changes would go unseen: parametrized parameters, inference tensors, hooks, settings
@@ -64,7 +65,7 @@ class Watch:
         # allocated again.
         self._mark = _needs_gradient if is_training else _version
         self._filled = [
-            (own, name, t, t.data_ptr(), self._mark(t), None if t.dim() == 1 else kept, kept)
+            (own, name, t, t.data_ptr(), self._mark(t), t.dtype, t.dim() == 1, kept)
             for (own, name, t), kept in zip(filled, self._kept, strict=True)
             if self.is_possible
         ]
@@ -77,13 +78,13 @@ class Watch:
             return False
         mark = self._mark
         try:
-            for own, name, tensor, address, expected_mark, array, kept in self._filled:
+            for own, name, tensor, address, expected_mark, dtype, is_vector, kept in self._filled:
                 now = own[name]
                 if now is None or (now is not tensor and not _stands_for(now, kept)):
                     return False
-                if now.data_ptr() != address or mark(now) != expected_mark:
+                if now.data_ptr() != address or mark(now) != expected_mark or now.dtype is not dtype:
                     return False
-                if array is not None and not now.is_set_to(array):
+                if not (is_vector or now.is_set_to(kept)):
                     return False
             for own, name in self._empty:
                 if own[name] is not None:
@@ -103,4 +104,5 @@ class Watch:
 
 def _stands_for(now: Tensor, kept: Tensor) -> bool:
     """Whether the tensor in a slot may be a new view of what was there, as FSDP makes at every call: no change."""
-    return now.dtype is kept.dtype and now.is_set_to(kept)
+    # Others may not know the question.
+    return type(now) in PLAIN and now.is_set_to(kept)

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sk_triton import BranchSpec, SelectiveKernel, use_backend
+from sk_triton import BranchSpec, SelectiveKernel, SKConv, cpu, dispatch, use_backend
 from sk_triton.cpu_convolution import _has_operators, convolution, packs_weights
 
-from .tolerances import assert_errs_like_eager, assert_same
+from .tolerances import assert_errs_like_eager, assert_same, assert_typical_errors_like_eager
 
 needs_packing = pytest.mark.skipif(not _has_operators(), reason="needs oneDNN on an x86 processor")
-LAST, FIRST = torch.channels_last, torch.contiguous_format
+LAST = torch.channels_last
 
 
 @needs_packing
@@ -45,14 +45,39 @@ def test_both_convolve_alike(size, branch, stride, has_bias, has_relu):
 
 @needs_packing
 def test_where_weights_are_packed():
-    assert packs_weights(torch.float32, LAST)
-    assert not packs_weights(torch.float32, FIRST)
-    assert not packs_weights(torch.bfloat16, LAST)
-    assert not packs_weights(torch.float64, LAST)
+    assert packs_weights(torch.float32)
+    assert not packs_weights(torch.bfloat16)
+    assert not packs_weights(torch.float64)
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not packs_weights(torch.float32, LAST)
+        assert not packs_weights(torch.float32)
     with FlopCounterMode(display=False):
-        assert not packs_weights(torch.float32, LAST)
+        assert not packs_weights(torch.float32)
+
+
+@needs_packing
+@pytest.mark.parametrize("samples", [1, 2, 3])
+@pytest.mark.parametrize("size", [(4, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("make", [SelectiveKernel, lambda c: SKConv(c, 3, 1, 16)], ids=["timm", "classic"])
+@torch.no_grad()
+def test_few_pixels_under_many_weights_are_converted(make, size, samples, monkeypatch):
+    monkeypatch.setattr(cpu, "_part_samples", lambda *args: samples)
+    cpu._plan.cache_clear()
+    found = []
+    for _ in range(4):
+        module, x = make(64).eval(), torch.randn(3, 64, *size)
+        plan = dispatch.choose(x, module.branches(), module.gate(), module.spec, backend="torch")
+        assert (plan.schedule, plan.is_packed) == ("folded", True)
+        v = module(x)
+        assert torch.equal(module(x), v)
+        with use_backend("reference"):
+            eager, exact = module(x), copy.deepcopy(module).double()(x.double())
+        assert v.stride() == eager.stride()
+        found.append((v, eager, exact))
+    assert_typical_errors_like_eager(found)
+    many = torch.randn(3, 64, 64, 64)
+    plan = dispatch.choose(many, module.branches(), module.gate(), module.spec, backend="torch")
+    assert not plan.is_packed
+    cpu._plan.cache_clear()
 
 
 def layer():

@@ -10,6 +10,7 @@ from torch import nn
 
 from sk_triton import SelectiveKernel, SKConv, use_backend
 from sk_triton.recording import MAX_RECORDINGS
+from sk_triton.watch import Watch
 
 from .versions import needs_unhoisted_loops
 
@@ -91,6 +92,11 @@ def transposed_data(layer):
     weight.data = weight.data.transpose(0, 1)
 
 
+def another_dtype(layer):
+    bias = layer.paths[0].bn.bias
+    bias.data = bias.data.view(torch.int32)
+
+
 def replaced_module(layer):
     layer.paths[0].conv = nn.Conv2d(8, 8, 3, padding=1, groups=2, bias=False)
 
@@ -122,6 +128,32 @@ def test_a_change_of_the_layer_is_seen(change, direct):
     assert not torch.equal(after, before) or layer.paths[0].conv.bias is not None
     layer(x)
     assert direct, "the changed layer is recorded anew"
+
+
+def test_another_dtype_of_the_same_memory_is_seen():
+    for is_training in (False, True):
+        layer = paper_layer().requires_grad_(False)
+        watch = Watch(layer, is_training=is_training)
+        assert watch.holds()
+        another_dtype(layer)
+        assert not watch.holds()
+
+
+class Opaque(torch.Tensor):
+    """Refuses every operator once it is made."""
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        return NotImplemented
+
+
+def test_a_tensor_of_another_kind_in_a_parameters_place_is_asked_nothing():
+    layer = paper_layer()
+    watch = Watch(layer, is_training=False)
+    conv = layer.paths[0].conv
+    opaque = torch.Tensor._make_subclass(Opaque, conv.weight.detach())
+    conv._parameters["weight"] = opaque
+    assert not watch.holds()
 
 
 def test_changes_that_no_kernel_runs_raise_as_in_a_planned_call(direct):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..cpu_convolution import convolution
 from ..folding import FoldedGate, attend, fold_unit, sum_dtype
-from ..layout import branch_inputs, empty_output
+from ..layout import branch_inputs, empty_output, memory_format
 from ..packing import PackCache, remember
 from ..params import Branch, Gate
 from ..plan import Plan
@@ -37,25 +37,35 @@ def prepare(
 ) -> Callable[[Tensor], Tensor]:
     """What computes the unit's output from inputs in a memory format, as :func:`sk_triton.functional.sk_conv` does."""
     has_relu = spec.branch_act == "relu"
+    # Of the convolutions; an input in another one is converted.
+    inner_format = torch.channels_last if plan.is_packed else out_format
 
     @torch.no_grad()
     def build() -> _Unit:
-        unit = fold_unit(branches, gate, plan.dtype, out_format)
+        unit = fold_unit(branches, gate, plan.dtype, inner_format)
         convolutions = tuple(
             convolution(weight, bias, branch, spec.stride, has_relu, plan.is_packed)
             for weight, bias, branch in zip(unit.weights, unit.biases, spec.branches, strict=True)
         )
         return _Unit(convolutions, unit.gate)
 
-    unit = remember(cache, ("folded", plan.dtype, out_format, plan.is_packed), branches, gate, build)
-    return functools.partial(_run, unit, spec, plan.samples, out_format)
+    unit = remember(cache, ("folded", plan.dtype, inner_format, plan.is_packed), branches, gate, build)
+    return functools.partial(_run, unit, spec, plan.samples, inner_format != out_format)
 
 
-def _run(unit: _Unit, spec: SKSpec, samples: int, out_format: torch.memory_format, x: Tensor) -> Tensor:
+def _run(unit: _Unit, spec: SKSpec, samples: int, is_converted: bool, x: Tensor) -> Tensor:
+    if is_converted:
+        v = _select_parts(unit, spec, samples, x.contiguous(memory_format=torch.channels_last))
+        # Not `contiguous`, to which a single pixel is in every format.
+        return empty_output(x, spec).copy_(v)
+    return _select_parts(unit, spec, samples, x).contiguous(memory_format=memory_format(x))
+
+
+def _select_parts(unit: _Unit, spec: SKSpec, samples: int, x: Tensor) -> Tensor:
     n = x.shape[0]
     if samples >= n:
         us, a = _split_and_fuse(x, unit, spec)
-        return _select(us, a, out=us[-1]).contiguous(memory_format=out_format)
+        return _select(us, a, out=us[-1])
     v = empty_output(x, spec)
     for start in range(0, n, samples):
         us, a = _split_and_fuse(x[start : start + samples], unit, spec)

@@ -57,7 +57,7 @@ class _LinearUnit(torch.autograd.Function):
         for i in range(1, m):
             v.addcmul_(us[i], a[:, i])
         if m == 2:
-            # Attention sums to 1: its gradient is that of the first, by their difference.
+            # a_1 = 1 - a_0: the gradient by a_0 takes their difference, and that by a_1 is 0.
             us = [us[0].sub_(us[1])]
         ctx.spec = spec
         ctx.save_for_backward(x, s, attention, *parameters[2 * m :], *parameters[:m], *us)
@@ -79,7 +79,7 @@ def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
     gate, weights, us = FoldedGate(*rest[:4]), rest[4 : 4 + m], rest[4 + m :]
     sums = sum_dtype(dv.dtype)
     scratch = torch.empty_like(us[0])
-    da = torch.zeros_like(a)
+    da = torch.zeros_like(a)  # and so it stays where a difference stands for two branches
     for i, u in enumerate(us):
         da[:, i] = torch.mul(dv, u, out=scratch).sum((2, 3), dtype=sums)
     ds, gate_grads = attend_bwd(s, gate, spec.gate_act == "relu", da)

@@ -122,24 +122,22 @@ def _convolve_bwd(
     Returns:
         dx as x, None unless needed, and dK ``[N, C, fan_in, K, K]``.
     """
-    n, c, out_format = x.shape[0], spec.out_channels, memory_format(x)
-    fan_in, side = spec.in_channels // merged.groups, merged.kernel_size
-    dx = torch.empty_like(x, memory_format=out_format) if needs_dx else None
-    dk = x.new_empty(n, c, fan_in, side, side)
-    for start in range(0, n, samples):
+    dk = _kernel_grads(dv, x, spec, merged)
+    if not needs_dx:
+        return None, dk
+    dx = torch.empty_like(x, memory_format=memory_format(x))
+    padding = (merged.padding, merged.padding)
+    for start in range(0, x.shape[0], samples):
         part = slice(start, start + samples)
-        if dx is not None:
-            weight = sample_weights(kernels.weights, a[part])
-            padding = (merged.padding, merged.padding)
-            dv_part, x_part = side_by_side(dv[part]), side_by_side(x[part])
-            dx_part, _ = _convolution_backward(dv_part, x_part, weight, spec, merged, padding, (True, False))
-            dx[part] = dx_part.view_as(dx[part])
-    _kernel_grads(dv, x, spec, merged, out=dk)
+        weight = sample_weights(kernels.weights, a[part])
+        dv_part, x_part = side_by_side(dv[part]), side_by_side(x[part])
+        dx_part, _ = _convolution_backward(dv_part, x_part, weight, spec, merged, padding, (True, False))
+        dx[part] = dx_part.view_as(dx[part])
     return dx, dk
 
 
-def _kernel_grads(dv: Tensor, x: Tensor, spec: SKSpec, merged: BranchSpec, out: Tensor) -> None:
-    """The gradients of each sample's own kernels, written to `out` ``[N, C, fan_in, K, K]``.
+def _kernel_grads(dv: Tensor, x: Tensor, spec: SKSpec, merged: BranchSpec) -> Tensor:
+    """The gradients of each sample's own kernels, ``[N, C, fan_in, K, K]``.
 
     By strips of rows: the rounding of a sum over a large image would be several times that of eager's attention
     gradient.
@@ -147,11 +145,11 @@ def _kernel_grads(dv: Tensor, x: Tensor, spec: SKSpec, merged: BranchSpec, out: 
     h, w = dv.shape[2:]
     rows = math.ceil(h / math.ceil(h / max(1, LONGEST_SUM // w)))
     pad = merged.padding
-    _, c, h_in, w_in = x.shape
+    n, c, h_in, w_in = x.shape
     # One sample and the rows of zeros around it; strips begin and end anywhere in it.
-    padded = torch.empty(1, c, h_in + 2 * pad, w_in, dtype=x.dtype, memory_format=torch.channels_last).zero_()
-    out.zero_()
-    for dk_i, dv_i, x_i in zip(out, dv.split(1), x.split(1), strict=True):
+    padded = x.new_zeros(1, c, h_in + 2 * pad, w_in).contiguous(memory_format=torch.channels_last)
+    dk = x.new_zeros(n, spec.out_channels, c // merged.groups, merged.kernel_size, merged.kernel_size)
+    for dk_i, dv_i, x_i in zip(dk, dv.split(1), x.split(1), strict=True):
         padded[:, :, pad : pad + h_in] = x_i
         dv_i = dv_i.contiguous(memory_format=torch.channels_last)
         for start in range(0, h, rows):
@@ -159,6 +157,7 @@ def _kernel_grads(dv: Tensor, x: Tensor, spec: SKSpec, merged: BranchSpec, out: 
             first = start * spec.stride
             x_strip = padded[:, :, first : first + (dv_strip.shape[2] - 1) * spec.stride + 2 * pad + 1]
             dk_i += _convolution_backward(dv_strip, x_strip, dk_i, spec, merged, (0, pad), (False, True))[1]
+    return dk
 
 
 def _convolution_backward(
