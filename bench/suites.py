@@ -103,7 +103,7 @@ def model(choice: Choice) -> Iterable[Case]:
 
 def sweep(choice: Choice) -> Iterable[Case]:
     """The paper's unit with one thing varied: channels per group up to dense, dilation, kernel, branches."""
-    channels, size = choice.pick((256, 28), (128, 14), (256, 28), (64, 7))
+    channels, size = choice.pick((256, 28), (128, 14), (256, 28), (64, 14))
     (batch,) = (choice.batches or choice.pick((128,), (4,), (32,), (1,)))[:1]
     dtypes = choice.dtypes or choice.pick(("fp16",), ("fp32",), ("fp16",), ("fp32",))
     per_group = tuple(width for width in (1, 2, 4, 8, 16, 32) if width < channels)
@@ -124,7 +124,7 @@ def sweep(choice: Choice) -> Iterable[Case]:
 
 def scaling(choice: Choice) -> Iterable[Case]:
     """The paper's unit as the batch, the image and the channels grow, everything else fixed."""
-    channels, size = choice.pick((256, 28), (128, 14), (256, 28), (64, 7))
+    channels, size = choice.pick((256, 28), (128, 14), (256, 28), (64, 14))
     (batch,) = (choice.batches or choice.pick((32,), (2,), (32,), (1,)))[:1]
     dtypes = choice.dtypes or choice.pick(("fp16",), ("fp32",), ("fp16",), ("fp32",))
     factors = (1, 2) if choice.quick else (1, 2, 4, 8)
