@@ -101,11 +101,9 @@ def plan(x: Tensor, spec: SKSpec) -> Plan:
 def _cached_plan(x: Tensor, spec: SKSpec, is_training: bool) -> Plan:
     n, _, h, w = x.shape
     is_channels_last = memory_format(x) == torch.channels_last
-    is_packed = (
-        not is_training and packs_weights(x.dtype) and (is_channels_last or _converting_pays(spec, n, h, w))
-    )
+    can_pack = not is_training and packs_weights(x.dtype)
     threads = torch.get_num_threads()
-    return _plan(spec, n, h, w, x.dtype, is_channels_last, is_packed, threads, is_training)
+    return _plan(spec, n, h, w, x.dtype, is_channels_last, can_pack, threads, is_training)
 
 
 def _converting_pays(spec: SKSpec, n: int, h_in: int, w_in: int) -> bool:
@@ -125,7 +123,7 @@ def _plan(
     w_in: int,
     dtype: torch.dtype,
     is_channels_last: bool,
-    is_packed: bool,
+    can_pack: bool,
     threads: int,
     is_training: bool,
 ) -> Plan:
@@ -159,6 +157,7 @@ def _plan(
         # difference is written besides.
         passes = m * reads + 2 * m + 2 + 3 * (m - 1) + 3 * (m == 2)
         return Plan("torch", names[0], passes, dtype, rejected)
+    is_packed = can_pack and (is_channels_last or _converting_pays(spec, n, h_in, w_in))
     convolve = m * (3 + 2 * (spec.branch_act == "relu" and not is_packed))
     convert = 2 * reads + 2 if is_packed and not is_channels_last else 0
     select = 3 if m == 2 else 2 + 3 * (m - 1)

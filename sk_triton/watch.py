@@ -26,8 +26,8 @@ class Watch:
     """A layer's state when this was made: its modules, their settings and hooks, and its parameters and buffers.
 
     Like the cache of packed weights it cannot see writes that PyTorch does not count. Besides, a vector, as those of
-    norms are, is taken for unchanged where its address and dtype are: asking each for its size and stride would take
-    Python as long as all the rest.
+    norms are, is taken for unchanged where its address and dtype are: asking each for its size and stride takes Python
+    half as long as all the rest.
 
     Attributes:
         is_possible: False where changes would go unseen: parametrized parameters, inference tensors, hooks, settings
