@@ -287,6 +287,7 @@ def task_constexprs(
     task: str, shape: ConvShape, config: StreamConfig | ColumnConfig, h: int, w: int
 ) -> dict[str, Any]:
     """Constexprs of the stream or column kernel that depend on its task and on the size of the output."""
+    layout = blocking(shape, config)
     columns = column_runs(shape, config, task == "select")
     even = tuple(h % (config.RUN_H * spacing) == 0 for spacing in columns.spacings)
     constexprs: dict[str, Any] = {
@@ -295,8 +296,12 @@ def task_constexprs(
         "STEPS_K": columns.steps_k,
     }
     if isinstance(config, ColumnConfig):
-        return {**constexprs, "IS_EVEN_H": even[0], "IS_WHOLE_H": is_whole_height(shape, config, h)}
-    layout = blocking(shape, config)
+        return {
+            **constexprs,
+            "IS_EVEN_H": even[0],
+            "IS_WHOLE_H": is_whole_height(shape, config, h),
+            "BLOCKS_PER_GROUP": layout.blocks_per_group,
+        }
     return {
         **constexprs,
         "SPACINGS_H": columns.spacings,

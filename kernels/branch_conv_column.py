@@ -129,7 +129,7 @@ def column_tile(
     TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, STRIDE: tl.constexpr,
     PITCHES: tl.constexpr, STEPS_R: tl.constexpr, STEPS_K: tl.constexpr, W_OFFSETS: tl.constexpr,
     IS_EVEN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr,
-    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, SPLIT_CI: tl.constexpr,
+    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, BLOCKS_PER_GROUP: tl.constexpr, SPLIT_CI: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     RUN_H: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
@@ -139,8 +139,9 @@ def column_tile(
 ):  # fmt: skip
     """Every branch of one tile and channel block; TASK, `tile` and `tag` as in `stream_tile`.
 
-    A tile is BLOCK_N samples x BLOCK_H columns of RUN_H outputs x BLOCK_W pixels. A channel block is CHANNELS_CI inputs
-    and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO.
+    A tile is BLOCK_N samples x BLOCK_H columns of RUN_H outputs x BLOCK_W pixels. A channel block is whole groups,
+    CHANNELS_CI inputs and CHANNELS_CO outputs, padded to BLOCK_CI and BLOCK_CO, or BLOCK_CO of the CHANNELS_CO outputs
+    of one group, which has BLOCKS_PER_GROUP blocks.
     """
     M: tl.constexpr = len(KERNELS)
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
@@ -157,10 +158,12 @@ def column_tile(
     x = tile_w * BLOCK_W + offs_p % BLOCK_W
     mask_p = (y < H) & (x < W) & (sample < n_left)
     co = tl.arange(0, BLOCK_CO)
-    ci0 = block * CHANNELS_CI
-    co0 = block * CHANNELS_CO
+    group = block // BLOCKS_PER_GROUP
+    part = block % BLOCKS_PER_GROUP * BLOCK_CO
+    ci0 = group * CHANNELS_CI
+    co0 = group * CHANNELS_CO + part
     ci_end = tl.minimum(CHANNELS_CI, C_IN - ci0)
-    co_end = tl.minimum(CHANNELS_CO, C_OUT - co0)
+    co_end = tl.minimum(CHANNELS_CO - part, C_OUT - co0)
     x_ptr += n0 * stride_xn + ci0
     out_ptr += n0 * stride_on + co0 * stride_oc
     offs_out = (sample * stride_on + y * stride_oh + x * stride_ow)[None, :] + co[:, None] * stride_oc
@@ -277,7 +280,7 @@ def branch_conv_column_fwd_kernel(
     TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, STRIDE: tl.constexpr,
     PITCHES: tl.constexpr, STEPS_R: tl.constexpr, STEPS_K: tl.constexpr, W_OFFSETS: tl.constexpr,
     IS_EVEN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr,
-    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, SPLIT_CI: tl.constexpr,
+    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, BLOCKS_PER_GROUP: tl.constexpr, SPLIT_CI: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     RUN_H: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
@@ -295,6 +298,6 @@ def branch_conv_column_fwd_kernel(
         stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
         stride_partial_n, stride_partial_t,
         TASK, KERNELS, DILATIONS, STRIDE, PITCHES, STEPS_R, STEPS_K, W_OFFSETS, IS_EVEN_H, IS_WHOLE_H,
-        CHANNELS_CI, CHANNELS_CO, SPLIT_CI, BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, ROWS, UNROLL,
-        BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
+        CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, SPLIT_CI, BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W,
+        RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
     )  # fmt: skip

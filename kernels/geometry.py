@@ -94,10 +94,12 @@ def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
         )
     ci_per_group, co_per_group = shape.c_in // shape.groups, shape.c_out // shape.groups
     groups_per_block = min(shape.groups, config.BLOCK_CI // ci_per_group, config.BLOCK_CO // co_per_group)
-    if not isinstance(config, TapConfig) and groups_per_block == 0:
+    holds_inputs = config.BLOCK_CI >= ci_per_group
+    holds_outputs = config.BLOCK_CO >= co_per_group or isinstance(config, ColumnConfig)
+    if not (isinstance(config, TapConfig) or (holds_inputs and holds_outputs)):
         raise ValueError(
             f"config: a channel block of {config.BLOCK_CI} inputs and {config.BLOCK_CO} outputs cannot hold a group of "
-            f"{ci_per_group} and {co_per_group}; only the tap formulation splits groups"
+            f"{ci_per_group} and {co_per_group}; only the tap formulation splits groups, and columns a group's outputs"
         )
     groups_per_block = max(1, groups_per_block)
     blocks_per_group = cdiv(co_per_group, config.BLOCK_CO)

@@ -46,7 +46,8 @@ def unit_resident_fwd_kernel(
     SELECT_SPACINGS_H: tl.constexpr, SELECT_PITCHES: tl.constexpr, SELECT_STEPS_R: tl.constexpr,
     SELECT_STEPS_K: tl.constexpr, SELECT_IS_EVEN_H: tl.constexpr,
     SPACINGS_W: tl.constexpr, SPANS: tl.constexpr, IS_EVEN_W: tl.constexpr, IS_WHOLE_H: tl.constexpr,
-    W_OFFSETS: tl.constexpr, CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, SPLIT_CI: tl.constexpr,
+    W_OFFSETS: tl.constexpr, CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, BLOCKS_PER_GROUP: tl.constexpr,
+    SPLIT_CI: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     RUN_H: tl.constexpr, RUN_W: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
@@ -86,8 +87,8 @@ def unit_resident_fwd_kernel(
                         stride_xn, stride_xh, stride_xw, 0, stride_vn, stride_vc, stride_vh, stride_vw,
                         stride_partial_n, stride_partial_t,
                         "pool", KERNELS, DILATIONS, STRIDE, PITCHES, STEPS_R, STEPS_K, W_OFFSETS, IS_EVEN_H, IS_WHOLE_H,
-                        CHANNELS_CI, CHANNELS_CO, SPLIT_CI, BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W,
-                        RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT,
+                        CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, SPLIT_CI, BLOCK_CI, BLOCK_CO,
+                        BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT,
                         HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
                     )  # fmt: skip
                 else:
@@ -134,8 +135,8 @@ def unit_resident_fwd_kernel(
                         stride_xn, stride_xh, stride_xw, 0, stride_vn, stride_vc, stride_vh, stride_vw,
                         stride_partial_n, stride_partial_t,
                         "select", KERNELS, DILATIONS, STRIDE, SELECT_PITCHES, SELECT_STEPS_R, SELECT_STEPS_K, W_OFFSETS,
-                        SELECT_IS_EVEN_H, IS_WHOLE_H, CHANNELS_CI, CHANNELS_CO, SPLIT_CI, BLOCK_CI, BLOCK_CO,
-                        BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT,
+                        SELECT_IS_EVEN_H, IS_WHOLE_H, CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, SPLIT_CI,
+                        BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT,
                         HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
                     )  # fmt: skip
                 else:
@@ -220,7 +221,7 @@ def unit_resident_fwd(
         "SPACINGS_H": (),
         "BLOCKS_PER_PROGRAM": 1,
     }
-    rows = {"ROWS": 1, "UNROLL": False, "IS_WHOLE_H": False}
+    rows = {"ROWS": 1, "UNROLL": False, "IS_WHOLE_H": False, "BLOCKS_PER_GROUP": 1}
     of_select = task_constexprs("select", shape, branch, h, w_out)
     constexprs = {
         **(columns if is_column else rows),

@@ -194,11 +194,13 @@ def shares_row(shape: ConvShape) -> bool:
 def takes_columns(shape: ConvShape) -> bool:
     """Whether branches of 16-bit activations go one kernel column at a time: those of wider groups, and those of narrow
     ones without runs along a row, where streaming holds every kernel column's rows and spills."""
+    group, kernel = max(shape.c_in, shape.c_out) // shape.groups, max(shape.kernels)
     # Before, Triton does not compile the column formulation: its `min` of two constants is none.
-    if max(shape.kernels) > 3 or triton_version() < NARROW_PRODUCTS:
+    if triton_version() < NARROW_PRODUCTS or group > MAX_UNROLLED_CHANNELS:
         return False
-    group = max(shape.c_in, shape.c_out) // shape.groups
-    return group <= MAX_UNROLLED_CHANNELS and not (group <= 8 and shares_row(shape))
+    if kernel > 3:
+        return kernel <= 5 and group > 16
+    return not (group <= 8 and shares_row(shape))
 
 
 def stream_candidates(
@@ -253,6 +255,9 @@ def pixel_counts(chip: Chip) -> tuple[int, ...]:
 def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[BranchConfig]:
     group = max(shape.c_in, shape.c_out) // shape.groups
     block = max(16, next_power_of_2(group))
+    # Weights of a column of five taps, for half of a group's outputs: so two samples share them.
+    has_large_kernels = max(shape.kernels) > 3
+    block_co = 16 if has_large_kernels else block
     candidates: list[BranchConfig] = []
     # Selecting keeps two branches' outputs alive, training three sums of each.
     is_scarce = task in ("select", "train")
@@ -261,7 +266,7 @@ def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[B
     ):
         if block_n * block_w > pixels:
             continue
-        registers = run_h * block * pixels // 32
+        registers = run_h * block_co * pixels // 32
         is_whole = run_h == h and shape.stride == 1 and pixels == block_n * block_w
         # Fewer than 256 elements of a row are less than a thread's 16-byte load each: worth it only to select columns
         # as high as the image, where no row is loaded twice and none is masked.
@@ -270,11 +275,13 @@ def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[B
             continue
         # A long column pays where it is the whole image; elsewhere the usual lengths do.
         most = COLUMN_REGISTERS[block, is_scarce or chip.name in SPILLING_CHIPS]
-        if block == 32 and is_scarce and chip.name in SPILLING_CHIPS:
+        if block == 32 and chip.name in SPILLING_CHIPS and (is_scarce or has_large_kernels):
             most //= 2
         if registers > most or (not is_whole and (run_h > 8 or run_h in (3, 5, 6))):
             continue
-        if block == 32:
+        if has_large_kernels:
+            is_unrolled = False
+        elif block == 32:
             is_unrolled = not is_scarce and chip.name not in SPILLING_UNROLLED_CHIPS
         else:
             is_unrolled = registers <= UNROLLED_REGISTERS and chip.name not in SPILLING_CHIPS
@@ -282,16 +289,20 @@ def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[B
             is_unrolled = is_unrolled and (shape.stride == 1 or task == "store")
         config = ColumnConfig(
             BLOCK_CI=block,
-            BLOCK_CO=block,
+            BLOCK_CO=block_co,
             BLOCK_N=block_n,
             BLOCK_H=pixels // block_n // block_w,
             BLOCK_W=block_w,
             RUN_H=run_h,
-            ROWS=8 if not is_scarce and (is_unrolled or block == 32) else 4,
+            ROWS=8 if not (is_scarce or has_large_kernels) and (is_unrolled or block == 32) else 4,
             UNROLL=is_unrolled,
         )
-        if task == "select" and is_unrolled and not is_full(shape, config):
-            config = replace(config, ROWS=2)  # channel masks take the other rows' registers
+        if not is_full(shape, config):
+            # Channel masks take the registers of other rows, of large kernels those of outputs.
+            if has_large_kernels and registers > UNROLLED_REGISTERS // 2:
+                continue
+            if task == "select" and is_unrolled:
+                config = replace(config, ROWS=2)
         candidates.append(config)
     return candidates
 
@@ -371,8 +382,8 @@ def branch_cost(
     pooling = 1.0 if config.BLOCK_N == 1 else 1.1 if isinstance(config, ColumnConfig) else 1.3
     work = area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * pooling
     if isinstance(config, ColumnConfig):
-        # Every program loads all weights of its group, 9 x BLOCK_CI for each of its channels.
-        work += 6.3 * config.BLOCK_CI
+        # Every program loads all weights of its outputs.
+        work += 0.35 * config.BLOCK_CI * sum(k * k for k in shape.kernels)
     blocks = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
     programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * cdiv(layout.blocks, blocks)
     # About 8 programs of this size keep one processor busy; fewer leave it idle.

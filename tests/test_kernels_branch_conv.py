@@ -66,6 +66,15 @@ CASES = {
     "column, split input": (
         ConvShape(32, 32, 2, (3, 3), (1, 2), is_split=True), ColumnConfig(16, 16, 2, 8, RUN_H=2), 1, 7, 5,
     ),
+    "column, half a group, two samples": (
+        ConvShape(64, 64, 2, (3, 5), (1, 1)), ColumnConfig(32, 16, 1, 8, RUN_H=7, BLOCK_N=2, ROWS=4), 3, 7, 7,
+    ),
+    "column, parts of a group": (
+        ConvShape(40, 48, 2, (5, 3), (1, 2)), ColumnConfig(32, 16, 1, 16, RUN_H=4, ROWS=4), 2, 6, 9,
+    ),
+    "column, half a group, split input": (
+        ConvShape(32, 64, 1, (3, 5), (1, 1), stride=2, is_split=True), ColumnConfig(32, 16, 2, 8, RUN_H=2), 1, 7, 5,
+    ),
     "column, one pixel": (ConvShape(32, 32, 2, (3, 3), (1, 4)), ColumnConfig(16, 16, 1, 8, RUN_H=1), 2, 1, 1),
     "tap, 3 to 7 with runs": (ConvShape(16, 16, 4, (3, 5, 7), (1, 1, 1)), TapConfig(8, 8, 4, 4, RUN_W=4), 2, 13, 17),
     "tap, dense": (ConvShape(20, 24, 1, (3, 3), (1, 2)), TapConfig(16, 16, 8, 4), 2, 7, 5),
