@@ -321,9 +321,11 @@ def _branch_tile_bytes(launch: Launch) -> float:
             ),
         )
     ]
-    # Pixels that branches have in common are read once, by inclusion and exclusion; of split inputs there are none.
+    # Pixels that branches have in common are read once, by inclusion and exclusion; of split inputs there are none, and
+    # programs that walk over tiles come to them with one branch after another.
     pixels = 0
-    for count in range(1, 2 if options.get("SPLIT_CI") else len(branches) + 1):
+    is_apart = options.get("SPLIT_CI") or "TILES_PER_PROGRAM" in options
+    for count in range(1, 2 if is_apart else len(branches) + 1):
         for members in combinations(range(len(branches)), count):
             # A tile's rows and columns are independent: what all members read is counted by axis.
             shared = math.prod(

@@ -7,10 +7,19 @@ import triton
 
 from .branch_conv_column import branch_conv_column_fwd_kernel
 from .branch_conv_depthwise import branch_conv_depthwise_fwd_kernel
+from .branch_conv_held import branch_conv_held_fwd_kernel
 from .branch_conv_stream import branch_conv_stream_fwd_kernel
 from .branch_conv_tap import branch_conv_tap_fwd_kernel
 from .branch_conv_window import branch_conv_window_fwd_kernel
-from .config import BranchConfig, ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig, WindowConfig
+from .config import (
+    BranchConfig,
+    ColumnConfig,
+    DepthwiseConfig,
+    HeldConfig,
+    StreamConfig,
+    TapConfig,
+    WindowConfig,
+)
 from .geometry import (
     Blocking,
     ConvShape,
@@ -159,6 +168,8 @@ def _launch(
     layout = blocking(shape, config)
     tiles_h, tiles_w = tiles(shape, config, h, w_out, is_common=is_select)
     programs = layout.blocks // (config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1)
+    count = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w
+    grid = count * programs
     if is_select:
         assert out is not None
         out_strides = (0, *out.stride())  # m, n, c, h, w
@@ -211,6 +222,18 @@ def _launch(
                     f"BLOCK_W {config.BLOCK_W} and spacings {layout.spacings}"
                 )
             kernel, trips = branch_conv_stream_fwd_kernel, (config.BLOCKS_PER_PROGRAM,)
+        elif isinstance(config, HeldConfig):
+            if not can_run(task, shape, config):
+                raise ValueError(f"config must not be a HeldConfig to select, got {config}")
+            kernel = branch_conv_held_fwd_kernel
+            walked = min(count, config.TILES_PER_PROGRAM)
+            left = [1 if config.UNROLL else max(1, k - config.HELD_COLUMNS) for k in shape.kernels]
+            trips = tuple(trip for own in left for trip in (walked, own))
+            grid = cdiv(count, config.TILES_PER_PROGRAM) * programs
+            arguments = (
+                *tensors, *outputs, *sizes, shape.c_in, shape.c_out, count, tiles_h, tiles_w, programs,
+                x.stride(0), x.stride(2), x.stride(3), *out_strides, *partial_strides,
+            )  # fmt: skip
         else:
             kernel = branch_conv_column_fwd_kernel
             trips = () if config.UNROLL else shape.kernels
@@ -239,7 +262,7 @@ def _launch(
         )  # fmt: skip
     return Launch(
         kernel,
-        (cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * programs,),
+        (grid,),
         arguments,
         constexprs,
         {"num_warps": config.num_warps, "num_stages": config.num_stages},

@@ -24,8 +24,68 @@ from .tiling import (
 
 
 @triton.jit
+def column_weights(w_ptr, kx, KERNEL: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_CI: tl.constexpr):
+    """Weights of kernel column `kx` of one branch: KERNEL left operands `[BLOCK_CO, BLOCK_CI]`."""
+    weights = ()
+    for ky in tl.static_range(KERNEL):
+        tap_ptr = w_ptr + (ky * KERNEL + kx) * (BLOCK_CO * BLOCK_CI)
+        if BLOCK_CI <= 32 and w_ptr.dtype.element_ty.primitive_bitwidth == 16:
+            weights = weights + (load_weight_operand(tap_ptr, BLOCK_CO, BLOCK_CI),)
+        else:
+            offs_w = tl.arange(0, BLOCK_CO)[:, None] * BLOCK_CI + tl.arange(0, BLOCK_CI)[None, :]
+            weights = weights + (tl.load(tap_ptr + offs_w),)
+    return weights
+
+
+@triton.jit
+def add_column(
+    outputs, weights, own_ptrs, kx, y, x, ci, mask_p, H_IN, W_IN, CI_END, stride_xh, stride_xw,
+    KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
+    PITCH: tl.constexpr, STEP_R: tl.constexpr, STEP_K: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr,
+    RUN_H: tl.constexpr, ROWS: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`outputs` with the products of kernel column `kx`, whose weights are `weights`, added."""
+    HALF: tl.constexpr = KERNEL // 2
+    FIRST_OWN: tl.constexpr = HALF * STEP_K
+    LAST_OWN: tl.constexpr = FIRST_OWN + (RUN_H - 1) * STEP_R
+    START: tl.constexpr = FIRST_OWN if IS_WHOLE_H else 0
+    STOP: tl.constexpr = LAST_OWN + 1 if IS_WHOLE_H else LAST_OWN + FIRST_OWN + 1
+    BLOCK_CI: tl.constexpr = own_ptrs.shape[1]
+    IS_DIRECT: tl.constexpr = BLOCK_CI <= 32 and own_ptrs.dtype.element_ty.primitive_bitwidth == 16
+    dx = (kx - HALF) * DILATION
+    x_in = x * STRIDE + dx
+    column_ptrs = own_ptrs + dx * stride_xw
+    # Outputs beyond the image see no input at all, so that they stay finite.
+    mask_x = mask_p & (x_in >= 0) & (x_in < W_IN)
+    for first in tl.static_range(START, STOP, ROWS):
+        rows = ()
+        for i in tl.static_range(first, min(first + ROWS, STOP)):
+            mask = mask_x
+            if not (IS_EVEN_H and i >= FIRST_OWN and i <= LAST_OWN):
+                y_in = y * STRIDE + i * PITCH - HALF * DILATION
+                mask = mask_x & (y_in >= 0) & (y_in < H_IN)
+            mask = mask[:, None]
+            if HAS_CHANNEL_MASK:
+                mask = mask & (ci < CI_END)[None, :]
+            row = (i * PITCH - HALF * DILATION) * tl.cast(stride_xh, tl.int64)
+            taps = tl.load(column_ptrs + row, mask=mask, other=0.0)
+            rows = rows + (right_operand(taps, BLOCK_CI == 16) if IS_DIRECT else tl.trans(taps),)
+        added = ()
+        for r in tl.static_range(RUN_H):
+            acc = outputs[r]
+            for ky in tl.static_range(KERNEL):
+                if r * STEP_R + ky * STEP_K >= first and r * STEP_R + ky * STEP_K < min(first + ROWS, STOP):
+                    row = rows[r * STEP_R + ky * STEP_K - first]
+                    acc = tl.dot(weights[ky], row, acc, input_precision=PRECISION)
+            added = added + (acc,)
+        outputs = added
+    return outputs
+
+
+@triton.jit
 def column_outputs(
-    x_ptr, w_ptr, shift_ptr, sample, y, x, mask_p, H_IN, W_IN, CI_END, CO_END, stride_xn, stride_xh, stride_xw,
+    x_ptr, w_ptr, held, shift_ptr, sample, y, x, mask_p, H_IN, W_IN, CI_END, CO_END, stride_xn, stride_xh, stride_xw,
     KERNEL: tl.constexpr, DILATION: tl.constexpr, STRIDE: tl.constexpr,
     PITCH: tl.constexpr, STEP_R: tl.constexpr, STEP_K: tl.constexpr,
     IS_EVEN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr,
@@ -35,22 +95,17 @@ def column_outputs(
     """One branch of one tile before its activation: RUN_H tensors `[BLOCK_CO, BLOCK_P]`.
 
     Row i is `i * PITCH` input pixels below the topmost. Output r needs, for kernel row ky, row
-    `r * STEP_R + ky * STEP_K`.
+    `r * STEP_R + ky * STEP_K`. `held`: weights of the first kernel columns, one after another, if they are in registers
+    already.
     """
-    HALF: tl.constexpr = KERNEL // 2
-    FIRST_OWN: tl.constexpr = HALF * STEP_K
-    LAST_OWN: tl.constexpr = FIRST_OWN + (RUN_H - 1) * STEP_R
-    START: tl.constexpr = FIRST_OWN if IS_WHOLE_H else 0
-    STOP: tl.constexpr = LAST_OWN + 1 if IS_WHOLE_H else LAST_OWN + FIRST_OWN + 1
-    IS_DIRECT: tl.constexpr = BLOCK_CI <= 32 and x_ptr.dtype.element_ty.primitive_bitwidth == 16
-    IS_SHORT: tl.constexpr = IS_DIRECT and BLOCK_CI == 16
+    IS_SHORT: tl.constexpr = BLOCK_CI == 16 and x_ptr.dtype.element_ty.primitive_bitwidth == 16
+    HELD_COLUMNS: tl.constexpr = len(held) // KERNEL
     _, ci = part_elements(BLOCK_CI, BLOCK_CI, IS_SHORT)
     co = tl.arange(0, BLOCK_CO)
     # Where each lane reads, once; a row of a kernel column is an offset that all lanes add.
     own_ptrs = x_ptr + (
         (sample * stride_xn + y * STRIDE * stride_xh + x * STRIDE * stride_xw)[:, None] + ci[None, :]
     )
-    offs_w = co[:, None] * BLOCK_CI + tl.arange(0, BLOCK_CI)[None, :]
     if HAS_SHIFT:
         shift = tl.load(shift_ptr + co, mask=co < CO_END, other=0.0)
         start = tl.broadcast_to(shift[:, None], [BLOCK_CO, BLOCK_P])
@@ -59,44 +114,22 @@ def column_outputs(
     outputs = ()
     for _ in tl.static_range(RUN_H):
         outputs = outputs + (start,)
-
-    for kx in tl.range(KERNEL, loop_unroll_factor=KERNEL if UNROLL else 1):
-        dx = (kx - HALF) * DILATION
-        x_in = x * STRIDE + dx
-        column_ptrs = own_ptrs + dx * stride_xw
-        # Outputs beyond the image see no input at all, so that they stay finite.
-        mask_x = mask_p & (x_in >= 0) & (x_in < W_IN)
+    for kx in tl.static_range(HELD_COLUMNS):
         weights = ()
         for ky in tl.static_range(KERNEL):
-            tap_ptr = w_ptr + (ky * KERNEL + kx) * (BLOCK_CO * BLOCK_CI)
-            if IS_DIRECT:
-                weights = weights + (load_weight_operand(tap_ptr, BLOCK_CO, BLOCK_CI),)
-            else:
-                weights = weights + (tl.load(tap_ptr + offs_w),)
-        for first in tl.static_range(START, STOP, ROWS):
-            rows = ()
-            for i in tl.static_range(first, min(first + ROWS, STOP)):
-                mask = mask_x
-                if not (IS_EVEN_H and i >= FIRST_OWN and i <= LAST_OWN):
-                    y_in = y * STRIDE + i * PITCH - HALF * DILATION
-                    mask = mask_x & (y_in >= 0) & (y_in < H_IN)
-                mask = mask[:, None]
-                if HAS_CHANNEL_MASK:
-                    mask = mask & (ci < CI_END)[None, :]
-                row = (i * PITCH - HALF * DILATION) * tl.cast(stride_xh, tl.int64)
-                taps = tl.load(column_ptrs + row, mask=mask, other=0.0)
-                rows = rows + (right_operand(taps, IS_SHORT) if IS_DIRECT else tl.trans(taps),)
-            added = ()
-            for r in tl.static_range(RUN_H):
-                acc = outputs[r]
-                for ky in tl.static_range(KERNEL):
-                    if r * STEP_R + ky * STEP_K >= first and r * STEP_R + ky * STEP_K < min(
-                        first + ROWS, STOP
-                    ):
-                        row = rows[r * STEP_R + ky * STEP_K - first]
-                        acc = tl.dot(weights[ky], row, acc, input_precision=PRECISION)
-                added = added + (acc,)
-            outputs = added
+            weights = weights + (held[kx * KERNEL + ky],)
+        outputs = add_column(
+            outputs, weights, own_ptrs, kx, y, x, ci, mask_p, H_IN, W_IN, CI_END, stride_xh, stride_xw,
+            KERNEL, DILATION, STRIDE, PITCH, STEP_R, STEP_K, IS_EVEN_H, IS_WHOLE_H, RUN_H, ROWS,
+            HAS_CHANNEL_MASK, PRECISION,
+        )  # fmt: skip
+    for kx in tl.range(HELD_COLUMNS, KERNEL, loop_unroll_factor=KERNEL - HELD_COLUMNS if UNROLL else 1):
+        weights = column_weights(w_ptr, kx, KERNEL, BLOCK_CO, BLOCK_CI)
+        outputs = add_column(
+            outputs, weights, own_ptrs, kx, y, x, ci, mask_p, H_IN, W_IN, CI_END, stride_xh, stride_xw,
+            KERNEL, DILATION, STRIDE, PITCH, STEP_R, STEP_K, IS_EVEN_H, IS_WHOLE_H, RUN_H, ROWS,
+            HAS_CHANNEL_MASK, PRECISION,
+        )  # fmt: skip
     return outputs
 
 
@@ -122,7 +155,7 @@ def pool_rows(
 
 @triton.jit
 def column_tile(
-    x_ptr, w_ptr, shift_ptr, attention_ptr, tag, out_ptr, partial_ptr,
+    x_ptr, w_ptr, held, shift_ptr, attention_ptr, tag, out_ptr, partial_ptr,
     block, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
     stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
     stride_partial_n, stride_partial_t,
@@ -135,13 +168,14 @@ def column_tile(
     RUN_H: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_POOL: tl.constexpr, POOL_BY_DOT: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
-    """Every branch of one tile and channel block; TASK, `tile` and `tag` as in `stream_tile`.
+    """Every branch of one tile and channel block; TASK, `tile` and `tag` as in `stream_tile`, `held` as in
+    `column_outputs`.
 
     A tile is BLOCK_N samples x BLOCK_H columns of RUN_H outputs x BLOCK_W pixels. A channel block is whole groups,
     CHANNELS_CI inputs and CHANNELS_CO outputs, padded to BLOCK_CI and BLOCK_CO, or BLOCK_CO of the CHANNELS_CO outputs
-    of one group, which has BLOCKS_PER_GROUP blocks.
+    of one group, which has BLOCKS_PER_GROUP blocks. IS_ADDED: pooled sums are added to those that are there.
     """
     M: tl.constexpr = len(KERNELS)
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
@@ -185,6 +219,7 @@ def column_tile(
         outputs = column_outputs(
             x_ptr + m * SPLIT_CI,
             w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m],
+            held,
             shift_ptr + m * C_OUT + co0,
             sample, y, x, mask_p, H_IN, W_IN, ci_end, co_end, stride_xn, stride_xh, stride_xw,
             KERNELS[m], DILATIONS[m], STRIDE, PITCHES[m], STEPS_R[m], STEPS_K[m], IS_EVEN_H, IS_WHOLE_H,
@@ -268,7 +303,10 @@ def column_tile(
         offs_n = tl.arange(0, BLOCK_N)
         offs_partial = (n0 + offs_n)[:, None] * stride_partial_n + tile.to(tl.int64) * stride_partial_t
         mask = (offs_n < n_left)[:, None] & (co < co_end)[None, :]
-        tl.store(partial_ptr + offs_partial + co0 + co[None, :], sums, mask=mask)
+        ptrs = partial_ptr + offs_partial + co0 + co[None, :]
+        if IS_ADDED:
+            sums += tl.load(ptrs, mask=mask, other=0.0)
+        tl.store(ptrs, sums, mask=mask)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -293,11 +331,11 @@ def branch_conv_column_fwd_kernel(
     if TASK == "train" or TASK == "measure":  # moments of tiles of all samples
         partial_ptr += tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS * stride_partial_t
     column_tile(
-        x_ptr, w_ptr, shift_ptr, attention_ptr, 0, out_ptr, partial_ptr,
+        x_ptr, w_ptr, (), shift_ptr, attention_ptr, 0, out_ptr, partial_ptr,
         block, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
         stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
         stride_partial_n, stride_partial_t,
         TASK, KERNELS, DILATIONS, STRIDE, PITCHES, STEPS_R, STEPS_K, W_OFFSETS, IS_EVEN_H, IS_WHOLE_H,
         CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, SPLIT_CI, BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W,
-        RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
+        RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION, False,
     )  # fmt: skip

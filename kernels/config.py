@@ -59,6 +59,16 @@ class ColumnConfig:
 
 
 @dataclass(frozen=True)
+class HeldConfig(ColumnConfig):
+    """`branch_conv_held_fwd_kernel`: as `ColumnConfig`; a program walks TILES_PER_PROGRAM tiles, and holds weights of
+    the first HELD_COLUMNS kernel columns of a branch meanwhile.
+    """
+
+    HELD_COLUMNS: int = 2
+    TILES_PER_PROGRAM: int = 1
+
+
+@dataclass(frozen=True)
 class TapConfig:
     """`branch_conv_tap_fwd_kernel`: BLOCK_N samples x BLOCK_H rows x BLOCK_W row runs per tile."""
 

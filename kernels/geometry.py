@@ -8,6 +8,7 @@ from .config import (
     BranchConfig,
     ColumnConfig,
     DepthwiseConfig,
+    HeldConfig,
     MergedConfig,
     ResidentConfig,
     StreamConfig,
@@ -94,8 +95,8 @@ def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
         )
     ci_per_group, co_per_group = shape.c_in // shape.groups, shape.c_out // shape.groups
     groups_per_block = min(shape.groups, config.BLOCK_CI // ci_per_group, config.BLOCK_CO // co_per_group)
-    holds_inputs = config.BLOCK_CI >= ci_per_group
-    holds_outputs = config.BLOCK_CO >= co_per_group or isinstance(config, ColumnConfig)
+    holds_inputs = ci_per_group <= config.BLOCK_CI
+    holds_outputs = co_per_group <= config.BLOCK_CO or isinstance(config, ColumnConfig)
     if not (isinstance(config, TapConfig) or (holds_inputs and holds_outputs)):
         raise ValueError(
             f"config: a channel block of {config.BLOCK_CI} inputs and {config.BLOCK_CO} outputs cannot hold a group of "
@@ -227,7 +228,9 @@ def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
         return True
     if task == "train":
         return not isinstance(config, DepthwiseConfig)
-    if not isinstance(config, StreamConfig | ColumnConfig):
+    if not isinstance(config, StreamConfig | ColumnConfig) or (
+        task == "select" and isinstance(config, HeldConfig)
+    ):
         return False
     spacings = blocking(shape, config).spacings if task == "select" and row_run(config) > 1 else ()
     return all(spacing & (spacing - 1) == 0 and config.BLOCK_W % spacing == 0 for spacing in spacings)

@@ -7,7 +7,15 @@ from itertools import pairwise
 
 import torch
 
-from .config import BranchConfig, ColumnConfig, DepthwiseConfig, MergedConfig, StreamConfig, WindowConfig
+from .config import (
+    BranchConfig,
+    ColumnConfig,
+    DepthwiseConfig,
+    HeldConfig,
+    MergedConfig,
+    StreamConfig,
+    WindowConfig,
+)
 from .geometry import Blocking, ConvShape, blocking, row_run
 from .lasting import lasting
 from .merging import row_parts
@@ -80,7 +88,7 @@ def axes(sizes: tuple[int, ...]) -> list[torch.Tensor]:
 
 def is_operand(config: BranchConfig, block_m: int, block_k: int, dtype: torch.dtype) -> bool:
     """Whether a kernel reads its weight blocks straight into the tensor core's registers (`load_weight_operand`)."""
-    widths = {StreamConfig: (32,), ColumnConfig: (16, 32)}.get(type(config), ())
+    widths = {StreamConfig: (32,), ColumnConfig: (16, 32), HeldConfig: (16, 32)}.get(type(config), ())
     return block_k in widths and block_m % 16 == 0 and dtype.itemsize == 2
 
 

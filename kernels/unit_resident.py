@@ -82,14 +82,14 @@ def unit_resident_fwd_kernel(
                 )
                 if IS_COLUMN:
                     column_tile(
-                        x_ptr, w_ptr, shift_ptr, attention_ptr, tag, v_ptr, partial_ptr,
+                        x_ptr, w_ptr, (), shift_ptr, attention_ptr, tag, v_ptr, partial_ptr,
                         channel_program, tile, tile_h, tile_w, n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
                         stride_xn, stride_xh, stride_xw, 0, stride_vn, stride_vc, stride_vh, stride_vw,
                         stride_partial_n, stride_partial_t,
                         "pool", KERNELS, DILATIONS, STRIDE, PITCHES, STEPS_R, STEPS_K, W_OFFSETS, IS_EVEN_H, IS_WHOLE_H,
                         CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, SPLIT_CI, BLOCK_CI, BLOCK_CO,
                         BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT,
-                        HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
+                        HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION, False,
                     )  # fmt: skip
                 else:
                     stream_tile(
@@ -130,14 +130,14 @@ def unit_resident_fwd_kernel(
                 )
                 if IS_COLUMN:
                     column_tile(
-                        x_ptr, w_ptr, shift_ptr, attention_ptr, tag, v_ptr, partial_ptr,
+                        x_ptr, w_ptr, (), shift_ptr, attention_ptr, tag, v_ptr, partial_ptr,
                         channel_program, tile, tile_h, tile_w, n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
                         stride_xn, stride_xh, stride_xw, 0, stride_vn, stride_vc, stride_vh, stride_vw,
                         stride_partial_n, stride_partial_t,
                         "select", KERNELS, DILATIONS, STRIDE, SELECT_PITCHES, SELECT_STEPS_R, SELECT_STEPS_K, W_OFFSETS,
                         SELECT_IS_EVEN_H, IS_WHOLE_H, CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, SPLIT_CI,
                         BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT,
-                        HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
+                        HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION, False,
                     )  # fmt: skip
                 else:
                     stream_tile(

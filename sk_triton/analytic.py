@@ -6,20 +6,26 @@ by ``sk-triton resources``; none of them is a measured time.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
 import torch
 
+from .analytic_column import (
+    SPILLING_CHIPS,
+    column_candidates,
+    held_candidates,
+    shares_row,
+    takes_columns,
+)
 from .analytic_window import takes_window, window_candidates, window_cost, without_large_spills
-from .chips import NARROW_PRODUCTS, Chip
-from .environment import triton_version
+from .chips import Chip
 from .kernels.config import (
     BranchConfig,
     ColumnConfig,
     DepthwiseConfig,
     GateConfig,
+    HeldConfig,
     ReductionConfig,
     SelectConfig,
     StreamConfig,
@@ -33,23 +39,12 @@ from .kernels.geometry import (
     cdiv,
     column_run,
     column_runs,
-    is_full,
     is_whole_height,
     next_power_of_2,
     row_run,
     tiles,
 )
 
-# Widest group, in channels, whose accumulators and rows the unrolled formulations keep in registers without spilling.
-MAX_UNROLLED_CHANNELS = 32
-# Registers of a thread that the accumulators of a column may take, by channels of a block and whether they are scarce:
-# to select, where two branches' are alive at a time, and on chips whose compiler spills.
-COLUMN_REGISTERS = {(16, False): 112, (16, True): 56, (32, False): 56, (32, True): 56}
-# Most of them where the loop over kernel columns is unrolled, which keeps more rows and weights alive.
-UNROLLED_REGISTERS = 56
-# Chips whose compiler spills with columns as high as the image, and with the unrolled weights of the widest groups.
-SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
-SPILLING_UNROLLED_CHIPS = ("sm_80", "gfx942")
 # Chips whose compiler does not spill where a program selects two channel blocks, one after the other.
 PAIRED_SELECT_CHIPS = ("sm_80", "sm_120")
 # Pooled sums (in 16 bits, in fp32) and weights that eight warps of the gate load at a time and keep in registers, and
@@ -59,6 +54,8 @@ MAX_GATE_WEIGHTS = 32768
 GATE_TILES = 32
 # Warps per processor that keep memory busy, and tiles of a sample past which the gate would walk long.
 BUSY_WARPS = 16
+# What weights that L1 still holds cost, of those that L2 does.
+L1_SHARE = 0.2
 # Pixels of an image below which one warp at a time sums them.
 SMALL_IMAGE = 512
 MAX_POOLED_TILES = 32
@@ -106,7 +103,7 @@ def branch_candidates(
         is_narrow = group <= 8 and kernel <= 3
         candidates = stream_candidates(shape, is_ieee, dtype, chip, task) if is_narrow else []
     elif takes_columns(shape):
-        candidates = column_candidates(shape, h, chip, task)
+        candidates = [*column_candidates(shape, h, chip, task), *held_candidates(shape, h, chip, task)]
     elif group <= 8 and kernel <= 5:
         candidates = stream_candidates(shape, is_ieee, dtype, chip, task)
     else:
@@ -186,23 +183,6 @@ def pooled_sums_config(n: int, pixels: int, c: int, chip: Chip) -> ReductionConf
     return ReductionConfig(BLOCK_P=block_p, BLOCK_C=block_c, STEPS=steps, num_warps=1)
 
 
-def shares_row(shape: ConvShape) -> bool:
-    """Whether neighbouring outputs of a run read the same input pixels but one, so that runs along a row pay."""
-    return all(step == 1 for step in blocking(shape, TapConfig(16, 16, 1, 1)).steps)
-
-
-def takes_columns(shape: ConvShape) -> bool:
-    """Whether branches of 16-bit activations go one kernel column at a time: those of wider groups, and those of narrow
-    ones without runs along a row, where streaming holds every kernel column's rows and spills."""
-    group, kernel = max(shape.c_in, shape.c_out) // shape.groups, max(shape.kernels)
-    # Before, Triton does not compile the column formulation: its `min` of two constants is none.
-    if triton_version() < NARROW_PRODUCTS or group > MAX_UNROLLED_CHANNELS:
-        return False
-    if kernel > 3:
-        return kernel <= 5 and group > 16
-    return not (group <= 8 and shares_row(shape))
-
-
 def stream_candidates(
     shape: ConvShape, is_ieee: bool, dtype: torch.dtype, chip: Chip, task: str
 ) -> list[BranchConfig]:
@@ -244,67 +224,6 @@ def stream_candidates(
         for run_h, block_n, block_w in product((8, 7, 4, 2, 1), (1, 2, 4), (2, 4, 8, 16))
         if run_h <= longest and block_n * block_w <= 16
     ]
-
-
-def pixel_counts(chip: Chip) -> tuple[int, ...]:
-    """Columns that a product may have."""
-    is_narrow = triton_version() >= NARROW_PRODUCTS and not chip.name.startswith("gfx")
-    return (8, 16) if is_narrow else (16,)
-
-
-def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[BranchConfig]:
-    group = max(shape.c_in, shape.c_out) // shape.groups
-    block = max(16, next_power_of_2(group))
-    # Weights of a column of five taps, for half of a group's outputs: so two samples share them.
-    has_large_kernels = max(shape.kernels) > 3
-    block_co = 16 if has_large_kernels else block
-    candidates: list[BranchConfig] = []
-    # Selecting keeps two branches' outputs alive, training three sums of each.
-    is_scarce = task in ("select", "train")
-    for run_h, pixels, block_n, block_w in product(
-        (16, 14, 12, 10, 8, 7, 6, 5, 4, 3, 2, 1), pixel_counts(chip), (1, 2), (8, 16)
-    ):
-        if block_n * block_w > pixels:
-            continue
-        registers = run_h * block_co * pixels // 32
-        is_whole = run_h == h and shape.stride == 1 and pixels == block_n * block_w
-        # Fewer than 256 elements of a row are less than a thread's 16-byte load each: worth it only to select columns
-        # as high as the image, where no row is loaded twice and none is masked.
-        is_whole_selection = is_whole and task == "select" and chip.name not in SPILLING_CHIPS
-        if block * pixels < (128 if is_whole_selection else 256):
-            continue
-        # A long column pays where it is the whole image; elsewhere the usual lengths do.
-        most = COLUMN_REGISTERS[block, is_scarce or chip.name in SPILLING_CHIPS]
-        if block == 32 and chip.name in SPILLING_CHIPS and (is_scarce or has_large_kernels):
-            most //= 2
-        if registers > most or (not is_whole and (run_h > 8 or run_h in (3, 5, 6))):
-            continue
-        if has_large_kernels:
-            is_unrolled = False
-        elif block == 32:
-            is_unrolled = not is_scarce and chip.name not in SPILLING_UNROLLED_CHIPS
-        else:
-            is_unrolled = registers <= UNROLLED_REGISTERS and chip.name not in SPILLING_CHIPS
-            # The rows between those of a strided output are held as well, and pooling or selecting takes registers too.
-            is_unrolled = is_unrolled and (shape.stride == 1 or task == "store")
-        config = ColumnConfig(
-            BLOCK_CI=block,
-            BLOCK_CO=block_co,
-            BLOCK_N=block_n,
-            BLOCK_H=pixels // block_n // block_w,
-            BLOCK_W=block_w,
-            RUN_H=run_h,
-            ROWS=8 if not (is_scarce or has_large_kernels) and (is_unrolled or block == 32) else 4,
-            UNROLL=is_unrolled,
-        )
-        if not is_full(shape, config):
-            # Channel masks take the registers of other rows, of large kernels those of outputs.
-            if has_large_kernels and registers > UNROLLED_REGISTERS // 2:
-                continue
-            if task == "select" and is_unrolled:
-                config = replace(config, ROWS=2)
-        candidates.append(config)
-    return candidates
 
 
 def tap_candidates(shape: ConvShape, is_ieee: bool, dtype: torch.dtype) -> list[BranchConfig]:
@@ -381,11 +300,18 @@ def branch_cost(
     # Pixels of several samples are pooled by sums, masked in every row where runs may overhang, not on the tensor core.
     pooling = 1.0 if config.BLOCK_N == 1 else 1.1 if isinstance(config, ColumnConfig) else 1.3
     work = area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * pooling
-    if isinstance(config, ColumnConfig):
-        # Every program loads all weights of its outputs.
-        work += 0.35 * config.BLOCK_CI * sum(k * k for k in shape.kernels)
     blocks = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
-    programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * cdiv(layout.blocks, blocks)
+    walks = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w
+    if isinstance(config, ColumnConfig):
+        work *= config.BLOCK_CO / config.BLOCK_CI
+        # Every program loads all weights of its outputs, those that it does not hold anew for each tile.
+        weights = 0.35 * config.BLOCK_CO * sum(k * k for k in shape.kernels)
+        if isinstance(config, HeldConfig):
+            walked = min(walks, config.TILES_PER_PROGRAM)
+            work = walked * (work + L1_SHARE * weights)
+            walks = cdiv(walks, walked)
+        work += weights
+    programs = walks * cdiv(layout.blocks, blocks)
     # About 8 programs of this size keep one processor busy; fewer leave it idle.
     waves = cdiv(programs, 8 * chip.processors)
     return max(programs * work / (8 * chip.processors), waves * work) * blocks

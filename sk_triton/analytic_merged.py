@@ -7,7 +7,8 @@ from itertools import product
 
 import torch
 
-from .analytic import branch_cost, pixel_counts, shares_row
+from .analytic import branch_cost
+from .analytic_column import pixel_counts, shares_row
 from .analytic_window import merged_window_candidates, merged_window_cost, takes_window
 from .chips import Chip
 from .kernels.config import BorderConfig, MergedConfig, WindowConfig

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from math import prod
 
-from .analytic import branch_cost, column_candidates, stream_candidates, takes_columns
+from .analytic import branch_cost, stream_candidates
+from .analytic_column import column_candidates, takes_columns
 from .chips import Chip
 from .kernels.config import BranchConfig, ColumnConfig, ResidentConfig, StreamConfig
 from .kernels.geometry import (

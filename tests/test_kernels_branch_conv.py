@@ -8,7 +8,14 @@ import torch
 import torch.nn.functional as F
 
 from sk_triton.bench.traffic import Meter
-from sk_triton.kernels.config import ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig, WindowConfig
+from sk_triton.kernels.config import (
+    ColumnConfig,
+    DepthwiseConfig,
+    HeldConfig,
+    StreamConfig,
+    TapConfig,
+    WindowConfig,
+)
 from sk_triton.kernels.geometry import ConvShape, tiles
 
 from .interpreter import exact_bfloat16
@@ -74,6 +81,17 @@ CASES = {
     ),
     "column, half a group, split input": (
         ConvShape(32, 64, 1, (3, 5), (1, 1), stride=2, is_split=True), ColumnConfig(32, 16, 2, 8, RUN_H=2), 1, 7, 5,
+    ),
+    "held": (ConvShape(64, 64, 2, (3, 3), (1, 2)), HeldConfig(32, 32, 1, 8, 7, 1, 2, True, 1, 1, 2, 2), 3, 7, 7),
+    "held, tiles of one sample": (
+        ConvShape(64, 64, 2, (3, 3), (2, 1)), HeldConfig(32, 32, 1, 8, 3, 1, 4, True, 1, 1, 1, 4), 2, 6, 9,
+    ),
+    "held, half a group, all columns": (
+        ConvShape(32, 64, 1, (1, 3), (1, 1)), HeldConfig(32, 16, 1, 8, 4, 1, 4, True, 1, 1, 3, 3), 2, 8, 5,
+    ),
+    "held, split input, two samples": (
+        ConvShape(24, 24, 1, (3, 3, 3), (1, 2, 3), is_split=True),
+        HeldConfig(32, 32, 1, 8, 4, 2, 4, False, 1, 1, 1, 2), 5, 7, 9,
     ),
     "column, one pixel": (ConvShape(32, 32, 2, (3, 3), (1, 4)), ColumnConfig(16, 16, 1, 8, RUN_H=1), 2, 1, 1),
     "tap, 3 to 7 with runs": (ConvShape(16, 16, 4, (3, 5, 7), (1, 1, 1)), TapConfig(8, 8, 4, 4, RUN_W=4), 2, 13, 17),
@@ -173,6 +191,24 @@ def test_matches_float64(name, dtype):
     shape, config, *size = CASES[name]
     x, weights, shift = make(shape, *size, dtype)
     check(x, weights, shift, shape, config)
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("held")])
+def test_held_weights_pool_what_is_stored(name):
+    from sk_triton.kernels.branch_conv import branch_pool_fwd, branch_select_fwd
+    from sk_triton.kernels.packing import pack_branch_weights
+
+    shape, config, *size = CASES[name]
+    x, weights, shift = make(shape, *size, torch.float16)
+    _, expected = run(x, weights, shift, shape, config, has_relu=True)
+    count = math.prod(tiles(shape, config, *shape.output_size(*x.shape[2:])))
+    partial = torch.full((x.shape[0], count, shape.c_out), math.nan)
+    packed = pack_branch_weights(weights, shape, config, x.dtype)
+    settings = {"shape": shape, "has_relu": True, "allow_tf32": False, "config": config}
+    branch_pool_fwd(x, packed, shift, partial, **settings)()
+    torch.testing.assert_close(partial.sum(1), expected, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="config must not be a HeldConfig to select"):
+        branch_select_fwd(x, packed, shift, partial, x, **settings)
 
 
 SELECTING = [

@@ -20,6 +20,7 @@ from ..kernels.config import (
     GatedSelectConfig,
     GradStreamConfig,
     GradWideConfig,
+    HeldConfig,
     MergedConfig,
     ReductionConfig,
     SelectConfig,
@@ -55,7 +56,7 @@ class Kind:
     is_shared: bool = False
 
 
-_BRANCH = (StreamConfig, WindowConfig, ColumnConfig, TapConfig, DepthwiseConfig)
+_BRANCH = (StreamConfig, WindowConfig, ColumnConfig, HeldConfig, TapConfig, DepthwiseConfig)
 SCHEDULE = "schedule"
 KINDS = {
     kind.name: kind

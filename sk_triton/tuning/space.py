@@ -25,6 +25,7 @@ from ..kernels.config import (
     GradConfig,
     GradStreamConfig,
     GradWideConfig,
+    HeldConfig,
     MergedConfig,
     ReductionConfig,
     SelectConfig,
@@ -56,6 +57,8 @@ def branch_configs(
 def _variants(config: BranchConfig) -> list[BranchConfig]:
     if type(config) is StreamConfig and config.BLOCK_CO == 8:
         return [replace(config, BLOCKS_PER_PROGRAM=count) for count in (1, 2)]
+    if isinstance(config, HeldConfig):
+        return [replace(config, ROWS=rows, HELD_COLUMNS=held) for rows, held in product((2, 4), (1, 2))]
     if isinstance(config, ColumnConfig):
         return [replace(config, ROWS=rows, UNROLL=unroll) for rows, unroll in product((4, 8), (False, True))]
     if isinstance(config, TapConfig) and config.num_warps > 1:

@@ -1,0 +1,65 @@
+"""Branch convolutions of groups of 17 to 32 channels over many tiles: most of a branch's weights stay in registers.
+
+The formulation of `branch_conv_column`, whose programs each load all weights of their group, more than they load of x.
+Here a program takes one channel block of many tiles, branch after branch, and loads weights of the first kernel columns
+once; programs all run at once, so that none waits for a last round.
+"""
+
+import triton
+import triton.language as tl
+
+from .branch_conv_column import column_tile, column_weights
+from .tiling import SIZES
+
+
+@triton.jit(do_not_specialize=(*SIZES, "TILES"))
+def branch_conv_held_fwd_kernel(
+    x_ptr, w_ptr, shift_ptr, out_ptr, partial_ptr,
+    N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES, TILES_H, TILES_W, CHANNEL_PROGRAMS,
+    stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
+    stride_partial_n, stride_partial_t,
+    TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, STRIDE: tl.constexpr,
+    PITCHES: tl.constexpr, STEPS_R: tl.constexpr, STEPS_K: tl.constexpr, W_OFFSETS: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr,
+    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, BLOCKS_PER_GROUP: tl.constexpr, SPLIT_CI: tl.constexpr,
+    BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    RUN_H: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
+    HELD_COLUMNS: tl.constexpr, TILES_PER_PROGRAM: tl.constexpr,
+    BLOCK_POOL: tl.constexpr, POOL_BY_DOT: tl.constexpr,
+    HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """TILES_PER_PROGRAM of the TILES tiles of all samples, one channel block: `column_tile` of each branch.
+
+    TASK "store", "train", "measure" or "pool".
+    """
+    M: tl.constexpr = len(KERNELS)
+    block = tl.program_id(0) % CHANNEL_PROGRAMS
+    first = tl.program_id(0) // CHANNEL_PROGRAMS * TILES_PER_PROGRAM
+    tiles = TILES_H * TILES_W
+    for m in tl.static_range(M):
+        own_w_ptr = w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m]
+        held = ()
+        for kx in tl.static_range(min(HELD_COLUMNS, KERNELS[m])):
+            held = held + column_weights(own_w_ptr, kx, KERNELS[m], BLOCK_CO, BLOCK_CI)
+        own_out_ptr = out_ptr + m * tl.cast(stride_om, tl.int64)
+        # Triton would take the loads of the other columns out of the loop, where no registers are left for them.
+        for item in tl.range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES), disable_licm=True):
+            tile = item % tiles
+            own_partial_ptr = partial_ptr
+            if TASK == "train" or TASK == "measure":  # moments of tiles of all samples
+                own_partial_ptr += m * 3 * stride_partial_n + item * tl.cast(stride_partial_t, tl.int64)
+            column_tile(
+                x_ptr + m * SPLIT_CI, own_w_ptr, held, shift_ptr + m * C_OUT, x_ptr, 0, own_out_ptr, own_partial_ptr,
+                block, tile, tile // TILES_W, tile % TILES_W, item // tiles, N, H_IN, W_IN, H, W, C_IN, C_OUT,
+                stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
+                stride_partial_n, stride_partial_t,
+                TASK, KERNELS[m : m + 1], DILATIONS[m : m + 1], STRIDE,
+                PITCHES[m : m + 1], STEPS_R[m : m + 1], STEPS_K[m : m + 1], (0, 0), IS_EVEN_H, IS_WHOLE_H,
+                CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, 0, BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W,
+                RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE,
+                PRECISION, m > 0,
+            )  # fmt: skip
+        # The next branch's sums are added to these.
+        tl.debug_barrier()
