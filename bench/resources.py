@@ -33,7 +33,13 @@ if TYPE_CHECKING:
 
 
 MATRIX_KERNELS = (
-    *("branch_conv_stream", "branch_conv_window", "branch_conv_column", "branch_conv_tap"),
+    *(
+        "branch_conv_stream",
+        "branch_conv_window",
+        "branch_conv_column",
+        "branch_conv_held",
+        "branch_conv_tap",
+    ),
     *("merged_conv", "unit_resident"),
     *("branch_grad_stream", "branch_grad_data", "branch_grad_weight"),
 )

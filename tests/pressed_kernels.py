@@ -19,6 +19,10 @@ PRESSED = (
     ("sm_90", "12 channels per group", "recompute"),
     ("sm_89", "12 channels per group", "resident"),
     ("sm_120", "12 channels per group", "resident"),
+    ("sm_90", "stage 4", "store"),
+    ("sm_90", "stage 4", "recompute"),
+    ("sm_100", "stage 4", "store"),
+    ("sm_80", "seed, stage 4", "store"),
 )
 
 by_name = {case.name: case for case in CASES if case.precision == "fp16"}

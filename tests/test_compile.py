@@ -179,6 +179,7 @@ def test_kernels_short_of_registers_have_no_fault():
     rows = [json.loads(line) for line in output_of("pressed_kernels.py").splitlines()]
     assert {row["kernel"] for row in rows} == {
         "branch_conv_column", "branch_conv_column, pool", "branch_conv_column, select",
+        "branch_conv_held", "branch_conv_held, pool",
         "branch_conv_window, pool", "branch_conv_window, select", "unit_resident",
     }  # fmt: skip
     assert not [row for row in rows if row["faults"]]
@@ -201,7 +202,7 @@ def test_launches_pass_the_jit():
         "border_sums", "merged_conv", "gate", "select", "pooled_sums", "gated_select",
     }  # fmt: skip
     if HAS_NARROW_PRODUCTS:
-        expected |= {"branch_conv_window", "branch_conv_column", "merged_conv_window"}
+        expected |= {"branch_conv_window", "branch_conv_column", "branch_conv_held", "merged_conv_window"}
     if HAS_UNHOISTED_LOOPS:
         expected.add("unit_resident")
     assert {line.removesuffix("_fwd_kernel") for line in output_of("jit_path.py").split()} == expected

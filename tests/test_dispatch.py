@@ -17,7 +17,14 @@ from sk_triton import (
     use_backend,
 )
 from sk_triton.chips import CHIPS
-from sk_triton.kernels.config import ColumnConfig, DepthwiseConfig, StreamConfig, TapConfig, WindowConfig
+from sk_triton.kernels.config import (
+    ColumnConfig,
+    DepthwiseConfig,
+    HeldConfig,
+    StreamConfig,
+    TapConfig,
+    WindowConfig,
+)
 from sk_triton.kernels.geometry import ConvShape
 from sk_triton.workload import Workload
 
@@ -272,7 +279,8 @@ GROUPED = ConvShape(128, 128, 32, (3, 3), (1, 2))
         (GROUPED, torch.float32, True, StreamConfig),
         (GROUPED, torch.float32, False, StreamConfig),
         (ConvShape(512, 512, 32, (3, 3), (1, 2)), torch.bfloat16, False, WindowConfig),
-        (ConvShape(1024, 1024, 32, (3, 3), (1, 2)), torch.float16, False, ColumnConfig),
+        (ConvShape(1024, 1024, 32, (3, 3), (1, 2)), torch.float16, False, HeldConfig),
+        (ConvShape(1024, 1024, 32, (3, 5), (1, 1)), torch.float16, False, ColumnConfig),
         (ConvShape(64, 64, 64, (3,), (1,)), torch.float16, False, WindowConfig),
         (ConvShape(64, 64, 64, (3,), (1,)), torch.float32, True, DepthwiseConfig),
         (ConvShape(64, 64, 1, (3,), (1,)), torch.bfloat16, False, TapConfig),
@@ -283,7 +291,9 @@ def test_analytic_choice(chip, shape, dtype, allow_tf32, kind):
     if kind is WindowConfig and (chip.name.startswith("gfx") or not HAS_NARROW_PRODUCTS):
         # A window's lanes are products of 8 columns.
         kind = StreamConfig if max(shape.c_in, shape.c_out) // shape.groups <= 8 else ColumnConfig
-    if kind is ColumnConfig and not HAS_NARROW_PRODUCTS:
+    if kind is HeldConfig and chip.name.startswith("gfx"):
+        kind = ColumnConfig
+    if kind in (ColumnConfig, HeldConfig) and not HAS_NARROW_PRODUCTS:
         kind = StreamConfig if max(shape.c_in, shape.c_out) // shape.groups <= 8 else TapConfig
     config = analytic.branch_config(shape, 128, 56, 56, dtype, allow_tf32, chip)
     assert type(config) is kind

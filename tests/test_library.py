@@ -20,6 +20,7 @@ from sk_triton.workload import Workload
 from .interpreter import exact_bfloat16
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import randomize_norms, sizes, specs
+from .versions import needs_narrow_products
 from .whole_units import LAYERS, VIEWS, compare, compare_bad_value, compare_unit
 
 DENSE = {
@@ -178,14 +179,23 @@ def test_wide_groups_take_it_and_narrow_ones_do_not(chip, dtype):
         assert others >= ({"store", "recompute", "merged", "resident"} if is_wide else {"library"})
 
 
-def test_large_kernels_in_groups_of_32_take_it():
-    assert expected(seed_unit(1024)).schedule == "library"
-    assert "tap by tap" in dict(expected(seed_unit(1024)).rejected)["store"]
+def test_large_kernels_that_go_tap_by_tap_take_it():
+    largest = seed_unit(1024, num_branches=3)  # 7x7, which columns do not take
+    for unit in (largest, seed_unit(1024, groups=16)):
+        assert expected(unit).schedule == "library"
+        assert "tap by tap" in dict(expected(unit).rejected)["store"]
     for unit in (paper_unit(1024), seed_unit(512), paper_unit(512, groups=8)):
         assert expected(unit).schedule != "library"
-    assert expected(seed_unit(1024), torch.float32).schedule == "store"
-    work = Workload(seed_unit(1024), 128, 7, 7, torch.float16, CHIPS["sm_90"])
+    assert expected(largest, torch.float32).schedule == "store"
+    work = Workload(largest, 128, 7, 7, torch.float16, CHIPS["sm_90"])
     assert not make_training_plan(work, "branches").branch_launches
+
+
+@needs_narrow_products
+def test_5x5_branches_in_groups_of_32_go_by_columns():
+    assert expected(seed_unit(1024)).schedule == "store"
+    work = Workload(seed_unit(1024), 128, 7, 7, torch.float16, CHIPS["sm_90"])
+    assert make_training_plan(work, "branches").branch_launches
 
 
 def test_reasons_and_passes():

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.interpret
 
 
 WINDOW = "branch_conv_window" if HAS_NARROW_PRODUCTS else "branch_conv_stream"
-BRANCH_KERNELS = {1: WINDOW, 2: WINDOW, 3: WINDOW, 4: "branch_conv_column"}
+BRANCH_KERNELS = {1: WINDOW, 2: WINDOW, 3: WINDOW, 4: "branch_conv_held"}
 # How often a window asks for x, for 18 taps: once a strip, and for what it shares with the strips beside it.
 MOST_ASKED = {1: 1.7, 2: 1.8, 3: 2.2}
 STAGES = [
