@@ -168,14 +168,15 @@ def column_tile(
     RUN_H: tl.constexpr, ROWS: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_POOL: tl.constexpr, POOL_BY_DOT: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
-    PRECISION: tl.constexpr, IS_ADDED: tl.constexpr,
+    PRECISION: tl.constexpr, FIRST: tl.constexpr, STOP: tl.constexpr,
 ):  # fmt: skip
-    """Every branch of one tile and channel block; TASK, `tile` and `tag` as in `stream_tile`, `held` as in
+    """Branches FIRST to STOP of one tile and channel block; TASK, `tile` and `tag` as in `stream_tile`, `held` as in
     `column_outputs`.
 
     A tile is BLOCK_N samples x BLOCK_H columns of RUN_H outputs x BLOCK_W pixels. A channel block is whole groups,
     CHANNELS_CI inputs and CHANNELS_CO outputs, padded to BLOCK_CI and BLOCK_CO, or BLOCK_CO of the CHANNELS_CO outputs
-    of one group, which has BLOCKS_PER_GROUP blocks. IS_ADDED: pooled sums are added to those that are there.
+    of one group, which has BLOCKS_PER_GROUP blocks. Pooled sums are added to what those before FIRST
+    have left.
     """
     M: tl.constexpr = len(KERNELS)
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
@@ -215,7 +216,7 @@ def column_tile(
                 attention_ptr, n0, sample, n_left, m, co0, co, co_end, C_OUT, tag, M, BLOCK_N
             )
             attention = attention + (a,)
-    for m in tl.static_range(M):
+    for m in tl.static_range(FIRST, STOP):
         outputs = column_outputs(
             x_ptr + m * SPLIT_CI,
             w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m],
@@ -304,7 +305,7 @@ def column_tile(
         offs_partial = (n0 + offs_n)[:, None] * stride_partial_n + tile.to(tl.int64) * stride_partial_t
         mask = (offs_n < n_left)[:, None] & (co < co_end)[None, :]
         ptrs = partial_ptr + offs_partial + co0 + co[None, :]
-        if IS_ADDED:
+        if FIRST > 0:
             sums += tl.load(ptrs, mask=mask, other=0.0)
         tl.store(ptrs, sums, mask=mask)
 
@@ -337,5 +338,6 @@ def branch_conv_column_fwd_kernel(
         stride_partial_n, stride_partial_t,
         TASK, KERNELS, DILATIONS, STRIDE, PITCHES, STEPS_R, STEPS_K, W_OFFSETS, IS_EVEN_H, IS_WHOLE_H,
         CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, SPLIT_CI, BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W,
-        RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION, False,
+        RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
+        0, len(KERNELS),
     )  # fmt: skip

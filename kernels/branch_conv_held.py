@@ -39,27 +39,27 @@ def branch_conv_held_fwd_kernel(
     first = tl.program_id(0) // CHANNEL_PROGRAMS * TILES_PER_PROGRAM
     tiles = TILES_H * TILES_W
     for m in tl.static_range(M):
-        own_w_ptr = w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m]
         held = ()
         for kx in tl.static_range(min(HELD_COLUMNS, KERNELS[m])):
-            held = held + column_weights(own_w_ptr, kx, KERNELS[m], BLOCK_CO, BLOCK_CI)
+            held = held + column_weights(
+                w_ptr + block * W_OFFSETS[M] + W_OFFSETS[m], kx, KERNELS[m], BLOCK_CO, BLOCK_CI
+            )
         own_out_ptr = out_ptr + m * tl.cast(stride_om, tl.int64)
         # Triton would take the loads of the other columns out of the loop, where no registers are left for them.
         for item in tl.range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES), disable_licm=True):
             tile = item % tiles
             own_partial_ptr = partial_ptr
             if TASK == "train" or TASK == "measure":  # moments of tiles of all samples
-                own_partial_ptr += m * 3 * stride_partial_n + item * tl.cast(stride_partial_t, tl.int64)
+                own_partial_ptr += item * tl.cast(stride_partial_t, tl.int64)
             column_tile(
-                x_ptr + m * SPLIT_CI, own_w_ptr, held, shift_ptr + m * C_OUT, x_ptr, 0, own_out_ptr, own_partial_ptr,
+                x_ptr, w_ptr, held, shift_ptr, x_ptr, 0, own_out_ptr, own_partial_ptr,
                 block, tile, tile // TILES_W, tile % TILES_W, item // tiles, N, H_IN, W_IN, H, W, C_IN, C_OUT,
                 stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
                 stride_partial_n, stride_partial_t,
-                TASK, KERNELS[m : m + 1], DILATIONS[m : m + 1], STRIDE,
-                PITCHES[m : m + 1], STEPS_R[m : m + 1], STEPS_K[m : m + 1], (0, 0), IS_EVEN_H, IS_WHOLE_H,
-                CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, 0, BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W,
+                TASK, KERNELS, DILATIONS, STRIDE, PITCHES, STEPS_R, STEPS_K, W_OFFSETS, IS_EVEN_H, IS_WHOLE_H,
+                CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, SPLIT_CI, BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W,
                 RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE,
-                PRECISION, m > 0,
+                PRECISION, m, m + 1,
             )  # fmt: skip
         # The next branch's sums are added to these.
         tl.debug_barrier()

@@ -64,7 +64,7 @@ class HeldConfig(ColumnConfig):
     the first HELD_COLUMNS kernel columns of a branch meanwhile.
     """
 
-    HELD_COLUMNS: int = 2
+    HELD_COLUMNS: int = 1
     TILES_PER_PROGRAM: int = 1
 
 

@@ -89,7 +89,8 @@ def unit_resident_fwd_kernel(
                         "pool", KERNELS, DILATIONS, STRIDE, PITCHES, STEPS_R, STEPS_K, W_OFFSETS, IS_EVEN_H, IS_WHOLE_H,
                         CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, SPLIT_CI, BLOCK_CI, BLOCK_CO,
                         BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT,
-                        HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION, False,
+                        HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
+                        0, M,
                     )  # fmt: skip
                 else:
                     stream_tile(
@@ -137,7 +138,8 @@ def unit_resident_fwd_kernel(
                         "select", KERNELS, DILATIONS, STRIDE, SELECT_PITCHES, SELECT_STEPS_R, SELECT_STEPS_K, W_OFFSETS,
                         SELECT_IS_EVEN_H, IS_WHOLE_H, CHANNELS_CI, CHANNELS_CO, BLOCKS_PER_GROUP, SPLIT_CI,
                         BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT,
-                        HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION, False,
+                        HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
+                        0, M,
                     )  # fmt: skip
                 else:
                     stream_tile(

@@ -22,7 +22,9 @@ UNROLLED_REGISTERS = 56
 SPILLING_CHIPS = ("sm_80", "sm_86", "sm_89", "gfx942")
 SPILLING_UNROLLED_CHIPS = ("sm_80", "gfx942")
 # Chips whose compiler spills where a program holds weights for all 32 outputs of a group.
-SPILLING_HELD_CHIPS = ("sm_100",)
+SPILLING_HELD_CHIPS = ("sm_100", "sm_120")
+# Height of an image whose columns leave registers for weights: in those of 6 rows and in parts of 14 ptxas spills.
+HELD_ROWS = 7
 # Tiles that a program with weights in registers walks.
 WALKS = (2, 3, 4, 5, 6, 8, 10, 12, 16)
 
@@ -106,25 +108,21 @@ def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[B
 
 
 def held_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[BranchConfig]:
-    """Configs that hold weights while they walk over tiles: for 3x3 branches of 17 to 32 channels, where columns of
-    rows divide the image."""
+    """Configs that hold weights while they walk over tiles: for two 3x3 branches of 17 to 32 channels, in images of
+    HELD_ROWS rows. Moments, masks, other rows or another branch's code would take the registers of weights."""
     group = max(shape.c_in, shape.c_out) // shape.groups
-    block_co = 16 if chip.name in SPILLING_HELD_CHIPS else 32
-    config = HeldConfig(BLOCK_CI=32, BLOCK_CO=block_co, BLOCK_H=1, BLOCK_W=8, RUN_H=1, UNROLL=True)
-    is_fitting = (
-        16 < group <= 32 and set(shape.kernels) == {3} and shape.stride == 1 and is_full(shape, config)
-    )
-    # Of what is held, moments and the code of a third branch take registers.
-    is_simple = task in ("store", "pool") and len(shape.kernels) <= 2
-    is_spilling = chip.name in SPILLING_HELD_CHIPS and not is_simple
-    if task == "select" or not is_fitting or is_spilling or 8 not in pixel_counts(chip):
+    is_fitting = 16 < group <= 32 and shape.kernels == (3, 3) and shape.stride == 1 and h == HELD_ROWS
+    if task not in ("store", "pool") or not is_fitting or 8 not in pixel_counts(chip):
         return []
-    candidates: list[BranchConfig] = []
-    for run_h, tiles in product((7, 6, 5, 4), WALKS):
-        if h % run_h == 0:
-            # So do rows beyond a tile.
-            rows, held = (8, 3) if block_co == 16 else (2, 2) if is_simple and run_h == h else (4, 1)
-            candidates.append(
-                replace(config, RUN_H=run_h, ROWS=rows, HELD_COLUMNS=held, TILES_PER_PROGRAM=tiles)
-            )
-    return candidates
+    is_half = chip.name in SPILLING_HELD_CHIPS
+    config = HeldConfig(
+        BLOCK_CI=32,
+        BLOCK_CO=16 if is_half else 32,
+        BLOCK_H=1,
+        BLOCK_W=8,
+        RUN_H=h,
+        ROWS=8 if is_half else 2,
+        UNROLL=True,
+        HELD_COLUMNS=3 if is_half else 1,
+    )
+    return [replace(config, TILES_PER_PROGRAM=tiles) for tiles in WALKS] if is_full(shape, config) else []

@@ -22,7 +22,6 @@ PRESSED = (
     ("sm_90", "stage 4", "store"),
     ("sm_90", "stage 4", "recompute"),
     ("sm_100", "stage 4", "store"),
-    ("sm_80", "seed, stage 4", "store"),
 )
 
 by_name = {case.name: case for case in CASES if case.precision == "fp16"}

@@ -20,7 +20,6 @@ from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import (
     ColumnConfig,
     DepthwiseConfig,
-    HeldConfig,
     StreamConfig,
     TapConfig,
     WindowConfig,
@@ -28,7 +27,7 @@ from sk_triton.kernels.config import (
 from sk_triton.kernels.geometry import ConvShape
 from sk_triton.workload import Workload
 
-from .versions import HAS_NARROW_PRODUCTS
+from .versions import HAS_NARROW_PRODUCTS, needs_narrow_products
 
 SM_90 = CHIPS["sm_90"]
 
@@ -279,7 +278,7 @@ GROUPED = ConvShape(128, 128, 32, (3, 3), (1, 2))
         (GROUPED, torch.float32, True, StreamConfig),
         (GROUPED, torch.float32, False, StreamConfig),
         (ConvShape(512, 512, 32, (3, 3), (1, 2)), torch.bfloat16, False, WindowConfig),
-        (ConvShape(1024, 1024, 32, (3, 3), (1, 2)), torch.float16, False, HeldConfig),
+        (ConvShape(1024, 1024, 32, (3, 3), (1, 2)), torch.float16, False, ColumnConfig),
         (ConvShape(1024, 1024, 32, (3, 5), (1, 1)), torch.float16, False, ColumnConfig),
         (ConvShape(64, 64, 64, (3,), (1,)), torch.float16, False, WindowConfig),
         (ConvShape(64, 64, 64, (3,), (1,)), torch.float32, True, DepthwiseConfig),
@@ -291,14 +290,24 @@ def test_analytic_choice(chip, shape, dtype, allow_tf32, kind):
     if kind is WindowConfig and (chip.name.startswith("gfx") or not HAS_NARROW_PRODUCTS):
         # A window's lanes are products of 8 columns.
         kind = StreamConfig if max(shape.c_in, shape.c_out) // shape.groups <= 8 else ColumnConfig
-    if kind is HeldConfig and chip.name.startswith("gfx"):
-        kind = ColumnConfig
-    if kind in (ColumnConfig, HeldConfig) and not HAS_NARROW_PRODUCTS:
+    if kind is ColumnConfig and not HAS_NARROW_PRODUCTS:
         kind = StreamConfig if max(shape.c_in, shape.c_out) // shape.groups <= 8 else TapConfig
     config = analytic.branch_config(shape, 128, 56, 56, dtype, allow_tf32, chip)
     assert type(config) is kind
     analytic.branch_config.cache_clear()
     assert analytic.branch_config(shape, 128, 56, 56, dtype, allow_tf32, chip) == config
+
+
+@needs_narrow_products
+def test_weights_are_held_over_as_many_tiles_as_leave_no_processor_idle():
+    shape = ConvShape(1024, 1024, 32, (3, 3), (1, 2))
+
+    def choice(n, size=7, task="store"):
+        return analytic.branch_config(shape, n, size, size, torch.float16, False, SM_90, task=task)
+
+    assert [choice(n).TILES_PER_PROGRAM for n in (64, 128, 256)] == [2, 4, 8]
+    for config in (choice(1), choice(128, 14), choice(128, task="train"), choice(128, task="select")):
+        assert type(config) is ColumnConfig
 
 
 def test_small_batches_get_shorter_runs():
