@@ -121,7 +121,7 @@ def held_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[Bra
         BLOCK_H=1,
         BLOCK_W=8,
         RUN_H=h,
-        ROWS=8 if is_half else 2,
+        ROWS=4 if is_half else 2,
         UNROLL=True,
         HELD_COLUMNS=3 if is_half else 1,
     )
