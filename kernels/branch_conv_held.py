@@ -1,4 +1,4 @@
-"""Branch convolutions of groups of 17 to 32 channels over many tiles: most of a branch's weights stay in registers.
+"""Branch convolutions of groups of 17 to 32 channels over many tiles: kernel columns of weights stay in registers.
 
 The formulation of `branch_conv_column`, whose programs each load all weights of their group, more than they load of x.
 Here a program takes one channel block of many tiles, branch after branch, and loads weights of the first kernel columns
