@@ -138,9 +138,9 @@ def refuse_idle_options(args: argparse.Namespace) -> None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of an option `--device`. Raises ValueError for one that is not there."""
+    """The device of an option `--device`, a GPU with its index. Raises ValueError for one that is not there."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -149,4 +149,6 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {name!r}, but {torch.cuda.device_count()} GPUs are visible to PyTorch")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # `torch.cuda.set_device` takes no other
     return device

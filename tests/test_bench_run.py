@@ -5,9 +5,10 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
+import torch
 
 from sk_triton import cli
-from sk_triton.bench import plots, protocol, providers, results, session, shapes
+from sk_triton.bench import plots, protocol, providers, results, run, session, shapes
 from sk_triton.bench.providers import Provider
 from sk_triton.bench.shapes import PAPER, SEED
 
@@ -179,3 +180,12 @@ def test_help_says_what_each_suite_measures(capsys):
         cli.main(["bench", "--help"])
     out = capsys.readouterr().out
     assert all(f"{suite}:" in out for suite in ("layer", "train", "model", "sweep", "host", "scaling"))
+
+
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_has_its_index(monkeypatch, name):
+    """`torch.cuda.set_device` refuses a device without one."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert run.choose_device(name) == torch.device("cuda:1")
