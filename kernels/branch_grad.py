@@ -14,7 +14,7 @@ from .grad_geometry import HALO, PIXELS, can_run_grad, grad_blocks, grad_tiles, 
 from .launch import Launch
 
 # Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size.
-ROWS_KY = {1: 1, 3: 3, 5: 2, 7: 1}
+ROWS_KY = {1: 1, 3: 3, 5: 2, 7: 2}
 
 
 def branch_grad(
@@ -63,7 +63,7 @@ def _stream(
 ) -> tuple[Launch, ...]:  # fmt: skip
     n, _, h, width = x.shape
     blocks = grad_blocks(shape, config)
-    tiles_h, tiles_w = grad_tiles(config, h, width)
+    tiles_h, tiles_w = grad_tiles(shape, config, h, width)
     tiles = n * tiles_h * tiles_w
     arguments = (
         x, dv, y, w, terms, dx, partial,
@@ -99,8 +99,7 @@ def _wide(
 ) -> tuple[Launch, ...]:  # fmt: skip
     n, _, h, width = x.shape
     blocks = grad_blocks(shape, config)
-    tiles_h, tiles_w = grad_tiles(config, h, width)
-    halo = wide_halo(shape, width)
+    halo, strips = wide_halo(shape, width), partial.shape[0]
     data_tiles_h, data_tiles_w = cdiv(h, config.DATA_RUN_H), cdiv(width, PIXELS - 2 * halo)
     common = {
         **_common(shape, config, (x, dv, y[0].permute(0, 3, 1, 2), dx), has_relu, terms),
@@ -132,12 +131,16 @@ def _wide(
         (blocks.chunks_co,) * len(shape.kernels),
     )  # fmt: skip
     launches, tap = [data], 0
-    tiles = n * tiles_h * tiles_w
+    tiles_h = cdiv(h, config.RUN_H)
     for m, (kernel, dilation) in enumerate(zip(shape.kernels, shape.dilations, strict=True)):
+        # Its own halo: a branch of small reach has fewer tiles.
+        halo = 0 if width <= PIXELS else kernel // 2 * dilation
+        tiles_w = cdiv(width, PIXELS - 2 * halo)
+        tiles_per_program = cdiv(n * tiles_h * tiles_w, strips)
         for first in range(0, kernel, ROWS_KY.get(kernel, 1)):
             arguments = (
                 x, dv, y[m], terms[:, m], partial[:, :, tap:], h, width, shape.c_in, shape.c_out,
-                tiles, tiles_h, tiles_w, config.TILES_PER_PROGRAM,
+                n * tiles_h * tiles_w, tiles_h, tiles_w, tiles_per_program,
                 x.stride(0), x.stride(2), x.stride(3), dv.stride(0), dv.stride(2), dv.stride(3),
                 y.stride(1), y.stride(2), y.stride(3), terms.stride(0), partial.stride(0), partial.stride(1),
             )  # fmt: skip
@@ -145,12 +148,13 @@ def _wide(
                 "KERNEL": kernel,
                 "DILATION": dilation,
                 "KY": first,
+                "HALO": halo,
                 "ROWS_KY": min(ROWS_KY.get(kernel, 1), kernel - first),
                 "GROUP_CI": shape.c_in // shape.groups,
                 "GROUP_CO": shape.c_out // shape.groups,
             }
-            grid = (pieces * blocks.chunks_co, cdiv(tiles, config.TILES_PER_PROGRAM))
-            trips = (config.TILES_PER_PROGRAM,)
+            grid = (pieces * blocks.chunks_co, strips)
+            trips = (tiles_per_program,)
             launches.append(_prepared(branch_grad_weight_kernel, grid, arguments, constexprs, config, trips))
         tap += kernel * kernel
     return tuple(launches)

@@ -64,13 +64,16 @@ def branch_grad_data_kernel(
             w_chunk_ptr = (
                 w_ptr + piece * W_OFFSETS[M] + W_OFFSETS[m] + chunk * (KERNELS[m] * KERNELS[m] * 256)
             )
+            # All rows first: then a weight is loaded once for the whole tile.
+            columns = ()
             for i in tl.static_range(
                 0 if IS_WHOLE_H else -(KERNELS[m] // 2) * DILATIONS[m],
                 RUN_H if IS_WHOLE_H else RUN_H + KERNELS[m] // 2 * DILATIONS[m],
             ):
                 y_row = y_first + i
-                # Without it ptxas lifts the loads of all rows to the first of them, and spills.
-                tl.debug_barrier()
+                # So many rows are loaded at a time: ptxas would lift the loads of all to the first, and spill.
+                if i % (2 if HAS_RELU or HAS_NORM or KERNELS[m] > 5 else 4) == 0:
+                    tl.debug_barrier()
                 rows = tl.full([1, 1], y_row, tl.int32)
                 is_row = (rows >= 0) & (rows < H)
                 dy = row_gradient(
@@ -78,22 +81,30 @@ def branch_grad_data_kernel(
                     y_ptr + m * stride_ym + n * stride_yn + co0 + y_row * stride_yh + offs_y,
                     mask_read & is_row, to_accumulator, terms, HAS_RELU, HAS_NORM,
                 )  # fmt: skip
-                columns = transposed((dy * is_row.to(tl.float32)).to(dtype))
-                # Triton 3.6 hands out a tuple's members as plain numbers, over which no static range goes.
-                for kx in tl.static_range(tl.constexpr(KERNELS[m])):
-                    pixels = moved(
-                        equal_to(entry, entry - (kx - KERNELS[m] // 2) * DILATIONS[m], dtype), columns
-                    )
-                    pixels = transposed(pixels)
+                columns = columns + (transposed((dy * is_row.to(tl.float32)).to(dtype)),)
+            # Triton 3.6 hands out a tuple's members as plain numbers, over which no static range goes.
+            for kx in tl.static_range(tl.constexpr(KERNELS[m])):
+                shift = equal_to(entry, entry - (kx - KERNELS[m] // 2) * DILATIONS[m], dtype)
+                weights = ()
+                for ky in tl.static_range(tl.constexpr(KERNELS[m])):
+                    weight = load_weight_operand(w_chunk_ptr + (ky * KERNELS[m] + kx) * 256, 16, 16)
+                    weights = weights + (weight,)
+                for i in tl.static_range(len(columns)):
+                    pixels = transposed(moved(shift, columns[i]))
                     for ky in tl.static_range(tl.constexpr(KERNELS[m])):
                         # Only expressions stay constants: a name for the row would not.
                         if (
-                            i - (ky - KERNELS[m] // 2) * DILATIONS[m] >= 0
-                            and i - (ky - KERNELS[m] // 2) * DILATIONS[m] < RUN_H
+                            i - (ky - (KERNELS[m] // 2 if IS_WHOLE_H else 0)) * DILATIONS[m] >= 0
+                            and i - (ky - (KERNELS[m] // 2 if IS_WHOLE_H else 0)) * DILATIONS[m] < RUN_H
                         ):
-                            weight = load_weight_operand(w_chunk_ptr + (ky * KERNELS[m] + kx) * 256, 16, 16)
-                            acc = tl.dot(weight, pixels, dx[i - (ky - KERNELS[m] // 2) * DILATIONS[m]])
-                            dx = replaced(dx, i - (ky - KERNELS[m] // 2) * DILATIONS[m], acc)
+                            acc = tl.dot(
+                                weights[ky],
+                                pixels,
+                                dx[i - (ky - (KERNELS[m] // 2 if IS_WHOLE_H else 0)) * DILATIONS[m]],
+                            )
+                            dx = replaced(
+                                dx, i - (ky - (KERNELS[m] // 2 if IS_WHOLE_H else 0)) * DILATIONS[m], acc
+                            )
     ci0 = block * CHANNELS_CI + piece % CHUNKS_CI * 16
     ci_end = tl.minimum(CHANNELS_CI - piece % CHUNKS_CI * 16, C_IN - ci0)
     own = (x_dy >= x_start) & (x_dy < tl.minimum(x_start + 16 - 2 * HALO, W))
@@ -111,15 +122,17 @@ def branch_grad_weight_kernel(
     H, W, C_IN, C_OUT, TILES, TILES_H, TILES_W, TILES_PER_PROGRAM,
     stride_xn, stride_xh, stride_xw, stride_dvn, stride_dvh, stride_dvw, stride_yn, stride_yh, stride_yw,
     stride_terms, stride_strip, stride_block,
-    KERNEL: tl.constexpr, DILATION: tl.constexpr, KY: tl.constexpr, ROWS_KY: tl.constexpr, RUN_H: tl.constexpr,
+    KERNEL: tl.constexpr, DILATION: tl.constexpr, KY: tl.constexpr, ROWS_KY: tl.constexpr, HALO: tl.constexpr,
+    RUN_H: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
     CHUNKS_CI: tl.constexpr, CHUNKS_CO: tl.constexpr,
     HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
-    """What TILES_PER_PROGRAM tiles of RUN_H rows x 16 pixels add to the gradient of one branch's weights, of 16 input
-    and 16 output channels, in kernel rows KY to KY + ROWS_KY - 1.
+    """What TILES_PER_PROGRAM tiles of RUN_H rows x (16 - 2 * HALO) columns of x add to the gradient of one branch's
+    weights, of 16 input and 16 output channels, in kernel rows KY to KY + ROWS_KY - 1.
+
+    dy is read with HALO columns on either side and shifted for each kernel column, so that x and dy are loaded once.
     """
-    HALF: tl.constexpr = KERNEL // 2
     dtype: tl.constexpr = x_ptr.dtype.element_ty
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_dvn, stride_dvh, stride_dvw = widen(stride_dvn, stride_dvh, stride_dvw, IS_LARGE)
@@ -142,10 +155,12 @@ def branch_grad_weight_kernel(
     for step in range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile)):
         tile = first_tile + step
         n = (tile // (TILES_H * TILES_W)).to(tl.int64)
-        x_dy = tile // TILES_H % TILES_W * 16 + entry
+        x_start = tile // TILES_H % TILES_W * (16 - 2 * HALO)
+        x_dy = x_start - HALO + entry
         y_first = tile % TILES_H * RUN_H
-        in_image = tl.broadcast_to((x_dy < W)[None, :], [16, 16])
-        mask_read = (x_dy < W)[:, None] & (channel < co_end)[None, :]
+        in_row = (x_dy >= 0) & (x_dy < W)
+        in_image = tl.broadcast_to(in_row[None, :], [16, 16])
+        mask_read = in_row[:, None] & (channel < co_end)[None, :]
         offs_dv = (x_dy * stride_dvw)[:, None] + channel[None, :]
         offs_y = (x_dy * stride_yw)[:, None] + channel[None, :]
         terms = load_terms(
@@ -160,30 +175,33 @@ def branch_grad_weight_kernel(
                 y_ptr + n * stride_yn + co0 + (y_first + i) * stride_yh + offs_y,
                 mask_read & (rows < H), to_accumulator, terms, HAS_RELU, HAS_NORM,
             )  # fmt: skip
-            dys = dys + (transposed((dy * (rows < H).to(tl.float32)).to(dtype)),)
+            dys = dys + ((dy * (rows < H).to(tl.float32)).to(dtype),)
+        # Own pixels only: each pair of an input and an output pixel is counted in one tile.
+        own = (x_dy >= x_start) & (x_dy < tl.minimum(x_start + 16 - 2 * HALO, W))
+        mask_own = own[:, None] & (channel < ci_end)[None, :]
+        offs_x = (x_dy * stride_xw)[:, None] + channel[None, :]
+        xs = ()
         for i in tl.static_range(
             (KY - KERNEL // 2) * DILATION, RUN_H + (KY + ROWS_KY - 1 - KERNEL // 2) * DILATION
         ):
             y_in = y_first + i
             rows = tl.full([1, 1], y_in, tl.int32)
-            for kx in tl.static_range(KERNEL):
-                x_in = x_dy + (kx - HALF) * DILATION
-                mask = (
-                    ((x_in >= 0) & (x_in < W))[:, None]
-                    & (channel < ci_end)[None, :]
-                    & (rows >= 0)
-                    & (rows < H)
-                )
-                offs_x = (x_in * stride_xw)[:, None] + channel[None, :]
-                taps = tl.load(x_ptr + n * stride_xn + ci0 + y_in * stride_xh + offs_x, mask=mask, other=0.0)
-                pixels = moved(to_accumulator, right_operand(taps, True))
+            row = tl.load(
+                x_ptr + n * stride_xn + ci0 + y_in * stride_xh + offs_x,
+                mask=mask_own & (rows >= 0) & (rows < H),
+                other=0.0,
+            )
+            xs = xs + (moved(to_accumulator, right_operand(row, True)),)
+        for kx in tl.static_range(KERNEL):
+            for r in tl.static_range(RUN_H):
+                if kx == KERNEL // 2:
+                    dy = transposed(dys[r])
+                else:
+                    shift = equal_to(entry, entry - (kx - KERNEL // 2) * DILATION, dtype)
+                    dy = transposed(moved(dys[r], shift))
                 for ky in tl.static_range(ROWS_KY):
-                    if (
-                        i - (KY + ky - KERNEL // 2) * DILATION >= 0
-                        and i - (KY + ky - KERNEL // 2) * DILATION < RUN_H
-                    ):
-                        dy = dys[i - (KY + ky - KERNEL // 2) * DILATION]
-                        dw = replaced(dw, ky * KERNEL + kx, tl.dot(pixels, dy, dw[ky * KERNEL + kx]))
+                    acc = tl.dot(xs[r + ky * DILATION], dy, dw[ky * KERNEL + kx])
+                    dw = replaced(dw, ky * KERNEL + kx, acc)
 
     ci = chunk_ci * 16 + entry
     co = chunk_co * 16 + entry

@@ -67,15 +67,18 @@ def grad_blocks(shape: ConvShape, config: GradConfig) -> GradBlocks:
 
 
 def wide_halo(shape: ConvShape, w: int) -> int:
-    """Columns that a tile of `branch_grad_data_kernel` reads beyond its own; none where a row of `w` pixels fits."""
+    """Columns that a tile of `branch_grad_wide` reads beyond its own; none where a row of `w` pixels fits."""
     if w <= PIXELS:
         return 0
     return max(d * (k // 2) for k, d in zip(shape.kernels, shape.dilations, strict=True))
 
 
-def grad_tiles(config: GradConfig, h: int, w: int) -> tuple[int, int]:
-    """Tiles along height and width of an `h` x `w` image, those of the weight gradients under GradWideConfig."""
-    columns = 2 * RUNS - 2 * HALO if isinstance(config, GradStreamConfig) else PIXELS
+def grad_tiles(shape: ConvShape, config: GradConfig, h: int, w: int) -> tuple[int, int]:
+    """Tiles along height and width of an `h` x `w` image: under GradWideConfig, of the weight gradients of the branch
+    that reaches furthest."""
+    columns = (
+        2 * RUNS - 2 * HALO if isinstance(config, GradStreamConfig) else PIXELS - 2 * wide_halo(shape, w)
+    )
     return cdiv(h, config.RUN_H), cdiv(w, columns)
 
 
@@ -87,7 +90,7 @@ def is_paired(shape: ConvShape) -> bool:
 def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) -> tuple[int, ...]:
     """Shape of the fp32 workspace for `n` images of `h` x `w` pixels: summands, blocks of output channels, kernel taps
     of all branches, channels of a block, input channels of a group."""
-    tiles_h, tiles_w = grad_tiles(config, h, w)
+    tiles_h, tiles_w = grad_tiles(shape, config, h, w)
     strips = cdiv(n * tiles_h * tiles_w, config.TILES_PER_PROGRAM)
     blocks = grad_blocks(shape, config)
     taps = sum(k * k for k in shape.kernels)

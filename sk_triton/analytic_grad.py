@@ -25,12 +25,12 @@ def grad_config(
     candidates: tuple[GradConfig, ...] = (
         GradStreamConfig(4, 1, STREAM_WARPS),
         GradStreamConfig(4, 1),
-        GradWideConfig(4, 1, _data_rows(shape, h)),
+        GradWideConfig(4, 1, _data_rows(shape)),
     )
     for config in candidates:
         if can_run_grad(shape, dtype, config, w) is None:
             blocks = grad_blocks(shape, config)
-            tiles_h, tiles_w = grad_tiles(config, h, w)
+            tiles_h, tiles_w = grad_tiles(shape, config, h, w)
             pieces = blocks.count * blocks.chunks_ci * blocks.chunks_co
             per_processor = STREAM_RESIDENT if isinstance(config, GradStreamConfig) else WIDE_RESIDENT
             strips = max(1, per_processor * chip.processors // pieces)
@@ -38,12 +38,7 @@ def grad_config(
     return None
 
 
-def _data_rows(shape: ConvShape, h: int) -> int:
-    """Rows of a tile of the wide data gradients: as many as no chip spills at, and as waste least beyond `h` rows."""
-    blocks = grad_blocks(shape, GradWideConfig(4, 1))
-    if blocks.chunks_co > 1:
-        return 2
-    if set(shape.kernels) != {3} or blocks.ci < blocks.size or blocks.co < blocks.size:
-        return 4
-    halo = max(shape.dilations)
-    return min((7, 4), key=lambda rows: cdiv(h, rows) * (rows + 2 * halo))
+def _data_rows(shape: ConvShape) -> int:
+    """Rows of a tile of the wide data gradients: as many as no chip spills at."""
+    is_large = max(shape.kernels) > 5 or grad_blocks(shape, GradWideConfig(4, 1)).chunks_co > 1
+    return 2 if is_large else 4

@@ -54,6 +54,7 @@ CASES = {
     "wide, dense, more outputs": (ConvShape(20, 40, 1, (3,), (2,)), WIDE, 1, 2, 18),
     "wide, three branches": (ConvShape(16, 16, 4, (3, 5, 1), (1, 1, 1)), WIDE, 1, 4, 6),
     "wide, 7x7 and dilation 3": (ConvShape(12, 12, 4, (7, 3), (1, 3)), WIDE, 1, 2, 17),
+    "wide, halos of each branch": (ConvShape(16, 16, 4, (3, 5), (1, 1)), GradWideConfig(4, 2), 1, 5, 30),
     "wide, one pixel": (ConvShape(32, 32, 2, (3,), (2,)), WIDE, 1, 1, 1),
 }
 DTYPES = [torch.float16, torch.bfloat16]
