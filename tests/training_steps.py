@@ -100,7 +100,7 @@ def steps_alike(layer, steps, direct, started, **settings):
     planned = copy.deepcopy(layer)
     counts = []
     for _ in range(steps):
-        x = image(layer.spec.in_channels, **settings.get("image", {}))
+        x = image(layer.spec.in_channels, **settings.get("image", {})).to(settings.get("dtype", torch.half))
         planned._replays.clear()
         started.clear()
         expected = step(planned, x, autocast=settings.get("autocast", False))
