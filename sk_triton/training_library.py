@@ -17,11 +17,10 @@ from .training import UnitTensors
 
 def convolution_calls(x: Tensor, y: Tensor, spec: SKSpec, tensors: UnitTensors) -> list[LibraryCall]:
     """Write the branches' convolutions with their biases to y ``[M, N, H', W', C]``, of an x with adjacent channels."""
+    operands = zip(branch_inputs(x, spec), tensors.weights, tensors.biases, y.unbind(0), strict=True)
     return [
         LibraryCall(partial(_convolve, branch=branch, stride=spec.stride), own)
-        for branch, *own in zip(
-            spec.branches, branch_inputs(x, spec), tensors.weights, tensors.biases, y.unbind(0), strict=True
-        )
+        for branch, own in zip(spec.branches, operands, strict=True)
     ]
 
 
@@ -29,7 +28,7 @@ def gradient_call(
     x: Tensor, dy: Tensor, spec: SKSpec, weights: Sequence[Tensor], needs: Sequence[bool]
 ) -> LibraryCall:
     """Gives the gradients of x and of the weights, those that `needs` names: of x with adjacent channels, and of dy
-    ``[M, N, H', W', C]``. Those of the weights have the weights' dtypes and strides."""
+    ``[M, N, H', W', C]``. Those of the weights are like the weights in dtype and layout."""
     gradients = [own.permute(0, 3, 1, 2) for own in dy.unbind(0)]
     return LibraryCall(
         partial(_gradients, spec=spec, needs=tuple(needs)),

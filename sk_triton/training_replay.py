@@ -1,7 +1,7 @@
 """Starts a training step again without planning it again: as :mod:`.replay`, forward and backward.
 
 The first call of a kind runs as any other, and so does the first backward pass through a call that was started again.
-Either is recorded where nothing but kernels computed it. Parameters may change, but not move.
+Either is recorded where nothing but kernels and the library computed it. Parameters may change, but not move.
 """
 
 from __future__ import annotations
@@ -103,21 +103,13 @@ class TrainingCall:
             grads = self._record_backward(kind, dv, x_in, memory, params, needs)
             return in_format_of(x, grads, needs)
         wanted = [t for t, is_needed in zip((x_in, *params), needs, strict=True) if is_needed]
-        grads = [
-            None if is_given else torch.empty_like(t)
-            for t, is_given in zip(wanted, recording.given, strict=True)
+        written = [
+            torch.empty_like(t) for t, is_given in zip(wanted, recording.given, strict=True) if not is_given
         ]
-        made = iter(
-            recording.start(
-                dv,
-                x_in,
-                memory,
-                *[grad for grad in grads if grad is not None],
-                _memory(x, recording.workspace_bytes),
-                *[params[i] for i in recording.reads],
-            )
-        )
-        return in_format_of(x, [next(made) if grad is None else grad for grad in grads], needs)
+        workspace = _memory(x, recording.workspace_bytes)
+        read = [params[i] for i in recording.reads]
+        made, rest = iter(recording.start(dv, x_in, memory, *written, workspace, *read)), iter(written)
+        return in_format_of(x, [next(made if is_given else rest) for is_given in recording.given], needs)
 
     def _record_backward(
         self,
