@@ -1,14 +1,32 @@
-"""The library's convolution (cuDNN's, MIOpen's or oneDNN's, as PyTorch chooses), a step beside kernel launches."""
+"""What the library (cuDNN, MIOpen or oneDNN, as PyTorch chooses) computes: steps beside kernel launches."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .spec import BranchSpec
+
+
+class LibraryCall(NamedTuple):
+    """Operators of PyTorch's that can run again on other tensors. They are dispatched each time, so that switches, such
+    as those of ``torch.backends.cudnn``, hold as they are by then.
+
+    Attributes:
+        compute: writes into some of the tensors, or gives new ones; keeps none.
+        tensors: what it takes.
+    """
+
+    compute: Callable[..., Sequence[Tensor]]
+    tensors: tuple[Tensor | None, ...]
+
+    def __call__(self) -> Sequence[Tensor]:
+        return self.compute(*self.tensors)
 
 
 @dataclass(frozen=True)

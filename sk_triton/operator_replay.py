@@ -37,17 +37,21 @@ MAX_CALLS = 1024
 
 
 class _Call(NamedTuple):
-    """A recorded call; `outputs`: size, stride and dtype of each."""
+    """A recorded call; `outputs`: size, stride and dtype of each, None of those that the library makes."""
 
     recording: Recording
-    outputs: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype], ...]
+    outputs: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...]
 
-    def start(self, inputs: Sequence[Tensor]) -> list[Tensor]:
-        like = inputs[0]
-        outputs = [like.new_empty_strided(size, stride, dtype=dtype) for size, stride, dtype in self.outputs]
-        workspace = like.new_empty(self.recording.workspace_bytes, dtype=torch.uint8)
-        self.recording.start(*map(Tensor.data_ptr, _present([*inputs, *outputs])), workspace.data_ptr())
-        return outputs
+    def start(self, inputs: Sequence[Tensor], fixed: Sequence[Tensor]) -> list[Tensor]:
+        like, recording = inputs[0], self.recording
+        outputs = [
+            None if own is None else like.new_empty_strided(own[0], own[1], dtype=own[2])
+            for own in self.outputs
+        ]
+        workspace = like.new_empty(recording.workspace_bytes, dtype=torch.uint8)
+        read = [fixed[i] for i in recording.reads]
+        made = iter(recording.start(*_present([*inputs, *outputs]), workspace, *read))
+        return [next(made) if output is None else output for output in outputs]
 
 
 # "seen": came once; "planned": cannot be recorded.
@@ -120,7 +124,7 @@ def _run(
             _calls.move_to_end(kind)
     if isinstance(found, _Call):
         with undisturbed(x):
-            return found.start(inputs())
+            return found.start(inputs(), fixed)
     outputs, tape, used = run()
     entry: _Call | str = "seen"
     if found is not None:
@@ -131,7 +135,11 @@ def _run(
             recording = record(tape.steps, tape.started, tensors, fixed, outputs=len(made))
         entry = "planned"
         if recording is not None:
-            entry = _Call(recording, tuple((t.shape, t.stride(), t.dtype) for t in outputs))
+            given = {id(t) for t, is_given in zip(made, recording.given, strict=True) if is_given}
+            entry = _Call(
+                recording,
+                tuple(None if id(t) in given else (t.shape, t.stride(), t.dtype) for t in outputs),
+            )
     with _lock:
         _calls[kind] = entry
         _calls.move_to_end(kind)
@@ -140,8 +148,8 @@ def _run(
     return outputs
 
 
-def _present(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor.numel()]
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None and tensor.numel()]
 
 
 def _settings(norms: NormSettings) -> tuple[Hashable, ...]:

@@ -207,6 +207,6 @@ class InferenceCall:
             x = with_adjacent_channels(x)
         v = x.new_empty_strided(*self.v)
         workspace = borrow(self.recording.workspace_bytes, self.stream)
-        self.recording.start(x.data_ptr(), v.data_ptr(), workspace.data_ptr())
+        self.recording.start(x, v, workspace)
         give_back(workspace, self.stream)
         return v

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from .kernels.branch_conv import branch_conv_fwd
 from .kernels.gate import gate_fwd
 from .kernels.geometry import tiles
 from .kernels.launch import Launch
+from .library import LibraryCall
 from .packing import Packed
 from .plan import Plan
 from .spec import SKSpec
@@ -32,7 +33,7 @@ class Tape:
     """
 
     def __init__(self) -> None:
-        self.steps: list[Launch] = []
+        self.steps: list[Launch | LibraryCall] = []
         self.started: list[Any] = []
         self.is_whole = True
 
@@ -40,8 +41,15 @@ class Tape:
         self.steps.append(launch)
         self.started.append(launch())
 
+    def call(self, call: LibraryCall) -> Sequence[Tensor]:
+        """The new tensors that the library gives."""
+        found = call()
+        self.steps.append(call)
+        self.started.append(found)
+        return found
+
     def note_operators(self) -> None:
-        """Say that PyTorch's operators compute a part of the call."""
+        """Say that other operators of PyTorch's compute a part of the call."""
         self.is_whole = False
 
     def contiguous(self, tensor: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.branch_conv import branch_conv_fwd, branch_train_fwd
@@ -15,11 +14,11 @@ from .kernels.gather import branch_weight_launch
 from .kernels.geometry import cdiv, tiles
 from .kernels.norm_params import stack_vectors
 from .kernels.running import Running
-from .layout import branch_inputs
 from .plan import BranchLaunch, Plan
 from .spec import SKSpec
 from .steps import Tape
 from .training import NormSettings, UnitTensors
+from .training_library import convolution_calls
 
 Moments = tuple[slice, Tensor]
 """Some branches, and ``[M, 3, tiles, C]`` fp32: number, mean and centred second moment of a tile's values."""
@@ -102,8 +101,8 @@ def convolve(
     h, w = spec.output_size(h_in, w_in)
     y = x.new_empty((spec.num_branches, n, h, w, spec.out_channels))
     if not plan.branch_launches:
-        tape.note_operators()
-        _convolve_by_library(x, unit, y)
+        for call in convolution_calls(x, y, spec, unit.tensors):
+            tape.call(call)
     found: list[Moments] = []
     for launch in plan.branch_launches:
         members = slice(launch.start, launch.stop)
@@ -158,12 +157,3 @@ def sums_over_pixels(
     settings = {"has_norm": unit.spec.branch_norm, "has_relu": plan.has_relu, "config": config}
     tape.run(kernel(*inputs, *partial.unbind(0), **settings))
     return partial
-
-
-def _convolve_by_library(x: Tensor, unit: TrainingUnit, y: Tensor) -> None:
-    for m, (x_m, conv) in enumerate(zip(branch_inputs(x, unit.spec), unit.spec.branches, strict=True)):
-        weight, bias = unit.tensors.weights[m].to(x.dtype), unit.tensors.biases[m]
-        if bias is not None:
-            bias = bias.to(x.dtype)
-        y_m = F.conv2d(x_m, weight, bias, unit.spec.stride, conv.padding, conv.dilation, conv.groups)
-        y[m].copy_(y_m.permute(0, 2, 3, 1))

@@ -13,10 +13,10 @@ from .kernels.gather import grad_weight_launch
 from .kernels.grad_geometry import partial_shape
 from .kernels.grad_terms import grad_terms
 from .kernels.norm_bwd import norm_bwd
-from .layout import branch_inputs
 from .plan import Plan
 from .steps import Tape
 from .training_branches import BranchNorm, TrainingUnit
+from .training_library import gradient_call
 
 
 class Upstream(NamedTuple):
@@ -44,23 +44,18 @@ def branch_backward(
     upstream: Upstream,
     unit: TrainingUnit,
     plan: Plan,
-    weight_grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
     tape: Tape,
-    *,
-    needs_dx: bool,
-) -> Tensor | None:
-    """The gradient of the input, None where it is not wanted; writes those of the convolutions' weights.
+) -> Sequence[Tensor]:
+    """The gradients of the input and of the convolutions' weights, those that `needs` names.
 
     Args:
         x: ``[N, in_channels, H, W]`` with adjacent channels.
         y: ``[M, N, H', W', C]``, the branches' convolutions.
-        weight_grads: M times ``[C, C_branch_in / groups, k, k]``, of any dtype, receive the weights'; None where a
-            weight's is not wanted.
+        needs: of x and of the M weights, one at least.
     """
-    if plan.gradient is None:
-        return _through_library(x, y, upstream, unit, plan, weight_grads, tape, needs_dx)
-    dx = _through_kernels(x, y, upstream, unit, plan, weight_grads, tape)
-    return dx if needs_dx else None
+    by = _through_library if plan.gradient is None else _through_kernels
+    return by(x, y, upstream, unit, plan, needs, tape)
 
 
 def _through_kernels(
@@ -69,21 +64,17 @@ def _through_kernels(
     upstream: Upstream,
     unit: TrainingUnit,
     plan: Plan,
-    weight_grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
     tape: Tape,
-) -> Tensor:
+) -> list[Tensor]:
     """The branches' own gradients are rebuilt from `dv` and `y` wherever they are read, and never written."""
     config = plan.gradient
     assert config is not None
     (launch,) = plan.branch_launches
     shape, weights = launch.shape, [tape.filling_memory(weight) for weight in unit.tensors.weights]
     n, _, h, w = x.shape
-    dx = torch.empty_like(x)
     partial = x.new_empty(partial_shape(shape, config, n, h, w), dtype=torch.float32)
-    grads = [
-        torch.empty_like(weight) if grad is None else grad
-        for weight, grad in zip(weights, weight_grads, strict=True)
-    ]
+    dx, *grads = (torch.empty_like(tensor) for tensor in (x, *unit.tensors.weights))
     dv, attention, pooled, norm, dbeta, dgamma = upstream
     has_norm = unit.spec.branch_norm
     terms = attention.new_empty((*attention.shape, 6 if has_norm else 2))
@@ -96,7 +87,7 @@ def _through_kernels(
         *reduce_weight_grad(partial, grads, **settings),
     ):
         tape.run(step)
-    return dx
+    return [grad for grad, is_needed in zip((dx, *grads), needs, strict=True) if is_needed]
 
 
 def _through_library(
@@ -105,51 +96,17 @@ def _through_library(
     upstream: Upstream,
     unit: TrainingUnit,
     plan: Plan,
-    weight_grads: Sequence[Tensor | None],
+    needs: Sequence[bool],
     tape: Tape,
-    needs_dx: bool,
-) -> Tensor | None:
-    spec = unit.spec
+) -> Sequence[Tensor]:
+    """The branches' own gradients are written out."""
     assert plan.select is not None
     dy = torch.empty_like(y)
     dv, attention, pooled, norm, dbeta, dgamma = upstream
     settings: dict[str, Any] = {
-        "has_norm": spec.branch_norm,
+        "has_norm": unit.spec.branch_norm,
         "has_relu": plan.has_relu,
         "config": plan.select,
     }
     tape.run(norm_bwd(dv, y, attention, pooled, *norm, dbeta, dgamma, dy, **settings))
-    tape.note_operators()
-    inputs: list[Tensor] = []
-    written, found = [], []
-    for m, (x_m, conv) in enumerate(zip(branch_inputs(x, spec), spec.branches, strict=True)):
-        grad = weight_grads[m]
-        if not needs_dx and grad is None:
-            continue
-        dx_m, dw_m, _ = torch.ops.aten.convolution_backward(
-            dy[m].permute(0, 3, 1, 2),
-            x_m,
-            unit.tensors.weights[m].to(x.dtype),
-            None,
-            [spec.stride] * 2,
-            [conv.padding] * 2,
-            [conv.dilation] * 2,
-            False,
-            [0, 0],
-            conv.groups,
-            [needs_dx, grad is not None, False],
-        )
-        inputs.append(dx_m)
-        if grad is not None:
-            written.append(grad)
-            found.append(dw_m)
-    if written:
-        torch._foreach_copy_(written, found)
-    if not needs_dx:
-        return None
-    if spec.split_input:
-        return torch.cat(inputs, 1)
-    dx = inputs[0]
-    for dx_m in inputs[1:]:
-        dx = dx + dx_m
-    return dx
+    return tape.call(gradient_call(x, dy, unit.spec, unit.tensors.weights, needs))

@@ -1,14 +1,13 @@
 """Starts a training step again without planning it again: as :mod:`.replay`, forward and backward.
 
 The first call of a kind runs as any other, and so does the first backward pass through a call that was started again.
-Either is recorded where nothing but kernels computed it. Parameters may change, but not move.
+Either is recorded where nothing but kernels and the library computed it. Parameters may change, but not move.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +15,9 @@ from torch.autograd.graph import increment_version
 
 from .kernels.running import tensors_of
 from .layout import with_adjacent_channels
+from .places import Packing, Part
 from .precision import allows_tf32
-from .recording import MAX_RECORDINGS, Packing, Recording, record, storage_of
+from .recording import MAX_RECORDINGS, Recording, record
 from .steps import Tape
 from .training_ops import FIRST_SAVED, UnitCall, is_watched, run_backward
 from .training_passes import backward_pass, in_format_of, kernel_inputs
@@ -26,27 +26,6 @@ from .tuning.ranks import pinning_reason
 
 Slot = tuple[dict[str, Any], str]
 """Where a layer keeps a parameter."""
-
-
-class _Part(NamedTuple):
-    """A tensor in memory that it shares with others: where it begins there, in bytes."""
-
-    start: int
-    dtype: torch.dtype
-    size: torch.Size
-    stride: tuple[int, ...]
-
-    @classmethod
-    def of(cls, tensor: Tensor, packing: Packing) -> _Part:
-        start = packing.add(tensor) + tensor.data_ptr() - storage_of(tensor)
-        return cls(start, tensor.dtype, tensor.shape, tensor.stride())
-
-    def view(self, memory: Tensor) -> Tensor:
-        if not math.prod(self.size):
-            return memory.new_empty(self.size, dtype=self.dtype)
-        as_dtype = memory.view(self.dtype)
-        start = as_dtype.storage_offset() + self.start // self.dtype.itemsize
-        return as_dtype.as_strided(self.size, self.stride, start)
 
 
 class TrainingCall:
@@ -75,7 +54,8 @@ class TrainingCall:
         self.call, self.slots, self.running = call, slots, running
         self.dtype, self.is_converted = x.dtype, x.stride(1) != 1
         self.v = v.shape, v.stride()
-        self.saved, self.saved_bytes = [_Part.of(tensor, packing) for tensor in saved], packing.nbytes
+        self.saved = [Part.of(tensor, packing.add(tensor)) for tensor in saved]
+        self.saved_bytes = packing.nbytes
         self.changed = tensors_of(call.updates)
         self.recording = recording
         self.backwards: dict[Hashable, Recording] = {}
@@ -86,12 +66,12 @@ class TrainingCall:
             x = x.to(self.dtype)
         return _RecordedUnit.apply(x, self, *[own[name] for own, name in self.slots])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The output, and the memory of what the gradient needs."""
         x = with_adjacent_channels(x) if self.is_converted else x
         v, saved = x.new_empty_strided(*self.v), _memory(x, self.saved_bytes)
         workspace = _memory(x, self.recording.workspace_bytes)
-        self.recording.start(x.data_ptr(), saved.data_ptr(), v.data_ptr(), workspace.data_ptr())
+        self.recording.start(x, saved, v, workspace, *[params[i] for i in self.recording.reads])
         if self.changed:
             increment_version(self.changed)
         return v, saved
@@ -122,18 +102,14 @@ class TrainingCall:
         if recording is None:
             grads = self._record_backward(kind, dv, x_in, memory, params, needs)
             return in_format_of(x, grads, needs)
-        grads = [
-            torch.empty_like(t) for t, is_needed in zip((x_in, *params), needs, strict=True) if is_needed
+        wanted = [t for t, is_needed in zip((x_in, *params), needs, strict=True) if is_needed]
+        written = [
+            torch.empty_like(t) for t, is_given in zip(wanted, recording.given, strict=True) if not is_given
         ]
         workspace = _memory(x, recording.workspace_bytes)
-        recording.start(
-            dv.data_ptr(),
-            x_in.data_ptr(),
-            memory.data_ptr(),
-            *map(Tensor.data_ptr, grads),
-            workspace.data_ptr(),
-        )
-        return in_format_of(x, grads, needs)
+        read = [params[i] for i in recording.reads]
+        made, rest = iter(recording.start(dv, x_in, memory, *written, workspace, *read)), iter(written)
+        return in_format_of(x, [next(made if is_given else rest) for is_given in recording.given], needs)
 
     def _record_backward(
         self,
@@ -167,7 +143,7 @@ class _RecordedUnit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: TrainingCall, *params: Tensor) -> Tensor:
-        v, saved = call.forward(x)
+        v, saved = call.forward(x, params)
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.save_for_backward(x, saved, *params)

@@ -19,8 +19,8 @@ def _ieee(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-def unit(channels=64, dtype=torch.float16):
-    layer = SelectiveKernel(channels, groups=channels // 4, split_input=False).cuda().to(dtype)
+def unit(channels=64, dtype=torch.float16, group_channels=4):
+    layer = SelectiveKernel(channels, groups=channels // group_channels, split_input=False).cuda().to(dtype)
     randomize_norms(layer)
     return layer
 
@@ -56,9 +56,11 @@ def test_sknet_stages(channels, size, dtype, save):
 
 @SAVES
 @pytest.mark.parametrize("autocast", [False, True])
-def test_recorded_steps(save, autocast):
+@pytest.mark.parametrize("group_channels", [4, 32], ids=["by kernels", "by the library"])
+def test_recorded_steps(save, autocast, group_channels, monkeypatch):
     """Steps after the first start kernels directly: the same bits as planned ones, on other inputs and weights."""
-    layer = unit(dtype=torch.float32 if autocast else torch.float16)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    layer = unit(dtype=torch.float32 if autocast else torch.float16, group_channels=group_channels)
     planned = copy.deepcopy(layer)
     for _ in range(4):
         x, dv = random(4, 64, 14, 14), random(4, 64, 14, 14)

@@ -60,7 +60,7 @@ def test_both_ways_agree(groups, act_layer, monkeypatch):
 
     def through_library(*args):
         ran.append(1)
-        return library(*args, needs_dx=True)
+        return library(*args)
 
     monkeypatch.setattr(training_gradients, "_through_kernels", through_library)
     by_library = gradients()

@@ -55,10 +55,12 @@ LAYERS = {
     "more outputs": lambda: paper(out_channels=16),
     "no activation": lambda: paper(act_layer=None),
 }
-# The library computes these gradients.
-FORWARD_ONLY = {
+# The library computes these gradients, and of wide groups the convolutions.
+BY_LIBRARY = {
     "stride 2": lambda: paper(stride=2),
     "split_input": lambda: SelectiveKernel(8, groups=2),
+    "wide groups": lambda: paper(72, 1),
+    "wide groups with biases": lambda: SKConv(72, M=3, G=1, r=4, L=4),
 }
 
 
@@ -98,7 +100,7 @@ def steps_alike(layer, steps, direct, started, **settings):
     planned = copy.deepcopy(layer)
     counts = []
     for _ in range(steps):
-        x = image(layer.spec.in_channels, **settings.get("image", {}))
+        x = image(layer.spec.in_channels, **settings.get("image", {})).to(settings.get("dtype", torch.half))
         planned._replays.clear()
         started.clear()
         expected = step(planned, x, autocast=settings.get("autocast", False))

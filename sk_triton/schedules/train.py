@@ -104,7 +104,8 @@ def backward(
     if not is_kept:
         y, _ = convolve(x, unit, plan, vectors, tape)
     partial = sums_over_pixels(select_bwd, (dv, y, *norm), 2 if is_kept else 4, y, unit, plan, tape)
-    outputs, targets, copies = _destinations(unit, needs[1:])
+    of_branches, of_others = needs[: 1 + m], needs[1 + m :]
+    outputs, targets, copies = _destinations(unit, of_others)
     kinds, groups = unit.norms.kinds[:m], unit.norms.groups.split(",")[:m]
     gate = gate_bwd(
         partial,
@@ -123,14 +124,14 @@ def backward(
     if any(groups):
         tape.note_operators()
         terms = _shared_terms(gate, kinds, groups, saved.sizes)
-    dx: Tensor | None = None
-    if needs[0] or any(grad is not None for grad in targets.weights):
+    found: Sequence[Tensor] = ()
+    if any(of_branches):
         upstream = Upstream(dv, saved.attention, gate.pooled, norm, *terms.unbind(0))
-        dx = branch_backward(x, y, upstream, unit, plan, targets.weights, tape, needs_dx=needs[0])
+        found = branch_backward(x, y, upstream, unit, plan, of_branches, tape)
     if copies:
         tape.note_operators()
         torch._foreach_copy_([output for output, _ in copies], [target for _, target in copies])
-    return outputs if dx is None else [dx, *outputs]
+    return [*found, *outputs]
 
 
 def _statistics(
@@ -208,27 +209,24 @@ def _shared_terms(gate: GateGrads, kinds: str, groups: Sequence[str], sizes: Ten
 def _destinations(
     unit: TrainingUnit, needs: Sequence[bool]
 ) -> tuple[list[Tensor], UnitTensors, list[tuple[Tensor, Tensor]]]:
-    """Memory for the gradients of the parameters, of which `needs` says which are wanted.
+    """Memory for the gradients of the parameters but the convolutions' weights; `needs` says which are wanted.
 
     Returns:
-        Those that are, like the parameters. Where the kernels write: of weights of convolutions, the same, or None
-        where it is not wanted; else contiguous memory, also where it is not wanted. What is to be copied from there.
+        Those that are, like the parameters. Where the kernels write: contiguous memory, also of those that are not
+        wanted. What is to be copied from there.
     """
+    m = unit.spec.num_branches
     outputs: list[Tensor] = []
-    targets: list[Tensor | None] = []
+    targets: list[Tensor | None] = [None] * m
     copies: list[tuple[Tensor, Tensor]] = []
     remaining = iter(needs)
-    m = unit.spec.num_branches
-    for i, parameter in enumerate(unit.tensors.flat()):
+    for parameter in unit.tensors.flat()[m:]:
         if parameter is None:
             targets.append(None)
             continue
         output = torch.empty_like(parameter) if next(remaining) else None
         if output is not None:
             outputs.append(output)
-        if i < m:
-            targets.append(output)
-            continue
         target = output
         if target is None or not target.is_contiguous():
             target = parameter.new_empty(parameter.shape)
