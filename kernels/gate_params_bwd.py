@@ -12,7 +12,7 @@ from .launch import Launch
 
 BLOCK_CHANNELS = 16
 """Channels of a program that adds over samples."""
-BLOCK_SAMPLES = 32
+BLOCK_SAMPLES = 64
 """Samples that it takes at a time."""
 
 
