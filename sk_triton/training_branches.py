@@ -19,6 +19,7 @@ from .spec import SKSpec
 from .steps import Tape
 from .training import NormSettings, UnitTensors
 from .training_library import convolution_calls
+from .training_plan import pools_while_storing
 
 Moments = tuple[slice, Tensor]
 """Some branches, and ``[M, 3, tiles, C]`` fp32: number, mean and centred second moment of a tile's values."""
@@ -88,14 +89,22 @@ def branch_norm(mean: Tensor, rstd: Tensor, vectors: BranchVectors, unit: Traini
     return BranchNorm(mean, rstd, gamma, beta)
 
 
-def convolve(
-    x: Tensor, unit: TrainingUnit, plan: Plan, vectors: BranchVectors, tape: Tape
-) -> tuple[Tensor, list[Moments]]:
-    """The branches' convolutions with their biases, of an input with adjacent channels.
+class Convolved(NamedTuple):
+    """The branches' convolutions with their biases.
 
-    Returns:
-        y ``[M, N, H', W', C]``, and for each launch that takes them its branches' moments.
+    Attributes:
+        y: ``[M, N, H', W', C]``; behind the ReLU where `pooled` is given.
+        moments: for each launch that takes them its branches' moments.
+        pooled: ``[N, tiles, C]`` fp32, sums of all branches over pixels, where one launch stores and pools.
     """
+
+    y: Tensor
+    moments: list[Moments]
+    pooled: Tensor | None
+
+
+def convolve(x: Tensor, unit: TrainingUnit, plan: Plan, vectors: BranchVectors, tape: Tape) -> Convolved:
+    """The branches' convolutions of an input with adjacent channels."""
     spec = unit.spec
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
@@ -104,6 +113,7 @@ def convolve(
         for call in convolution_calls(x, y, spec, unit.tensors):
             tape.call(call)
     found: list[Moments] = []
+    pools, pooled = pools_while_storing(spec, plan.branch_launches), None
     for launch in plan.branch_launches:
         members = slice(launch.start, launch.stop)
         x_in = x[:, launch.start * spec.branch_in_channels :] if spec.split_input else x
@@ -116,8 +126,11 @@ def convolve(
         else:
             tile_count = math.prod(tiles(launch.shape, launch.config, h, w))
             partial = x.new_empty((n, tile_count, spec.out_channels), dtype=torch.float32)
-            tape.run(branch_conv_fwd(x_in, packed, shift, y[members], partial, has_relu=False, **settings))
-    return y, found
+            has_relu = pools and plan.has_relu
+            tape.run(branch_conv_fwd(x_in, packed, shift, y[members], partial, has_relu=has_relu, **settings))
+            if pools:
+                pooled = partial
+    return Convolved(y, found, pooled)
 
 
 def operands(

@@ -40,7 +40,7 @@ class StoredBranches:
     def __init__(self, x: Tensor, unit: TrainingUnit, plan: Plan, vectors: BranchVectors, tape: Tape) -> None:
         self.unit, self.plan, self.tape = unit, plan, tape
         self.affine = vectors.affine if unit.spec.branch_norm else None
-        self.y, self._moments = convolve(x, unit, plan, vectors, tape)
+        self.y, self._moments, self._pooled = convolve(x, unit, plan, vectors, tape)
 
     def moments(self) -> list[Moments]:
         """Moments of every branch's convolution, by launches."""
@@ -57,7 +57,10 @@ class StoredBranches:
         return found
 
     def pool(self, norm: BranchNorm) -> Tensor:
-        """Sums over pixels ``[2, tiles, N, M, C]`` fp32, `active` and `pooled` of `pooled_moments_fwd`."""
+        """Sums over pixels fp32: `active` and `pooled` of `pooled_moments_fwd`, ``[2, tiles, N, M, C]``, or of all
+        branches, ``[1, tiles, N, 1, C]``, as the convolution left them."""
+        if self._pooled is not None:
+            return of_all_branches(self._pooled)
         return sums_over_pixels(
             pooled_moments_fwd, (self.y, *norm), 2, self.y, self.unit, self.plan, self.tape
         )
@@ -107,7 +110,7 @@ class FoldedBranches:
         self.tape.run(
             branch_pool_fwd(self.x, packed, shift, partial, has_relu=self.plan.has_relu, **settings)
         )
-        return partial.transpose(0, 1)[None, :, :, None]
+        return of_all_branches(partial)
 
     def select(self, norm: BranchNorm, attention: Tensor, v: Tensor) -> None:
         """Write the output ``v`` (Eq. 6)."""
@@ -132,3 +135,8 @@ class FoldedBranches:
         packed, gather = branch_weight_launch(weights, launch.shape, launch.config, self.x.dtype, scale)
         self.tape.run(gather)
         return packed, shift
+
+
+def of_all_branches(partial: Tensor) -> Tensor:
+    """``[N, tiles, C]`` as the gate takes sums over pixels: ``[1, tiles, N, 1, C]``."""
+    return partial.transpose(0, 1)[None, :, :, None]

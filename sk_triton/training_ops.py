@@ -226,7 +226,7 @@ def _(x, params, running, has, spec, kinds, epsilons, groups, save):
         y,
         *statistics,
         vectors,
-        sums(2, n, m, c, when=is_kept),
+        sums(2, n, m, c, when=is_kept and has_norm),
         *gate,
         size,
         sums(n, m, c),

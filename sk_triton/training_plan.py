@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -13,6 +14,7 @@ from .plan import BranchLaunch, Plan
 from .plans import branch_launch, eager_passes, plan_store
 from .preference import library_reason, worthwhile_recompute
 from .save import Save
+from .spec import SKSpec
 from .tuning import cache
 from .tuning import launches as lookups
 from .tuning.lookup import Found
@@ -31,9 +33,10 @@ def make_training_plan(workload: Workload, save: Save) -> Plan:
     m = spec.num_branches
     is_library = bool(library_reason(workload))
     # The depthwise kernel takes no moments; where it or the library convolves, statistics are a pass of their own.
+    # Without norms nobody asks for them.
     launches = tuple(
         launch
-        if isinstance(launch.config, DepthwiseConfig)
+        if isinstance(launch.config, DepthwiseConfig) or not spec.branch_norm
         else branch_launch(workload, launch.start, launch.stop, launch.shape, "train")
         for launch in store.branch_launches
         if not is_library
@@ -42,7 +45,8 @@ def make_training_plan(workload: Workload, save: Save) -> Plan:
     reads = m if is_library else len(launches)
     # Convolutions are stored (and copied, where the library made them), pooled and selected.
     stored = (3 if is_library else 1) * m
-    output_passes = stored + (m - measured if spec.branch_norm else 0) + 2 * m + 1
+    pooled = 0 if pools_while_storing(spec, launches) else m
+    output_passes = stored + (m - measured if spec.branch_norm else 0) + pooled + m + 1
     reduction = lookups.reduction_config(workload)
     gradient = _gradient_config(workload, launches)
     plan = replace(
@@ -61,6 +65,11 @@ def make_training_plan(workload: Workload, save: Save) -> Plan:
         gradient=gradient.config if gradient else None,
     )
     return _folded(plan, workload) if save == "input" else plan
+
+
+def pools_while_storing(spec: SKSpec, launches: Sequence[BranchLaunch]) -> bool:
+    """Whether the launch that stores the branches pools them too: nothing stands between the two but a ReLU."""
+    return not spec.branch_norm and len(launches) == 1
 
 
 plan_training = lru_cache(maxsize=1024)(make_training_plan)

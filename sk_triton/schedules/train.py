@@ -48,7 +48,7 @@ class Saved(NamedTuple):
         sizes: ``[M]`` fp32, values behind each branch's statistics; empty where no group shares them.
         vectors: ``BranchVectors.stacked``.
         sums: ``[2, N, M, C]``, active and pooled of `pooled_moments_fwd`. They and y are empty where they will be
-            computed again.
+            computed in the backward pass.
         s, h, z, gate_mean, gate_rstd, gate_size, attention: :class:`.gate_training.GateState`.
     """
 
@@ -85,8 +85,10 @@ def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, 
         tape=tape,
     )
     branches.select(norm, state.attention, v)
-    kept = (branches.y, sums)
-    y, sums = kept if save == "branches" else (t.new_empty(0) for t in kept)
+    y = branches.y if save == "branches" else branches.y.new_empty(0)
+    # Without norms the backward pass counts anew what its one reduction sees anyway.
+    if save != "branches" or not unit.spec.branch_norm:
+        sums = sums.new_empty(0)
     # Outputs of an operator must not share memory.
     return [v, unbiased, gate_unbiased, *Saved(y, mean, rstd, sizes, vectors.stacked, sums, *state)]
 
@@ -100,16 +102,16 @@ def backward(
     y, sums = saved.y, saved.sums
     vectors = BranchVectors.of(saved.vectors, unit)
     norm = branch_norm(saved.mean, saved.rstd, vectors, unit)
-    is_kept = bool(y.numel())
-    if not is_kept:
-        y, _ = convolve(x, unit, plan, vectors, tape)
-    partial = sums_over_pixels(select_bwd, (dv, y, *norm), 2 if is_kept else 4, y, unit, plan, tape)
+    has_sums = bool(sums.numel())
+    if not y.numel():
+        y = convolve(x, unit, plan, vectors, tape).y
+    partial = sums_over_pixels(select_bwd, (dv, y, *norm), 2 if has_sums else 4, y, unit, plan, tape)
     of_branches, of_others = needs[: 1 + m], needs[1 + m :]
     outputs, targets, copies = _destinations(unit, of_others)
     kinds, groups = unit.norms.kinds[:m], unit.norms.groups.split(",")[:m]
     gate = gate_bwd(
         partial,
-        sums if is_kept else None,
+        sums if has_sums else None,
         vectors.affine if spec.branch_norm else None,
         GateState(*saved[6:]),
         (norm.rstd, norm.gamma),
