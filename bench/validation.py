@@ -56,19 +56,20 @@ Seconds = dict[Case, dict[str, float]]
 
 
 def committed(gpu: Gpu, unit: str, dtype: str) -> Seconds:
-    """What is committed for a GPU: the results of suite "layer", else units measured launch by launch.
+    """What is committed for a GPU: units measured launch by launch, and the results of suite "layer".
 
     Raises:
         ValueError: a results file cannot be read.
     """
+    seconds: Seconds = {}
+    for path in sorted(RESULTS.glob(f"*/{unit_times.NAME}")):
+        if _is(gpu, path.parent.name):
+            seconds |= unit_times.schedule_seconds(unit_times.load(path), unit, dtype)
     for path in sorted(path for name in FILES for path in RESULTS.glob(f"*/{name}")):
         found = results.load(path)
         if found.stamp.device_type == "cuda" and found.sound and _is(gpu, found.stamp.device):
-            return seconds_of(found, unit, dtype)
-    for path in sorted(RESULTS.glob(f"*/{unit_times.NAME}")):
-        if _is(gpu, path.parent.name):
-            return unit_times.schedule_seconds(unit_times.load(path), unit, dtype)
-    return {}
+            seconds |= seconds_of(found, unit, dtype)
+    return seconds
 
 
 def seconds_of(measured: Results, unit: str, dtype: str) -> Seconds:
@@ -139,7 +140,9 @@ def _measured_seconds(schedule: str, records: list[Record]) -> float | None:
             return False
         if schedule == sol.COMPILED:
             return record.role == results.PEER and record.form.startswith(("compile", "max-autotune"))
-        return record.source == ("ours-reference" if schedule == sol.EAGER else f"ours-{schedule}")
+        if schedule == sol.EAGER:
+            return record.source == "ours-reference"
+        return record.source == f"ours-{schedule}" or (record.ours and record.runs == f"triton/{schedule}")
 
     timed = [record.timing.median_ms for record in records if record.timing and matches(record)]
     return min(timed) / 1e3 if timed else None

@@ -80,7 +80,7 @@ def test_committed_results_are_those_of_the_gpu(tmp_path, monkeypatch):
     assert validation.committed(H100, PAPER, "fp16") == {}
 
 
-def test_units_measured_launch_by_launch_are_compared_where_no_suite_is_committed(tmp_path, monkeypatch):
+def test_units_measured_launch_by_launch_are_compared_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(validation, "RESULTS", tmp_path)
     (tmp_path / "h100").mkdir()
     (tmp_path / "h100" / unit_times.NAME).write_text(
@@ -95,3 +95,19 @@ def test_units_measured_launch_by_launch_are_compared_where_no_suite_is_committe
     assert seconds == pytest.approx({"store": 600e-6, sol.EAGER: 1200e-6})
     assert validation.committed(H100, SEED, "fp16") == {}
     assert validation.committed(H100, PAPER, "bf16") == {}
+    measured = some_results(batches=(8,), stages=(1,))
+    results.save(measured, tmp_path / "h100" / "layer-cuda.json")
+    suite = validation.seconds_of(measured, PAPER, "fp16")
+    assert validation.committed(H100, PAPER, "fp16") == {case: seconds} | suite
+
+
+def test_what_the_dispatcher_took_counts_for_its_schedule():
+    """Without runs of single schedules as well."""
+    measured = some_results(batches=(8,), stages=(1,))
+    record = next(
+        r for r in measured.records if (r.source, r.form, r.case.subject) == ("ours", "channels_last", PAPER)
+    )
+    assert record.timing
+    run = dataclasses.replace(measured, records=(dataclasses.replace(record, runs="triton/recompute"),))
+    seconds = validation.seconds_of(run, PAPER, record.case.dtype)
+    assert seconds == {record.case: {"recompute": record.timing.median_ms / 1e3}}
