@@ -22,30 +22,28 @@ BLOCK_C = 64
 """Channels that a summand over channels adds up."""
 MOST_ROWS = 128
 """Samples that a program of the norm takes at a time."""
-TILES_AT_ONCE = tl.constexpr(4)
-"""Sums of tiles that a program loads at a time."""
-
-
-@triton.jit
-def strided_sum(ptrs, mask, COUNT, stride, AT_ONCE: tl.constexpr):
-    """What stands at `ptrs` and at COUNT - 1 more places, `stride` apart, added up in this order; 0 outside of `mask`.
-    Loads of AT_ONCE places do not wait for one another. [rows, columns]
-    """
-    acc = tl.load(ptrs, mask=mask, other=0.0)
-    stride = tl.cast(stride, tl.int64)
-    for first in range(1, COUNT, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            place = tl.full([1, 1], first + i, tl.int32)
-            acc += tl.load(ptrs + place * stride, mask=mask & (place < COUNT), other=0.0)
-    return acc
 
 
 @triton.jit
 def sum_of_summands(summand_ptr, n, d, N, D, SUMMANDS):
     """Rows `n`, entries `d` of `[SUMMANDS, N, D]`, added up; 0 outside. [rows, entries]"""
     mask = (n < N)[:, None] & (d < D)[None, :]
-    ptrs = summand_ptr + n.to(tl.int64)[:, None] * D + d[None, :]
-    return strided_sum(ptrs, mask, SUMMANDS, tl.cast(N, tl.int64) * D, 1)
+    summand_ptr += n.to(tl.int64)[:, None] * D + d[None, :]
+    stride = tl.cast(N, tl.int64) * D
+    acc = tl.load(summand_ptr, mask=mask, other=0.0)
+    for i in range(1, SUMMANDS):
+        acc += tl.load(summand_ptr + i * stride, mask=mask, other=0.0)
+    return acc
+
+
+@triton.jit
+def tile_sums(sums_ptr, offs, mask, TILES, stride_t):
+    """What all tiles add to a sum, at the offsets of the first."""
+    acc = tl.load(sums_ptr + offs, mask=mask, other=0.0)
+    for _ in range(1, TILES):
+        sums_ptr += stride_t
+        acc += tl.load(sums_ptr + offs, mask=mask, other=0.0)
+    return acc
 
 
 @triton.jit(do_not_specialize=("N", "TILES", "PIXELS"))
@@ -65,11 +63,11 @@ def gate_reduce_fwd_kernel(
     for m in tl.static_range(M):
         offs = offs_n * stride_n + m * stride_m + c[None, :]
         offs_total = (offs_n * M + m) * C + c[None, :]
-        pooled = strided_sum(pooled_ptr + offs, mask, TILES, stride_t, TILES_AT_ONCE)
+        pooled = tile_sums(pooled_ptr, offs, mask, TILES, stride_t)
         if HAS_TOTAL:
             tl.store(total_ptr + tl.cast(N, tl.int64) * M * C + offs_total, pooled, mask=mask)
         if HAS_NORM:
-            active = strided_sum(active_ptr + offs, mask, TILES, stride_t, TILES_AT_ONCE)
+            active = tile_sums(active_ptr, offs, mask, TILES, stride_t)
             beta = tl.load(affine_ptr + m * C + c, mask=mask_c, other=0.0)[None, :]
             gamma = tl.load(affine_ptr + (M + m) * C + c, mask=mask_c, other=0.0)[None, :]
             s += gamma * pooled + beta * active
@@ -78,7 +76,7 @@ def gate_reduce_fwd_kernel(
         else:
             s += pooled
             if HAS_TOTAL:
-                active = strided_sum(active_ptr + offs, mask, TILES, stride_t, TILES_AT_ONCE)
+                active = tile_sums(active_ptr, offs, mask, TILES, stride_t)
                 tl.store(total_ptr + offs_total, active, mask=mask)
     s = s / PIXELS
     tl.store(s_ptr + offs_n * C + c[None, :], s, mask=mask)
@@ -206,11 +204,6 @@ def block_d(d: int) -> int:
     return min(32, max(16, next_power_of_2(d)))
 
 
-def tile_trips(tiles: int) -> int:
-    """Trips of a loop that adds the sums of tiles."""
-    return cdiv(tiles - 1, int(TILES_AT_ONCE))
-
-
 def norm_rows(n: int) -> int:
     """Samples that a program of the gate's norm takes at a time."""
     return min(MOST_ROWS, max(16, next_power_of_2(n)))
@@ -256,7 +249,7 @@ def gate_reduce_fwd(
         "HAS_TOTAL": total is not None,
     }
     grid = (cdiv(n, BLOCK_N), cdiv(c, BLOCK_C))
-    trips = (tile_trips(tiles),) * m * (1 + (has_norm or total is not None)) + (cdiv(d, block_d(d)),)
+    trips = (tiles - 1,) * m * (1 + (has_norm or total is not None)) + (cdiv(d, block_d(d)),)
     return Launch(gate_reduce_fwd_kernel, grid, arguments, constexprs, {"num_warps": 4}, trips)
 
 

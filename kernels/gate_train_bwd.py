@@ -6,17 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gate_train import (
-    BLOCK_C,
-    BLOCK_N,
-    TILES_AT_ONCE,
-    block_d,
-    norm_rows,
-    norm_warps,
-    strided_sum,
-    sum_of_summands,
-    tile_trips,
-)
+from .gate_train import BLOCK_C, BLOCK_N, block_d, norm_rows, norm_warps, sum_of_summands, tile_sums
 from .geometry import cdiv
 from .launch import Launch
 
@@ -41,9 +31,7 @@ def gate_select_bwd_kernel(
         offs = (offs_n * M + m) * C + c[None, :]
         if HAS_TOTAL:
             for i in tl.static_range(SUMS):
-                total = strided_sum(
-                    sums_ptr + i * TILES * stride_t + offs, mask, TILES, stride_t, TILES_AT_ONCE
-                )
+                total = tile_sums(sums_ptr + i * TILES * stride_t, offs, mask, TILES, stride_t)
                 tl.store(total_ptr + i * stride_t + offs, total, mask=mask)
                 if i == 0:
                     grad = total
@@ -212,7 +200,7 @@ def gate_select_bwd(
         "HAS_TOTAL": total is not None,
     }
     grid = (cdiv(n, BLOCK_N), cdiv(c, BLOCK_C))
-    trips = (tile_trips(tiles),) * (m * count if total is not None else 0) + (cdiv(d, block_d(d)),)
+    trips = (tiles - 1,) * (m * count if total is not None else 0) + (cdiv(d, block_d(d)),)
     return Launch(gate_select_bwd_kernel, grid, arguments, constexprs, {"num_warps": 4}, trips)
 
 
