@@ -198,6 +198,12 @@ def test_a_tuned_unit_says_so_and_computes_the_same(folder):
     compare(layer, x)
 
 
+def test_the_benchmark_takes_the_gpu_by_itself(tmp_path):
+    options = ("--quick", "--stages", "4", "--batch", "2", "--output", str(tmp_path))
+    assert cli.main(["bench", *options]) == 0
+    assert (tmp_path / "layer-cuda.json").exists()
+
+
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiled_without_breaks(mode):
     """What one call keeps for the next must not lie in the memory of the compiler's CUDA graphs."""
