@@ -199,8 +199,9 @@ class GradStreamConfig:
 
 @dataclass(frozen=True)
 class GradWideConfig:
-    """`branch_grad_weight_kernel`: tiles of RUN_H rows x 16 pixels, of which a program walks TILES_PER_PROGRAM;
-    `branch_grad_data_kernel`: tiles of DATA_RUN_H rows x 16 pixels, one a program."""
+    """`branch_grad_weight_kernel`: tiles of RUN_H rows x 16 pixels, halo included, of which a program walks
+    TILES_PER_PROGRAM, or as many fewer as a branch that reaches less far has; `branch_grad_data_kernel`: tiles of
+    DATA_RUN_H rows x 16 pixels, one a program."""
 
     RUN_H: int
     TILES_PER_PROGRAM: int

@@ -67,7 +67,8 @@ def grad_blocks(shape: ConvShape, config: GradConfig) -> GradBlocks:
 
 
 def wide_halo(shape: ConvShape, w: int) -> int:
-    """Columns that a tile of `branch_grad_wide` reads beyond its own; none where a row of `w` pixels fits."""
+    """Columns that a tile of `branch_grad_data_kernel` reads beyond its own, as one of `branch_grad_weight_kernel` for
+    the branch that reaches furthest; none where a row of `w` pixels fits."""
     if w <= PIXELS:
         return 0
     return max(d * (k // 2) for k, d in zip(shape.kernels, shape.dilations, strict=True))

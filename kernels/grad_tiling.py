@@ -115,5 +115,6 @@ def row_gradient(
         elif HAS_NORM:
             dy += terms[2] * conv
         else:
-            dy = tl.where(conv > 0.0, dy, 0.0)
+            # Not `conv > 0`: a NaN passes, as it does in `torch.relu`.
+            dy = tl.where(conv <= 0.0, 0.0, dy)
     return dy

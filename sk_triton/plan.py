@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .spec import BranchSpec
     from .tuning.lookup import Source
 
+MAX_GATE_TILES = 64
+"""The gate walks the partial sums of a channel one tile after another; past this many a reduction of its own is faster.
+"""
+
 
 @dataclass(frozen=True)
 class BranchLaunch:
@@ -67,6 +71,7 @@ class Plan:
         sources: where the configs are from, one for each lookup.
         folded_launches: of "train" where no branch is written in the forward pass: the launches that take moments, pool
             and select; ``branch_launches`` then convolve in the backward pass.
+        pools: of "train", whether the launch that stores the branches pools them too, behind their ReLU.
         reduction: config of the launches of "train" and "library" that reduce over pixels, else None.
         gradient: config of the launches that compute the branches' gradients in "train", None where the library does.
         merged_launch: shapes and configs of the Triton schedule "merged", else None.
@@ -89,6 +94,7 @@ class Plan:
     gated_select: GatedSelectConfig | None = None
     sources: tuple[Source, ...] = ()
     folded_launches: tuple[BranchLaunch, ...] = ()
+    pools: bool = False
     reduction: ReductionConfig | None = None
     gradient: GradConfig | None = None
     merged_launch: MergedLaunch | None = None

@@ -86,13 +86,13 @@ def record(
         one of the outputs, or where the library makes what is no output, or reads a part of what stays.
     """
     made = [t for step, own in zip(steps, started, strict=True) if isinstance(step, LibraryCall) for t in own]
-    results = tensors[-outputs:]
+    inputs, results = tensors[: len(tensors) - outputs], tensors[len(tensors) - outputs :]
     given = tuple(any(result is own for own in made) for result in results)
     if [id(result) for result, is_given in zip(results, given, strict=True) if is_given] != [*map(id, made)]:
         return None
     written = [result for result, is_given in zip(results, given, strict=True) if not is_given]
     kept = tuple(tensor for step in steps if isinstance(step, Launch) for tensor in step.kept)
-    places = Places([*tensors[:-outputs], *written], fixed, kept)
+    places = Places([*inputs, *written], fixed, kept)
     if not places.are_apart:
         return None
     starts = []

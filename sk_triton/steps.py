@@ -16,7 +16,7 @@ from .kernels.geometry import tiles
 from .kernels.launch import Launch
 from .library import LibraryCall
 from .packing import Packed
-from .plan import Plan
+from .plan import MAX_GATE_TILES, Plan
 from .spec import SKSpec
 
 Step = Launch | Callable[[], object]
@@ -102,10 +102,6 @@ def store_steps(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[li
         )
         first_tile += count
     return steps, u, partial
-
-
-# The gate walks the partial sums of a channel one tile after another; past this many a reduction of its own is faster.
-MAX_GATE_TILES = 64
 
 
 def gate_steps(plan: Plan, partial: Tensor, packed: Packed, attention: Tensor, *, pixels: int) -> list[Step]:

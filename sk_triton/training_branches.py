@@ -19,7 +19,6 @@ from .spec import SKSpec
 from .steps import Tape
 from .training import NormSettings, UnitTensors
 from .training_library import convolution_calls
-from .training_plan import pools_while_storing
 
 Moments = tuple[slice, Tensor]
 """Some branches, and ``[M, 3, tiles, C]`` fp32: number, mean and centred second moment of a tile's values."""
@@ -93,7 +92,7 @@ class Convolved(NamedTuple):
     """The branches' convolutions with their biases.
 
     Attributes:
-        y: ``[M, N, H', W', C]``; behind the ReLU where `pooled` is given.
+        y: ``[M, N, H', W', C]``; behind the ReLU where `pooled` is given, which has the same gradient.
         moments: for each launch that takes them its branches' moments.
         pooled: ``[N, tiles, C]`` fp32, sums of all branches over pixels, where one launch stores and pools.
     """
@@ -113,7 +112,7 @@ def convolve(x: Tensor, unit: TrainingUnit, plan: Plan, vectors: BranchVectors, 
         for call in convolution_calls(x, y, spec, unit.tensors):
             tape.call(call)
     found: list[Moments] = []
-    pools, pooled = pools_while_storing(spec, plan.branch_launches), None
+    pooled = None
     for launch in plan.branch_launches:
         members = slice(launch.start, launch.stop)
         x_in = x[:, launch.start * spec.branch_in_channels :] if spec.split_input else x
@@ -126,9 +125,9 @@ def convolve(x: Tensor, unit: TrainingUnit, plan: Plan, vectors: BranchVectors, 
         else:
             tile_count = math.prod(tiles(launch.shape, launch.config, h, w))
             partial = x.new_empty((n, tile_count, spec.out_channels), dtype=torch.float32)
-            has_relu = pools and plan.has_relu
+            has_relu = plan.pools and plan.has_relu
             tape.run(branch_conv_fwd(x_in, packed, shift, y[members], partial, has_relu=has_relu, **settings))
-            if pools:
+            if plan.pools:
                 pooled = partial
     return Convolved(y, found, pooled)
 

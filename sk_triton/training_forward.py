@@ -30,7 +30,7 @@ from .training_branches import (
 
 
 class StoredBranches:
-    """Convolutions that are written once, ``y``, and read to pool and to select.
+    """Convolutions that are written once, ``y``, and read to pool, unless what wrote them has, and to select.
 
     Attributes:
         y: ``[M, N, H', W', C]``.

@@ -51,7 +51,7 @@ def branch_backward(
 
     Args:
         x: ``[N, in_channels, H, W]`` with adjacent channels.
-        y: ``[M, N, H', W', C]``, the branches' convolutions.
+        y: ``[M, N, H', W', C]``, the branches' convolutions, behind the ReLU or not.
         needs: of x and of the M weights, one at least.
     """
     by = _through_library if plan.gradient is None else _through_kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -9,12 +10,11 @@ from functools import lru_cache
 from .chips import NARROW_PRODUCTS
 from .environment import triton_version
 from .kernels.config import DepthwiseConfig
-from .kernels.geometry import can_run
-from .plan import BranchLaunch, Plan
+from .kernels.geometry import can_run, tiles
+from .plan import MAX_GATE_TILES, BranchLaunch, Plan
 from .plans import branch_launch, eager_passes, plan_store
 from .preference import library_reason, worthwhile_recompute
 from .save import Save
-from .spec import SKSpec
 from .tuning import cache
 from .tuning import launches as lookups
 from .tuning.lookup import Found
@@ -45,8 +45,8 @@ def make_training_plan(workload: Workload, save: Save) -> Plan:
     reads = m if is_library else len(launches)
     # Convolutions are stored (and copied, where the library made them), pooled and selected.
     stored = (3 if is_library else 1) * m
-    pooled = 0 if pools_while_storing(spec, launches) else m
-    output_passes = stored + (m - measured if spec.branch_norm else 0) + pooled + m + 1
+    pools = _pools(workload, launches)
+    output_passes = stored + (m - measured if spec.branch_norm else 0) + m * (1 - pools) + m + 1
     reduction = lookups.reduction_config(workload)
     gradient = _gradient_config(workload, launches)
     plan = replace(
@@ -55,6 +55,7 @@ def make_training_plan(workload: Workload, save: Save) -> Plan:
         passes=(reads + 2 * workload.is_converted) * workload.input_passes + output_passes,
         rejected=(("reference", f"the kernels can run; eager's forward takes {eager_passes(spec)} passes"),),
         branch_launches=launches,
+        pools=pools,
         gate=None,
         sources=(
             *(launch.source for launch in launches),
@@ -67,13 +68,17 @@ def make_training_plan(workload: Workload, save: Save) -> Plan:
     return _folded(plan, workload) if save == "input" else plan
 
 
-def pools_while_storing(spec: SKSpec, launches: Sequence[BranchLaunch]) -> bool:
-    """Whether the launch that stores the branches pools them too: nothing stands between the two but a ReLU."""
-    return not spec.branch_norm and len(launches) == 1
-
-
 plan_training = lru_cache(maxsize=1024)(make_training_plan)
 """As :func:`make_training_plan`, remembered."""
+
+
+def _pools(workload: Workload, launches: Sequence[BranchLaunch]) -> bool:
+    """Whether the launch that stores the branches pools them too: nothing stands between the two but a ReLU, and the
+    gate has few enough tiles to add."""
+    if workload.spec.branch_norm or len(launches) != 1:
+        return False
+    (launch,) = launches
+    return math.prod(tiles(launch.shape, launch.config, *workload.output_size)) <= MAX_GATE_TILES
 
 
 def _folded(plan: Plan, workload: Workload) -> Plan:

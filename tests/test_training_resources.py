@@ -1,14 +1,16 @@
 """What training costs: bytes counted by the interpreter, and kernels compiled for chips that need not be present."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from sk_triton import functional, save_for_backward, use_backend
+from sk_triton import functional, save_for_backward, training_plan, use_backend
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.traffic import Meter
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
-from sk_triton.training_plan import plan_training
+from sk_triton.training_plan import make_training_plan, plan_training
 from sk_triton.workload import Workload
 
 from .units import random_unit
@@ -108,3 +110,14 @@ def test_planned_passes(unit, size, dtype, stored, folded):
         ["measure", "pool", "select"] if folded < stored else []
     )
     assert folded < stored or dict(plan.rejected)["recompute"]
+
+
+def test_many_tiles_are_pooled_by_a_pass_of_their_own(monkeypatch):
+    """The gate adds the sums of tiles one after the other."""
+    work = Workload(seed_unit(128), 128, 56, 56, torch.float16, CHIPS["sm_90"])
+    plan = make_training_plan(work, "branches")
+    assert plan.pools
+    monkeypatch.setattr(training_plan, "MAX_GATE_TILES", 1)
+    assert not make_training_plan(work, "branches").pools
+    assert make_training_plan(work, "branches").passes == plan.passes + 2
+    assert not make_training_plan(replace(work, spec=paper_unit(128)), "branches").pools

@@ -43,12 +43,12 @@ class Saved(NamedTuple):
     """What the gradient needs besides the input and the parameters.
 
     Attributes:
-        y: ``[M, N, H', W', C]``, the branches' convolutions.
+        y: ``[M, N, H', W', C]``, the branches' convolutions, behind the ReLU where the plan pools while it stores.
         mean, rstd: ``[M, C]`` fp32, of the norms; empty without them.
         sizes: ``[M]`` fp32, values behind each branch's statistics; empty where no group shares them.
         vectors: ``BranchVectors.stacked``.
-        sums: ``[2, N, M, C]``, active and pooled of `pooled_moments_fwd`. They and y are empty where they will be
-            computed in the backward pass.
+        sums: ``[2, N, M, C]``, active and pooled of `pooled_moments_fwd`; empty without norms. Like y, empty where it
+            will be computed in the backward pass.
         s, h, z, gate_mean, gate_rstd, gate_size, attention: :class:`.gate_training.GateState`.
     """
 
