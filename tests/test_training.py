@@ -7,7 +7,7 @@ import torch
 from hypothesis import assume, given, settings
 from torch import nn
 
-from sk_triton import SelectiveKernel, SKConv, functional, save_for_backward, use_backend
+from sk_triton import SelectiveKernel, SKConv, functional, save_for_backward, training_plan, use_backend
 
 from .tolerances import assert_same, assert_typical_errors_like_eager
 from .units import random_unit, randomize_norms, sizes, specs, tensors
@@ -71,6 +71,16 @@ def test_layers(name, dtype):
     layer = LAYERS[name]()
     randomize_norms(layer)
     compare(layer.to(dtype), *torch.randn(2, 4, layer.spec.in_channels, 5, 3).to(dtype))
+
+
+def test_more_tiles_than_the_gate_adds(monkeypatch):
+    """Without norms branches are pooled while they are stored; here not."""
+    monkeypatch.setattr(training_plan, "MAX_GATE_TILES", 0)
+    training_plan.plan_training.cache_clear()
+    try:
+        compare(LAYERS["seed"](), torch.randn(4, 16, 5, 3))
+    finally:
+        training_plan.plan_training.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["paper, stride 2", "timm's default"])
