@@ -22,14 +22,14 @@ def rows_of(ptr, n, entries, mask, stride):
     return tl.load(ptr + n.to(tl.int64)[:, None] * stride + entries[None, :], mask=mask, other=0.0)
 
 
-@triton.jit(do_not_specialize=("N", "BATCH_NORMS"))
+@triton.jit(do_not_specialize=("N", "PIXELS", "BATCH_NORMS"))
 def gate_params_bwd_kernel(
     dh_ptr, s_ptr, z_ptr, dlogits_ptr, attention_ptr, pooled_grad_ptr, grad_ptr, scaled_ptr, active_ptr, pooled_ptr,
     rstd_ptr, gamma_ptr, affine_grad_ptr, terms_ptr,
     dbeta_ptrs, dgamma_ptrs, dbias_ptrs, dreduce_ptr, dselect_ptrs, dselect_bias_ptrs,
-    N, C, D, BATCH_NORMS, share,
+    N, C, D, PIXELS, BATCH_NORMS, share,
     M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
-    HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SELECT_BIAS: tl.constexpr,
+    HAS_ACTIVE: tl.constexpr, HAS_NORM: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SELECT_BIAS: tl.constexpr,
 ):  # fmt: skip
     """Sums over samples for BLOCK_C channels x BLOCK_D entries of z: programs below M take the parameters of a branch,
     and its norm's where they have the first entries; programs M take the weight that reduces channels."""
@@ -63,8 +63,10 @@ def gate_params_bwd_kernel(
             a = rows_of(attention_ptr + m * C, n, c, mask, M * C)
             g = rows_of(pooled_grad_ptr, n, c, mask, C)
             grad = rows_of(grad_ptr + m * C, n, c, mask, M * C)
-            active = rows_of(active_ptr + m * C, n, c, mask, M * C)
-            dbeta_sum += a * grad + g * active
+            if HAS_ACTIVE:
+                dbeta_sum += a * grad + g * rows_of(active_ptr + m * C, n, c, mask, M * C)
+            else:
+                dbeta_sum += a * grad + g * PIXELS
             if HAS_NORM:
                 scaled = rows_of(scaled_ptr + m * C, n, c, mask, M * C)
                 pooled = rows_of(pooled_ptr + m * C, n, c, mask, M * C)
@@ -111,7 +113,7 @@ def gate_params_bwd(
     attention: torch.Tensor,
     pooled_grad: torch.Tensor,
     grads: torch.Tensor,
-    sums: torch.Tensor,
+    sums: torch.Tensor | None,
     rstd: torch.Tensor,
     gamma: torch.Tensor,
     affine_grad: torch.Tensor,
@@ -130,7 +132,8 @@ def gate_params_bwd(
     """Write the gradients of all parameters but the convolutions' weights.
 
     From `dh`, `s`, `z`, `dlogits`, `attention`, `pooled_grad` as above, `grads [2, N, M, C]`, the sums over pixels of
-    `select_bwd`, and `sums [2, N, M, C]`, those of `pooled_moments_fwd`; `rstd` and `gamma` `[M, C]`; fp32, contiguous.
+    `select_bwd`, and `sums [2, N, M, C]`, those of `pooled_moments_fwd`, or None where every pixel is active and no
+    branch has a norm; `rstd` and `gamma` `[M, C]`; fp32, contiguous.
 
     Written: `affine_grad [2, M, C]`, of beta then of gamma; `terms [2, M, C]`, the same over the number of `values` for
     branches of `batch_norms`, 0 for others; fp32. Of any dtype: M `dbetas`, `dgammas` and `dbiases` `[C]` of norms and
@@ -139,20 +142,22 @@ def gate_params_bwd(
     """
     n, m, c = attention.shape
     d = dh.shape[1]
+    active, pooled = grads.unbind(0) if sums is None else sums.unbind(0)
     # Where a gradient is not wanted, another copy of it may be overwritten by the same values, or nothing is written.
     betas, gammas = (grad.unbind(0) for grad in affine_grad.unbind(0))
     arguments = (
-        dh, s, z, dlogits, attention, pooled_grad, *grads.unbind(0), *sums.unbind(0), rstd, gamma, affine_grad, terms,
+        dh, s, z, dlogits, attention, pooled_grad, *grads.unbind(0), active, pooled, rstd, gamma, affine_grad, terms,
         betas if dbetas is None else tuple(dbetas), gammas if dgammas is None else tuple(dgammas),
         betas if dbiases is None else tuple(dbiases), dreduce, tuple(dselects),
         betas if dselect_biases is None else tuple(dselect_biases),
-        n, c, d, sum(is_batch << i for i, is_batch in enumerate(batch_norms)), 1.0 / values,
+        n, c, d, values // n, sum(is_batch << i for i, is_batch in enumerate(batch_norms)), 1.0 / values,
     )  # fmt: skip
     constexprs = {
         "M": m,
         "BLOCK_N": BLOCK_SAMPLES,
         "BLOCK_C": BLOCK_CHANNELS,
         "BLOCK_D": block_d(d),
+        "HAS_ACTIVE": sums is not None,
         "HAS_NORM": has_norm,
         "HAS_BIAS": dbiases is not None,
         "HAS_SELECT_BIAS": dselect_biases is not None,

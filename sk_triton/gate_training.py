@@ -175,7 +175,7 @@ def gate_bwd(
 
     Args:
         partial: sums over the pixels of tiles, ``[2, tiles, N, M, C]``, `grad` and `scaled` of `select_bwd`, and where
-            `sums` is None `active` and `pooled` besides, ``[4, …]``.
+            `sums` is None `active` and `pooled` besides, ``[4, …]``, but for linear branches without norms.
         sums, affine: as :func:`gate_fwd` gave and took them.
         branch_norm: rstd and gamma of the branches' norms, ``[M, C]``.
         grads: receives them.
@@ -217,7 +217,7 @@ def gate_bwd(
     tape.run(gate_reduce_bwd(dh, tensors.reduce_weight, g, pixels=pixels))
     tape.run(
         gate_params_bwd(
-            dh, state.s, state.z, dlogits, state.attention, g, found[:2], found[2:] if sums is None else sums,
+            dh, state.s, state.z, dlogits, state.attention, g, found[:2], found[2:] if count > 2 else sums,
             *branch_norm, affine_grad, terms, grads.betas, grads.gammas, grads.biases, grads.gate.reduce_weight,
             grads.gate.select_weights, grads.gate.select_biases,
             batch_norms=batch_norms, values=n * pixels, has_norm=affine is not None,

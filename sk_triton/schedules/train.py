@@ -105,7 +105,9 @@ def backward(
     has_sums = bool(sums.numel())
     if not y.numel():
         y = convolve(x, unit, plan, vectors, tape).y
-    partial = sums_over_pixels(select_bwd, (dv, y, *norm), 2 if has_sums else 4, y, unit, plan, tape)
+    is_linear = not spec.branch_norm and not plan.has_relu
+    count = 2 if has_sums or is_linear else 4
+    partial = sums_over_pixels(select_bwd, (dv, y, *norm), count, y, unit, plan, tape)
     of_branches, of_others = needs[: 1 + m], needs[1 + m :]
     outputs, targets, copies = _destinations(unit, of_others)
     kinds, groups = unit.norms.kinds[:m], unit.norms.groups.split(",")[:m]
