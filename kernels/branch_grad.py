@@ -13,8 +13,10 @@ from .geometry import ConvShape, cdiv
 from .grad_geometry import HALO, PIXELS, can_run_grad, grad_blocks, grad_tiles, is_paired, wide_halo
 from .launch import Launch
 
-# Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size.
-ROWS_KY = {1: 1, 3: 3, 5: 2, 7: 2}
+# Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size. The gradients of
+# linear branches take fewer registers.
+ROWS_KY = {1: 1, 3: 3, 5: 2, 7: 1}
+LINEAR_ROWS_KY = {1: 1, 3: 3, 5: 3, 7: 2}
 
 
 def branch_grad(
@@ -130,6 +132,7 @@ def _wide(
         config,
         (blocks.chunks_co,) * len(shape.kernels),
     )  # fmt: skip
+    rows_ky = ROWS_KY if common["HAS_NORM"] or has_relu else LINEAR_ROWS_KY
     launches, tap = [data], 0
     tiles_h = cdiv(h, config.RUN_H)
     for m, (kernel, dilation) in enumerate(zip(shape.kernels, shape.dilations, strict=True)):
@@ -137,7 +140,7 @@ def _wide(
         halo = 0 if width <= PIXELS else kernel // 2 * dilation
         tiles_w = cdiv(width, PIXELS - 2 * halo)
         tiles_per_program = cdiv(n * tiles_h * tiles_w, strips)
-        for first in range(0, kernel, ROWS_KY.get(kernel, 1)):
+        for first in range(0, kernel, rows_ky.get(kernel, 1)):
             arguments = (
                 x, dv, y[m], terms[:, m], partial[:, :, tap:], h, width, shape.c_in, shape.c_out,
                 n * tiles_h * tiles_w, tiles_h, tiles_w, tiles_per_program,
@@ -149,7 +152,7 @@ def _wide(
                 "DILATION": dilation,
                 "KY": first,
                 "HALO": halo,
-                "ROWS_KY": min(ROWS_KY.get(kernel, 1), kernel - first),
+                "ROWS_KY": min(rows_ky.get(kernel, 1), kernel - first),
                 "GROUP_CI": shape.c_in // shape.groups,
                 "GROUP_CO": shape.c_out // shape.groups,
             }
