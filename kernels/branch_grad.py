@@ -10,7 +10,16 @@ from .branch_grad_stream import branch_grad_stream_kernel
 from .branch_grad_wide import branch_grad_data_kernel, branch_grad_weight_kernel
 from .config import GradConfig, GradStreamConfig, GradWideConfig
 from .geometry import ConvShape, cdiv
-from .grad_geometry import HALO, PIXELS, can_run_grad, grad_blocks, grad_tiles, is_paired, wide_halo
+from .grad_geometry import (
+    HALO,
+    PIXELS,
+    branch_halo,
+    can_run_grad,
+    grad_blocks,
+    grad_tiles,
+    is_paired,
+    wide_halo,
+)
 from .launch import Launch
 
 # Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size. The gradients of
@@ -137,7 +146,7 @@ def _wide(
     tiles_h = cdiv(h, config.RUN_H)
     for m, (kernel, dilation) in enumerate(zip(shape.kernels, shape.dilations, strict=True)):
         # Its own halo: a branch of small reach has fewer tiles.
-        halo = 0 if width <= PIXELS else kernel // 2 * dilation
+        halo = branch_halo(kernel, dilation, width)
         tiles_w = cdiv(width, PIXELS - 2 * halo)
         tiles_per_program = cdiv(n * tiles_h * tiles_w, strips)
         for first in range(0, kernel, rows_ky.get(kernel, 1)):

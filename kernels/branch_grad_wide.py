@@ -89,22 +89,20 @@ def branch_grad_data_kernel(
                 for ky in tl.static_range(tl.constexpr(KERNELS[m])):
                     weight = load_weight_operand(w_chunk_ptr + (ky * KERNELS[m] + kx) * 256, 16, 16)
                     weights = weights + (weight,)
-                for i in tl.static_range(len(columns)):
-                    pixels = transposed(moved(shift, columns[i]))
+                for i in tl.static_range(
+                    0 if IS_WHOLE_H else -(KERNELS[m] // 2) * DILATIONS[m],
+                    RUN_H if IS_WHOLE_H else RUN_H + KERNELS[m] // 2 * DILATIONS[m],
+                ):
+                    own = columns[i + (0 if IS_WHOLE_H else KERNELS[m] // 2 * DILATIONS[m])]
+                    pixels = transposed(moved(shift, own))
                     for ky in tl.static_range(tl.constexpr(KERNELS[m])):
                         # Only expressions stay constants: a name for the row would not.
                         if (
-                            i - (ky - (KERNELS[m] // 2 if IS_WHOLE_H else 0)) * DILATIONS[m] >= 0
-                            and i - (ky - (KERNELS[m] // 2 if IS_WHOLE_H else 0)) * DILATIONS[m] < RUN_H
+                            i - (ky - KERNELS[m] // 2) * DILATIONS[m] >= 0
+                            and i - (ky - KERNELS[m] // 2) * DILATIONS[m] < RUN_H
                         ):
-                            acc = tl.dot(
-                                weights[ky],
-                                pixels,
-                                dx[i - (ky - (KERNELS[m] // 2 if IS_WHOLE_H else 0)) * DILATIONS[m]],
-                            )
-                            dx = replaced(
-                                dx, i - (ky - (KERNELS[m] // 2 if IS_WHOLE_H else 0)) * DILATIONS[m], acc
-                            )
+                            acc = tl.dot(weights[ky], pixels, dx[i - (ky - KERNELS[m] // 2) * DILATIONS[m]])
+                            dx = replaced(dx, i - (ky - KERNELS[m] // 2) * DILATIONS[m], acc)
     ci0 = block * CHANNELS_CI + piece % CHUNKS_CI * 16
     ci_end = tl.minimum(CHANNELS_CI - piece % CHUNKS_CI * 16, C_IN - ci0)
     own = (x_dy >= x_start) & (x_dy < tl.minimum(x_start + 16 - 2 * HALO, W))

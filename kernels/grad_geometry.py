@@ -69,9 +69,12 @@ def grad_blocks(shape: ConvShape, config: GradConfig) -> GradBlocks:
 def wide_halo(shape: ConvShape, w: int) -> int:
     """Columns that a tile of `branch_grad_data_kernel` reads beyond its own, as one of `branch_grad_weight_kernel` for
     the branch that reaches furthest; none where a row of `w` pixels fits."""
-    if w <= PIXELS:
-        return 0
-    return max(d * (k // 2) for k, d in zip(shape.kernels, shape.dilations, strict=True))
+    return max(branch_halo(k, d, w) for k, d in zip(shape.kernels, shape.dilations, strict=True))
+
+
+def branch_halo(kernel: int, dilation: int, w: int) -> int:
+    """As :func:`wide_halo`, of one branch."""
+    return 0 if w <= PIXELS else kernel // 2 * dilation
 
 
 def grad_tiles(shape: ConvShape, config: GradConfig, h: int, w: int) -> tuple[int, int]:
