@@ -98,7 +98,9 @@ class Meter:
 
     def _count(self, ptrs: Any, mask: Any, *, is_write: bool) -> None:
         size = ptrs.get_element_ty().primitive_bitwidth // 8
-        addresses = np.broadcast_to(ptrs.data, mask.data.shape)[mask.data].astype(np.int64).reshape(-1)
+        # A mask and a scalar condition make integers of it, which would count as indices.
+        wanted = mask.data.astype(bool)
+        addresses = np.broadcast_to(ptrs.data, wanted.shape)[wanted].astype(np.int64).reshape(-1)
         found = 0
         for address, (name, nbytes) in self._storages.items():
             offsets = addresses - address

@@ -12,7 +12,25 @@ import triton.language as tl
 from .config import BorderConfig
 from .geometry import ConvShape, cdiv, next_power_of_2
 from .launch import Launch
-from .tiling import widen
+from .tiling import packed, pairs, widen
+
+
+@triton.jit
+def carried_row(ptrs, mask):
+    """A row `[pixels, channels]` as a loop may carry it: 16-bit channels in pairs."""
+    row = tl.load(ptrs, mask=mask, other=0.0)
+    if row.dtype.primitive_bitwidth == 16 and row.shape[1] > 1:
+        return packed(row)
+    else:
+        return row
+
+
+@triton.jit
+def in_fp32(row, dtype: tl.constexpr):
+    """What `carried_row` made of channels in `dtype`."""
+    if row.dtype == tl.int32:
+        row = tl.reshape(pairs(row, dtype), [row.shape[0], row.shape[1] * 2])
+    return row.to(tl.float32)
 
 
 @triton.jit(
@@ -59,16 +77,25 @@ def border_sums_fwd_kernel(
     x_ptr += n * stride_xn
 
     pooled = tl.zeros([BLOCK_CO, BLOCK_C], tl.float32)
-    for strip in range(first, tl.minimum(first + STRIPS_PER_PROGRAM, STRIPS)):
-        y0 = tl.load(strips_ptr + strip * 3)
+    last = tl.minimum(first + STRIPS_PER_PROGRAM, STRIPS) - 1
+    y0 = tl.load(strips_ptr + first * 3)
+    # The row after is on its way while one is added, that of the next strip while columns are.
+    row_next = carried_row(x_ptr + y0 * stride_xh + offs_x, mask_x)
+    for strip in range(first, last + 1):
         rows = tl.load(strips_ptr + strip * 3 + 1)
         section_h = tl.load(strips_ptr + strip * 3 + 2)
+        y0_next = tl.load(strips_ptr + tl.minimum(strip + 1, last) * 3)
+        rows_left = rows + tl.where(strip < last, 1, 0)
         w_section = w_ptr + section_h * SECTIONS_W * (GROUP_CO * C_IN)
         w_next = tl.load(w_section + offs_w, mask=mask_w, other=0.0)
         acc = tl.zeros([BLOCK_W, BLOCK_C], tl.float32)
         for i in range(rows):
-            row = tl.load(x_ptr + (y0 + i * STRIDE) * stride_xh + offs_x, mask=mask_x, other=0.0)
-            acc += row.to(tl.float32)
+            row = row_next
+            y = tl.where(i + 1 < rows, y0 + (i + 1) * STRIDE, y0_next)
+            mask_next = mask_x & (i + 1 < rows_left)
+            row_next = carried_row(x_ptr + y * stride_xh + offs_x, mask_next)
+            acc += in_fp32(row, x_ptr.dtype.element_ty)
+        y0 = y0_next
         for section_w in range(SECTIONS_W):
             # The next section's weights are on their way while this one's columns are added.
             w = w_next
@@ -132,10 +159,9 @@ def border_sums_fwd(
         "HAS_SHIFT": shift is not None,
         "IS_LARGE": extent >= 2**31,
     }
-    return Launch(
-        border_sums_fwd_kernel,
-        (n * programs_h * tiles_w * blocks,),
-        arguments,
-        constexprs,
-        {"num_warps": config.num_warps, "num_stages": 1},
-    )
+    options = {"num_warps": config.num_warps, "num_stages": 1}
+    if config.num_warps == 2 and x.element_size() == 2 and torch.version.hip is None:
+        # Eight programs a processor: the compiler would take up to 155 without spilling less.
+        options["maxnreg"] = 128
+    grid = (n * programs_h * tiles_w * blocks,)
+    return Launch(border_sums_fwd_kernel, grid, arguments, constexprs, options)

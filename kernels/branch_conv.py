@@ -29,11 +29,13 @@ from .geometry import (
     column_runs,
     is_full,
     is_whole_height,
+    known_stride,
     lattice,
     reach,
     tiles,
 )
 from .launch import Launch
+from .prefetch import can_prefetch
 
 # Columns of the product that pools a tile, one per position in a run: the fewest that Triton takes.
 BLOCK_POOL = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
@@ -204,6 +206,9 @@ def _launch(
             "REACH": reach(shape),
             "IS_EVEN_H": h % config.RUN_H == 0,
             "IS_EVEN_W": w_out % config.RUN_W == 0,
+            "STRIDE_XW": known_stride(x.stride(3), shape.c_in, extent),
+            "STRIDE_OW": known_stride(stride_ow, shape.c_out, extent),
+            "PREFETCH": config.PREFETCH and can_prefetch(x),
         }
     if isinstance(config, StreamConfig | WindowConfig | ColumnConfig):
         arguments: tuple[Any, ...] = (

@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 
 from .norm import lane_moments, store_moments
+from .prefetch import prefetch_l2
 from .tiling import (
     SIZES,
     branch_attention,
     fold_pool,
     locate_tile,
+    packed,
+    pairs,
     relu,
     widen,
 )
@@ -22,25 +25,59 @@ from .tiling import (
 # Up to 3.7, Triton gives a thread four adjacent elements along K of an operand that was joined; from 3.8 on, two.
 JOINED_FOURS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
 
+# Rows that are on their way into L2 before a loop over rows asks for them.
+PREFETCH_ROWS = tl.constexpr(3)
+
 
 @triton.jit
 def load_row(
     ptrs, row, stride_xw, y, x, mask_p, ci, H_IN, W_IN, CI_END,
-    REACH: tl.constexpr, RUN_W: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
+    REACH: tl.constexpr, RUN_W: tl.constexpr, IS_EVEN_W: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr,
 ):  # fmt: skip
     """One input row of every lane, RUN_W pixels and those that kernels reach beyond them: tensors `[16, 8]`.
 
-    `ptrs [8, 16]` points to a lane's first own pixel in image row `y`; `row` is added to it.
+    `ptrs [8, 16]` points to a lane's first own pixel in image row `y`; `row` is added to it. `mask_p`: lanes whose
+    first own pixel lies inside the image; where runs divide it (IS_EVEN_W), so do all.
     """
     pixels = ()
     mask_y = mask_p & (y >= 0) & (y < H_IN)
     for s in tl.static_range(-REACH, RUN_W + REACH):
-        mask = (mask_y & (x + s >= 0) & (x + s < W_IN))[:, None]
+        mask_x = mask_y
+        if s < 0:
+            mask_x = mask_y & (x + s >= 0)
+        if s >= RUN_W or not IS_EVEN_W:
+            mask_x = mask_x & (x + s < W_IN)
+        mask = mask_x[:, None]
         if HAS_CHANNEL_MASK:
             mask = mask & (ci < CI_END)[None, :]
         taps = tl.load(ptrs + (row + s * stride_xw), mask=mask, other=0.0)
         pixels = pixels + (packed(taps),)
     return pixels
+
+
+@triton.jit
+def lead_strip(
+    x_ptr, block, tile_h, tile_w, n_left, H, W, stride_xn, stride_xh, stride_xw,
+    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, RUN_H: tl.constexpr, RUN_W: tl.constexpr,
+):  # fmt: skip
+    """The strip whose rows a program prefetches, all channels, for all channel blocks of its tile: pointer to its first
+    row, that row in the image, bytes of a row, and whether there is one. `x_ptr` points to the tile's first sample.
+    """
+    sample = block // BLOCK_H
+    y = (tile_h * BLOCK_H + block % BLOCK_H) * RUN_H
+    x = tile_w * (BLOCK_W * RUN_W)
+    ptr = x_ptr + (sample * tl.cast(stride_xn, tl.int64) + y * tl.cast(stride_xh, tl.int64) + x * stride_xw)
+    size = tl.minimum(W - x, BLOCK_W * RUN_W) * stride_xw * (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    return ptr, y, size, (sample < tl.minimum(n_left, BLOCK_N)) & (y < H)
+
+
+@triton.jit
+def prefetch_row(strip, r, row_stride, H_IN, RUN_H: tl.constexpr, REACH: tl.constexpr):
+    """Prefetch what trip `r + PREFETCH_ROWS` of the loop over the rows of a `lead_strip` will load."""
+    ptr, y0, size, is_lead = strip
+    ahead = r + PREFETCH_ROWS
+    y = y0 + ahead + REACH
+    prefetch_l2(ptr + (ahead + REACH) * row_stride, size, is_lead & (ahead < RUN_H) & (y >= 0) & (y < H_IN))
 
 
 @triton.jit
@@ -62,20 +99,10 @@ def without_first(window, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def packed(taps):
-    """Pairs of 16-bit channels `[8, 16]` as words `[8, 8]`: what a loop carries as 16 bits it takes apart."""
-    low, high = tl.split(tl.reshape(taps, [taps.shape[0], 8, 2]))
-    low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return high.to(tl.int16, bitcast=True).to(tl.int32) << 16 | low
-
-
-@triton.jit
 def unpacked(words, dtype: tl.constexpr):
     """The channels that `packed` made words `[lanes, 8]` of, as a right operand `[16, lanes]` in the order in which the
     threads hold them: no register moves."""
-    low = words.to(tl.int16).to(dtype, bitcast=True)
-    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
-    taps = tl.reshape(tl.join(low, high), [words.shape[0], 4, 2, 2])
+    taps = tl.reshape(pairs(words, dtype), [words.shape[0], 4, 2, 2])
     taps = tl.permute(taps, (1, 2, 3, 0)) if JOINED_FOURS else tl.permute(taps, (2, 1, 3, 0))
     return tl.reshape(taps, [16, words.shape[0]])
 
@@ -122,17 +149,18 @@ def window_tile(
     stride_partial_n, stride_partial_t,
     TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr,
     REACH: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
+    STRIDE_XW: tl.constexpr, STRIDE_OW: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    RUN_H: tl.constexpr, RUN_W: tl.constexpr, HOLD_WEIGHTS: tl.constexpr,
+    RUN_H: tl.constexpr, RUN_W: tl.constexpr, HOLD_WEIGHTS: tl.constexpr, PREFETCH: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """Every branch of one tile and channel block; TASK, `tile` and `tag` as in `stream_tile`.
 
     A tile is BLOCK_N samples x BLOCK_H strips of RUN_H rows x BLOCK_W lanes of RUN_W pixels. A channel block is
     CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO. Kernels reach REACH
-    pixels beyond their own.
+    pixels beyond their own. STRIDE_XW and STRIDE_OW: `stride_xw` and `stride_ow`, or 0 where a compilation is for any.
     """
     M: tl.constexpr = len(KERNELS)
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
@@ -143,6 +171,9 @@ def window_tile(
     dtype = x_ptr.dtype.element_ty
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_on, stride_oh, stride_ow = widen(stride_on, stride_oh, stride_ow, IS_LARGE)
+    # What the compiler knows, loads and stores add to an address without an instruction.
+    stride_xw = STRIDE_XW if STRIDE_XW > 0 else stride_xw
+    stride_ow = STRIDE_OW if STRIDE_OW > 0 else stride_ow
     n0 = block_n.to(tl.int64) * BLOCK_N
     n_left = tl.minimum(N - n0, BLOCK_N).to(tl.int32)
     lane = tl.arange(0, BLOCK_P)
@@ -165,6 +196,13 @@ def window_tile(
     if HAS_CHANNEL_MASK:
         mask_out &= (co < co_end)[:, None]
     row_stride = tl.cast(stride_xh, tl.int64)
+    if PREFETCH:
+        strip = lead_strip(
+            x_ptr + n0 * stride_xn, block, tile_h, tile_w, n_left, H, W, stride_xn, stride_xh, stride_xw,
+            BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W,
+        )  # fmt: skip
+        for i in tl.static_range(PREFETCH_ROWS):
+            prefetch_row(strip, i - PREFETCH_ROWS - 2 * REACH, row_stride, H_IN, RUN_H, REACH)
 
     weights = ()
     starts = ()
@@ -197,9 +235,11 @@ def window_tile(
     # takes half a minute where there is one for every pixel of the window.
     window = empty_window(2 * REACH * WIDTH, BLOCK_P, BLOCK_CI)
     for r in range(-2 * REACH, RUN_H):
+        if PREFETCH:
+            prefetch_row(strip, r, row_stride, H_IN, RUN_H, REACH)
         window = window + load_row(
             ptrs, (r + REACH) * row_stride, stride_xw, y0 + r + REACH, x0, mask_p, ci, H_IN, W_IN, ci_end,
-            REACH, RUN_W, HAS_CHANNEL_MASK,
+            REACH, RUN_W, IS_EVEN_W, HAS_CHANNEL_MASK,
         )  # fmt: skip
         if r >= 0:
             operands = ()
@@ -298,10 +338,11 @@ def branch_conv_window_fwd_kernel(
     stride_partial_n, stride_partial_t,
     TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr,
     REACH: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
+    STRIDE_XW: tl.constexpr, STRIDE_OW: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    RUN_H: tl.constexpr, RUN_W: tl.constexpr, HOLD_WEIGHTS: tl.constexpr,
+    RUN_H: tl.constexpr, RUN_W: tl.constexpr, HOLD_WEIGHTS: tl.constexpr, PREFETCH: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one channel block: `window_tile`."""
@@ -313,7 +354,8 @@ def branch_conv_window_fwd_kernel(
         block, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
         stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
         stride_partial_n, stride_partial_t,
-        TASK, KERNELS, DILATIONS, W_OFFSETS, REACH, IS_EVEN_H, IS_EVEN_W, CHANNELS_CI, CHANNELS_CO,
-        BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, HOLD_WEIGHTS,
+        TASK, KERNELS, DILATIONS, W_OFFSETS, REACH, IS_EVEN_H, IS_EVEN_W, STRIDE_XW, STRIDE_OW,
+        CHANNELS_CI, CHANNELS_CO,
+        BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, HOLD_WEIGHTS, PREFETCH,
         HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE,
     )  # fmt: skip

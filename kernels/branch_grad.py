@@ -9,7 +9,7 @@ from .branch_grad_reduce import branch_grad_reduce_kernel
 from .branch_grad_stream import branch_grad_stream_kernel
 from .branch_grad_wide import branch_grad_data_kernel, branch_grad_weight_kernel
 from .config import GradConfig, GradStreamConfig, GradWideConfig
-from .geometry import ConvShape, cdiv
+from .geometry import ConvShape, cdiv, reach
 from .grad_geometry import (
     HALO,
     PIXELS,
@@ -21,6 +21,7 @@ from .grad_geometry import (
     wide_halo,
 )
 from .launch import Launch
+from .prefetch import can_prefetch
 
 # Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size. The gradients of
 # linear branches take fewer registers.
@@ -91,7 +92,7 @@ def _stream(
         "IS_EVEN_H": h % config.RUN_H == 0,
         "IS_PAIRED": is_paired(shape),
         "HAS_CHANNEL_MASK": not is_full,
-        **_common(shape, config, (x, dv, y[0].permute(0, 3, 1, 2), dx), has_relu, terms),
+        **_common(shape, config, (x, dv, *y.permute(0, 1, 4, 2, 3)), dx, has_relu, terms),
         "GROUP_CI": shape.c_in // shape.groups,
         "GROUP_CO": shape.c_out // shape.groups,
         "BLOCKS": config.num_warps,
@@ -113,7 +114,7 @@ def _wide(
     halo, strips = wide_halo(shape, width), partial.shape[0]
     data_tiles_h, data_tiles_w = cdiv(h, config.DATA_RUN_H), cdiv(width, PIXELS - 2 * halo)
     common = {
-        **_common(shape, config, (x, dv, y[0].permute(0, 3, 1, 2), dx), has_relu, terms),
+        **_common(shape, config, (x, dv, *y.permute(0, 1, 4, 2, 3)), dx, has_relu, terms),
         "CHUNKS_CI": blocks.chunks_ci,
         "CHUNKS_CO": blocks.chunks_co,
     }
@@ -136,6 +137,7 @@ def _wide(
             "DILATIONS": shape.dilations,
             "W_OFFSETS": tuple(offsets),
             "HALO": halo,
+            "REACH_H": 0 if h <= config.DATA_RUN_H else reach(shape),
             "IS_WHOLE_H": h <= config.DATA_RUN_H,
         },
         config,
@@ -173,13 +175,18 @@ def _wide(
 
 
 def _common(
-    shape: ConvShape, config: GradConfig, images: Sequence[torch.Tensor], has_relu: bool, terms: torch.Tensor
+    shape: ConvShape,
+    config: GradConfig,
+    read: Sequence[torch.Tensor],
+    dx: torch.Tensor,
+    has_relu: bool,
+    terms: torch.Tensor,
 ) -> dict[str, Any]:
-    """Constexprs that all kernels have; `images` are `[N, C, H, W]`."""
+    """Constexprs that all kernels have; what they read are images `[N, C, H, W]` as dx."""
     blocks = grad_blocks(shape, config)
     extents = [
         sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
-        for t in images
+        for t in (*read, dx)
     ]
     return {
         "RUN_H": config.RUN_H,
@@ -188,6 +195,7 @@ def _common(
         "HAS_RELU": has_relu,
         "HAS_NORM": terms.shape[3] == 6,
         "IS_LARGE": max(extents) >= 2**31,
+        "PREFETCH": config.PREFETCH and all(map(can_prefetch, read)),
     }
 
 

@@ -8,8 +8,22 @@ A tile is 16 pixels of some rows, channels come in blocks of 16; blocks of narro
 import triton
 import triton.language as tl
 
-from .grad_tiling import equal_to, load_terms, memory_rows, moved, replaced, row_gradient, transposed
+from .grad_tiling import (
+    equal_to,
+    first_tile_of,
+    load_terms,
+    memory_rows,
+    moved,
+    replaced,
+    row_gradient,
+    tile_after,
+    transposed,
+)
+from .prefetch import prefetch_pixels
 from .tiling import load_weight_operand, part_elements, right_operand, widen
+
+# Programs of the data gradients that run at once on a large GPU, 8 a processor: those that follow are prefetched for.
+PROGRAMS_AHEAD = tl.constexpr(1024)
 
 
 @triton.jit(do_not_specialize=("H", "W", "TILES_H", "TILES_W"))
@@ -18,15 +32,15 @@ def branch_grad_data_kernel(
     H, W, C_IN, C_OUT, TILES_H, TILES_W,
     stride_dvn, stride_dvh, stride_dvw, stride_ym, stride_yn, stride_yh, stride_yw,
     stride_dxn, stride_dxc, stride_dxh, stride_dxw,
-    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr, HALO: tl.constexpr,
+    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr, HALO: tl.constexpr, REACH_H: tl.constexpr,
     RUN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr, CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
     CHUNKS_CI: tl.constexpr, CHUNKS_CO: tl.constexpr,
-    HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, IS_LARGE: tl.constexpr,
+    HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, IS_LARGE: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """`dx` of 16 input channels of a tile: RUN_H rows x (16 - 2 * HALO) columns, read with HALO columns on either side.
 
     A channel block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), in CHUNKS_CI and CHUNKS_CO pieces.
-    IS_WHOLE_H: a tile has all rows of the image.
+    IS_WHOLE_H: a tile has all rows of the image; else REACH_H rows are read above and below.
     """
     M: tl.constexpr = len(KERNELS)
     dtype: tl.constexpr = dv_ptr.dtype.element_ty
@@ -41,6 +55,17 @@ def branch_grad_data_kernel(
     x_start = tile % TILES_W * (16 - 2 * HALO)
     x_first = x_start - HALO
     y_end = tl.minimum(y_first + RUN_H, H)
+    if PREFETCH:
+        # A row of each image that a later tile reads, for the programs of all channel blocks.
+        later = tile + PROGRAMS_AHEAD // tl.num_programs(0)
+        n_later = (later // (TILES_H * TILES_W)).to(tl.int64)
+        y = later // TILES_W % TILES_H * RUN_H - REACH_H + piece
+        x = later % TILES_W * (16 - 2 * HALO) - HALO
+        is_wanted = (piece < RUN_H + 2 * REACH_H) & (later < tl.num_programs(1))
+        prefetch_pixels(dv_ptr + n_later * stride_dvn, y, x, H, W, stride_dvh, stride_dvw, is_wanted, 16)
+        for m in tl.static_range(M if HAS_RELU or HAS_NORM else 0):
+            y_image_ptr = y_ptr + m * stride_ym + n_later * stride_yn
+            prefetch_pixels(y_image_ptr, y, x, H, W, stride_yh, stride_yw, is_wanted, 16)
     entry = tl.arange(0, 16)
     x_dy = x_first + entry
     in_image = tl.broadcast_to(((x_dy >= 0) & (x_dy < W))[None, :], [16, 16])
@@ -124,7 +149,7 @@ def branch_grad_weight_kernel(
     RUN_H: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
     CHUNKS_CI: tl.constexpr, CHUNKS_CO: tl.constexpr,
-    HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, IS_LARGE: tl.constexpr,
+    HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, IS_LARGE: tl.constexpr, PREFETCH: tl.constexpr,
 ):  # fmt: skip
     """What TILES_PER_PROGRAM tiles of RUN_H rows x (16 - 2 * HALO) columns of x add to the gradient of one branch's
     weights, of 16 input and 16 output channels, in kernel rows KY to KY + ROWS_KY - 1.
@@ -150,12 +175,18 @@ def branch_grad_weight_kernel(
     for _ in tl.static_range(ROWS_KY * KERNEL):
         dw = dw + (tl.zeros([16, 16], tl.float32),)
     first_tile = tl.program_id(1) * TILES_PER_PROGRAM
-    for step in range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile)):
-        tile = first_tile + step
-        n = (tile // (TILES_H * TILES_W)).to(tl.int64)
-        x_start = tile // TILES_H % TILES_W * (16 - 2 * HALO)
+    n, x_start, y_first = first_tile_of(first_tile, TILES_H, TILES_W, RUN_H, 16 - 2 * HALO)
+    for _ in range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile)):
+        if PREFETCH:
+            # A row of each image of the next tile of this image column, for the programs of all channel blocks.
+            row = tl.program_id(0)
+            x, y = x_start - HALO, y_first + RUN_H + row
+            prefetch_pixels(dv_ptr + n * stride_dvn, y, x, H, W, stride_dvh, stride_dvw, row < RUN_H, 16)
+            if HAS_RELU or HAS_NORM:
+                prefetch_pixels(y_ptr + n * stride_yn, y, x, H, W, stride_yh, stride_yw, row < RUN_H, 16)
+            y += (KY + ROWS_KY - 1 - KERNEL // 2) * DILATION
+            prefetch_pixels(x_ptr + n * stride_xn, y, x, H, W, stride_xh, stride_xw, row < RUN_H, 16)
         x_dy = x_start - HALO + entry
-        y_first = tile % TILES_H * RUN_H
         in_row = (x_dy >= 0) & (x_dy < W)
         in_image = tl.broadcast_to(in_row[None, :], [16, 16])
         mask_read = in_row[:, None] & (channel < co_end)[None, :]
@@ -200,6 +231,7 @@ def branch_grad_weight_kernel(
                 for ky in tl.static_range(ROWS_KY):
                     acc = tl.dot(xs[r + ky * DILATION], dy, dw[ky * KERNEL + kx])
                     dw = replaced(dw, ky * KERNEL + kx, acc)
+        n, x_start, y_first = tile_after(n, x_start, y_first, H, W, RUN_H, 16 - 2 * HALO)
 
     ci = chunk_ci * 16 + entry
     co = chunk_co * 16 + entry

@@ -25,6 +25,7 @@ class WindowConfig:
     per tile, 8 lanes in all.
 
     HOLD_WEIGHTS: all branches' weights stay in registers; else a branch's are read anew for each row.
+    PREFETCH: rows are fetched into L2 ahead of their loads; only on NVIDIA, from sm_90 on.
     """
 
     BLOCK_CI: int
@@ -35,6 +36,7 @@ class WindowConfig:
     RUN_W: int
     BLOCK_N: int = 1
     HOLD_WEIGHTS: bool = True
+    PREFETCH: bool = False
     num_warps: int = 1
     num_stages: int = 1
 
@@ -189,25 +191,28 @@ BranchConfig = StreamConfig | WindowConfig | ColumnConfig | TapConfig | Depthwis
 @dataclass(frozen=True)
 class GradStreamConfig:
     """`branch_grad_stream_kernel`: tiles of RUN_H rows x 16 runs of two pixels; a program walks TILES_PER_PROGRAM. Each
-    of its num_warps takes a channel block."""
+    of its num_warps takes a channel block. PREFETCH: as in `WindowConfig`, for the next tile."""
 
     RUN_H: int
     TILES_PER_PROGRAM: int
     num_warps: int = 1
     num_stages: int = 1
+    PREFETCH: bool = False
 
 
 @dataclass(frozen=True)
 class GradWideConfig:
     """`branch_grad_weight_kernel`: tiles of RUN_H rows x 16 pixels, halo included, of which a program walks
     TILES_PER_PROGRAM, or as many fewer as a branch that reaches less far has; `branch_grad_data_kernel`: tiles of
-    DATA_RUN_H rows x 16 pixels, one a program."""
+    DATA_RUN_H rows x 16 pixels, one a program. PREFETCH: as in `WindowConfig`, for the next tile of the one and
+    programs of the other that will run later."""
 
     RUN_H: int
     TILES_PER_PROGRAM: int
     DATA_RUN_H: int = 4
     num_warps: int = 1
     num_stages: int = 1
+    PREFETCH: bool = False
 
 
 GradConfig = GradStreamConfig | GradWideConfig

@@ -208,6 +208,12 @@ def tiles(
     )
 
 
+def known_stride(stride: int, channels: int, extent: int) -> int:
+    """The stride between pixels of a row that a kernel is compiled for; 0, for any, unless they lie side by side and
+    offsets are 32-bit."""
+    return stride if stride == channels and extent < 2**31 else 0
+
+
 def is_whole_height(shape: ConvShape, config: BranchConfig, h: int) -> bool:
     """Whether a column run is the image's whole height, so that a kernel that knows of it reads no row beyond."""
     if not isinstance(config, ColumnConfig | MergedConfig):

@@ -12,6 +12,24 @@ from .tiling import right_operand
 
 
 @triton.jit
+def first_tile_of(tile, TILES_H, TILES_W, RUN_H: tl.constexpr, OWN: tl.constexpr):
+    """(sample, first own column, first row) of a tile: RUN_H rows x OWN columns. Those of an image column follow each
+    other, so rows that two of them read are still in the cache."""
+    n = (tile // (TILES_H * TILES_W)).to(tl.int64)
+    return n, tile // TILES_H % TILES_W * OWN, tile % TILES_H * RUN_H
+
+
+@triton.jit
+def tile_after(n, x_start, y_first, H, W, RUN_H: tl.constexpr, OWN: tl.constexpr):
+    """As `first_tile_of`, of the tile after that, without divisions."""
+    y_first += RUN_H
+    x_start = tl.where(y_first < H, x_start, x_start + OWN)
+    y_first = tl.where(y_first < H, y_first, 0)
+    n += (x_start >= W).to(tl.int64)
+    return n, tl.where(x_start < W, x_start, 0), y_first
+
+
+@triton.jit
 def equal_to(rows, columns, dtype: tl.constexpr):
     """The 0/1 matrix whose entry is 1 where `rows[i] == columns[j]`."""
     # Not converted from a mask: Triton would take the product for one of bytes and order its operands otherwise.

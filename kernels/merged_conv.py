@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 
 from .config import MergedConfig, WindowConfig
-from .geometry import ConvShape, blocking, can_run, cdiv, is_full, is_whole_height, reach, tiles
+from .geometry import ConvShape, blocking, can_run, cdiv, is_full, is_whole_height, known_stride, reach, tiles
 from .launch import Launch
 from .merged_conv_window import merged_conv_window_fwd_kernel
 from .merging import branch_blocks, lattice_points, merged_shape, row_parts
+from .prefetch import can_prefetch
 from .tiling import part_elements, right_operand, run_origin, widen
 
 # Input rows in flight beyond those that the current output needs.
@@ -376,6 +377,9 @@ def _window_launch(
         "W_OFFSETS": layout.offsets,
         "IS_EVEN_H": h % config.RUN_H == 0,
         "IS_EVEN_W": w_out % config.RUN_W == 0,
+        "STRIDE_XW": known_stride(x.stride(3), branches.c_in, max(extent_x, extent_v)),
+        "STRIDE_VW": known_stride(v.stride(3), branches.c_out, max(extent_x, extent_v)),
+        "PREFETCH": config.PREFETCH and can_prefetch(x),
         "CHANNELS_CI": layout.channels_ci,
         "CHANNELS_CO": layout.channels_co,
         "BLOCK_CI": config.BLOCK_CI,

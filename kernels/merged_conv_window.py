@@ -6,7 +6,16 @@ A program builds one sample's weights of a channel block, tap by tap of the bran
 import triton
 import triton.language as tl
 
-from .branch_conv_window import empty_window, load_row, load_taps, unpacked, without_first
+from .branch_conv_window import (
+    PREFETCH_ROWS,
+    empty_window,
+    lead_strip,
+    load_row,
+    load_taps,
+    prefetch_row,
+    unpacked,
+    without_first,
+)
 from .tiling import locate_tile, widen
 
 
@@ -54,15 +63,16 @@ def merged_conv_window_fwd_kernel(
     H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, BLOCKS,
     stride_xn, stride_xh, stride_xw, stride_vn, stride_vc, stride_vh, stride_vw,
     M: tl.constexpr, TAPS: tl.constexpr, POINTS: tl.constexpr, REACH: tl.constexpr, W_OFFSETS: tl.constexpr,
-    IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
+    IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr, STRIDE_XW: tl.constexpr, STRIDE_VW: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, RUN_H: tl.constexpr, RUN_W: tl.constexpr,
+    PREFETCH: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """One tile of one sample's channel block; tiles and channel blocks as in `window_tile`, of one sample.
 
     `POINTS[2 * i]` and `POINTS[2 * i + 1]` are the rows and pixels from an output to the input that the i-th of the
-    weights multiplies.
+    weights multiplies. STRIDE_XW and STRIDE_VW as in `window_tile`.
     """
     BLOCK_P: tl.constexpr = BLOCK_H * BLOCK_W
     WIDTH: tl.constexpr = RUN_W + 2 * REACH
@@ -70,6 +80,8 @@ def merged_conv_window_fwd_kernel(
     dtype = x_ptr.dtype.element_ty
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_vc, stride_vh, stride_vw = widen(stride_vc, stride_vh, stride_vw, IS_LARGE)
+    stride_xw = STRIDE_XW if STRIDE_XW > 0 else stride_xw
+    stride_vw = STRIDE_VW if STRIDE_VW > 0 else stride_vw
     block, _tile, tile_h, tile_w, n = locate_tile(tl.program_id(0), BLOCKS, TILES_H, TILES_W)
     n = n.to(tl.int64)
     lane = tl.arange(0, BLOCK_P)
@@ -90,6 +102,13 @@ def merged_conv_window_fwd_kernel(
     if HAS_CHANNEL_MASK:
         mask_out &= mask_co[:, None]
     row_stride = tl.cast(stride_xh, tl.int64)
+    if PREFETCH:
+        strip = lead_strip(
+            x_ptr + n * stride_xn, block, tile_h, tile_w, 1, H, W, stride_xn, stride_xh, stride_xw,
+            1, BLOCK_H, BLOCK_W, RUN_H, RUN_W,
+        )  # fmt: skip
+        for i in tl.static_range(PREFETCH_ROWS):
+            prefetch_row(strip, i - PREFETCH_ROWS - 2 * REACH, row_stride, H_IN, RUN_H, REACH)
 
     weights, factor, shift = merged_taps(
         w_ptr + block * W_OFFSETS[M], scale_ptr + co0, shift_ptr + co0, attention_ptr + n * (M * C_OUT) + co0,
@@ -100,9 +119,11 @@ def merged_conv_window_fwd_kernel(
 
     window = empty_window(2 * REACH * WIDTH, BLOCK_P, BLOCK_CI)
     for r in range(-2 * REACH, RUN_H):
+        if PREFETCH:
+            prefetch_row(strip, r, row_stride, H_IN, RUN_H, REACH)
         window = window + load_row(
             ptrs, (r + REACH) * row_stride, stride_xw, y0 + r + REACH, x0, mask_p, ci, H_IN, W_IN, ci_end,
-            REACH, RUN_W, HAS_CHANNEL_MASK,
+            REACH, RUN_W, IS_EVEN_W, HAS_CHANNEL_MASK,
         )  # fmt: skip
         if r >= 0:
             operands = ()

@@ -23,7 +23,8 @@ def select_fwd_kernel(
 ):  # fmt: skip
     """One tile of BLOCK_P pixels x BLOCK_C channels of one sample; without a norm, `beta_ptr` may hold shifts."""
     stride_up, stride_vc, stride_vp = widen(stride_up, stride_vc, stride_vp, IS_LARGE)
-    pid = tl.program_id(0)
+    # Backwards: what the launch before read or wrote last is still in L2.
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
     n = (pid // TILES).to(tl.int64)
     p = pid % TILES * BLOCK_P + tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -36,6 +36,22 @@ def widen(a, b, c, IS_LARGE: tl.constexpr):
 
 
 @triton.jit
+def packed(values):
+    """Pairs of 16-bit channels `[rows, channels]` as words: what a loop carries as 16 bits it takes apart."""
+    low, high = tl.split(tl.reshape(values, [values.shape[0], values.shape[1] // 2, 2]))
+    low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return high.to(tl.int16, bitcast=True).to(tl.int32) << 16 | low
+
+
+@triton.jit
+def pairs(words, dtype: tl.constexpr):
+    """The channels that `packed` made words `[rows, words]` of. [rows, words, 2]"""
+    low = words.to(tl.int16).to(dtype, bitcast=True)
+    high = (words >> 16).to(tl.int16).to(dtype, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
 def relu(v):
     """ReLU that hands NaN on, as `torch.relu` does (a plain maximum would drop it)."""
     return tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)

@@ -50,7 +50,7 @@ def merged_config(
     """Config for the merged convolution of `branches`, `shape` on their common lattice, on a batch of `n` outputs of
     `h` x `w` pixels."""
     if dtype.itemsize == 2 and takes_window(branches, chip):
-        windows = merged_window_candidates(branches, h)
+        windows = merged_window_candidates(branches, h, chip)
         if windows:
             return min(windows, key=lambda window: merged_cost(window, branches, shape, n, h, w, chip))
     candidates = merged_candidates(shape, h, dtype, chip)

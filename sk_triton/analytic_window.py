@@ -7,7 +7,7 @@ from itertools import product
 
 import torch
 
-from .chips import NARROW_PRODUCTS, Chip
+from .chips import NARROW_PRODUCTS, PREFETCHING, Chip
 from .environment import triton_version
 from .kernels.config import BranchConfig, WindowConfig
 from .kernels.geometry import ConvShape, blocking, cdiv, reach, tiles
@@ -22,8 +22,9 @@ REGISTERS, OTHER_REGISTERS = 255, 40
 MOMENT_REGISTERS = 16
 # What addresses of stored branches take beside the weights of more than one.
 STORE_REGISTERS = 16
-# Longest run whose selection from several branches does not spill in bf16; in fp16 none does.
-MAX_BF16_SELECTED = 6
+# Longest run whose selection from several branches does not spill in bf16, by whether weights are held; in fp16 none
+# does.
+MAX_BF16_SELECTED = {True: 6, False: 4}
 # Longest run that is stored with 64-bit offsets without spills, no weights held.
 MAX_LARGE_STORED = 6
 # Chip whose compiler spills runs of this length that are stored, no weights held.
@@ -54,7 +55,7 @@ def window_candidates(
     is_kept = task == "select" and dtype == torch.bfloat16 and len(shape.kernels) > 1
     for run_w in (7, 6, 5, 4, 3, 2):
         hold = next((hold for hold in holds if _registers(shape, run_w, hold, task) <= REGISTERS), None)
-        if hold is None or (is_kept and run_w > MAX_BF16_SELECTED):
+        if hold is None or (is_kept and run_w > MAX_BF16_SELECTED[hold]):
             continue
         if task == "store" and not hold and (chip.name, run_w) == SPILLING_STORE:
             continue
@@ -68,6 +69,7 @@ def window_candidates(
                 RUN_H=run_h,
                 RUN_W=run_w,
                 HOLD_WEIGHTS=hold,
+                PREFETCH=chip.name in PREFETCHING,
             )
             for run_h, block_n, block_w in product(_heights(h), (1, 2, 4, 8), (1, 2, 4, 8))
             if block_n * block_w <= LANES
@@ -121,7 +123,7 @@ def _cost(
     return max(programs / at_once, cdiv(programs, at_once) * 0.9) * work + TILE_COST * tiles_h * tiles_w
 
 
-def merged_window_candidates(branches: ConvShape, h: int) -> list[WindowConfig]:
+def merged_window_candidates(branches: ConvShape, h: int, chip: Chip) -> list[WindowConfig]:
     """Configs of the merged convolution of `branches` on outputs of `h` rows, as far as registers last."""
     points = len(lattice_points(branches))
     far = reach(branches)
@@ -138,6 +140,7 @@ def merged_window_candidates(branches: ConvShape, h: int) -> list[WindowConfig]:
                 BLOCK_W=block_w,
                 RUN_H=run_h,
                 RUN_W=run_w,
+                PREFETCH=chip.name in PREFETCHING,
             )
             for run_h, block_w in product(_heights(h), (1, 2, 4, 8))
         ]

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 from sk_triton import SelectiveKernel, analytic, dispatch, explain, plans, use_backend
+from sk_triton.analytic_grad import grad_config
 from sk_triton.bench.grid import CASES, seed_unit
-from sk_triton.chips import CHIPS, Chip, chip_of, pinned
+from sk_triton.chips import CHIPS, PREFETCHING, Chip, chip_of, pinned
 from sk_triton.kernels.config import StreamConfig
-from sk_triton.kernels.geometry import blocking, can_run, tiles
+from sk_triton.kernels.geometry import ConvShape, blocking, can_run, tiles
 from sk_triton.plans import make_plan
 from sk_triton.preference import fastest_plan
 from sk_triton.replay import kind_of
@@ -398,3 +399,15 @@ def test_a_device_counts_by_its_own_name_and_processors(monkeypatch):
     facts.major = 5
     assert chip_of(torch.device("cuda", 0)) is None
     chip_of.cache_clear()
+
+
+@pytest.mark.parametrize("groups", [8, 32, 128])
+@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
+def test_configs_of_gradients_are_ranked_whatever_prefetches(chip, groups):
+    shape = ConvShape(128, 128, groups, (3, 3), (1, 2))
+    choice = grad_config(shape, 128, 56, 56, torch.float16, chip)
+    found = space.grad_configs(shape, 56, torch.float16, choice, chip)
+    assert {config.PREFETCH for config in found} == {True, False} & {chip.name in PREFETCHING, False}
+    ranked = space.shortlist(found, choice, None, 6)
+    assert ranked[0] == choice
+    assert len(ranked) == 6

@@ -105,7 +105,7 @@ def grad_config(workload: Workload, shape: ConvShape) -> Found | None:
     request = Request(
         "branch_grad",
         _key(workload, "branch_grad", conv_text(shape)),
-        partial(space.grad_configs, shape, w, dtype, choice),
+        partial(space.grad_configs, shape, w, dtype, choice, chip),
         lambda: choice,
     )
     return resolve(request, chip)

@@ -15,7 +15,7 @@ import torch
 
 from .. import analytic, analytic_gated, analytic_merged
 from ..analytic_window import merged_window_candidates, takes_window
-from ..chips import Chip
+from ..chips import PREFETCHING, Chip
 from ..kernels.config import (
     BorderConfig,
     BranchConfig,
@@ -55,6 +55,8 @@ def branch_configs(
 
 
 def _variants(config: BranchConfig) -> list[BranchConfig]:
+    if isinstance(config, WindowConfig) and config.PREFETCH:
+        return [replace(config, PREFETCH=False)]
     if type(config) is StreamConfig and config.BLOCK_CO == 8:
         return [replace(config, BLOCKS_PER_PROGRAM=count) for count in (1, 2)]
     if isinstance(config, HeldConfig):
@@ -136,16 +138,21 @@ def reduction_configs(pixels: int, c: int, chip: Chip) -> list[ReductionConfig]:
 
 
 def grad_configs(
-    shape: ConvShape, w: int, dtype: torch.dtype, analytic_choice: GradConfig
+    shape: ConvShape, w: int, dtype: torch.dtype, analytic_choice: GradConfig, chip: Chip
 ) -> list[GradConfig]:
     """Of the gradients of `shape` on images of `w` columns; the analytic choice depends on the batch as well."""
     walks = [1 << i for i in range(MAX_GRAD_TILES.bit_length())]
+    prefetches = (True, False) if chip.name in PREFETCHING else (False,)
     found: list[GradConfig] = [
-        GradStreamConfig(rows, walk, warps) for warps in (2, 1) for rows in (2, 4, 7, 8) for walk in walks
+        GradStreamConfig(rows, walk, warps, PREFETCH=prefetch)
+        for prefetch in prefetches
+        for warps in (2, 1)
+        for rows in (2, 4, 7, 8)
+        for walk in walks
     ]
     found += [
-        GradWideConfig(rows, walk, data_rows)
-        for rows, walk, data_rows in product((2, 4, 7, 8), walks, (2, 4))
+        GradWideConfig(rows, walk, data_rows, PREFETCH=prefetch)
+        for prefetch, rows, walk, data_rows in product(prefetches, (2, 4, 7, 8), walks, (2, 4))
     ]
     runnable = [config for config in found if can_run_grad(shape, dtype, config, w) is None]
     return list(dict.fromkeys((analytic_choice, *runnable)))
@@ -169,7 +176,8 @@ def merged_configs(
     """Of the merged convolution, on outputs of `h` x `w` pixels."""
     found: list[MergedConfig | WindowConfig] = []
     if dtype.itemsize == 2 and takes_window(branches, chip):
-        found += merged_window_candidates(branches, h)
+        windows = merged_window_candidates(branches, h, chip)
+        found += [*windows, *(replace(config, PREFETCH=False) for config in windows if config.PREFETCH)]
     for config in analytic_merged.merged_candidates(shape, h, dtype, chip):
         count = math.prod(tiles(shape, config, h, w))
         walks = (*(1 << i for i in range(count.bit_length())), count)
@@ -210,6 +218,7 @@ def _family(config: Any) -> Any:
 
 
 def _distance(config: Any, other: Any) -> float:
-    """Doublings that lead from one config to another, in what both have."""
+    """Doublings and switches that lead from one config to another, in what both have."""
     sizes, others = asdict(config), asdict(other)
-    return sum(abs(math.log2(size / others[name])) for name, size in sizes.items() if name in others)
+    shared = [(size, others[name]) for name, size in sizes.items() if name in others]
+    return sum(size != own if isinstance(size, bool) else abs(math.log2(size / own)) for size, own in shared)
