@@ -18,6 +18,7 @@ from triton.compiler import ASTSource
 from sk_triton.kernels.launch import Launch
 
 from .loops import Instruction, loop_weights
+from .warps import Step, longest_loop
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -70,6 +71,8 @@ class Resources:
     by_opcode: Counter[str] = field(compare=False, repr=False)
     by_instruction: Counter[str] = field(compare=False, repr=False, default_factory=Counter)
     """As `by_opcode`, with modifiers: "LDG.E.128" and "HMMA.16816.F32" say how much they move and multiply."""
+    loop: tuple[Step, ...] = field(compare=False, repr=False, default=())
+    """The longest loop, for `warps`."""
 
     @property
     def excesses(self) -> list[str]:
@@ -162,6 +165,7 @@ def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources
         matrix=counts["matrix"],
         by_opcode=opcodes,
         by_instruction=instructions,
+        loop=longest_loop(code, sass),
     )
 
 
