@@ -33,6 +33,8 @@ SPILLING_STORE = ("sm_120", 4)
 TILE_COST = 40
 # Of a sample's merged weights.
 BUILD_COST = 400
+# Of a strip whose rows a merged convolution fetches into L2: in shorter ones the weights take longer than the loads.
+MIN_PREFETCHED_ROWS = 8
 # Of a strip: taller ones repeat fewer rows, and leave fewer programs.
 MAX_ROWS = 56
 
@@ -140,7 +142,7 @@ def merged_window_candidates(branches: ConvShape, h: int, chip: Chip) -> list[Wi
                 BLOCK_W=block_w,
                 RUN_H=run_h,
                 RUN_W=run_w,
-                PREFETCH=chip.name in PREFETCHING,
+                PREFETCH=chip.name in PREFETCHING and run_h >= MIN_PREFETCHED_ROWS,
             )
             for run_h, block_w in product(_heights(h), (1, 2, 4, 8))
         ]
