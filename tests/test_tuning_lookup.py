@@ -10,18 +10,15 @@ import pytest
 import torch
 
 from sk_triton import SelectiveKernel, analytic, dispatch, explain, plans, use_backend
-from sk_triton.analytic_grad import grad_config
-from sk_triton.bench.grid import CASES, seed_unit
-from sk_triton.chips import CHIPS, PREFETCHING, Chip, chip_of, pinned
+from sk_triton.bench.grid import seed_unit
+from sk_triton.chips import CHIPS, Chip, chip_of, pinned
 from sk_triton.kernels.config import StreamConfig
-from sk_triton.kernels.geometry import ConvShape, blocking, can_run, tiles
 from sk_triton.plans import make_plan
 from sk_triton.preference import fastest_plan
 from sk_triton.replay import kind_of
 from sk_triton.training_plan import make_training_plan, plan_training
-from sk_triton.tuning import cache, keys, launches, lookup, shipped, space
+from sk_triton.tuning import cache, keys, launches, lookup, shipped
 from sk_triton.tuning.entries import Entry, dump_config, dump_sections
-from sk_triton.workload import Workload
 
 from .tuned import H100, entry, origin, other_choice, requests, workload
 from .versions import needs_narrow_products
@@ -229,38 +226,6 @@ def test_an_experiment_sees_its_own_choices_only_and_leaves_nothing_behind(reque
     assert store(workload())[0] == chosen
 
 
-@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "gfx942"])
-def test_every_candidate_is_valid_for_its_launch_and_the_analytic_choice_is_among_them(chip):
-    """For every unit of the support grid."""
-    for case in CASES:
-        work = Workload(case.spec, case.n, case.size, case.size, case.dtype, CHIPS[chip], case.allow_tf32)
-        for schedule in plans.possible_schedules(work):
-            for request in requests(schedule, work).values():
-                candidates = request.candidates()
-                assert len(set(candidates)) == len(candidates) > 0
-                if request.kind not in ("border_sums", "merged_conv"):  # whose programs depend on the batch
-                    assert request.analytic() in candidates
-                short = space.shortlist(candidates, request.analytic(), request.cost, 6)
-                assert short[0] == request.analytic()
-                assert set(short[1:]) <= set(candidates)
-                if request.kind.startswith("branch"):
-                    (shape,) = {launch.shape for launch in make_plan(schedule, work).branch_launches[:1]}
-                    task = request.kind.removeprefix("branch_")
-                    for config in candidates:
-                        assert can_run(task, shape, config)
-                        assert blocking(shape, config).blocks > 0
-                        assert min(tiles(shape, config, case.size, case.size)) > 0
-
-
-def test_a_space_does_not_depend_on_the_batch():
-    def spaces(n):
-        works = workload(n), workload(n, spec=seed_unit(128))
-        asked = [requests(name, w).values() for w in works for name in plans.possible_schedules(w)]
-        return [request.candidates() for found in asked for request in found]
-
-    assert spaces(1) == spaces(128)
-
-
 def test_deterministic_algorithms_pin_the_packages_configs(request_, monkeypatch):
     """What a user's file says, or when it was written, must not change a deterministic result."""
     tune(request_, other_choice(request_))
@@ -399,15 +364,3 @@ def test_a_device_counts_by_its_own_name_and_processors(monkeypatch):
     facts.major = 5
     assert chip_of(torch.device("cuda", 0)) is None
     chip_of.cache_clear()
-
-
-@pytest.mark.parametrize("groups", [8, 32, 128])
-@pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
-def test_configs_of_gradients_are_ranked_whatever_prefetches(chip, groups):
-    shape = ConvShape(128, 128, groups, (3, 3), (1, 2))
-    choice = grad_config(shape, 128, 56, 56, torch.float16, chip)
-    found = space.grad_configs(shape, 56, torch.float16, choice, chip)
-    assert {config.PREFETCH for config in found} == {True, False} & {chip.name in PREFETCHING, False}
-    ranked = space.shortlist(found, choice, None, 6)
-    assert ranked[0] == choice
-    assert len(ranked) == 6
