@@ -81,6 +81,13 @@ def prefetch_row(strip, r, row_stride, H_IN, RUN_H: tl.constexpr, REACH: tl.cons
 
 
 @triton.jit
+def prefetch_first_rows(strip, row_stride, H_IN, RUN_H: tl.constexpr, REACH: tl.constexpr):
+    """Prefetch the rows that the loop does not, those of its first trips."""
+    for i in tl.static_range(PREFETCH_ROWS):
+        prefetch_row(strip, i - PREFETCH_ROWS - 2 * REACH, row_stride, H_IN, RUN_H, REACH)
+
+
+@triton.jit
 def empty_window(PIXELS: tl.constexpr, LANES: tl.constexpr, BLOCK_CI: tl.constexpr):
     """What a loop may carry before the first row is loaded."""
     window = ()
@@ -201,8 +208,7 @@ def window_tile(
             x_ptr + n0 * stride_xn, block, tile_h, tile_w, n_left, H, W, stride_xn, stride_xh, stride_xw,
             BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W,
         )  # fmt: skip
-        for i in tl.static_range(PREFETCH_ROWS):
-            prefetch_row(strip, i - PREFETCH_ROWS - 2 * REACH, row_stride, H_IN, RUN_H, REACH)
+        prefetch_first_rows(strip, row_stride, H_IN, RUN_H, REACH)
 
     weights = ()
     starts = ()

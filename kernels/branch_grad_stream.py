@@ -239,7 +239,7 @@ def branch_grad_stream_kernel(
         if PREFETCH:
             # A row of each image of the next tile of this image column, for the programs of all channel blocks.
             row = tl.program_id(0)
-            y = y_first + RUN_H + row  # of x; dy is read HALO rows further
+            y = y_first + RUN_H + row  # of x; dv and y are read as many rows further as columns
             dv_image_ptr = dv_ptr + n * stride_dvn
             prefetch_pixels(
                 dv_image_ptr, y + HALO, x_first, H, W, stride_dvh, stride_dvw, row < RUN_H, 2 * RUNS

@@ -364,6 +364,7 @@ def _window_launch(
     points = lattice_points(branches)
     extent_x = (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3) + branches.c_in
     extent_v = (h - 1) * v.stride(2) + (w_out - 1) * v.stride(3) + branches.c_out * v.stride(1)
+    extent = max(extent_x, extent_v)
     arguments = (
         x, w, w if scale is None else scale, w if shift is None else shift, attention, v,
         h_in, w_in, h, w_out, branches.c_in, branches.c_out, tiles_h, tiles_w, layout.blocks,
@@ -377,8 +378,8 @@ def _window_launch(
         "W_OFFSETS": layout.offsets,
         "IS_EVEN_H": h % config.RUN_H == 0,
         "IS_EVEN_W": w_out % config.RUN_W == 0,
-        "STRIDE_XW": known_stride(x.stride(3), branches.c_in, max(extent_x, extent_v)),
-        "STRIDE_VW": known_stride(v.stride(3), branches.c_out, max(extent_x, extent_v)),
+        "STRIDE_XW": known_stride(x.stride(3), branches.c_in, extent),
+        "STRIDE_VW": known_stride(v.stride(3), branches.c_out, extent),
         "PREFETCH": config.PREFETCH and can_prefetch(x),
         "CHANNELS_CI": layout.channels_ci,
         "CHANNELS_CO": layout.channels_co,
@@ -391,7 +392,7 @@ def _window_launch(
         "HAS_SCALE": scale is not None,
         "HAS_SHIFT": shift is not None,
         "HAS_CHANNEL_MASK": not is_full(branches, config),
-        "IS_LARGE": max(extent_x, extent_v) >= 2**31,
+        "IS_LARGE": extent >= 2**31,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     grid = (n * tiles_h * tiles_w * layout.blocks,)

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 
 from .branch_conv_window import (
-    PREFETCH_ROWS,
     empty_window,
     lead_strip,
     load_row,
     load_taps,
+    prefetch_first_rows,
     prefetch_row,
     unpacked,
     without_first,
@@ -107,8 +107,7 @@ def merged_conv_window_fwd_kernel(
             x_ptr + n * stride_xn, block, tile_h, tile_w, 1, H, W, stride_xn, stride_xh, stride_xw,
             1, BLOCK_H, BLOCK_W, RUN_H, RUN_W,
         )  # fmt: skip
-        for i in tl.static_range(PREFETCH_ROWS):
-            prefetch_row(strip, i - PREFETCH_ROWS - 2 * REACH, row_stride, H_IN, RUN_H, REACH)
+        prefetch_first_rows(strip, row_stride, H_IN, RUN_H, REACH)
 
     weights, factor, shift = merged_taps(
         w_ptr + block * W_OFFSETS[M], scale_ptr + co0, shift_ptr + co0, attention_ptr + n * (M * C_OUT) + co0,
