@@ -24,6 +24,7 @@ from .geometry import (
     Blocking,
     ConvShape,
     blocking,
+    blocks_per_program,
     can_run,
     cdiv,
     column_runs,
@@ -169,7 +170,7 @@ def _launch(
     is_select = task == "select"
     layout = blocking(shape, config)
     tiles_h, tiles_w = tiles(shape, config, h, w_out, is_common=is_select)
-    programs = layout.blocks // (config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1)
+    programs = layout.blocks // blocks_per_program(config)
     count = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w
     grid = count * programs
     if is_select:
@@ -208,6 +209,7 @@ def _launch(
             "IS_EVEN_W": w_out % config.RUN_W == 0,
             "STRIDE_XW": known_stride(x.stride(3), shape.c_in, extent),
             "STRIDE_OW": known_stride(stride_ow, shape.c_out, extent),
+            "BLOCKS": config.num_warps,
             "PREFETCH": config.PREFETCH and can_prefetch(x),
         }
     if isinstance(config, StreamConfig | WindowConfig | ColumnConfig):

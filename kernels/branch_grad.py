@@ -9,7 +9,7 @@ from .branch_grad_reduce import branch_grad_reduce_kernel
 from .branch_grad_stream import branch_grad_stream_kernel
 from .branch_grad_wide import branch_grad_data_kernel, branch_grad_weight_kernel
 from .config import GradConfig, GradStreamConfig, GradWideConfig
-from .geometry import ConvShape, cdiv, reach
+from .geometry import ConvShape, cdiv
 from .grad_geometry import (
     HALO,
     PIXELS,
@@ -113,8 +113,9 @@ def _wide(
     blocks = grad_blocks(shape, config)
     halo, strips = wide_halo(shape, width), partial.shape[0]
     data_tiles_h, data_tiles_w = cdiv(h, config.DATA_RUN_H), cdiv(width, PIXELS - 2 * halo)
+    read = (x, dv, *y.permute(0, 1, 4, 2, 3))
     common = {
-        **_common(shape, config, (x, dv, *y.permute(0, 1, 4, 2, 3)), dx, has_relu, terms),
+        **_common(shape, config, read, dx, has_relu, terms),
         "CHUNKS_CI": blocks.chunks_ci,
         "CHUNKS_CO": blocks.chunks_co,
     }
@@ -137,7 +138,6 @@ def _wide(
             "DILATIONS": shape.dilations,
             "W_OFFSETS": tuple(offsets),
             "HALO": halo,
-            "REACH_H": 0 if h <= config.DATA_RUN_H else reach(shape),
             "IS_WHOLE_H": h <= config.DATA_RUN_H,
         },
         config,
@@ -163,6 +163,7 @@ def _wide(
                 "DILATION": dilation,
                 "KY": first,
                 "HALO": halo,
+                "PREFETCH": config.PREFETCH and all(map(can_prefetch, read)),
                 "ROWS_KY": min(rows_ky.get(kernel, 1), kernel - first),
                 "GROUP_CI": shape.c_in // shape.groups,
                 "GROUP_CO": shape.c_out // shape.groups,
@@ -195,7 +196,6 @@ def _common(
         "HAS_RELU": has_relu,
         "HAS_NORM": terms.shape[3] == 6,
         "IS_LARGE": max(extents) >= 2**31,
-        "PREFETCH": config.PREFETCH and all(map(can_prefetch, read)),
     }
 
 

@@ -13,7 +13,6 @@ import triton.language as tl
 
 from .channel_blocks import in_image_order, joined_columns, load_weight_operands, split_columns
 from .grad_tiling import first_tile_of, load_terms, moved, replaced, row_gradient, tile_after, transposed
-from .prefetch import prefetch_pixels
 from .tiling import part_elements, widen
 
 # Columns of a product: runs of a tile, of two outputs each, the halo included.
@@ -210,7 +209,7 @@ def branch_grad_stream_kernel(
     M: tl.constexpr, DILATIONS: tl.constexpr, HALO: tl.constexpr, RUN_H: tl.constexpr, BLOCKS: tl.constexpr,
     CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr,
     IS_EVEN_H: tl.constexpr, IS_PAIRED: tl.constexpr, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr,
-    HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr, PREFETCH: tl.constexpr,
+    HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """`dx` of BLOCKS channel blocks, a warp each, in TILES_PER_PROGRAM tiles, and what they add to the weight
     gradients. Programs: channel blocks / BLOCKS x strips of tiles.
@@ -236,21 +235,6 @@ def branch_grad_stream_kernel(
     n, x_start, y_first = first_tile_of(first_tile, TILES_H, TILES_W, RUN_H, OWN)
     for _ in tl.range(tl.minimum(TILES_PER_PROGRAM, TILES - first_tile), disable_licm=True):
         x_first = x_start - HALO
-        if PREFETCH:
-            # A row of each image of the next tile of this image column, for the programs of all channel blocks.
-            row = tl.program_id(0)
-            y = y_first + RUN_H + row  # of x; dv and y are read as many rows further as columns
-            dv_image_ptr = dv_ptr + n * stride_dvn
-            prefetch_pixels(
-                dv_image_ptr, y + HALO, x_first, H, W, stride_dvh, stride_dvw, row < RUN_H, 2 * RUNS
-            )
-            for m in tl.static_range(M if HAS_RELU or HAS_NORM else 0):
-                y_image_ptr = y_ptr + m * stride_ym + n * stride_yn
-                prefetch_pixels(
-                    y_image_ptr, y + HALO, x_first, H, W, stride_yh, stride_yw, row < RUN_H, 2 * RUNS
-                )
-            x_image_ptr = x_ptr + n * stride_xn
-            prefetch_pixels(x_image_ptr, y, x_first, H, W, stride_xh, stride_xw, row < RUN_H, 2 * RUNS)
         x_end = tl.minimum(x_start + OWN, W)
         y_end = tl.minimum(y_first + RUN_H, H)
         dx = ()

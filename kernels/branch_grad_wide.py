@@ -22,9 +22,6 @@ from .grad_tiling import (
 from .prefetch import prefetch_pixels
 from .tiling import load_weight_operand, part_elements, right_operand, widen
 
-# Programs of the data gradients that run at once on a large GPU, 8 a processor: those that follow are prefetched for.
-PROGRAMS_AHEAD = tl.constexpr(1024)
-
 
 @triton.jit(do_not_specialize=("H", "W", "TILES_H", "TILES_W"))
 def branch_grad_data_kernel(
@@ -32,15 +29,15 @@ def branch_grad_data_kernel(
     H, W, C_IN, C_OUT, TILES_H, TILES_W,
     stride_dvn, stride_dvh, stride_dvw, stride_ym, stride_yn, stride_yh, stride_yw,
     stride_dxn, stride_dxc, stride_dxh, stride_dxw,
-    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr, HALO: tl.constexpr, REACH_H: tl.constexpr,
+    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr, HALO: tl.constexpr,
     RUN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr, CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
     CHUNKS_CI: tl.constexpr, CHUNKS_CO: tl.constexpr,
-    HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, IS_LARGE: tl.constexpr, PREFETCH: tl.constexpr,
+    HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """`dx` of 16 input channels of a tile: RUN_H rows x (16 - 2 * HALO) columns, read with HALO columns on either side.
 
     A channel block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), in CHUNKS_CI and CHUNKS_CO pieces.
-    IS_WHOLE_H: a tile has all rows of the image; else REACH_H rows are read above and below.
+    IS_WHOLE_H: a tile has all rows of the image.
     """
     M: tl.constexpr = len(KERNELS)
     dtype: tl.constexpr = dv_ptr.dtype.element_ty
@@ -55,17 +52,6 @@ def branch_grad_data_kernel(
     x_start = tile % TILES_W * (16 - 2 * HALO)
     x_first = x_start - HALO
     y_end = tl.minimum(y_first + RUN_H, H)
-    if PREFETCH:
-        # A row of each image that a later tile reads, for the programs of all channel blocks.
-        later = tile + PROGRAMS_AHEAD // tl.num_programs(0)
-        n_later = (later // (TILES_H * TILES_W)).to(tl.int64)
-        y = later // TILES_W % TILES_H * RUN_H - REACH_H + piece
-        x = later % TILES_W * (16 - 2 * HALO) - HALO
-        is_wanted = (piece < RUN_H + 2 * REACH_H) & (later < tl.num_programs(1))
-        prefetch_pixels(dv_ptr + n_later * stride_dvn, y, x, H, W, stride_dvh, stride_dvw, is_wanted, 16)
-        for m in tl.static_range(M if HAS_RELU or HAS_NORM else 0):
-            y_image_ptr = y_ptr + m * stride_ym + n_later * stride_yn
-            prefetch_pixels(y_image_ptr, y, x, H, W, stride_yh, stride_yw, is_wanted, 16)
     entry = tl.arange(0, 16)
     x_dy = x_first + entry
     in_image = tl.broadcast_to(((x_dy >= 0) & (x_dy < W))[None, :], [16, 16])

@@ -22,10 +22,10 @@ class StreamConfig:
 @dataclass(frozen=True)
 class WindowConfig:
     """`branch_conv_window_fwd_kernel`: BLOCK_N samples x BLOCK_H strips of RUN_H rows x BLOCK_W lanes of RUN_W pixels
-    per tile, 8 lanes in all.
+    per tile, 8 lanes in all. Each of num_warps takes a channel block, side by side.
 
     HOLD_WEIGHTS: all branches' weights stay in registers; else a branch's are read anew for each row.
-    PREFETCH: rows are fetched into L2 ahead of their loads; only on NVIDIA, from sm_90 on.
+    PREFETCH: rows are fetched into L1 ahead of their loads; only on NVIDIA.
     """
 
     BLOCK_CI: int
@@ -191,21 +191,20 @@ BranchConfig = StreamConfig | WindowConfig | ColumnConfig | TapConfig | Depthwis
 @dataclass(frozen=True)
 class GradStreamConfig:
     """`branch_grad_stream_kernel`: tiles of RUN_H rows x 16 runs of two pixels; a program walks TILES_PER_PROGRAM. Each
-    of its num_warps takes a channel block. PREFETCH: as in `WindowConfig`, for the next tile."""
+    of its num_warps takes a channel block."""
 
     RUN_H: int
     TILES_PER_PROGRAM: int
     num_warps: int = 1
     num_stages: int = 1
-    PREFETCH: bool = False
 
 
 @dataclass(frozen=True)
 class GradWideConfig:
     """`branch_grad_weight_kernel`: tiles of RUN_H rows x 16 pixels, halo included, of which a program walks
     TILES_PER_PROGRAM, or as many fewer as a branch that reaches less far has; `branch_grad_data_kernel`: tiles of
-    DATA_RUN_H rows x 16 pixels, one a program. PREFETCH: as in `WindowConfig`, for the next tile of the one and
-    programs of the other that will run later."""
+    DATA_RUN_H rows x 16 pixels, one a program. PREFETCH: the former's next tile is fetched into L2; only on NVIDIA,
+    from sm_90 on."""
 
     RUN_H: int
     TILES_PER_PROGRAM: int

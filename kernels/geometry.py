@@ -72,6 +72,13 @@ class Blocking:
     offsets: tuple[int, ...]
 
 
+def blocks_per_program(config: BranchConfig) -> int:
+    """How many channel blocks a program takes."""
+    if isinstance(config, WindowConfig):
+        return config.num_warps
+    return config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
+
+
 @lru_cache(maxsize=1024)
 def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
     # A 1x1 branch has no neighbouring taps: its lattice pitch is the stride, so that runs stay dense.
@@ -114,7 +121,7 @@ def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
         taps_w = (1,) * len(spans)
     else:
         spans, taps_w = (1,) * len(steps), shape.kernels
-    per_program = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
+    per_program = blocks_per_program(config)
     sizes = [
         k * t * chunks * run_w * config.BLOCK_CO * span * config.BLOCK_CI
         for k, t, span in zip(shape.kernels, taps_w, spans, strict=True)
@@ -265,8 +272,7 @@ def resident_items(shape: ConvShape, config: ResidentConfig, h: int, w: int) -> 
     select_tiles = tiles(shape, branch, h, w, is_common=True)
     # Filled up, so that adjacent items of a turn stay the channel blocks of one tile.
     gate = cdiv(cdiv(shape.c_out, config.GATE_CHANNELS), config.ITEMS_PER_TURN) * config.ITEMS_PER_TURN
-    per_program = branch.BLOCKS_PER_PROGRAM if isinstance(branch, StreamConfig) else 1
-    programs = blocking(shape, branch).blocks // per_program
+    programs = blocking(shape, branch).blocks // blocks_per_program(branch)
     step = (prod(pool_tiles) + prod(select_tiles)) * programs + gate
     return ResidentItems(pool_tiles, select_tiles, gate, step)
 

@@ -360,6 +360,7 @@ def _window_launch(
     n, _, h_in, w_in = x.shape
     _, _, h, w_out = v.shape
     layout = blocking(branches, config)
+    programs = layout.blocks // config.num_warps
     tiles_h, tiles_w = tiles(branches, config, h, w_out)
     points = lattice_points(branches)
     extent_x = (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3) + branches.c_in
@@ -367,7 +368,7 @@ def _window_launch(
     extent = max(extent_x, extent_v)
     arguments = (
         x, w, w if scale is None else scale, w if shift is None else shift, attention, v,
-        h_in, w_in, h, w_out, branches.c_in, branches.c_out, tiles_h, tiles_w, layout.blocks,
+        h_in, w_in, h, w_out, branches.c_in, branches.c_out, tiles_h, tiles_w, programs,
         x.stride(0), x.stride(2), x.stride(3), v.stride(0), v.stride(1), v.stride(2), v.stride(3),
     )  # fmt: skip
     constexprs = {
@@ -381,6 +382,7 @@ def _window_launch(
         "STRIDE_XW": known_stride(x.stride(3), branches.c_in, extent),
         "STRIDE_VW": known_stride(v.stride(3), branches.c_out, extent),
         "PREFETCH": config.PREFETCH and can_prefetch(x),
+        "BLOCKS": config.num_warps,
         "CHANNELS_CI": layout.channels_ci,
         "CHANNELS_CO": layout.channels_co,
         "BLOCK_CI": config.BLOCK_CI,
@@ -395,5 +397,5 @@ def _window_launch(
         "IS_LARGE": extent >= 2**31,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    grid = (n * tiles_h * tiles_w * layout.blocks,)
+    grid = (n * tiles_h * tiles_w * programs,)
     return Launch(merged_conv_window_fwd_kernel, grid, arguments, constexprs, options, (config.RUN_H,))

@@ -6,33 +6,37 @@ A program builds one sample's weights of a channel block, tap by tap of the bran
 import triton
 import triton.language as tl
 
-from .branch_conv_window import (
+from .tiling import locate_tile, widen
+from .window import (
+    block_channels,
+    by_lane,
     empty_window,
-    lead_strip,
     load_row,
     load_taps,
-    prefetch_first_rows,
+    output_channels,
     prefetch_row,
+    store_row,
+    tile_sectors,
     unpacked,
     without_first,
 )
-from .tiling import locate_tile, widen
 
 
 @triton.jit
 def merged_taps(
-    w_ptr, scale_ptr, shift_ptr, attention_ptr, mask_co, C_OUT,
+    w_ptr, first, scale_ptr, shift_ptr, attention_ptr, co, mask_co, C_OUT,
     M: tl.constexpr, TAPS: tl.constexpr, W_OFFSETS: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_CI: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
-    """A sample's weights, `[BLOCK_CO, BLOCK_CI]` for each lattice point of TAPS in x's dtype; what they are relative
-    to, 1 unless they meet a norm's scale, and the outputs' shift. `TAPS[point * M + m]` is branch m's tap there, or -1.
+    """A sample's weights of the blocks that begin at `first [BLOCKS]`, output channels `co`: `[BLOCKS, BLOCK_CO,
+    BLOCK_CI]` for each lattice point of TAPS in x's dtype; what they are relative to, 1 unless they meet a norm's
+    scale, and the outputs' shift, `[BLOCKS, BLOCK_CO, 1]`. `TAPS[point * M + m]` is branch m's tap there, or -1.
     """
+    BLOCKS: tl.constexpr = first.shape[0]
     dtype = w_ptr.dtype.element_ty
-    co = tl.arange(0, BLOCK_CO)
     gains = ()
-    shift = tl.zeros([BLOCK_CO], tl.float32)
-    largest = tl.zeros([BLOCK_CO], tl.float32)
+    shift = tl.zeros([BLOCKS * BLOCK_CO], tl.float32)
+    largest = tl.zeros([BLOCKS * BLOCK_CO], tl.float32)
     for m in tl.static_range(M):
         a = tl.load(attention_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
         if HAS_SHIFT:
@@ -45,31 +49,34 @@ def merged_taps(
     relative = ()
     for m in tl.static_range(M):
         # In 16 bits a norm's scale might overflow or lose its digits: gains are taken relative to the largest.
-        relative = relative + ((gains[m] / factor if HAS_SCALE else gains[m])[:, None],)
+        gain = gains[m] / factor if HAS_SCALE else gains[m]
+        relative = relative + (tl.reshape(gain, [BLOCKS, BLOCK_CO, 1]),)
     weights = ()
     for point in tl.static_range(len(TAPS) // M):
-        merged = tl.zeros([BLOCK_CO, BLOCK_CI], tl.float32)
+        merged = tl.zeros([BLOCKS, BLOCK_CO, BLOCK_CI], tl.float32)
         for m in tl.static_range(M):
             if TAPS[point * M + m] >= 0:
-                taps = load_taps(w_ptr + W_OFFSETS[m] + TAPS[point * M + m] * (BLOCK_CO * BLOCK_CI))
+                taps = load_taps(w_ptr + W_OFFSETS[m] + TAPS[point * M + m] * (BLOCK_CO * BLOCK_CI), first)
                 merged += relative[m] * taps.to(tl.float32)
         weights = weights + (merged.to(dtype),)
-    return weights, factor, shift
+    shape: tl.constexpr = (BLOCKS, BLOCK_CO, 1)
+    return weights, tl.reshape(factor, shape), tl.reshape(shift, shape)
 
 
-@triton.jit(do_not_specialize=("H_IN", "W_IN", "H", "W", "TILES_H", "TILES_W", "BLOCKS"))
+@triton.jit(do_not_specialize=("H_IN", "W_IN", "H", "W", "TILES_H", "TILES_W", "CHANNEL_PROGRAMS"))
 def merged_conv_window_fwd_kernel(
     x_ptr, w_ptr, scale_ptr, shift_ptr, attention_ptr, v_ptr,
-    H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, BLOCKS,
+    H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
     stride_xn, stride_xh, stride_xw, stride_vn, stride_vc, stride_vh, stride_vw,
     M: tl.constexpr, TAPS: tl.constexpr, POINTS: tl.constexpr, REACH: tl.constexpr, W_OFFSETS: tl.constexpr,
     IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr, STRIDE_XW: tl.constexpr, STRIDE_VW: tl.constexpr,
-    CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr, BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
+    BLOCKS: tl.constexpr, CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
+    BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, RUN_H: tl.constexpr, RUN_W: tl.constexpr,
     PREFETCH: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one sample's channel block; tiles and channel blocks as in `window_tile`, of one sample.
+    """One tile of BLOCKS channel blocks of one sample; tiles and channel blocks as in `window_tile`.
 
     `POINTS[2 * i]` and `POINTS[2 * i + 1]` are the rows and pixels from an output to the input that the i-th of the
     weights multiplies. STRIDE_XW and STRIDE_VW as in `window_tile`.
@@ -82,70 +89,68 @@ def merged_conv_window_fwd_kernel(
     stride_vc, stride_vh, stride_vw = widen(stride_vc, stride_vh, stride_vw, IS_LARGE)
     stride_xw = STRIDE_XW if STRIDE_XW > 0 else stride_xw
     stride_vw = STRIDE_VW if STRIDE_VW > 0 else stride_vw
-    block, _tile, tile_h, tile_w, n = locate_tile(tl.program_id(0), BLOCKS, TILES_H, TILES_W)
+    program, _tile, tile_h, tile_w, n = locate_tile(tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W)
     n = n.to(tl.int64)
     lane = tl.arange(0, BLOCK_P)
     y0 = (tile_h * BLOCK_H + lane // BLOCK_W) * RUN_H
     x0 = (tile_w * BLOCK_W + lane % BLOCK_W) * RUN_W
     mask_p = (y0 < H) & (x0 < W)
-    ci = tl.arange(0, BLOCK_CI)
-    co = tl.arange(0, BLOCK_CO)
-    ci0 = block * CHANNELS_CI
-    co0 = block * CHANNELS_CO
-    ci_end = tl.minimum(CHANNELS_CI, C_IN - ci0)
-    mask_co = co < tl.minimum(CHANNELS_CO, C_OUT - co0)
-    own = y0 * stride_xh + x0 * stride_xw
-    ptrs = x_ptr + n * stride_xn + ci0 + (own[:, None] + ci[None, :])
-    v_ptrs = v_ptr + n * stride_vn + co0 * stride_vc + (y0 * stride_vh + x0 * stride_vw)[None, :]
-    v_ptrs += co[:, None] * stride_vc
-    mask_out = mask_p[None, :]  # [BLOCK_CO, BLOCK_P]
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
+    co, mask_co = output_channels(program * BLOCKS, BLOCKS, CHANNELS_CO, BLOCK_CO)
+    mask_co &= co < C_OUT
+    ci, mask_ci = block_channels(block, CHANNELS_CI, BLOCK_CI)
+    x_ptr += n * stride_xn
+    x_ptrs = x_ptr + (by_lane(y0 * stride_xh + x0 * stride_xw) + ci)
+    mask_x = by_lane(mask_p)
+    mask_out = mask_p[None, :]  # [OUTPUTS, BLOCK_P]
     if HAS_CHANNEL_MASK:
+        mask_x = mask_x & mask_ci & (ci < C_IN)
         mask_out &= mask_co[:, None]
+    offs_v = (y0 * stride_vh + x0 * stride_vw)[None, :] + co[:, None] * stride_vc
+    v_ptrs = v_ptr + n * stride_vn + offs_v
     row_stride = tl.cast(stride_xh, tl.int64)
     if PREFETCH:
-        strip = lead_strip(
-            x_ptr + n * stride_xn, block, tile_h, tile_w, 1, H, W, stride_xn, stride_xh, stride_xw,
-            1, BLOCK_H, BLOCK_W, RUN_H, RUN_W,
+        sectors = tile_sectors(
+            tile_h, tile_w, 1, program * (BLOCKS * CHANNELS_CI), W_IN, C_IN, stride_xn, stride_xh, stride_xw,
+            REACH, 1, BLOCK_H, BLOCK_W, RUN_H, RUN_W, BLOCKS * CHANNELS_CI,
         )  # fmt: skip
-        prefetch_first_rows(strip, row_stride, H_IN, RUN_H, REACH)
 
     weights, factor, shift = merged_taps(
-        w_ptr + block * W_OFFSETS[M], scale_ptr + co0, shift_ptr + co0, attention_ptr + n * (M * C_OUT) + co0,
-        mask_co, C_OUT, M, TAPS, W_OFFSETS, BLOCK_CO, BLOCK_CI, HAS_SCALE, HAS_SHIFT,
+        w_ptr, block * W_OFFSETS[M], scale_ptr, shift_ptr, attention_ptr + n * (M * C_OUT), co, mask_co,
+        C_OUT, M, TAPS, W_OFFSETS, BLOCK_CO, BLOCK_CI, HAS_SCALE, HAS_SHIFT,
     )  # fmt: skip
-    factor = tl.broadcast_to(factor[:, None], [BLOCK_CO, BLOCK_P])
-    shift = tl.broadcast_to(shift[:, None], [BLOCK_CO, BLOCK_P])
+    factor = tl.broadcast_to(factor, [BLOCKS, BLOCK_CO, BLOCK_P])
+    shift = tl.broadcast_to(shift, [BLOCKS, BLOCK_CO, BLOCK_P])
 
-    window = empty_window(2 * REACH * WIDTH, BLOCK_P, BLOCK_CI)
+    window = empty_window(2 * REACH * WIDTH, BLOCKS * BLOCK_P, BLOCK_CI)
     for r in range(-2 * REACH, RUN_H):
         if PREFETCH:
-            prefetch_row(strip, r, row_stride, H_IN, RUN_H, REACH)
+            prefetch_row(x_ptr, sectors, r + 1 + REACH, row_stride, H_IN, r + 1 < RUN_H)
         window = window + load_row(
-            ptrs, (r + REACH) * row_stride, stride_xw, y0 + r + REACH, x0, mask_p, ci, H_IN, W_IN, ci_end,
-            REACH, RUN_W, IS_EVEN_W, HAS_CHANNEL_MASK,
+            x_ptrs, (r + REACH) * row_stride, stride_xw, by_lane(y0) + (r + REACH), by_lane(x0), mask_x, H_IN, W_IN,
+            REACH, RUN_W, IS_EVEN_W,
         )  # fmt: skip
         if r >= 0:
             operands = ()
             for i in tl.static_range(ROWS * WIDTH):
-                operands = operands + (unpacked(window[i], dtype),)
+                operands = operands + (unpacked(window[i], dtype, BLOCKS),)
             outputs = ()
             for _s in tl.static_range(RUN_W):
-                outputs = outputs + (tl.zeros([BLOCK_CO, BLOCK_P], tl.float32) if HAS_SCALE else shift,)
+                outputs = outputs + (tl.zeros_like(shift) if HAS_SCALE else shift,)
             for i in tl.static_range(len(weights)):
                 added = ()
                 for s in tl.static_range(RUN_W):
                     operand = operands[(REACH + POINTS[2 * i]) * WIDTH + REACH + POINTS[2 * i + 1] + s]
                     added = added + (tl.dot(weights[i], operand, outputs[s]),)
                 outputs = added
-            mask_r = mask_out
-            if not IS_EVEN_H:
-                mask_r = mask_out & (y0 + r < H)[None, :]
+            row = ()
             for s in tl.static_range(RUN_W):
                 acc = outputs[s]
                 if HAS_SCALE:
                     acc = acc * factor + shift
-                mask = mask_r
-                if not IS_EVEN_W:
-                    mask = mask_r & (x0 + s < W)[None, :]
-                tl.store(v_ptrs + tl.cast(r * stride_vh + s * stride_vw, tl.int64), acc.to(dtype), mask=mask)
+                row = row + (acc.to(dtype),)
+            mask_r = mask_out
+            if not IS_EVEN_H:
+                mask_r = mask_out & (y0 + r < H)[None, :]
+            store_row(v_ptrs + r * tl.cast(stride_vh, tl.int64), row, mask_r, x0, W, stride_vw, IS_EVEN_W, 2)
         window = without_first(window, WIDTH)

@@ -1,8 +1,29 @@
-"""Memory fetched into L2 ahead of the loads that want it, on NVIDIA's chips from sm_90 on."""
+"""Memory fetched into L1 or L2 ahead of the loads that want it, on NVIDIA's chips."""
 
 import torch
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def prefetch_l1(ptrs, is_wanted):
+    """Ask for the sector of 32 bytes at each of `ptrs` where `is_wanted` (of each, or all). A hint: nothing waits for
+    it, and no register holds it (PTX `prefetch.global.L1`). Sectors of one line that neighbouring threads ask for are
+    one request to L2.
+    """
+    tl.inline_asm_elementwise(
+        """{
+        .reg .pred p;
+        setp.ne.u32 p, $2, 0;
+        @p prefetch.global.L1 [$1];
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r",
+        [ptrs.to(tl.int64, bitcast=True), tl.broadcast_to(is_wanted.to(tl.int32), ptrs.shape)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @triton.jit
@@ -40,10 +61,7 @@ def prefetch_pixels(image_ptr, y, x, H, W, stride_h, stride_w, is_wanted, PIXELS
 
 
 def can_prefetch(x: torch.Tensor) -> bool:
-    """Whether rows of x `[N, C, H, W]` can be: pixels of a row are one piece of memory, aligned to 16 bytes.
-
-    The interpreter knows neither caches nor PTX.
-    """
+    """Whether `x [N, C, H, W]` can be: its pixels lie dense and aligned; the interpreter has no caches."""
     is_dense = x.stride(3) == x.shape[1]
     is_aligned = x.data_ptr() % 16 == 0 and all(x.stride(i) * x.element_size() % 16 == 0 for i in (0, 2, 3))
     return is_dense and is_aligned and x.device.type != "cpu"

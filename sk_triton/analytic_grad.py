@@ -22,13 +22,10 @@ def grad_config(
     shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip
 ) -> GradConfig | None:
     """Config for the gradients of `shape` on `n` images of `h` x `w` pixels; None where `can_run_grad` refuses all."""
-    has_prefetch = chip.name in PREFETCHING
-    # Beside depthwise branches and their norms the compiler would spill.
-    has_stream_prefetch = has_prefetch and not shape.is_depthwise
     candidates: tuple[GradConfig, ...] = (
-        GradStreamConfig(4, 1, STREAM_WARPS, PREFETCH=has_stream_prefetch),
-        GradStreamConfig(4, 1, PREFETCH=has_stream_prefetch),
-        GradWideConfig(4, 1, _data_rows(shape), PREFETCH=has_prefetch),
+        GradStreamConfig(4, 1, STREAM_WARPS),
+        GradStreamConfig(4, 1),
+        GradWideConfig(4, 1, _data_rows(shape), PREFETCH=chip.name in PREFETCHING),
     )
     for config in candidates:
         if can_run_grad(shape, dtype, config, w) is None:

@@ -13,7 +13,7 @@ takes constants of the loops around them for values of run time."""
 UNHOISTED_LOOPS = (3, 6)
 """The oldest Triton seen to leave loop invariants in a loop that asks for it; 3.4 cannot."""
 PREFETCHING = ("sm_90", "sm_100", "sm_120")
-"""Architectures with an instruction that fetches a piece of memory into L2."""
+"""Architectures whose kernels fetch ahead: they have an instruction for a piece of memory, into L2."""
 
 
 @dataclass(frozen=True)

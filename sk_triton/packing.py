@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .kernels.geometry import blocking
 from .kernels.lasting import lasting
 from .params import Branch, FrozenNorm, Gate, norms_of
 from .plan import BranchLaunch, MergedLaunch, Plan
@@ -207,13 +208,14 @@ def remember(
 
 
 # The fields of a config that decide where a weight is packed; batch and image size only change the others.
-_PACKED_FIELDS = ("BLOCK_CI", "BLOCK_CO", "RUN_W", "BLOCKS_PER_PROGRAM")
+_PACKED_FIELDS = ("BLOCK_CI", "BLOCK_CO", "RUN_W")
 
 
 @lru_cache(maxsize=1024)
 def _layout(launch: BranchLaunch) -> Hashable:
     fields = tuple(getattr(launch.config, field, None) for field in _PACKED_FIELDS)
-    return launch.start, launch.stop, launch.shape, type(launch.config), fields
+    blocks = blocking(launch.shape, launch.config).blocks
+    return launch.start, launch.stop, launch.shape, type(launch.config), fields, blocks
 
 
 def fold_norm(norm: Any, bias: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor]:

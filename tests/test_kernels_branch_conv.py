@@ -57,6 +57,20 @@ CASES = {
     ),
     "window, one branch": (ConvShape(16, 16, 16, (3,), (2,)), WindowConfig(16, 16, 2, 4, RUN_H=4, RUN_W=2), 1, 7, 5),
     "window, 3 channels per group": (ConvShape(21, 21, 7, (3, 3), (1, 2)), WindowConfig(16, 16, 2, 4, 4, 2), 2, 7, 5),
+    "window, two warps": (GROUPED, WindowConfig(16, 16, 2, 4, RUN_H=2, RUN_W=2, num_warps=2), 2, 5, 9),
+    "window, two warps, even": (
+        ConvShape(32, 32, 8, (3, 3), (1, 2)), WindowConfig(16, 16, 1, 8, RUN_H=3, RUN_W=4, num_warps=2), 1, 6, 32,
+    ),
+    "window, four warps": (
+        ConvShape(64, 64, 16, (3, 3), (1, 2)), WindowConfig(16, 16, 2, 4, RUN_H=4, RUN_W=7, num_warps=4), 1, 6, 30,
+    ),
+    "window, four warps, several samples": (
+        ConvShape(128, 128, 32, (3, 3), (1, 2)),
+        WindowConfig(16, 16, 1, 2, RUN_H=4, RUN_W=3, BLOCK_N=4, HOLD_WEIGHTS=False, num_warps=4), 5, 4, 5,
+    ),
+    "window, four warps, one of them without channels": (
+        ConvShape(36, 36, 12, (3, 3), (1, 2)), WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=5, num_warps=4), 1, 5, 7,
+    ),
     "window, channel multiplier": (ConvShape(8, 16, 4, (1, 3), (1, 2)), WindowConfig(16, 16, 2, 4, 4, 2), 2, 9, 6),
     "column": (ConvShape(32, 32, 2, (3, 3), (1, 2)), ColumnConfig(16, 16, BLOCK_H=2, BLOCK_W=8, RUN_H=4), 2, 13, 17),
     "column, whole height": (ConvShape(32, 32, 2, (3, 3), (1, 2)), ColumnConfig(16, 16, 1, 8, RUN_H=7), 2, 7, 5),

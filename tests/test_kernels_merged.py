@@ -58,6 +58,7 @@ CASES = {
     "stride 2": (ConvShape(16, 32, 4, (3, 5), (1, 1), stride=2), WIDE, 2, 9, 6),
     "stride 2, dilation 2": (ConvShape(16, 16, 4, (3, 1), (2, 1), stride=2), PAIRS, 1, 9, 13),
     "window": (SEED, WINDOW, 2, 9, 11),
+    "window, two warps": (SEED, WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=3, num_warps=2), 2, 7, 11),
     "window, even": (SEED, WindowConfig(16, 16, 1, 8, RUN_H=4, RUN_W=3), 1, 8, 24),
     "window, dilations 1 and 2": (ConvShape(32, 32, 4, (3, 3), (1, 2)), WINDOW, 2, 7, 9),
     "window, 1x1 and dilation 3": (ConvShape(32, 32, 2, (1, 3), (1, 3)), WINDOW, 1, 5, 7),

@@ -1,8 +1,9 @@
-"""What kernels fetch into L2 ahead. It is a hint, which no result shows: the interpreter hands out its addresses."""
+"""What kernels fetch ahead. It is a hint, which no result shows: the interpreter hands out its addresses."""
 
 import contextlib
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ from sk_triton.analytic_grad import grad_config
 from sk_triton.analytic_window import merged_window_candidates, window_candidates
 from sk_triton.bench.traffic import Meter
 from sk_triton.chips import CHIPS, PREFETCHING
-from sk_triton.kernels.config import GradStreamConfig, GradWideConfig, WindowConfig
+from sk_triton.kernels.config import GradWideConfig, WindowConfig
 from sk_triton.kernels.geometry import ConvShape
 
 from .test_kernels_branch_grad import make, terms_of
@@ -22,18 +23,30 @@ WINDOWS = {
     "strips": (TWO, WindowConfig(16, 16, 2, 4, RUN_H=4, RUN_W=2), 1, 7, 13),
     "samples": (TWO, WindowConfig(16, 16, 1, 2, RUN_H=6, RUN_W=3, BLOCK_N=4), 3, 6, 5),
     "short strips": (TWO, WindowConfig(16, 16, 4, 2, RUN_H=1, RUN_W=2), 2, 6, 4),
-    "two channel blocks": (ConvShape(32, 32, 8, (3, 5), (1, 1)), WindowConfig(16, 16, 2, 4, 3, 2), 1, 9, 11),
-    "more strips than channel blocks": (
-        ConvShape(32, 32, 8, (3, 3), (1, 2)),
-        WindowConfig(16, 16, 4, 2, 2, 2),
+    "two warps": (
+        ConvShape(32, 32, 8, (3, 5), (1, 1)),
+        WindowConfig(16, 16, 2, 4, 3, 2, num_warps=2),
         1,
-        8,
-        4,
+        9,
+        11,
+    ),
+    "four warps": (TWO, WindowConfig(16, 16, 4, 2, RUN_H=2, RUN_W=2, num_warps=4), 1, 7, 5),
+    "a warp without channels": (
+        ConvShape(48, 48, 12, (3, 3), (1, 2)),
+        WindowConfig(16, 16, 1, 8, RUN_H=3, RUN_W=2, num_warps=4),
+        1,
+        5,
+        9,
+    ),
+    "twelve channels a block": (
+        ConvShape(48, 48, 4, (3, 3), (1, 2)),
+        WindowConfig(16, 16, 1, 8, RUN_H=3, RUN_W=2, num_warps=4),
+        1,
+        5,
+        9,
     ),
 }
 GRADS = {
-    "stream": (TWO, GradStreamConfig(2, 3, 2), 2, 5, 30),
-    "stream, one branch": (ConvShape(64, 64, 8, (3,), (2,)), GradStreamConfig(4, 2), 1, 9, 7),
     "wide": (ConvShape(128, 128, 8, (3, 3), (1, 2)), GradWideConfig(2, 3), 2, 7, 20),
     "wide, 5x5": (ConvShape(128, 128, 32, (3, 5), (1, 1)), GradWideConfig(4, 2), 1, 9, 30),
     "wide, whole images": (ConvShape(128, 128, 8, (3, 3), (1, 2)), GradWideConfig(4, 2), 3, 4, 5),
@@ -47,17 +60,20 @@ def images(n, h, w, channels=128):
 
 
 @contextlib.contextmanager
-def asked_for(*modules):
-    """What the programs of a launch prefetch: (address, bytes)."""
+def asked_for(module, name):
+    """What programs prefetch by `module.name`: (address, bytes)."""
     found = []
 
-    def record(ptr, size, is_wanted):
+    def record_piece(ptr, size, is_wanted):
         if bool(is_wanted):
             found.append((int(ptr.handle.data.item()), int(size)))
 
+    def record_sectors(ptrs, is_wanted):
+        addresses, wanted = np.broadcast_arrays(ptrs.handle.data, is_wanted.handle.data)
+        found.extend((int(address) // 32 * 32, 32) for address in addresses[wanted.astype(bool)])
+
     with pytest.MonkeyPatch.context() as patch:
-        for module in modules:
-            patch.setattr(module, "prefetch_l2", record)
+        patch.setattr(module, name, {"prefetch_l1": record_sectors, "prefetch_l2": record_piece}[name])
         yield found
 
 
@@ -89,7 +105,7 @@ def in_memory_of(tensor, pieces):
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_window_of_rows_prefetches_all_that_it_loads(name):
-    from sk_triton.kernels import branch_conv_window
+    from sk_triton.kernels import window
     from sk_triton.kernels.branch_conv import branch_pool_fwd
     from sk_triton.kernels.geometry import tiles
     from sk_triton.kernels.packing import pack_branch_weights
@@ -102,22 +118,22 @@ def test_a_window_of_rows_prefetches_all_that_it_loads(name):
         x, pack_branch_weights(weights, shape, config, x.dtype), None, partial,
         shape=shape, has_relu=True, allow_tf32=False, config=config,
     )  # fmt: skip
-    assert not launch.constexprs["PREFETCH"], "the interpreter has no L2"
+    assert not launch.constexprs["PREFETCH"], "the interpreter has no caches"
     launch.constexprs["PREFETCH"] = True
-    with asked_for(branch_conv_window) as pieces:
+    with asked_for(window, "prefetch_l1") as pieces:
         launch()
-    # Two channel blocks prefetch for two of the four strips, each with what its kernels reach beyond it.
-    loaded = x[:, :, :6] if name == "more strips than channel blocks" else x
-    assert torch.equal(marked(pieces, x), bytes_of(loaded))
+    assert torch.equal(marked(pieces, x), bytes_of(x))
 
 
 @pytest.mark.interpret
-def test_the_merged_convolution_prefetches_all_that_it_loads():
-    from sk_triton.kernels import branch_conv_window
+@pytest.mark.parametrize("num_warps", [1, 4])
+def test_the_merged_convolution_prefetches_all_that_it_loads(num_warps):
+    from sk_triton.kernels import window
     from sk_triton.kernels.merged_conv import merged_conv_fwd
     from sk_triton.kernels.packing import pack_branch_weights
 
-    shape, config = ConvShape(128, 128, 32, (3, 5), (1, 1)), WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=2)
+    shape = ConvShape(128, 128, 32, (3, 5), (1, 1))
+    config = WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=2, num_warps=num_warps)
     x = images(2, 7, 9)
     weights = [torch.randn(128, 4, k, k).half() for k in shape.kernels]
     launch = merged_conv_fwd(
@@ -125,22 +141,20 @@ def test_the_merged_convolution_prefetches_all_that_it_loads():
         torch.empty_like(x), branches=shape, allow_tf32=False, config=config,
     )  # fmt: skip
     launch.constexprs["PREFETCH"] = True
-    with asked_for(branch_conv_window) as pieces:
+    with asked_for(window, "prefetch_l1") as pieces:
         launch()
     assert torch.equal(marked(pieces, x), bytes_of(x))
 
 
 @pytest.mark.interpret
 @pytest.mark.parametrize("name", GRADS)
-def test_gradients_prefetch_what_later_tiles_load(name, monkeypatch):
-    from sk_triton.kernels import branch_grad_wide, prefetch
+def test_weight_gradients_prefetch_what_the_next_tile_loads(name):
+    from sk_triton.kernels import prefetch
     from sk_triton.kernels.branch_grad import branch_grad
     from sk_triton.kernels.grad_geometry import partial_shape
 
     from .packed import pack_grad_weights
 
-    # So few programs as are interpreted here have later ones, too.
-    monkeypatch.setattr(branch_grad_wide, "PROGRAMS_AHEAD", 8)
     shape, config, n, h, w = GRADS[name]
     x, dv, y, weights, *coefficients = make(shape, n, h, w, torch.float16)
     terms = terms_of(*coefficients, has_norm=True)
@@ -149,16 +163,16 @@ def test_gradients_prefetch_what_later_tiles_load(name, monkeypatch):
         x, dv, y, terms, pack_grad_weights(weights, shape, config, x.dtype), torch.empty_like(x), partial,
         shape=shape, has_relu=True, config=config,
     )  # fmt: skip
-    for launch in launches:
+    for launch in launches[1:]:
         launch.constexprs["PREFETCH"] = True
         read = {"x": x, "dv": dv, "y": y}
         meter = Meter(
             read | {str(i): t for i, t in enumerate(launch.arguments) if isinstance(t, torch.Tensor)}
         )
-        with asked_for(prefetch) as pieces, meter.watch():
+        with asked_for(prefetch, "prefetch_l2") as pieces, meter.watch():
             launch()
         # The next tile of an image column, of which there is none in images as high as a tile.
-        is_last = "weight" in launch.kernel.__name__ and h <= config.RUN_H
+        is_last = h <= config.RUN_H
         assert bool(pieces) != is_last
         of_each = {image: in_memory_of(tensor, pieces) for image, tensor in read.items()}
         assert sum(map(len, of_each.values())) == len(pieces)
@@ -176,9 +190,8 @@ def test_on_the_chips_that_have_the_instruction():
         merged = merged_window_candidates(TWO, 56, chip)
         configs += [config for config in merged if config.RUN_H >= 8]
         assert not any(config.PREFETCH for config in merged if config.RUN_H < 8)
-        for groups in (8, 32):
-            shape = ConvShape(128, 128, groups, (3, 3), (1, 2))
-            configs.append(grad_config(shape, 128, 56, 56, torch.float16, chip))
+        wide = ConvShape(128, 128, 8, (3, 3), (1, 2))
+        configs.append(grad_config(wide, 128, 56, 56, torch.float16, chip))
         assert {config.PREFETCH for config in configs} == {name in PREFETCHING}
 
 

@@ -144,11 +144,7 @@ def grad_configs(
     walks = [1 << i for i in range(MAX_GRAD_TILES.bit_length())]
     prefetches = (True, False) if chip.name in PREFETCHING else (False,)
     found: list[GradConfig] = [
-        GradStreamConfig(rows, walk, warps, PREFETCH=prefetch)
-        for prefetch in prefetches
-        for warps in (2, 1)
-        for rows in (2, 4, 7, 8)
-        for walk in walks
+        GradStreamConfig(rows, walk, warps) for warps in (2, 1) for rows in (2, 4, 7, 8) for walk in walks
     ]
     found += [
         GradWideConfig(rows, walk, data_rows, PREFETCH=prefetch)

@@ -1,0 +1,201 @@
+"""Device helpers of convolutions that hold a window of rows in registers: reading, holding and writing rows.
+
+Every warp of a program takes a channel block of its own, 16 channels: the blocks lie side by side in memory, so that
+four of them fill the lines of 128 bytes which caches look up. A lane of the tensor core's right operand walks down the
+image with adjacent pixels; neighbouring pixels of a row are other registers of the same lane.
+"""
+
+import triton
+import triton.language as tl
+
+from .channel_blocks import LAST_FIRST
+from .prefetch import prefetch_l1
+from .tiling import packed, pairs
+
+# Up to 3.7, Triton gives a thread four adjacent elements along K of an operand that was joined; from 3.8 on, two.
+JOINED_FOURS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
+
+# Channels of a sector of 32 bytes.
+SECTOR = tl.constexpr(16)
+
+
+@triton.jit
+def by_lane(values):
+    """`values [lanes]`, broadcastable with what is read: the axes are as `channel_blocks` says."""
+    return values[None, :, None] if LAST_FIRST else values[:, None, None]
+
+
+@triton.jit
+def block_channels(block, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Channels of the blocks `block [BLOCKS]`, CHANNELS each, padded to BLOCK_C: (channel, whether it is one of the
+    block's), broadcastable with what is read."""
+    first = block * CHANNELS
+    first = first[:, None, None] if LAST_FIRST else first[None, :, None]
+    c = tl.arange(0, BLOCK_C)[None, None, :]
+    return first + c, c < CHANNELS
+
+
+@triton.jit
+def output_channels(first_block, BLOCKS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Output channels of BLOCKS blocks from `first_block` on, as `block_channels`. [BLOCKS * BLOCK_C]"""
+    c = tl.arange(0, BLOCKS * BLOCK_C)
+    if CHANNELS == BLOCK_C:  # Triton sees that they are adjacent
+        return first_block * CHANNELS + c, c >= 0
+    else:
+        return first_block * CHANNELS + c // BLOCK_C * CHANNELS + c % BLOCK_C, c % BLOCK_C < CHANNELS
+
+
+@triton.jit
+def load_row(
+    ptrs, row, stride_xw, y, x, mask, H_IN, W_IN,
+    REACH: tl.constexpr, RUN_W: tl.constexpr, IS_EVEN_W: tl.constexpr,
+):  # fmt: skip
+    """One input row of every lane, RUN_W pixels and those that kernels reach beyond them: words `[BLOCKS * lanes, 8]`.
+
+    `ptrs` points to a lane's first own pixel in image row `y`; `row` is added to it. `mask`: lanes whose first own
+    pixel lies inside the image (where runs divide it, IS_EVEN_W, so do all), and channels that there are.
+    """
+    pixels = ()
+    mask = mask & (y >= 0) & (y < H_IN)
+    for s in tl.static_range(-REACH, RUN_W + REACH):
+        mask_x = mask
+        if s < 0:
+            mask_x = mask & (x + s >= 0)
+        if s >= RUN_W or not IS_EVEN_W:
+            mask_x = mask_x & (x + s < W_IN)
+        taps = tl.load(ptrs + (row + s * stride_xw), mask=mask_x, other=0.0)
+        if not LAST_FIRST:
+            taps = tl.permute(taps, (1, 0, 2))
+        pixels = pixels + (packed(tl.reshape(taps, [taps.shape[0] * taps.shape[1], taps.shape[2]])),)
+    return pixels
+
+
+@triton.jit
+def empty_window(PIXELS: tl.constexpr, LANES: tl.constexpr, BLOCK_CI: tl.constexpr):
+    """What a loop may carry before the first row is loaded."""
+    window = ()
+    for _ in tl.static_range(PIXELS):
+        window = window + (tl.zeros([LANES, BLOCK_CI // 2], tl.int32),)
+    return window
+
+
+@triton.jit
+def without_first(window, WIDTH: tl.constexpr):
+    """The window, less its first row."""
+    left = ()
+    for i in tl.static_range(WIDTH, len(window)):
+        left = left + (window[i],)
+    return left
+
+
+@triton.jit
+def unpacked(words, dtype: tl.constexpr, BLOCKS: tl.constexpr):
+    """The channels that `packed` made words `[BLOCKS * lanes, 8]` of, as right operands `[BLOCKS, 16, lanes]` in the
+    order in which the threads hold them: no register moves."""
+    LANES: tl.constexpr = words.shape[0] // BLOCKS
+    taps = tl.reshape(pairs(words, dtype), [BLOCKS, LANES, 4, 2, 2])
+    taps = tl.permute(taps, (0, 2, 3, 4, 1)) if JOINED_FOURS else tl.permute(taps, (0, 3, 2, 4, 1))
+    return tl.reshape(taps, [BLOCKS, 16, LANES])
+
+
+@triton.jit
+def load_taps(w_ptr, first):
+    """A weight block for each entry of `first [BLOCKS]`, which says where it begins, its columns in the order of the
+    rows of `unpacked`, from the memory order of `packing.window_order`: each thread reads the four registers of its
+    left operand at once. [BLOCKS, 16, 16]
+    """
+    BLOCKS: tl.constexpr = first.shape[0]
+    flat = tl.load(w_ptr + first[:, None] + tl.arange(0, 256)[None, :])
+    flat = tl.reshape(flat, [BLOCKS, 8, 4, 2, 2, 2])
+    flat = tl.permute(flat, (0, 4, 1, 2, 3, 5)) if JOINED_FOURS else tl.permute(flat, (0, 4, 1, 3, 2, 5))
+    return tl.reshape(flat, [BLOCKS, 16, 16])
+
+
+@triton.jit
+def joined(values, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT entries of a tuple, a power of 2, from FIRST on: `[..., 2, 2, …]`, the lowest bit of the index last but for
+    the axes' order, which `joined_index` tells. Beyond the tuple's end stands its last entry again."""
+    if COUNT == 1:
+        return values[min(FIRST, len(values) - 1)]
+    else:
+        HALF: tl.constexpr = COUNT // 2
+        return tl.join(joined(values, FIRST, HALF), joined(values, FIRST + HALF, HALF))
+
+
+@triton.jit
+def joined_index(COUNT: tl.constexpr):
+    """Which entry of the tuple stands where in what `joined` gives, its new axes made one. [COUNT]"""
+    i = tl.arange(0, COUNT)
+    index = i * 0
+    for bit in tl.static_range(COUNT.bit_length() - 1):
+        index += (i >> bit) % 2 * (COUNT >> (bit + 1))
+    return index
+
+
+@triton.jit
+def store_exchanged(
+    ptrs, outputs, mask, x, W, stride_w, FIRST: tl.constexpr, COUNT: tl.constexpr, IS_EVEN_W: tl.constexpr
+):
+    """Of `store_row`, COUNT pixels of each lane from its FIRST one on, in one store."""
+    PIXELS: tl.constexpr = triton.next_power_of_2(COUNT)
+    pixels = tl.reshape(joined(outputs, FIRST, PIXELS), [ptrs.shape[0], ptrs.shape[1], PIXELS])
+    s = FIRST + joined_index(PIXELS)[None, None, :]
+    mask = mask[:, :, None] & (s < FIRST + COUNT)
+    if not IS_EVEN_W:
+        mask &= x[None, :, None] + s < W
+    tl.store(ptrs[:, :, None] + (s * stride_w).to(tl.int64), pixels, mask=mask)
+
+
+@triton.jit
+def store_row(ptrs, outputs, mask, x, W, stride_w, IS_EVEN_W: tl.constexpr, AT_ONCE: tl.constexpr):
+    """Write one row of every lane, a tuple of its pixels `[BLOCKS, 16, lanes]`, from `ptrs [BLOCKS * 16, lanes]` on;
+    `x [lanes]` is a lane's first pixel.
+
+    Several blocks exchange pixels first, AT_ONCE of each lane, so that each warp writes whole lines.
+    """
+    RUN_W: tl.constexpr = len(outputs)
+    CHANNELS: tl.constexpr = ptrs.shape[0]
+    LANES: tl.constexpr = ptrs.shape[1]
+    if outputs[0].shape[0] == 1:
+        for s in tl.static_range(RUN_W):
+            mask_s = mask
+            if not IS_EVEN_W:
+                mask_s = mask & (x + s < W)[None, :]
+            value = tl.reshape(outputs[s], [CHANNELS, LANES])
+            tl.store(ptrs + tl.cast(s * stride_w, tl.int64), value, mask=mask_s)
+    else:
+        for first in tl.static_range(0, RUN_W, AT_ONCE):
+            store_exchanged(
+                ptrs, outputs, mask, x, W, stride_w, first, min(AT_ONCE, RUN_W - first), IS_EVEN_W
+            )
+
+
+@triton.jit
+def tile_sectors(
+    tile_h, tile_w, n_left, first_channel, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
+    REACH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    RUN_H: tl.constexpr, RUN_W: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """What a tile reads of one row of each of its strips, CHANNELS channels, in sectors: (offset from the tile's first
+    sample at the strip's first row, that row in the image). Where there is nothing to read, the nearest that there is
+    again: masks would take registers."""
+    PIXELS: tl.constexpr = triton.next_power_of_2(BLOCK_W * RUN_W + 2 * REACH)
+    SECTORS: tl.constexpr = triton.next_power_of_2(triton.cdiv(CHANNELS, SECTOR))
+    entry = tl.arange(0, BLOCK_N * BLOCK_H * PIXELS * SECTORS)
+    strip = entry // (SECTORS * PIXELS)
+    x = tile_w * (BLOCK_W * RUN_W) - REACH + entry // SECTORS % PIXELS
+    x = tl.minimum(tl.maximum(x, 0), W_IN - 1)
+    channel = tl.minimum(first_channel + entry % SECTORS * SECTOR, C_IN - 1)
+    sample = tl.minimum(strip // BLOCK_H, n_left - 1)
+    y = tile_h * (BLOCK_H * RUN_H)
+    if BLOCK_H > 1:
+        y += strip % BLOCK_H * RUN_H
+    return sample * stride_xn + y * stride_xh + x * stride_xw + channel, y
+
+
+@triton.jit
+def prefetch_row(x_ptr, sectors, row, row_stride, H_IN, is_wanted):
+    """Fetch into L1 row `row` of each strip, counted from its first, of what `tile_sectors` gave."""
+    offs, y = sectors
+    is_wanted = is_wanted & (y + row >= 0) & (y + row < H_IN)
+    prefetch_l1(x_ptr + row * row_stride + offs, is_wanted)
