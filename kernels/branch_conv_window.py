@@ -19,8 +19,8 @@ from .window import (
     load_taps,
     output_channels,
     prefetch_row,
+    rows_ahead,
     store_row,
-    tile_sectors,
     unpacked,
     without_first,
 )
@@ -108,9 +108,9 @@ def window_tile(
     out_ptrs = out_ptr + n0 * stride_on + offs_out
     row_stride = tl.cast(stride_xh, tl.int64)
     if PREFETCH:
-        sectors = tile_sectors(
-            tile_h, tile_w, n_left, first_block * CHANNELS_CI, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
-            REACH, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, BLOCKS * CHANNELS_CI,
+        ahead = rows_ahead(
+            x_ptr, first_block // BLOCKS, tile_h, tile_w, n_left, H_IN, W, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
+            REACH, BLOCKS, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, CHANNELS_CI,
         )  # fmt: skip
 
     first = block * W_OFFSETS[M]
@@ -144,7 +144,7 @@ def window_tile(
     window = empty_window(2 * REACH * WIDTH, BLOCKS * BLOCK_P, BLOCK_CI)
     for r in range(-2 * REACH, RUN_H):
         if PREFETCH:
-            prefetch_row(x_ptr, sectors, r + 1 + REACH, row_stride, H_IN, r + 1 < RUN_H)
+            prefetch_row(ahead, r, row_stride, H_IN, REACH, BLOCKS, RUN_H)
         window = window + load_row(
             x_ptrs, (r + REACH) * row_stride, stride_xw, by_lane(y0) + (r + REACH), by_lane(x0), mask_x, H_IN, W_IN,
             REACH, RUN_W, IS_EVEN_W,

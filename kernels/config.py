@@ -25,7 +25,8 @@ class WindowConfig:
     per tile, 8 lanes in all. Each of num_warps takes a channel block, side by side.
 
     HOLD_WEIGHTS: all branches' weights stay in registers; else a branch's are read anew for each row.
-    PREFETCH: rows are fetched into L1 ahead of their loads; only on NVIDIA.
+    PREFETCH: rows are fetched ahead of their loads, by one warp into L2, by several into L1; only on NVIDIA, from sm_90
+    on.
     """
 
     BLOCK_CI: int

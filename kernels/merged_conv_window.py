@@ -15,8 +15,8 @@ from .window import (
     load_taps,
     output_channels,
     prefetch_row,
+    rows_ahead,
     store_row,
-    tile_sectors,
     unpacked,
     without_first,
 )
@@ -110,9 +110,9 @@ def merged_conv_window_fwd_kernel(
     v_ptrs = v_ptr + n * stride_vn + offs_v
     row_stride = tl.cast(stride_xh, tl.int64)
     if PREFETCH:
-        sectors = tile_sectors(
-            tile_h, tile_w, 1, program * (BLOCKS * CHANNELS_CI), W_IN, C_IN, stride_xn, stride_xh, stride_xw,
-            REACH, 1, BLOCK_H, BLOCK_W, RUN_H, RUN_W, BLOCKS * CHANNELS_CI,
+        ahead = rows_ahead(
+            x_ptr, program, tile_h, tile_w, 1, H_IN, W, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
+            REACH, BLOCKS, 1, BLOCK_H, BLOCK_W, RUN_H, RUN_W, CHANNELS_CI,
         )  # fmt: skip
 
     weights, factor, shift = merged_taps(
@@ -125,7 +125,7 @@ def merged_conv_window_fwd_kernel(
     window = empty_window(2 * REACH * WIDTH, BLOCKS * BLOCK_P, BLOCK_CI)
     for r in range(-2 * REACH, RUN_H):
         if PREFETCH:
-            prefetch_row(x_ptr, sectors, r + 1 + REACH, row_stride, H_IN, r + 1 < RUN_H)
+            prefetch_row(ahead, r, row_stride, H_IN, REACH, BLOCKS, RUN_H)
         window = window + load_row(
             x_ptrs, (r + REACH) * row_stride, stride_xw, by_lane(y0) + (r + REACH), by_lane(x0), mask_x, H_IN, W_IN,
             REACH, RUN_W, IS_EVEN_W,

@@ -9,11 +9,14 @@ import triton
 import triton.language as tl
 
 from .channel_blocks import LAST_FIRST
-from .prefetch import prefetch_l1
+from .prefetch import prefetch_l1, prefetch_l2
 from .tiling import packed, pairs
 
 # Up to 3.7, Triton gives a thread four adjacent elements along K of an operand that was joined; from 3.8 on, two.
 JOINED_FOURS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
+
+# Rows that are on their way into L2 before a loop over rows asks for them.
+ROWS_INTO_L2 = tl.constexpr(3)
 
 # Channels of a sector of 32 bytes.
 SECTOR = tl.constexpr(16)
@@ -171,31 +174,82 @@ def store_row(ptrs, outputs, mask, x, W, stride_w, IS_EVEN_W: tl.constexpr, AT_O
 
 
 @triton.jit
-def tile_sectors(
-    tile_h, tile_w, n_left, first_channel, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
+def strip_ahead(
+    x_ptr, program, tile_h, tile_w, n_left, H, W, stride_xn, stride_xh, stride_xw,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, RUN_H: tl.constexpr, RUN_W: tl.constexpr,
+):  # fmt: skip
+    """The strip whose rows a program of one warp fetches ahead, all channels, for the programs of all channel blocks of
+    its tile: (its first row, that row in the image, bytes of a row, whether there is one). `x_ptr` points to the tile's
+    first sample.
+    """
+    sample = program // BLOCK_H
+    y = (tile_h * BLOCK_H + program % BLOCK_H) * RUN_H
+    x = tile_w * (BLOCK_W * RUN_W)
+    ptr = x_ptr + (sample * tl.cast(stride_xn, tl.int64) + y * tl.cast(stride_xh, tl.int64) + x * stride_xw)
+    size = tl.minimum(W - x, BLOCK_W * RUN_W) * stride_xw * (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    return ptr, y, size, (sample < n_left) & (y < H)
+
+
+@triton.jit
+def sectors_ahead(
+    x_ptr, program, tile_h, tile_w, n_left, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
     REACH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     RUN_H: tl.constexpr, RUN_W: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """What a tile reads of one row of each of its strips, CHANNELS channels, in sectors: (offset from the tile's first
-    sample at the strip's first row, that row in the image). Where there is nothing to read, the nearest that there is
-    again: masks would take registers."""
+    """What a program of several warps, CHANNELS channels, reads of one row of each of its strips, in sectors: (the
+    tile's first sample, offsets to the strips' first rows, those rows in the image). Where there is nothing to read,
+    the nearest that there is again: masks would take registers.
+    """
     PIXELS: tl.constexpr = triton.next_power_of_2(BLOCK_W * RUN_W + 2 * REACH)
     SECTORS: tl.constexpr = triton.next_power_of_2(triton.cdiv(CHANNELS, SECTOR))
     entry = tl.arange(0, BLOCK_N * BLOCK_H * PIXELS * SECTORS)
     strip = entry // (SECTORS * PIXELS)
     x = tile_w * (BLOCK_W * RUN_W) - REACH + entry // SECTORS % PIXELS
     x = tl.minimum(tl.maximum(x, 0), W_IN - 1)
-    channel = tl.minimum(first_channel + entry % SECTORS * SECTOR, C_IN - 1)
+    channel = tl.minimum(program * CHANNELS + entry % SECTORS * SECTOR, C_IN - 1)
     sample = tl.minimum(strip // BLOCK_H, n_left - 1)
     y = tile_h * (BLOCK_H * RUN_H)
     if BLOCK_H > 1:
         y += strip % BLOCK_H * RUN_H
-    return sample * stride_xn + y * stride_xh + x * stride_xw + channel, y
+    return x_ptr, sample * stride_xn + y * stride_xh + x * stride_xw + channel, y
 
 
 @triton.jit
-def prefetch_row(x_ptr, sectors, row, row_stride, H_IN, is_wanted):
-    """Fetch into L1 row `row` of each strip, counted from its first, of what `tile_sectors` gave."""
-    offs, y = sectors
-    is_wanted = is_wanted & (y + row >= 0) & (y + row < H_IN)
-    prefetch_l1(x_ptr + row * row_stride + offs, is_wanted)
+def rows_ahead(
+    x_ptr, program, tile_h, tile_w, n_left, H_IN, W, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
+    REACH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    RUN_H: tl.constexpr, RUN_W: tl.constexpr, CHANNELS_CI: tl.constexpr,
+):  # fmt: skip
+    """What `prefetch_row` fetches of a tile's rows, for a program of BLOCKS warps; fetches those that the loop over
+    the rows does not."""
+    if BLOCKS == 1:
+        strip = strip_ahead(
+            x_ptr, program, tile_h, tile_w, tl.minimum(n_left, BLOCK_N), H_IN, W, stride_xn, stride_xh, stride_xw,
+            BLOCK_H, BLOCK_W, RUN_H, RUN_W,
+        )  # fmt: skip
+        for i in tl.static_range(ROWS_INTO_L2):
+            r = i - ROWS_INTO_L2 - 2 * REACH
+            prefetch_row(strip, r, tl.cast(stride_xh, tl.int64), H_IN, REACH, BLOCKS, RUN_H)
+        return strip
+    else:
+        return sectors_ahead(
+            x_ptr, program, tile_h, tile_w, n_left, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
+            REACH, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, BLOCKS * CHANNELS_CI,
+        )  # fmt: skip
+
+
+@triton.jit
+def prefetch_row(ahead, r, row_stride, H_IN, REACH: tl.constexpr, BLOCKS: tl.constexpr, RUN_H: tl.constexpr):
+    """In trip r of the loop over the rows, fetch what a later trip loads: three later into L2, where a program is one
+    warp; the next one's into L1, by whole lines, where it is several."""
+    if BLOCKS == 1:
+        ptr, y0, size, is_lead = ahead
+        later = r + ROWS_INTO_L2
+        y = y0 + later + REACH
+        is_wanted = is_lead & (later < RUN_H) & (y >= 0) & (y < H_IN)
+        prefetch_l2(ptr + (later + REACH) * row_stride, size, is_wanted)
+    else:
+        x_ptr, offs, y0 = ahead
+        row = r + 1 + REACH
+        is_wanted = (r + 1 < RUN_H) & (y0 + row >= 0) & (y0 + row < H_IN)
+        prefetch_l1(x_ptr + row * row_stride + offs, is_wanted)

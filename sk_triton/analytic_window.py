@@ -33,12 +33,8 @@ SPILLING_STORE = ("sm_120", 4)
 TILE_COST = 40
 # Of a sample's merged weights.
 BUILD_COST = 400
-# Of a strip whose rows a merged convolution fetches ahead: in shorter ones the weights take longer than the loads.
+# Of a strip whose rows a merged convolution fetches into L2: in shorter ones the weights take longer than the loads.
 MIN_PREFETCHED_ROWS = 8
-# Channel blocks of a program: four of 16 channels are the lines that caches look up.
-WARPS = (4, 2)
-# Warps of a launch, per processor, from which on looking up lines bounds it; how much longer the other choice takes.
-BUSY, UNFIT = 4, 1.25
 # Of a strip: taller ones repeat fewer rows, and leave fewer programs.
 MAX_ROWS = 56
 
@@ -76,11 +72,8 @@ def window_candidates(
                 RUN_W=run_w,
                 HOLD_WEIGHTS=hold,
                 PREFETCH=chip.name in PREFETCHING,
-                num_warps=num_warps,
             )
-            for num_warps, run_h, block_n, block_w in product(
-                _warps(shape), _heights(h), (1, 2, 4, 8), (1, 2, 4, 8)
-            )
+            for run_h, block_n, block_w in product(_heights(h), (1, 2, 4, 8), (1, 2, 4, 8))
             if block_n * block_w <= LANES
         ]
     return found
@@ -95,12 +88,6 @@ def without_large_spills(configs: list[BranchConfig], task: str) -> list[BranchC
         for config in configs
         if not isinstance(config, WindowConfig) or config.RUN_W <= MAX_LARGE_STORED
     ]
-
-
-def _warps(shape: ConvShape) -> tuple[int, ...]:
-    """Warps of a program: one, and the most that have a channel block each."""
-    blocks = blocking(shape, WindowConfig(BLOCK, BLOCK, 1, LANES, 1, 2)).blocks
-    return (1, *[warps for warps in WARPS if blocks % warps == 0][:1])
 
 
 def _heights(h: int) -> list[int]:
@@ -120,7 +107,7 @@ def _registers(shape: ConvShape, run_w: int, hold: bool, task: str) -> int:
 
 
 def window_cost(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
-    """Relative time: products and loads of a warp's rows, in waves of 8 warps a processor."""
+    """Relative time: products and loads of a program's rows, in waves of 8 programs a processor."""
     return _cost(config, shape, n, h, w, chip, sum(kernel * kernel for kernel in shape.kernels), 0)
 
 
@@ -132,12 +119,10 @@ def _cost(
     row = products * config.RUN_W + loads + 24
     work = config.RUN_H * row + 2 * far * loads + 150 + start
     tiles_h, tiles_w = tiles(shape, config, h, w)
-    warps = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * blocking(shape, config).blocks
+    programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * blocking(shape, config).blocks
     at_once = 8 * chip.processors
-    if (config.num_warps > 1) != (warps >= BUSY * chip.processors):
-        work *= UNFIT
     # A sample's tiles are summed one after the other.
-    return max(warps / at_once, cdiv(warps, at_once) * 0.9) * work + TILE_COST * tiles_h * tiles_w
+    return max(programs / at_once, cdiv(programs, at_once) * 0.9) * work + TILE_COST * tiles_h * tiles_w
 
 
 def merged_window_candidates(branches: ConvShape, h: int, chip: Chip) -> list[WindowConfig]:
@@ -158,9 +143,8 @@ def merged_window_candidates(branches: ConvShape, h: int, chip: Chip) -> list[Wi
                 RUN_H=run_h,
                 RUN_W=run_w,
                 PREFETCH=chip.name in PREFETCHING and run_h >= MIN_PREFETCHED_ROWS,
-                num_warps=num_warps,
             )
-            for num_warps, run_h, block_w in product(_warps(branches), _heights(h), (1, 2, 4, 8))
+            for run_h, block_w in product(_heights(h), (1, 2, 4, 8))
         ]
     return found
 

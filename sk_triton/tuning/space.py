@@ -33,7 +33,7 @@ from ..kernels.config import (
     TapConfig,
     WindowConfig,
 )
-from ..kernels.geometry import ConvShape, can_run, cdiv, next_power_of_2, tiles
+from ..kernels.geometry import ConvShape, blocking, can_run, cdiv, next_power_of_2, tiles
 from ..kernels.grad_geometry import can_run_grad
 from ..kernels.merging import strips
 
@@ -50,13 +50,13 @@ def branch_configs(
     """Of branch convolutions: the analytic candidates, their variants, and the tap formulation where it can run."""
     tiled = analytic.branch_candidates(shape, h, dtype, allow_tf32, chip, task)
     taps = analytic.tap_candidates(shape, dtype == torch.float32 and not allow_tf32, dtype)
-    variants = [variant for config in tiled for variant in _variants(config)]
+    variants = [variant for config in tiled for variant in _variants(shape, config)]
     return [config for config in dict.fromkeys((*tiled, *variants, *taps)) if can_run(task, shape, config)]
 
 
-def _variants(config: BranchConfig) -> list[BranchConfig]:
-    if isinstance(config, WindowConfig) and config.PREFETCH:
-        return [replace(config, PREFETCH=False)]
+def _variants(shape: ConvShape, config: BranchConfig) -> list[BranchConfig]:
+    if isinstance(config, WindowConfig):
+        return list(_window_variants(shape, config))
     if type(config) is StreamConfig and config.BLOCK_CO == 8:
         return [replace(config, BLOCKS_PER_PROGRAM=count) for count in (1, 2)]
     if isinstance(config, HeldConfig):
@@ -66,6 +66,16 @@ def _variants(config: BranchConfig) -> list[BranchConfig]:
     if isinstance(config, TapConfig) and config.num_warps > 1:
         return [replace(config, num_warps=w, num_stages=s) for w, s in product((4, 8), (1, 2, 3))]
     return []
+
+
+def _window_variants(shape: ConvShape, config: WindowConfig) -> Iterable[WindowConfig]:
+    """Without prefetch; and with a warp for each of as many channel blocks, side by side, as fill whole programs."""
+    blocks = blocking(shape, config).blocks
+    warps = next((warps for warps in (4, 2) if blocks % warps == 0), 1)
+    for num_warps, prefetch in product(dict.fromkeys((1, warps)), dict.fromkeys((config.PREFETCH, False))):
+        variant = replace(config, num_warps=num_warps, PREFETCH=prefetch)
+        if variant != config:
+            yield variant
 
 
 def gate_configs(m: int, c: int, d: int, dtype: torch.dtype) -> list[GateConfig]:
@@ -173,7 +183,7 @@ def merged_configs(
     found: list[MergedConfig | WindowConfig] = []
     if dtype.itemsize == 2 and takes_window(branches, chip):
         windows = merged_window_candidates(branches, h, chip)
-        found += [*windows, *(replace(config, PREFETCH=False) for config in windows if config.PREFETCH)]
+        found += [variant for config in windows for variant in (config, *_window_variants(branches, config))]
     for config in analytic_merged.merged_candidates(shape, h, dtype, chip):
         count = math.prod(tiles(shape, config, h, w))
         walks = (*(1 << i for i in range(count.bit_length())), count)
