@@ -16,7 +16,8 @@ NAME = "units.csv"
 EAGER = "eager"
 SUITE = "launches"
 """Of the cases: no suite of `sk-triton bench`."""
-_SUBJECTS = {"paper": PAPER, "classic": SEED}
+UNITS = {"paper": PAPER, "classic": SEED}
+"""The subjects by what the tables call them."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +46,9 @@ def load(path: Path) -> list[UnitTime]:
     found: dict[tuple[Case, str], UnitTime] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            if row["unit"] not in _SUBJECTS:
-                raise ValueError(f"{path}: unit must be one of {', '.join(_SUBJECTS)}, got {row['unit']!r}")
-            subject, (channels, size) = _SUBJECTS[row["unit"]], row["shape"].split("@")
+            if row["unit"] not in UNITS:
+                raise ValueError(f"{path}: unit must be one of {', '.join(UNITS)}, got {row['unit']!r}")
+            subject, (channels, size) = UNITS[row["unit"]], row["shape"].split("@")
             shape = unit_shape(subject, int(channels), int(size.partition("x")[0]))
             case = Case(SUITE, subject, shape, int(row["batch"]), row["dtype"], row["direction"])
             seconds = float(row["sum_microseconds"]) * 1e-6
@@ -79,7 +80,7 @@ def markdown(times: Sequence[UnitTime]) -> str:
         if ours is None or eager is None:
             continue
         is_inference = case.direction == INFERENCE
-        unit = {subject: name for name, subject in _SUBJECTS.items()}[case.subject]
+        unit = {subject: name for name, subject in UNITS.items()}[case.subject]
         cells = [
             f"{unit} {case.shape.name}, {case.direction}",
             f"**{three_digits(ours.seconds * 1e6)} µs**",

@@ -30,6 +30,7 @@ COMMANDS = {
     "plot": Command(
         "sk_triton.bench.plot", "draw results files, write them as CSV or Markdown, fill the README"
     ),
+    "profile": Command("sk_triton.bench.profile_command", "time a unit's kernels one by one on this GPU"),
     "report": Command(
         "sk_triton.bench.report", "test and measure everything on this machine, step by step, in one folder"
     ),

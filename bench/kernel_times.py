@@ -1,0 +1,175 @@
+"""The kernels of one call, each timed by PyTorch's profiler on a GPU, and the tables that keep them."""
+
+from __future__ import annotations
+
+import csv
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import inputs
+from .competition import DTYPES, GRADIENT_SEED
+from .entrant import Entrant
+from .forms import CHANNELS_LAST
+from .providers import Provider, make_state
+from .shapes import INFERENCE, TRAINING, Case
+from .sources import Ours
+from .unit_times import EAGER, UNITS
+
+CALLS = 7
+WARM_UPS = 4
+"""A training step is recorded in its third call, and starts its kernels directly from then on."""
+FLUSHED_BYTES = 256 << 20
+"""Overwritten before each call: more than every L2."""
+
+UNIT_COLUMNS = (
+    "commit",
+    "unit",
+    "shape",
+    "batch",
+    "dtype",
+    "direction",
+    "schedule",
+    "kernels",
+    "sum_microseconds",
+    "span_microseconds",
+)
+LAUNCH_COLUMNS = (
+    "commit",
+    "unit",
+    "shape",
+    "direction",
+    "schedule",
+    "position",
+    "kernel",
+    "microseconds",
+)
+
+
+class Kernel(NamedTuple):
+    """One kernel of a call, as the profiler saw it; microseconds on its clock."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class CallTimes:
+    """A call's kernels in the order in which they began, each with the median of its durations, in microseconds;
+    `span`: from the first one's start to the last one's end, host gaps included."""
+
+    kernels: tuple[tuple[str, float], ...]
+    span: float
+
+    @property
+    def total(self) -> float:
+        """All kernels added up."""
+        return sum(duration for _, duration in self.kernels)
+
+
+def medians(calls: Sequence[Sequence[Kernel]]) -> CallTimes:
+    """Of several calls, those that ran the kernels that most of them ran.
+
+    Raises:
+        ValueError: no call ran a kernel.
+    """
+    ordered = [sorted(call, key=lambda kernel: kernel.start) for call in calls if call]
+    if not ordered:
+        raise ValueError("calls must run kernels on a GPU, none did")
+    names = statistics.mode(tuple(kernel.name for kernel in call) for call in ordered)
+    alike = [call for call in ordered if tuple(kernel.name for kernel in call) == names]
+    durations = [statistics.median(k.end - k.start for k in kernels) for kernels in zip(*alike, strict=True)]
+    span = statistics.median(max(k.end for k in call) - call[0].start for call in alike)
+    return CallTimes(tuple(zip(names, durations, strict=True)), span)
+
+
+def unit_source(schedule: str) -> Ours:
+    """sk_triton held to a schedule, what "auto" takes, or PyTorch operator by operator ("eager")."""
+    if schedule == EAGER:
+        return Ours(EAGER, EAGER, backend="reference")
+    return Ours() if schedule == "auto" else Ours(backend="triton", schedule=schedule)
+
+
+def measure(case: Case, schedule: str, device: torch.device, seed: int = 0) -> tuple[str, CallTimes]:
+    """What runs a unit, as `units.csv` names it, and its kernels' times: in channels_last, each call from a cold L2.
+
+    Raises:
+        NotApplicableError: the schedule cannot run the unit.
+        ValueError: nothing ran on a GPU.
+    """
+    dtype, provider = DTYPES[case.dtype], Provider(unit_source(schedule), CHANNELS_LAST)
+    with provider.scope():
+        entrant = Entrant(case, provider, provider.module(case, make_state(case, seed), dtype, device))
+        x = inputs.make_input(inputs.RANDOM, case.batch, case.shape, dtype, device, seed)
+        dv = None
+        if case.direction == TRAINING:
+            generator = torch.Generator().manual_seed(seed + GRADIENT_SEED)
+            dv = torch.randn(x.shape, generator=generator).to(device, dtype)
+        runs = entrant.runs(x)
+        call, _ = entrant.bind(x, dv)
+        times = medians(_profiled(call, device))
+    return (schedule if schedule == EAGER else _named(case, runs)), times
+
+
+def _named(case: Case, runs: str | None) -> str:
+    schedule = (runs or "").rpartition("/")[2]
+    return schedule if case.direction == INFERENCE else "train, branches saved"
+
+
+def _profiled(call: Callable[[], object], device: torch.device) -> list[list[Kernel]]:
+    """The kernels of CALLS calls."""
+    from torch.autograd import DeviceType
+    from torch.profiler import ProfilerActivity, profile
+
+    scratch = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
+    for _ in range(WARM_UPS):
+        call()
+    calls = []
+    for _ in range(CALLS):
+        scratch.fill_(1)
+        torch.cuda.synchronize(device)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            call()
+            torch.cuda.synchronize(device)
+        events = (event for event in profiler.events() or () if event.device_type == DeviceType.CUDA)
+        calls.append([Kernel(e.name, e.time_range.start, e.time_range.end) for e in events])
+    return calls
+
+
+def append(folder: Path, commit: str, case: Case, schedule: str, times: CallTimes) -> None:
+    """Add a call to `units.csv` and `launches.csv` in `folder`, which are made where they are not there."""
+    unit = next(name for name, subject in UNITS.items() if subject == case.subject)
+    shape = f"{case.shape.channels}@{case.shape.height}x{case.shape.width}"
+    _append(
+        folder / "units.csv",
+        UNIT_COLUMNS,
+        [
+            (
+                *(commit, unit, shape, case.batch, case.dtype, case.direction, schedule, len(times.kernels)),
+                *(round(times.total, 1), round(times.span, 1)),
+            )
+        ],
+    )
+    _append(
+        folder / "launches.csv",
+        LAUNCH_COLUMNS,
+        [
+            (commit, unit, shape, case.direction, schedule, position, name, round(duration, 2))
+            for position, (name, duration) in enumerate(times.kernels)
+        ],
+    )
+
+
+def _append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    is_new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if is_new:
+            writer.writerow(columns)
+        writer.writerows(rows)

@@ -1,0 +1,71 @@
+"""Prints, a JSON object a line, what the window kernels use on the chips given with four warps a program: a
+script of its own, because kernels are compiled in a process that never interprets."""
+
+import json
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from itertools import product
+
+from sk_triton import analytic, analytic_merged
+from sk_triton.analytic_window import merged_window_candidates, window_candidates
+from sk_triton.bench import resources, training_resources
+from sk_triton.bench.compile import compile_launch
+from sk_triton.bench.grid import CASES
+from sk_triton.tuning import lookup
+
+# (unit, schedule); those of training are those of "recompute" besides.
+CHOSEN = (
+    ("stage 2", "store"),
+    ("seed, M = 2", "merged"),
+    ("seed, stage 2", "merged"),
+    ("stage 1", "train"),
+    ("stage 3", "train"),
+)
+WARPS = 4
+
+
+def with_warps(candidates):
+    return lambda *args: [replace(config, num_warps=WARPS) for config in candidates(*args)]
+
+
+def measure(job):
+    (name, schedule), chip = job
+    lookup.shipped = lambda chip_name: {}
+    analytic.window_candidates = with_warps(window_candidates)
+    analytic_merged.merged_window_candidates = with_warps(merged_window_candidates)
+    case = next(case for case in CASES if (case.name, case.precision) == (name, "fp16"))
+    if schedule == "train":
+        launches = training_resources.launches(case, chip)
+    else:
+        _, launches = resources.launches(case, chip, schedule)[:2]
+    rows, met = [], set()
+    for launch in launches:
+        task = launch.constexprs.get("TASK", "merged")
+        if "window" not in launch.kernel.__name__ or task in met:
+            continue
+        met.add(task)
+        used = compile_launch(launch, chip)
+        rows.append(
+            {
+                "unit": name,
+                "task": task,
+                "chip": chip,
+                "blocks": launch.constexprs["BLOCKS"],
+                "registers": used.registers,
+                "spills": used.spills,
+                "shared": used.shared,
+                "stores": used.stores,
+                "wide_stores": used.wide_stores,
+                "barriers": used.by_opcode["BAR"],
+                "prefetches": used.by_opcode["CCTL"],
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2) as pool:
+        for rows in pool.map(measure, product(CHOSEN, sys.argv[1:])):
+            for row in rows:
+                print(json.dumps(row), flush=True)
