@@ -1,17 +1,85 @@
-"""Window kernels of several warps a program, as the compiler makes them: nothing chooses them by itself yet."""
+"""Window kernels of several warps a program, which nothing but tuning chooses: what they compute, and as the compiler
+makes them."""
 
 import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+
+from sk_triton import plans
+from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.planned import unit_parameters
+from sk_triton.chips import chip_of
+from sk_triton.kernels.config import WindowConfig
+from sk_triton.packing import pack
+from sk_triton.workload import Workload
 
 from .versions import needs_narrow_products
 
-pytestmark = [pytest.mark.compile, needs_narrow_products]
+pytestmark = needs_narrow_products
 CHIPS = ("sm_90", "sm_100")
+
+
+def in_warps(plan, num_warps):
+    """The plan with as many warps in each window program."""
+
+    def changed(config):
+        return replace(config, num_warps=num_warps) if isinstance(config, WindowConfig) else config
+
+    launches = tuple(replace(launch, config=changed(launch.config)) for launch in plan.branch_launches)
+    merged = plan.merged_launch and replace(plan.merged_launch, conv=changed(plan.merged_launch.conv))
+    found = replace(plan, branch_launches=launches, merged_launch=merged)
+    assert found != plan
+    return found
+
+
+def outputs(spec, schedule, n, size, device, dtype, warps):
+    """A unit's output with each number of warps."""
+    from sk_triton.launching import run_packed
+
+    branches, gate = unit_parameters(
+        spec, lambda *shape: 0.3 * torch.randn(shape, device=device, dtype=dtype)
+    )
+    x = torch.randn(n, spec.in_channels, size, size, device=device, dtype=dtype)
+    x = x.to(memory_format=torch.channels_last)
+    plan = plans.plan_schedule(schedule, Workload(spec, n, size, size, dtype, chip_of(x.device), False))
+    found = []
+    for num_warps in warps:
+        own = in_warps(plan, num_warps) if num_warps > 1 else plan
+        with torch.no_grad():
+            found.append(run_packed(own, x, pack(own, size, size, branches, gate, None), spec)[0])
+    return found
+
+
+UNITS = pytest.mark.parametrize(
+    ("unit", "schedule"),
+    [(paper_unit, "recompute"), (paper_unit, "store"), (seed_unit, "merged")],
+    ids=["recompute", "store", "merged"],
+)
+
+
+@UNITS
+@pytest.mark.interpret
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_same_bits_interpreted(unit, schedule, dtype):
+    one, two, four = outputs(unit(64, groups=16), schedule, 2, 6, "cpu", dtype, (1, 2, 4))
+    assert torch.equal(two, one)
+    assert torch.equal(four, one)
+
+
+@UNITS
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("channels", "size"), [(128, 56), (256, 28), (512, 14)])
+def test_the_same_bits_on_a_gpu(unit, schedule, channels, size, dtype):
+    one, two, four = outputs(unit(channels), schedule, 128, size, "cuda", dtype, (1, 2, 4))
+    assert torch.equal(two, one)
+    assert torch.equal(four, one)
 
 
 @pytest.fixture(scope="module")
@@ -29,6 +97,7 @@ def compiled():
     return rows
 
 
+@pytest.mark.compile
 def test_no_kernel_spills(compiled):
     """But for selecting at 128@56² on sm_100, once a row."""
     spilling = {(row["chip"], row["unit"], row["task"]) for row in compiled if row["spills"]}
@@ -36,6 +105,7 @@ def test_no_kernel_spills(compiled):
     assert max(row["spills"] for row in compiled) <= 56 + 4
 
 
+@pytest.mark.compile
 def test_lines_are_written_whole(compiled):
     """Sixteen bytes a thread, eight threads a line; a row's last, odd pixel eight. Pooled sums and moments are few."""
     for row in compiled:
@@ -45,5 +115,6 @@ def test_lines_are_written_whole(compiled):
             assert row["wide_stores"] >= 0.6 * row["stores"], row
 
 
+@pytest.mark.compile
 def test_rows_are_fetched_ahead(compiled):
     assert not [row for row in compiled if not row["prefetches"]]
