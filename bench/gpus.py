@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +31,8 @@ class Gpu:
         clock_hz: boost clock, or the one it is known to hold.
         memory_bytes_per_s: what a large copy moves, reads and writes counted.
         l2_bytes, l2_bytes_per_s: last-level cache that kernels share, and its read bandwidth.
+        l2_requests_per_s: lines of 128 bytes that it looks up for processors, however little is asked of each; without
+            end where nobody has measured it.
         matrix_flop_per_s: dense products with fp32 accumulation by precision ("fp16", "bf16", "tf32", "fp32"); a
             precision that has no tensor-core instruction is missing.
         warp_matrix_share: part of it that instructions of a single warp (HMMA) reach.
@@ -50,6 +53,7 @@ class Gpu:
     matrix_flop_per_s: dict[str, float] = field(hash=False)
     sources: dict[str, str] = field(hash=False, repr=False)
     device_names: tuple[str, ...] = ()
+    l2_requests_per_s: float = math.inf
     warp_matrix_share: float = 1.0
     issue_per_clock: int = 4
     shared_bytes_per_clock: int = 128
@@ -66,6 +70,8 @@ _LIMITS = "CUDA C++ programming guide, technical specifications per compute capa
 _L2_ESTIMATE = "estimate from bytes per processor and clock of its relatives (gpu-benches, gpu-l2-cache)"
 _COPY_ESTIMATE = f"datasheet x {COPY_SHARE}"
 _HMMA_HOPPER = "mma.sync reaches 0.63 of the datasheet (Luo et al., arXiv 2402.13499)"
+# One lookup a clock of 1.705 GHz in each of 80 slices; of 145 lookups some 45 are what a half of L2 asks of the other.
+_H100_LOOKUPS, _OF_PROCESSORS = 80 * 1.705e9, 1 / 1.45
 # Resident limits of a processor; those of sm_90 and sm_100 are the defaults.
 _SM_80: dict[str, Any] = {"shared_bytes": 164 * KIB}
 _SM_86: dict[str, Any] = {"threads": 1536, "blocks": 16, "shared_bytes": 100 * KIB}
@@ -91,11 +97,13 @@ GPUS = (
         l2_bytes_per_s=_l2(_L2_DATACENTER, 132, 1.70e9),
         matrix_flop_per_s=_matrix(790e12, 395e12),
         warp_matrix_share=0.79,
+        l2_requests_per_s=_H100_LOOKUPS * _OF_PROCESSORS,
         device_names=("H100", "H100 80GB HBM3", "H100 SXM5"),
         sources={
             "clock": "that of 28.7e12 thread-instructions per second, which the project planned with; boost 1.98 GHz",
             "memory": "a large copy, measured before this project (datasheet 3.35 TB/s)",
             "l2": _L2_ESTIMATE,
+            "l2 requests": "Nsight Compute, bench/results/h100/README.md",
             "matrix": f"a large bf16 product, measured before this project (datasheet 989e12); {_HMMA_HOPPER}",
             "limits": _LIMITS,
         },

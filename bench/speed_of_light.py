@@ -3,7 +3,8 @@
 A launch takes the largest of five times, each as if the rest of the GPU were infinitely fast, and the time to start it:
 
 - memory: each tensor's bytes once, except where an earlier launch left them in L2;
-- L2: what the programs ask of it, repeats inside a program left to L1;
+- L2: what the programs ask of it, repeats inside a program left to L1: its bytes, or its lines where they take longer
+  to look up;
 - tensor cores: the multiplies that the instructions execute, padding included, not the useful ones;
 - shared memory: what goes through the data path that it shares with L1, conflicts between banks left out, and what
   HGMMA reads by itself;
@@ -258,7 +259,7 @@ def times(work: Work, gpu: Gpu) -> Step:
     shared, issued = work.shared_bytes, work.warp_instructions
     seconds = {
         MEMORY: work.memory_bytes / gpu.memory_bytes_per_s,
-        L2: work.l2_bytes / min(gpu.l2_bytes_per_s, ports),
+        L2: max(work.l2_bytes / min(gpu.l2_bytes_per_s, ports), work.l2_requests / gpu.l2_requests_per_s),
         MATRIX: matrix,
         SHARED: None if shared is None else shared / (gpu.shared_bytes_per_clock * clocks),
         ISSUE: None if issued is None else issued / (gpu.issue_per_clock * clocks),

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 # Share of L2 that data since an earlier launch may fill and still be found: two partitions keep copies of each other's.
 L2_SHARE = 0.5
-SECTOR = 32
-"""Bytes that L2 hands out at a time."""
+SECTOR, LINE = 32, 128
+"""Bytes that L2 hands out at a time, and bytes for which it looks up once what one access asks of them."""
 
 PlannedStep = Launch | Convolution | Callable[[], object]
 """A kernel launch, the library's convolution, or a `functools.partial` of another operator on its tensors."""
@@ -38,7 +38,7 @@ class Work:
     """What one step asks in total. None: the code does not say.
 
     Attributes:
-        memory_bytes, l2_bytes: as `memory_bytes` and `l2_bytes` below.
+        memory_bytes, l2_bytes, l2_requests: as the functions of these names below.
         programs, warps: thread blocks, and warps of each; zero for an operator that is no kernel of ours.
         resident: programs that a processor holds at once.
         flop: executed by tensor cores, by precision; those of single warps apart in `warp_flop`.
@@ -58,6 +58,7 @@ class Work:
     shared_bytes: float | None = None
     warp_instructions: float | None = None
     is_counted: bool = True
+    l2_requests: float = 0.0
 
     @property
     def is_arithmetic(self) -> bool:
@@ -130,11 +131,12 @@ def launch_work(launch: Launch, used: Resources, gpu: Gpu, memory: float) -> Wor
     is_counted = is_cuda and used.instructions is not None
     has_flop = not used.matrix or bool(flop or warp_flop)
     touched = float(sum(footprint(launch).values()))
-    from_l2 = l2_bytes(launch, used) if is_counted else tile_bytes(launch) or 0.0
+    from_l2 = max(touched, l2_bytes(launch, used) if is_counted else tile_bytes(launch) or 0.0)
     return Work(
         name=step_name(launch),
         memory_bytes=memory,
-        l2_bytes=max(touched, from_l2),
+        l2_bytes=from_l2,
+        l2_requests=l2_requests(launch, from_l2),
         programs=programs,
         warps=warps,
         resident=resident,
@@ -162,7 +164,8 @@ def uncompiled_work(step: PlannedStep, gpu: Gpu, memory: float) -> Work:
     if not isinstance(step, Launch):
         return work
     asked = max(work.l2_bytes, tile_bytes(step) or 0.0)
-    return replace(work, l2_bytes=asked, programs=math.prod(step.grid))
+    requests = l2_requests(step, asked)
+    return replace(work, l2_bytes=asked, l2_requests=requests, programs=math.prod(step.grid))
 
 
 def matrix_flop(instruction: str) -> tuple[str, float, bool] | None:
@@ -249,14 +252,29 @@ def l2_bytes(launch: Launch, used: Resources) -> float:
     return float(requested) if tiled is None else min(float(requested), tiled)
 
 
+def l2_requests(launch: Launch, asked: float) -> float:
+    """Lines that L2 looks up for a launch's programs, which ask `asked` bytes of it: one for each that an access
+    touches. Warps of a program that fetch a row ahead together, and exchange what they write, touch a line together.
+    """
+    options = launch.constexprs
+    together = options.get("BLOCKS", 1) if options.get("PREFETCH") else 1
+    requests = asked / min(_pixel_bytes(launch) * together, LINE)
+    if options.get("PREFETCH") and options.get("BLOCKS") == 1:
+        requests += _bytes(launch.arguments[0]) / LINE
+    return requests
+
+
 def tile_bytes(launch: Launch) -> float | None:
-    """Distinct bytes of every program of a branch convolution, a gate or border sums, all together; None for others."""
+    """Distinct bytes of every program of a branch or merged convolution, a gate or border sums, all together; None for
+    others."""
     if launch.kernel.fn.__name__ == "gate_fwd_kernel":
         return _gate_tile_bytes(launch)
     if launch.kernel.fn.__name__ == "gated_select_fwd_kernel":
         return _gated_select_tile_bytes(launch)
     if launch.kernel.fn.__name__ == "border_sums_fwd_kernel":
         return _border_tile_bytes(launch)
+    if launch.kernel.fn.__name__ == "merged_conv_window_fwd_kernel":
+        return _merged_tile_bytes(launch)
     if "KERNELS" not in launch.constexprs or "CHANNEL_PROGRAMS" not in launch.kernel.arg_names:
         return None
     if has_phases(launch):
@@ -291,11 +309,28 @@ def _border_tile_bytes(launch: Launch) -> float:
     return float(_bytes(x) + x.shape[0] * named["TILES_W"] * _bytes(w) + _bytes(named["partial_ptr"]))
 
 
+def _merged_tile_bytes(launch: Launch) -> float:
+    """Every program reads its channels of a tile, as far as the taps of any branch reach, and all its weights."""
+    options = launch.constexprs
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    x, w, programs = named["x_ptr"], named["w_ptr"], named["CHANNEL_PROGRAMS"]
+    kernel = 2 * options["REACH"] + 1
+    pixels = math.prod(
+        int(_inputs_of_tiles(named[out], named[into], options[block], options[run], 1, kernel, 1, 1).sum())
+        for out, into, block, run in (("H", "H_IN", "BLOCK_H", "RUN_H"), ("W", "W_IN", "BLOCK_W", "RUN_W"))
+    )
+    pixel_bytes = cdiv(options["CHANNELS_CI"] * options["BLOCKS"] * x.element_size(), SECTOR) * SECTOR
+    others = sum(footprint(launch).values()) - _bytes(x) - _bytes(w)
+    weights = _bytes(w) * math.prod(launch.grid) / programs
+    return float(x.shape[0] * pixels * pixel_bytes * programs + weights + others)
+
+
 def _branch_tile_bytes(launch: Launch) -> float:
     options = launch.constexprs
     named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
     x, w, programs = named["x_ptr"], named["w_ptr"], named["CHANNEL_PROGRAMS"]
-    channels = options.get("CHANNELS_CI", options.get("BLOCK_C")) * options.get("BLOCKS_PER_PROGRAM", 1)
+    per_program = options.get("BLOCKS_PER_PROGRAM", options.get("BLOCKS", 1))
+    channels = options.get("CHANNELS_CI", options.get("BLOCK_C")) * per_program
     pixel_bytes = cdiv(channels * x.element_size(), SECTOR) * SECTOR
     branches = list(zip(options["KERNELS"], options["DILATIONS"], strict=True))
     common = options.get("SPACINGS", (1,) * len(branches))
