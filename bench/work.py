@@ -254,14 +254,30 @@ def l2_bytes(launch: Launch, used: Resources) -> float:
 
 def l2_requests(launch: Launch, asked: float) -> float:
     """Lines that L2 looks up for a launch's programs, which ask `asked` bytes of it: one for each that an access
-    touches. Warps of a program that fetch a row ahead together, and exchange what they write, touch a line together.
+    touches, of whole lines in kernels other than the convolutions.
+
+    Warps of a program that fetch a row ahead together read lines whole; that exchange what they write, write them so.
     """
     options = launch.constexprs
-    together = options.get("BLOCKS", 1) if options.get("PREFETCH") else 1
-    requests = asked / min(_pixel_bytes(launch) * together, LINE)
-    if options.get("PREFETCH") and options.get("BLOCKS") == 1:
+    pixel_bytes, warps = _pixel_bytes(launch), options.get("BLOCKS", 1)
+    written = _written_pixels(launch)
+    together = warps if options.get("PREFETCH") else 1
+    requests = (asked - written) / min(pixel_bytes * together, LINE) + written / min(
+        pixel_bytes * warps, LINE
+    )
+    if options.get("PREFETCH") and warps == 1 and math.isfinite(pixel_bytes):
         requests += _bytes(launch.arguments[0]) / LINE
     return requests
+
+
+def _written_pixels(launch: Launch) -> int:
+    """Bytes of the images that a convolution writes."""
+    if not math.isfinite(_pixel_bytes(launch)):
+        return 0
+    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    if launch.constexprs.get("TASK") in ("pool", "measure"):
+        return 0
+    return next((_bytes(named[name]) for name in ("out_ptr", "u_ptr", "v_ptr") if name in named), 0)
 
 
 def tile_bytes(launch: Launch) -> float | None:

@@ -1,6 +1,6 @@
 """The merged convolution by a window of rows, as `branch_conv_window`: 16 bits, groups to 16 channels, stride 1.
 
-A program builds one sample's weights of a channel block, tap by tap of the branches' common lattice, and holds them.
+A warp builds one sample's weights of a channel block, tap by tap of the branches' common lattice, and holds them.
 """
 
 import triton

@@ -14,7 +14,16 @@ from .branch_conv_column import column_tile
 from .branch_conv_stream import stream_tile
 from .config import ColumnConfig, ResidentConfig
 from .gate import gate_sample
-from .geometry import MAX_ITEMS, ConvShape, blocking, can_run, cdiv, next_power_of_2, resident_items
+from .geometry import (
+    MAX_ITEMS,
+    ConvShape,
+    blocking,
+    blocks_per_program,
+    can_run,
+    cdiv,
+    next_power_of_2,
+    resident_items,
+)
 from .launch import Launch
 from .tiling import SIZES, locate_tile
 
@@ -254,7 +263,7 @@ def unit_resident_fwd(
         x, w, unused if shift is None else shift, reduce_weight, gate_scale, gate_shift, select_weight,
         unused if select_bias is None else select_bias, partial, attention, v, state,
         n, h_in, w_in, h, w_out, shape.c_in, shape.c_out, d, *items.pool_tiles, *items.select_tiles,
-        layout.blocks // getattr(branch, "BLOCKS_PER_PROGRAM", 1),
+        layout.blocks // blocks_per_program(branch),
         items.gate, config.GATE_LAG, config.SELECT_LAG, turns,
         x.stride(0), x.stride(2), x.stride(3), *v.stride(), partial.stride(0), partial.stride(1),
     )  # fmt: skip

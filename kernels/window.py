@@ -116,8 +116,8 @@ def load_taps(w_ptr, first):
 
 @triton.jit
 def joined(values, FIRST: tl.constexpr, COUNT: tl.constexpr):
-    """COUNT entries of a tuple, a power of 2, from FIRST on: `[..., 2, 2, …]`, the lowest bit of the index last but for
-    the axes' order, which `joined_index` tells. Beyond the tuple's end stands its last entry again."""
+    """COUNT entries of a tuple, a power of 2, from FIRST on: `[..., 2, 2, …]`, the lowest bit of the index in the first
+    of the new axes. Beyond the tuple's end stands its last entry again."""
     if COUNT == 1:
         return values[min(FIRST, len(values) - 1)]
     else:
@@ -201,12 +201,15 @@ def sectors_ahead(
     the nearest that there is again: masks would take registers.
     """
     PIXELS: tl.constexpr = triton.next_power_of_2(BLOCK_W * RUN_W + 2 * REACH)
-    SECTORS: tl.constexpr = triton.next_power_of_2(triton.cdiv(CHANNELS, SECTOR))
+    # Channels that begin inside of a sector may end inside of one more.
+    SECTORS: tl.constexpr = triton.next_power_of_2(2 * triton.cdiv(CHANNELS, SECTOR) - CHANNELS // SECTOR)
     entry = tl.arange(0, BLOCK_N * BLOCK_H * PIXELS * SECTORS)
     strip = entry // (SECTORS * PIXELS)
     x = tile_w * (BLOCK_W * RUN_W) - REACH + entry // SECTORS % PIXELS
     x = tl.minimum(tl.maximum(x, 0), W_IN - 1)
-    channel = tl.minimum(program * CHANNELS + entry % SECTORS * SECTOR, C_IN - 1)
+    first = program * CHANNELS
+    channel = first // SECTOR * SECTOR + entry % SECTORS * SECTOR
+    channel = tl.minimum(channel, tl.minimum(first + CHANNELS, C_IN) - 1)
     sample = tl.minimum(strip // BLOCK_H, n_left - 1)
     y = tile_h * (BLOCK_H * RUN_H)
     if BLOCK_H > 1:
@@ -220,11 +223,11 @@ def rows_ahead(
     REACH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     RUN_H: tl.constexpr, RUN_W: tl.constexpr, CHANNELS_CI: tl.constexpr,
 ):  # fmt: skip
-    """What `prefetch_row` fetches of a tile's rows, for a program of BLOCKS warps; fetches those that the loop over
-    the rows does not."""
+    """What `prefetch_row` fetches of a tile's rows, of `n_left` samples, for a program of BLOCKS warps. Of one warp, it
+    fetches the first rows here: the loop begins with those after them."""
     if BLOCKS == 1:
         strip = strip_ahead(
-            x_ptr, program, tile_h, tile_w, tl.minimum(n_left, BLOCK_N), H_IN, W, stride_xn, stride_xh, stride_xw,
+            x_ptr, program, tile_h, tile_w, n_left, H_IN, W, stride_xn, stride_xh, stride_xw,
             BLOCK_H, BLOCK_W, RUN_H, RUN_W,
         )  # fmt: skip
         for i in tl.static_range(ROWS_INTO_L2):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .kernels.config import WindowConfig
 from .kernels.geometry import blocking
 from .kernels.lasting import lasting
 from .params import Branch, FrozenNorm, Gate, norms_of
@@ -187,7 +188,9 @@ def pack(
     merged = plan.merged_launch
     if merged is not None:
         conv = merged.conv
-        fields = (type(conv), conv.BLOCK_CI, conv.BLOCK_CO, conv.RUN_W, merged.border.ROWS)
+        shape = merged.branches if isinstance(conv, WindowConfig) else merged.shape
+        blocks = blocking(shape, conv).blocks
+        fields = (type(conv), conv.BLOCK_CI, conv.BLOCK_CO, conv.RUN_W, blocks, merged.border.ROWS)
         key = (plan.dtype, merged.branches, fields, h, w)
         return remember(cache, key, branches, gate, lambda: _pack_merged(plan, merged, h, w, branches, gate))
     if plan.schedule == "library":

@@ -46,6 +46,13 @@ WINDOWS = {
         5,
         9,
     ),
+    "fifteen channels a block": (
+        ConvShape(120, 120, 24, (3, 3), (1, 2)),
+        WindowConfig(16, 16, 1, 8, RUN_H=3, RUN_W=2, num_warps=4),
+        1,
+        5,
+        9,
+    ),
     "twelve channels a block": (
         ConvShape(48, 48, 4, (3, 3), (1, 2)),
         WindowConfig(16, 16, 1, 8, RUN_H=3, RUN_W=2, num_warps=4),
@@ -105,6 +112,12 @@ def bytes_of(tensor):
     return own.repeat_interleave(tensor.element_size())
 
 
+def sectors_of(own):
+    """Whether each byte lies in a sector that holds one of `own`."""
+    whole = torch.nn.functional.pad(own, (0, -len(own) % 32)).view(-1, 32)
+    return whole.any(1).repeat_interleave(32)[: len(own)]
+
+
 def in_memory_of(tensor, pieces):
     start = tensor.untyped_storage().data_ptr()
     return [piece for piece in pieces if start <= piece[0] < start + tensor.untyped_storage().nbytes()]
@@ -132,7 +145,10 @@ def test_a_window_of_rows_prefetches_all_that_it_loads(name):
         launch()
     # Two channel blocks prefetch for two of the four strips, each with what its kernels reach beyond it.
     loaded = x[:, :, :6] if name == "more strips than channel blocks" else x
-    assert torch.equal(marked(pieces, x), bytes_of(loaded))
+    wanted = bytes_of(loaded)
+    if config.num_warps > 1:
+        wanted = sectors_of(wanted)
+    assert torch.equal(marked(pieces, x), wanted)
 
 
 @pytest.mark.interpret

@@ -94,6 +94,15 @@ def test_a_window_asks_for_a_sector_of_a_line_unless_warps_do_so_together(blocks
 
 
 @needs_narrow_products
+def test_warps_write_lines_together_whatever_they_fetch():
+    problem = Problem(paper_unit(128), 8, 28, 28, torch.float16)
+    _, _, steps = sol.schedules_for(problem, CHIPS["sm_90"], ("recompute",))[0]
+    options = {**steps[-1].constexprs, "BLOCKS": 4, "PREFETCH": False}
+    written = 8 * 128 * 28 * 28 * 2
+    assert work.l2_requests(steps[-1]._replace(constexprs=options), 3.0 * written) == written * (2 / 32 + 1 / 128)
+
+
+@needs_narrow_products
 def test_rows_that_are_fetched_ahead_are_looked_up_once_more():
     problem = Problem(paper_unit(128), 8, 28, 28, torch.float16)
     _, _, steps = sol.schedules_for(problem, CHIPS["sm_90"], ("recompute",))[0]

@@ -16,7 +16,8 @@ from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.planned import unit_parameters
 from sk_triton.chips import chip_of
 from sk_triton.kernels.config import WindowConfig
-from sk_triton.packing import pack
+from sk_triton.launching import run_packed
+from sk_triton.packing import PackCache, pack
 from sk_triton.workload import Workload
 
 from .versions import needs_narrow_products
@@ -40,8 +41,6 @@ def in_warps(plan, num_warps):
 
 def outputs(spec, schedule, n, size, device, dtype, warps):
     """A unit's output with each number of warps."""
-    from sk_triton.launching import run_packed
-
     branches, gate = unit_parameters(
         spec, lambda *shape: 0.3 * torch.randn(shape, device=device, dtype=dtype)
     )
@@ -54,6 +53,22 @@ def outputs(spec, schedule, n, size, device, dtype, warps):
         with torch.no_grad():
             found.append(run_packed(own, x, pack(own, size, size, branches, gate, None), spec)[0])
     return found
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize(("unit", "schedule"), [(paper_unit, "recompute"), (seed_unit, "merged")])
+def test_weights_are_packed_anew_where_blocks_fill_up_programs(unit, schedule):
+    """Three channel blocks: a program of four warps reads the weights of a fourth."""
+    spec = unit(48, groups=12)
+    branches, gate = unit_parameters(spec, lambda *shape: 0.3 * torch.randn(shape).half())
+    x = torch.randn(2, 48, 6, 6).half().to(memory_format=torch.channels_last)
+    plan = plans.plan_schedule(schedule, Workload(spec, 2, 6, 6, x.dtype, chip_of(x.device), False))
+    cache, found = PackCache(), []
+    for own in (plan, in_warps(plan, 4), plan):
+        with torch.no_grad():
+            found.append(run_packed(own, x, pack(own, 6, 6, branches, gate, cache), spec)[0])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 UNITS = pytest.mark.parametrize(
@@ -117,4 +132,4 @@ def test_lines_are_written_whole(compiled):
 
 @pytest.mark.compile
 def test_rows_are_fetched_ahead(compiled):
-    assert not [row for row in compiled if not row["prefetches"]]
+    assert {row["task"] for row in compiled if not row["prefetches"]} == {"train"}
