@@ -42,6 +42,8 @@ LAUNCH_COLUMNS = (
     "commit",
     "unit",
     "shape",
+    "batch",
+    "dtype",
     "direction",
     "schedule",
     "position",
@@ -100,7 +102,7 @@ def measure(case: Case, schedule: str, device: torch.device, seed: int = 0) -> t
 
     Raises:
         NotApplicableError: the schedule cannot run the unit.
-        ValueError: nothing ran on a GPU.
+        ValueError: what runs is not sk_triton's kernels, or nothing ran on a GPU.
     """
     dtype, provider = DTYPES[case.dtype], Provider(unit_source(schedule), CHANNELS_LAST)
     with provider.scope():
@@ -110,14 +112,16 @@ def measure(case: Case, schedule: str, device: torch.device, seed: int = 0) -> t
         if case.direction == TRAINING:
             generator = torch.Generator().manual_seed(seed + GRADIENT_SEED)
             dv = torch.randn(x.shape, generator=generator).to(device, dtype)
-        runs = entrant.runs(x)
+        name = schedule if schedule == EAGER else _named(case, entrant.runs(x))
         call, _ = entrant.bind(x, dv)
-        times = medians(_profiled(call, device))
-    return (schedule if schedule == EAGER else _named(case, runs)), times
+        return name, medians(_profiled(call, device))
 
 
 def _named(case: Case, runs: str | None) -> str:
-    schedule = (runs or "").rpartition("/")[2]
+    """The schedule as the tables have it. Raises ValueError where something else than the kernels runs."""
+    backend, _, schedule = (runs or "").rpartition("/")
+    if backend != "triton":
+        raise ValueError(f"the unit must run on sk_triton's kernels, it runs on {runs}")
     return schedule if case.direction == INFERENCE else "train, branches saved"
 
 
@@ -159,7 +163,12 @@ def append(folder: Path, commit: str, case: Case, schedule: str, times: CallTime
         folder / "launches.csv",
         LAUNCH_COLUMNS,
         [
-            (commit, unit, shape, case.direction, schedule, position, name, round(duration, 2))
+            (
+                *(commit, unit, shape, case.batch, case.dtype, case.direction, schedule),
+                position,
+                name,
+                round(duration, 2),
+            )
             for position, (name, duration) in enumerate(times.kernels)
         ],
     )

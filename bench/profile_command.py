@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 FAILED, BAD_USAGE = 1, 2
-UNKNOWN_COMMIT = "unknown"
+UNKNOWN_COMMIT, DIRTY = "unknown", "-dirty"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
         console.print(f"sk-triton profile: {error}", markup=False, style="red", soft_wrap=True)
         return BAD_USAGE
     torch.cuda.set_device(device)
-    commit = (take_stamp(device).git_commit or UNKNOWN_COMMIT)[:9]
+    stamp = take_stamp(device)
+    commit = (stamp.git_commit or UNKNOWN_COMMIT)[:9] + (DIRTY if stamp.git_dirty else "")
     failed = False
     for case in cases(args):
         for schedule in args.schedules:

@@ -179,15 +179,15 @@ def strip_ahead(
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, RUN_H: tl.constexpr, RUN_W: tl.constexpr,
 ):  # fmt: skip
     """The strip whose rows a program of one warp fetches ahead, all channels, for the programs of all channel blocks of
-    its tile: (its first row, that row in the image, bytes of a row, whether there is one). `x_ptr` points to the tile's
-    first sample.
+    its tile: (its first row, that row in the image, bytes of a row, 0 where there is none). `x_ptr` points to the
+    tile's first sample.
     """
     sample = program // BLOCK_H
     y = (tile_h * BLOCK_H + program % BLOCK_H) * RUN_H
     x = tile_w * (BLOCK_W * RUN_W)
     ptr = x_ptr + (sample * tl.cast(stride_xn, tl.int64) + y * tl.cast(stride_xh, tl.int64) + x * stride_xw)
     size = tl.minimum(W - x, BLOCK_W * RUN_W) * stride_xw * (x_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    return ptr, y, size, (sample < n_left) & (y < H)
+    return ptr, y, tl.where((sample < n_left) & (y < H), size, 0)
 
 
 @triton.jit
@@ -226,8 +226,11 @@ def rows_ahead(
     """What `prefetch_row` fetches of a tile's rows, of `n_left` samples, for a program of BLOCKS warps. Of one warp, it
     fetches the first rows here: the loop begins with those after them."""
     if BLOCKS == 1:
+        # `n_left` is no more than BLOCK_N. Of several samples, pooling spills under Triton 3.9 unless it is told so
+        # again; of one, it spills if it is.
+        samples = tl.minimum(n_left, BLOCK_N) if BLOCK_N > 1 else n_left
         strip = strip_ahead(
-            x_ptr, program, tile_h, tile_w, n_left, H_IN, W, stride_xn, stride_xh, stride_xw,
+            x_ptr, program, tile_h, tile_w, samples, H_IN, W, stride_xn, stride_xh, stride_xw,
             BLOCK_H, BLOCK_W, RUN_H, RUN_W,
         )  # fmt: skip
         for i in tl.static_range(ROWS_INTO_L2):
@@ -246,10 +249,10 @@ def prefetch_row(ahead, r, row_stride, H_IN, REACH: tl.constexpr, BLOCKS: tl.con
     """In trip r of the loop over the rows, fetch what a later trip loads: three later into L2, where a program is one
     warp; the next one's into L1, by whole lines, where it is several."""
     if BLOCKS == 1:
-        ptr, y0, size, is_lead = ahead
+        ptr, y0, size = ahead
         later = r + ROWS_INTO_L2
         y = y0 + later + REACH
-        is_wanted = is_lead & (later < RUN_H) & (y >= 0) & (y < H_IN)
+        is_wanted = (size > 0) & (later < RUN_H) & (y >= 0) & (y < H_IN)
         prefetch_l2(ptr + (later + REACH) * row_stride, size, is_wanted)
     else:
         x_ptr, offs, y0 = ahead

@@ -8,6 +8,7 @@ import torch
 from rich.console import Console
 
 from sk_triton.bench import kernel_times, profile_command, unit_times
+from sk_triton.bench.entrant import Entrant
 from sk_triton.bench.kernel_times import CallTimes, Kernel, append, measure, medians
 from sk_triton.bench.shapes import INFERENCE, PAPER, SEED, TRAINING
 from sk_triton.cli import main
@@ -75,9 +76,9 @@ def test_the_tables_are_what_the_readme_reads(tmp_path):
     assert found[training].seconds == pytest.approx(900e-6)
     launches = (folder / "launches.csv").read_text().splitlines()
     assert launches[1:] == [
-        "0123456789,paper,256@28x28,inference,recompute,0,pool,40.0",
-        "0123456789,paper,256@28x28,inference,recompute,1,select,60.0",
-        '0123456789,paper,256@28x28,training,"train, branches saved",0,step,900.0',
+        "0123456789,paper,256@28x28,128,fp16,inference,recompute,0,pool,40.0",
+        "0123456789,paper,256@28x28,128,fp16,inference,recompute,1,select,60.0",
+        '0123456789,paper,256@28x28,128,fp16,training,"train, branches saved",0,step,900.0',
     ]
 
 
@@ -116,7 +117,7 @@ def test_a_call_and_its_kernels_are_printed():
     ("schedule", "direction", "name"),
     [
         ("eager", TRAINING, "eager"),
-        ("auto", INFERENCE, "folded"),
+        ("auto", INFERENCE, "recompute"),
         ("auto", TRAINING, "train, branches saved"),
     ],
 )
@@ -141,9 +142,32 @@ def test_what_is_profiled_is_the_call_of_the_benchmarks(schedule, direction, nam
         return [[Kernel("k", 0, 2)]]
 
     monkeypatch.setattr(kernel_times, "_profiled", profiled)
+    runs = "triton/train" if direction == TRAINING else "triton/recompute"
+    monkeypatch.setattr(Entrant, "runs", lambda entrant, x: runs)
     found, times = measure(case, schedule, torch.device("cpu"))
     assert (found, times.total) == (name, 2)
     assert results[0].shape == (2, 1024, 7, 7)
+
+
+@pytest.mark.parametrize("direction", [INFERENCE, TRAINING])
+def test_what_does_not_run_on_the_kernels_is_not_taken_for_them(direction):
+    arguments = [
+        "--stages",
+        "4",
+        "--units",
+        "paper",
+        "--batch",
+        "2",
+        "--dtype",
+        "fp32",
+        "--directions",
+        direction,
+    ]
+    (case,) = profile_command.cases(asked(*arguments))
+    with pytest.raises(
+        ValueError, match=r"must run on sk_triton's kernels, it runs on (torch/folded|reference/eager)"
+    ):
+        measure(case, "auto", torch.device("cpu"))
 
 
 @pytest.mark.gpu

@@ -99,7 +99,9 @@ def test_warps_write_lines_together_whatever_they_fetch():
     _, _, steps = sol.schedules_for(problem, CHIPS["sm_90"], ("recompute",))[0]
     options = {**steps[-1].constexprs, "BLOCKS": 4, "PREFETCH": False}
     written = 8 * 128 * 28 * 28 * 2
-    assert work.l2_requests(steps[-1]._replace(constexprs=options), 3.0 * written) == written * (2 / 32 + 1 / 128)
+    assert work.l2_requests(steps[-1]._replace(constexprs=options), 3.0 * written) == written * (
+        2 / 32 + 1 / 128
+    )
 
 
 @needs_narrow_products
