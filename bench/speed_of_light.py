@@ -39,12 +39,12 @@ from sk_triton.spec import SKSpec
 from sk_triton.workload import Workload
 
 from . import passes
+from .footprint import PlannedStep
 from .gpus import Gpu
 from .phases import counted, has_phases
 from .planned import planned_steps
 from .processes import compiling_processes
 from .work import (
-    PlannedStep,
     Work,
     convolution_work,
     launch_work,

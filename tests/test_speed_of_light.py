@@ -9,10 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from sk_triton.bench import l2, work
 from sk_triton.bench import speed_of_light as sol
-from sk_triton.bench import work
+from sk_triton.bench.footprint import footprint
 from sk_triton.bench.gpus import GPUS, Gpu, find_gpu
 from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.instructions import matrix_flop
 from sk_triton.bench.speed_of_light import ISSUE, L2, MATRIX, MEMORY, SHARED, Problem
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
@@ -90,7 +92,7 @@ def test_a_window_asks_for_a_sector_of_a_line_unless_warps_do_so_together(blocks
     problem = Problem(paper_unit(128), 8, 28, 28, torch.float16)
     _, _, steps = sol.schedules_for(problem, CHIPS["sm_90"], ("recompute",))[0]
     options = {**steps[0].constexprs, "BLOCKS": blocks, "PREFETCH": prefetch}
-    assert work.l2_requests(steps[0]._replace(constexprs=options), 1024.0) == 1024 / segment
+    assert l2.l2_requests(steps[0]._replace(constexprs=options), 1024.0) == 1024 / segment
 
 
 @needs_narrow_products
@@ -99,7 +101,7 @@ def test_warps_write_lines_together_whatever_they_fetch():
     _, _, steps = sol.schedules_for(problem, CHIPS["sm_90"], ("recompute",))[0]
     options = {**steps[-1].constexprs, "BLOCKS": 4, "PREFETCH": False}
     written = 8 * 128 * 28 * 28 * 2
-    assert work.l2_requests(steps[-1]._replace(constexprs=options), 3.0 * written) == written * (
+    assert l2.l2_requests(steps[-1]._replace(constexprs=options), 3.0 * written) == written * (
         2 / 32 + 1 / 128
     )
 
@@ -110,7 +112,7 @@ def test_rows_that_are_fetched_ahead_are_looked_up_once_more():
     _, _, steps = sol.schedules_for(problem, CHIPS["sm_90"], ("recompute",))[0]
     assert steps[0].constexprs["PREFETCH"]
     x_lines = 8 * 128 * 28 * 28 * 2 / 128
-    assert work.l2_requests(steps[0], 1024.0) == 1024 / 32 + x_lines
+    assert l2.l2_requests(steps[0], 1024.0) == 1024 / 32 + x_lines
 
 
 @needs_narrow_products
@@ -132,10 +134,10 @@ def test_tiles_of_the_merged_convolution_read_as_far_as_any_tap():
     named = dict(zip(conv.kernel.arg_names, conv.arguments, strict=False))
     read = n * sum(map(len, tiles.values())) * 128 * 2
     weights = named["w_ptr"].numel() * 2 * n * len(tiles)
-    once = sum(work.footprint(conv).values()) - sum(
+    once = sum(footprint(conv).values()) - sum(
         named[name].numel() * named[name].element_size() for name in ("x_ptr", "w_ptr")
     )
-    assert work.tile_bytes(conv) == read + weights + once
+    assert l2.tile_bytes(conv) == read + weights + once
 
 
 def test_the_processor_with_the_most_programs_decides():
@@ -174,7 +176,7 @@ def test_a_product_of_unknown_shape_has_no_tensor_time():
     ],
 )
 def test_flop_of_tensor_core_instructions(instruction, expected):
-    assert work.matrix_flop(instruction) == expected
+    assert matrix_flop(instruction) == expected
 
 
 @pytest.mark.parametrize(
@@ -270,14 +272,14 @@ def test_tiles_read_what_their_outputs_need(spec):
     u = named["out_ptr" if "out_ptr" in named else "u_ptr"]
     once = sum(t.numel() * t.element_size() for t in (named["shift_ptr"], u, named["partial_ptr"]))
     weights = named["w_ptr"].numel() * 2 * conv.grid[0] / programs
-    assert work.tile_bytes(conv) == read + weights + once
+    assert l2.tile_bytes(conv) == read + weights + once
 
 
 def test_copies_that_bypass_l1_count_in_full():
     _, _, steps = sol.schedules_for(Problem(paper_unit(128), 8, 28, 28, torch.float16), CHIPS["sm_90"])[0]
     asked = 10**6 * 16 * 64 * steps[0].grid[0]
-    assert work.l2_bytes(steps[0], resources({"LDGSTS.E.BYPASS.128": 10**6})) == asked
-    assert work.l2_bytes(steps[0], resources({"LDG.E.128": 10**6})) == work.tile_bytes(steps[0]) < asked
+    assert l2.l2_bytes(steps[0], resources({"LDGSTS.E.BYPASS.128": 10**6})) == asked
+    assert l2.l2_bytes(steps[0], resources({"LDG.E.128": 10**6})) == l2.tile_bytes(steps[0]) < asked
 
 
 CASES = [
