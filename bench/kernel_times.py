@@ -18,7 +18,7 @@ from .forms import CHANNELS_LAST
 from .providers import Provider, make_state
 from .shapes import INFERENCE, TRAINING, Case
 from .sources import Ours
-from .unit_times import EAGER, UNITS
+from .unit_times import EAGER, NAME, UNITS
 
 CALLS = 7
 WARM_UPS = 4
@@ -26,30 +26,9 @@ WARM_UPS = 4
 FLUSHED_BYTES = 256 << 20
 """Overwritten before each call: more than every L2."""
 
-UNIT_COLUMNS = (
-    "commit",
-    "unit",
-    "shape",
-    "batch",
-    "dtype",
-    "direction",
-    "schedule",
-    "kernels",
-    "sum_microseconds",
-    "span_microseconds",
-)
-LAUNCH_COLUMNS = (
-    "commit",
-    "unit",
-    "shape",
-    "batch",
-    "dtype",
-    "direction",
-    "schedule",
-    "position",
-    "kernel",
-    "microseconds",
-)
+CALL_COLUMNS = ("commit", "unit", "shape", "batch", "dtype", "direction", "schedule")
+UNIT_COLUMNS = (*CALL_COLUMNS, "kernels", "sum_microseconds", "span_microseconds")
+LAUNCH_COLUMNS = (*CALL_COLUMNS, "position", "kernel", "microseconds")
 
 
 class Kernel(NamedTuple):
@@ -149,29 +128,13 @@ def append(folder: Path, commit: str, case: Case, schedule: str, times: CallTime
     """Add a call to `units.csv` and `launches.csv` in `folder`, which are made where they are not there."""
     unit = next(name for name, subject in UNITS.items() if subject == case.subject)
     shape = f"{case.shape.channels}@{case.shape.height}x{case.shape.width}"
-    _append(
-        folder / "units.csv",
-        UNIT_COLUMNS,
-        [
-            (
-                *(commit, unit, shape, case.batch, case.dtype, case.direction, schedule, len(times.kernels)),
-                *(round(times.total, 1), round(times.span, 1)),
-            )
-        ],
-    )
-    _append(
-        folder / "launches.csv",
-        LAUNCH_COLUMNS,
-        [
-            (
-                *(commit, unit, shape, case.batch, case.dtype, case.direction, schedule),
-                position,
-                name,
-                round(duration, 2),
-            )
-            for position, (name, duration) in enumerate(times.kernels)
-        ],
-    )
+    call = (commit, unit, shape, case.batch, case.dtype, case.direction, schedule)
+    total, span = round(times.total, 1), round(times.span, 1)
+    _append(folder / NAME, UNIT_COLUMNS, [(*call, len(times.kernels), total, span)])
+    launches = [
+        (*call, position, name, round(duration, 2)) for position, (name, duration) in enumerate(times.kernels)
+    ]
+    _append(folder / "launches.csv", LAUNCH_COLUMNS, launches)
 
 
 def _append(path: Path, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

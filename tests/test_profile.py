@@ -29,6 +29,12 @@ def asked(*arguments):
     return parser.parse_args(arguments)
 
 
+def small_case(direction):
+    options = ("--stages", "4", "--units", "paper", "--batch", "2", "--dtype", "fp32", "--directions")
+    (case,) = profile_command.cases(asked(*options, direction))
+    return case
+
+
 def test_a_kernel_takes_the_median_of_its_durations():
     times = medians([call(("a", 10), ("b", d)) for d in (5, 1, 30)])
     assert times.kernels == (("a", 10), ("b", 5))
@@ -122,19 +128,7 @@ def test_a_call_and_its_kernels_are_printed():
     ],
 )
 def test_what_is_profiled_is_the_call_of_the_benchmarks(schedule, direction, name, monkeypatch):
-    arguments = [
-        "--stages",
-        "4",
-        "--units",
-        "paper",
-        "--batch",
-        "2",
-        "--dtype",
-        "fp32",
-        "--directions",
-        direction,
-    ]
-    (case,) = profile_command.cases(asked(*arguments))
+    case = small_case(direction)
     results = []
 
     def profiled(call, device):
@@ -151,19 +145,7 @@ def test_what_is_profiled_is_the_call_of_the_benchmarks(schedule, direction, nam
 
 @pytest.mark.parametrize("direction", [INFERENCE, TRAINING])
 def test_what_does_not_run_on_the_kernels_is_not_taken_for_them(direction):
-    arguments = [
-        "--stages",
-        "4",
-        "--units",
-        "paper",
-        "--batch",
-        "2",
-        "--dtype",
-        "fp32",
-        "--directions",
-        direction,
-    ]
-    (case,) = profile_command.cases(asked(*arguments))
+    case = small_case(direction)
     with pytest.raises(
         ValueError, match=r"must run on sk_triton's kernels, it runs on (torch/folded|reference/eager)"
     ):
