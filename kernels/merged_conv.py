@@ -10,11 +10,10 @@ import triton
 import triton.language as tl
 
 from .config import MergedConfig, WindowConfig
-from .geometry import ConvShape, blocking, can_run, cdiv, is_full, is_whole_height, known_stride, reach, tiles
+from .geometry import ConvShape, blocking, cdiv, is_whole_height, tiles
 from .launch import Launch
-from .merged_conv_window import merged_conv_window_fwd_kernel
-from .merging import branch_blocks, lattice_points, merged_shape, row_parts
-from .prefetch import can_prefetch
+from .merged_conv_window import merged_conv_window_fwd
+from .merging import branch_blocks, merged_shape, row_parts
 from .tiling import part_elements, right_operand, run_origin, widen
 
 # Input rows in flight beyond those that the current output needs.
@@ -281,7 +280,7 @@ def merged_conv_fwd(
     `shift [M, C_out]`, `attention [N, M, C_out]` fp32, contiguous. The merged weights are rounded to x's dtype.
     """
     if isinstance(config, WindowConfig):
-        return _window_launch(x, w, scale, shift, attention, v, branches, config)
+        return merged_conv_window_fwd(x, w, scale, shift, attention, v, branches, config)
     shape = merged_shape(branches)
     n, _, h_in, w_in = x.shape
     _, _, h, w_out = v.shape
@@ -340,62 +339,3 @@ def merged_conv_fwd(
         {"num_warps": config.num_warps, "num_stages": 1},
         (per_program,),
     )
-
-
-def _window_launch(
-    x: torch.Tensor,
-    w: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    attention: torch.Tensor,
-    v: torch.Tensor,
-    branches: ConvShape,
-    config: WindowConfig,
-) -> Launch:
-    if not can_run("select", branches, config) or x.element_size() != 2 or config.BLOCK_N > 1:
-        raise ValueError(
-            f"config: a window of rows merges 16-bit branches of stride 1, a sample a program; got {x.dtype}, "
-            f"{branches} and {config}"
-        )
-    n, _, h_in, w_in = x.shape
-    _, _, h, w_out = v.shape
-    layout = blocking(branches, config)
-    programs = layout.blocks // config.num_warps
-    tiles_h, tiles_w = tiles(branches, config, h, w_out)
-    points = lattice_points(branches)
-    extent_x = (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3) + branches.c_in
-    extent_v = (h - 1) * v.stride(2) + (w_out - 1) * v.stride(3) + branches.c_out * v.stride(1)
-    extent = max(extent_x, extent_v)
-    arguments = (
-        x, w, w if scale is None else scale, w if shift is None else shift, attention, v,
-        h_in, w_in, h, w_out, branches.c_in, branches.c_out, tiles_h, tiles_w, programs,
-        x.stride(0), x.stride(2), x.stride(3), v.stride(0), v.stride(1), v.stride(2), v.stride(3),
-    )  # fmt: skip
-    constexprs = {
-        "M": len(branches.kernels),
-        "TAPS": tuple(tap for _, taps in points for tap in taps),
-        "POINTS": tuple(offset for point, _ in points for offset in point),
-        "REACH": reach(branches),
-        "W_OFFSETS": layout.offsets,
-        "IS_EVEN_H": h % config.RUN_H == 0,
-        "IS_EVEN_W": w_out % config.RUN_W == 0,
-        "STRIDE_XW": known_stride(x.stride(3), branches.c_in, extent),
-        "STRIDE_VW": known_stride(v.stride(3), branches.c_out, extent),
-        "PREFETCH": config.PREFETCH and can_prefetch(x),
-        "BLOCKS": config.num_warps,
-        "CHANNELS_CI": layout.channels_ci,
-        "CHANNELS_CO": layout.channels_co,
-        "BLOCK_CI": config.BLOCK_CI,
-        "BLOCK_CO": config.BLOCK_CO,
-        "BLOCK_H": config.BLOCK_H,
-        "BLOCK_W": config.BLOCK_W,
-        "RUN_H": config.RUN_H,
-        "RUN_W": config.RUN_W,
-        "HAS_SCALE": scale is not None,
-        "HAS_SHIFT": shift is not None,
-        "HAS_CHANNEL_MASK": not is_full(branches, config),
-        "IS_LARGE": extent >= 2**31,
-    }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    grid = (n * tiles_h * tiles_w * programs,)
-    return Launch(merged_conv_window_fwd_kernel, grid, arguments, constexprs, options, (config.RUN_H,))

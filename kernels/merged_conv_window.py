@@ -3,9 +3,15 @@
 A warp builds one sample's weights of a channel block, tap by tap of the branches' common lattice, and holds them.
 """
 
+import torch
 import triton
 import triton.language as tl
 
+from .config import WindowConfig
+from .geometry import ConvShape, blocking, can_run, is_full, known_stride, reach, tiles
+from .launch import Launch
+from .merging import lattice_points
+from .prefetch import can_prefetch
 from .tiling import locate_tile, widen
 from .window import (
     block_channels,
@@ -154,3 +160,67 @@ def merged_conv_window_fwd_kernel(
                 mask_r = mask_out & (y0 + r < H)[None, :]
             store_row(v_ptrs + r * tl.cast(stride_vh, tl.int64), row, mask_r, x0, W, stride_vw, IS_EVEN_W, 2)
         window = without_first(window, WIDTH)
+
+
+def merged_conv_window_fwd(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    attention: torch.Tensor,
+    v: torch.Tensor,
+    branches: ConvShape,
+    config: WindowConfig,
+) -> Launch:
+    """As `merged_conv.merged_conv_fwd`, by a window of rows.
+
+    Raises:
+        ValueError: other than 16 bits, a stride, groups or tiles that windows do not take.
+    """
+    if not can_run("select", branches, config) or x.element_size() != 2 or config.BLOCK_N > 1:
+        raise ValueError(
+            f"config: a window of rows merges 16-bit branches of stride 1, a sample a program; got {x.dtype}, "
+            f"{branches} and {config}"
+        )
+    n, _, h_in, w_in = x.shape
+    _, _, h, w_out = v.shape
+    layout = blocking(branches, config)
+    programs = layout.blocks // config.num_warps
+    tiles_h, tiles_w = tiles(branches, config, h, w_out)
+    points = lattice_points(branches)
+    extent_x = (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3) + branches.c_in
+    extent_v = (h - 1) * v.stride(2) + (w_out - 1) * v.stride(3) + branches.c_out * v.stride(1)
+    extent = max(extent_x, extent_v)
+    arguments = (
+        x, w, w if scale is None else scale, w if shift is None else shift, attention, v,
+        h_in, w_in, h, w_out, branches.c_in, branches.c_out, tiles_h, tiles_w, programs,
+        x.stride(0), x.stride(2), x.stride(3), v.stride(0), v.stride(1), v.stride(2), v.stride(3),
+    )  # fmt: skip
+    constexprs = {
+        "M": len(branches.kernels),
+        "TAPS": tuple(tap for _, taps in points for tap in taps),
+        "POINTS": tuple(offset for point, _ in points for offset in point),
+        "REACH": reach(branches),
+        "W_OFFSETS": layout.offsets,
+        "IS_EVEN_H": h % config.RUN_H == 0,
+        "IS_EVEN_W": w_out % config.RUN_W == 0,
+        "STRIDE_XW": known_stride(x.stride(3), branches.c_in, extent),
+        "STRIDE_VW": known_stride(v.stride(3), branches.c_out, extent),
+        "PREFETCH": config.PREFETCH and can_prefetch(x),
+        "BLOCKS": config.num_warps,
+        "CHANNELS_CI": layout.channels_ci,
+        "CHANNELS_CO": layout.channels_co,
+        "BLOCK_CI": config.BLOCK_CI,
+        "BLOCK_CO": config.BLOCK_CO,
+        "BLOCK_H": config.BLOCK_H,
+        "BLOCK_W": config.BLOCK_W,
+        "RUN_H": config.RUN_H,
+        "RUN_W": config.RUN_W,
+        "HAS_SCALE": scale is not None,
+        "HAS_SHIFT": shift is not None,
+        "HAS_CHANNEL_MASK": not is_full(branches, config),
+        "IS_LARGE": extent >= 2**31,
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    grid = (n * tiles_h * tiles_w * programs,)
+    return Launch(merged_conv_window_fwd_kernel, grid, arguments, constexprs, options, (config.RUN_H,))
