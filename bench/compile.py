@@ -6,6 +6,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
 
 from sk_triton.kernels.launch import Launch
 
@@ -38,13 +40,6 @@ SHARED_LIMIT = {
     "sm_100": 227 * 1024,
     "sm_120": 99 * 1024,
     "gfx942": 64 * 1024,
-}
-_TRITON_TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.int32: "i32",
-    torch.int64: "i64",
 }
 
 
@@ -85,46 +80,59 @@ class Resources:
         return found
 
 
+class _AbsentChip:
+    """A driver of a chip that need not be there: Triton compiles for it and can run nothing."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_device(self) -> GPUTarget:
+        """What compiled kernels are kept by."""
+        return self.target
+
+    def get_current_stream(self, device: GPUTarget) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+@contextmanager
+def _compiling_for(target: str) -> Iterator[None]:
+    try:
+        before = driver.active
+    except RuntimeError:  # there is no GPU
+        before = None
+    driver.set_active(_AbsentChip(TARGETS[target]))
+    try:
+        yield
+    finally:
+        driver.set_active(before)
+
+
+def jit_compiled(launch: Launch, target: str) -> Any:
+    """What Triton's JIT compiles where a launch is started on a chip, on aligned tensors: it finds this in its cache
+    then. Tensors may be on the meta device."""
+    arguments = (_small(argument) for argument in launch.arguments)
+    with _compiling_for(target):
+        return launch.kernel.warmup(
+            *arguments, grid=launch.grid, **launch.constexprs, **launch.compile_options
+        )
+
+
 def compile_launch(launch: Launch, target: str) -> Resources:
-    """Compile one launch as the JIT would specialise it for its arguments (tensors may be on the meta device)."""
-    kernel, constexprs = launch.kernel, launch.constexprs
-    signature: dict[str, str | tuple[str, ...]] = {}
-    aligned: dict[tuple[int, ...], list] = {}
-    values = dict(constexprs)
-    names = kernel.arg_names
-    for i, (name, value) in enumerate(zip(names, launch.arguments, strict=False)):
-        if isinstance(value, torch.Tensor):
-            signature[name] = _pointer(value)
-            aligned[(i,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, tuple):
-            signature[name] = tuple(map(_pointer, value))
-            aligned |= {(i, j): [["tt.divisibility", 16]] for j in range(len(value))}
-        elif isinstance(value, float):
-            signature[name] = "fp32"
-        elif kernel.params[i].do_not_specialize:
-            signature[name] = "i64" if value >= 2**31 else "i32"
-        elif value == 1:
-            values[name] = 1
-        else:
-            signature[name] = "i64" if value >= 2**31 else "i32"
-            if value % 16 == 0:
-                aligned[(i,)] = [["tt.divisibility", 16]]
-    for name in values:
-        signature[name] = "constexpr"
-    source = ASTSource(
-        fn=kernel,
-        signature={name: signature[name] for name in names},
-        constexprs={(names.index(name),): value for name, value in values.items()},
-        attrs=aligned,
-    )
-    compiled = triton.compile(source, target=TARGETS[target], options=launch.compile_options)
+    """Compile one launch as :func:`jit_compiled`, and read its resources."""
+    compiled = jit_compiled(launch, target)
     if target.startswith("gfx"):
         return _read_amdgcn(compiled, target)
     return _read_cubin(compiled, target, launch.trips)
 
 
-def _pointer(tensor: torch.Tensor) -> str:
-    return "*" + _TRITON_TYPES[tensor.dtype]
+def _small(argument: object) -> object:
+    """A tensor in memory in place of one that has none, alone or in a tuple."""
+    if isinstance(argument, tuple):
+        return tuple(map(_small, argument))
+    return torch.empty(64, dtype=argument.dtype) if isinstance(argument, torch.Tensor) else argument
 
 
 def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources:
