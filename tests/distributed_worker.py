@@ -1,5 +1,6 @@
 """One of two processes that train a unit together: run as a script by test_distributed.py."""
 
+import os
 import sys
 
 import torch
@@ -61,6 +62,9 @@ def main(folder, rank, kind):
     found = {"synchronized": synchronized, "sharded": sharded}[kind](rank)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
+    # Not through the interpreter's end: tensors that threads of gloo let go of after it abort the process
+    # (pytorch/pytorch#179291).
+    os._exit(0)
 
 
 if __name__ == "__main__":
