@@ -131,7 +131,7 @@ def merged_conv_window_fwd_kernel(
     window = empty_window(2 * REACH * WIDTH, BLOCKS * BLOCK_P, BLOCK_CI)
     for r in range(-2 * REACH, RUN_H):
         if PREFETCH:
-            prefetch_row(ahead, r, row_stride, H_IN, REACH, BLOCKS, RUN_H)
+            prefetch_row(ahead, r, row_stride, H_IN, REACH, BLOCKS, 1, RUN_H)
         window = window + load_row(
             x_ptrs, (r + REACH) * row_stride, stride_xw, by_lane(y0) + (r + REACH), by_lane(x0), mask_x, H_IN, W_IN,
             REACH, RUN_W, IS_EVEN_W,

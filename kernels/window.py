@@ -193,28 +193,26 @@ def strip_ahead(
 @triton.jit
 def sectors_ahead(
     x_ptr, program, tile_h, tile_w, n_left, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
-    REACH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    REACH: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     RUN_H: tl.constexpr, RUN_W: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """What a program of several warps, CHANNELS channels, reads of one row of each of its strips, in sectors: (the
-    tile's first sample, offsets to the strips' first rows, those rows in the image). Where there is nothing to read,
-    the nearest that there is again: masks would take registers.
+    """What a program of several warps, CHANNELS channels, reads of one row of each strip of a sample, in sectors: (the
+    tile's first sample, offsets to the strips' first rows, those rows in the image, how many samples there are, and how
+    far apart). Where there is no pixel or channel, the nearest that there is again: masks would take registers.
     """
     PIXELS: tl.constexpr = triton.next_power_of_2(BLOCK_W * RUN_W + 2 * REACH)
     # Channels that begin inside of a sector may end inside of one more.
     SECTORS: tl.constexpr = triton.next_power_of_2(2 * triton.cdiv(CHANNELS, SECTOR) - CHANNELS // SECTOR)
-    entry = tl.arange(0, BLOCK_N * BLOCK_H * PIXELS * SECTORS)
-    strip = entry // (SECTORS * PIXELS)
+    entry = tl.arange(0, BLOCK_H * PIXELS * SECTORS)
     x = tile_w * (BLOCK_W * RUN_W) - REACH + entry // SECTORS % PIXELS
     x = tl.minimum(tl.maximum(x, 0), W_IN - 1)
     first = program * CHANNELS
     channel = first // SECTOR * SECTOR + entry % SECTORS * SECTOR
     channel = tl.minimum(channel, tl.minimum(first + CHANNELS, C_IN) - 1)
-    sample = tl.minimum(strip // BLOCK_H, n_left - 1)
     y = tile_h * (BLOCK_H * RUN_H)
     if BLOCK_H > 1:
-        y += strip % BLOCK_H * RUN_H
-    return x_ptr, sample * stride_xn + y * stride_xh + x * stride_xw + channel, y
+        y += entry // (SECTORS * PIXELS) * RUN_H
+    return x_ptr, y * stride_xh + x * stride_xw + channel, y, n_left, stride_xn
 
 
 @triton.jit
@@ -235,17 +233,20 @@ def rows_ahead(
         )  # fmt: skip
         for i in tl.static_range(ROWS_INTO_L2):
             r = i - ROWS_INTO_L2 - 2 * REACH
-            prefetch_row(strip, r, tl.cast(stride_xh, tl.int64), H_IN, REACH, BLOCKS, RUN_H)
+            prefetch_row(strip, r, tl.cast(stride_xh, tl.int64), H_IN, REACH, BLOCKS, BLOCK_N, RUN_H)
         return strip
     else:
         return sectors_ahead(
             x_ptr, program, tile_h, tile_w, n_left, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
-            REACH, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, BLOCKS * CHANNELS_CI,
+            REACH, BLOCK_H, BLOCK_W, RUN_H, RUN_W, BLOCKS * CHANNELS_CI,
         )  # fmt: skip
 
 
 @triton.jit
-def prefetch_row(ahead, r, row_stride, H_IN, REACH: tl.constexpr, BLOCKS: tl.constexpr, RUN_H: tl.constexpr):
+def prefetch_row(
+    ahead, r, row_stride, H_IN,
+    REACH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, RUN_H: tl.constexpr,
+):  # fmt: skip
     """In trip r of the loop over the rows, fetch what a later trip loads: three later into L2, where a program is one
     warp; the next one's into L1, by whole lines, where it is several."""
     if BLOCKS == 1:
@@ -255,7 +256,10 @@ def prefetch_row(ahead, r, row_stride, H_IN, REACH: tl.constexpr, BLOCKS: tl.con
         is_wanted = (size > 0) & (later < RUN_H) & (y >= 0) & (y < H_IN)
         prefetch_l2(ptr + (later + REACH) * row_stride, size, is_wanted)
     else:
-        x_ptr, offs, y0 = ahead
+        x_ptr, offs, y0, n_left, stride_xn = ahead
         row = r + 1 + REACH
         is_wanted = (r + 1 < RUN_H) & (y0 + row >= 0) & (y0 + row < H_IN)
-        prefetch_l1(x_ptr + row * row_stride + offs, is_wanted)
+        # One after the other: offsets into all samples would take a register each.
+        for i in tl.static_range(BLOCK_N):
+            sample_ptr = x_ptr + (tl.minimum(i, n_left - 1) * tl.cast(stride_xn, tl.int64) + row * row_stride)
+            prefetch_l1(sample_ptr + offs, is_wanted)

@@ -25,7 +25,7 @@ def grad_config(
     candidates: tuple[GradConfig, ...] = (
         GradStreamConfig(4, 1, STREAM_WARPS),
         GradStreamConfig(4, 1),
-        GradWideConfig(4, 1, _data_rows(shape), PREFETCH=chip.name in PREFETCHING),
+        GradWideConfig(_weight_rows(h), 1, _data_rows(shape), PREFETCH=chip.name in PREFETCHING),
     )
     for config in candidates:
         if can_run_grad(shape, dtype, config, w) is None:
@@ -36,6 +36,12 @@ def grad_config(
             strips = max(1, per_processor * chip.processors // pieces)
             return replace(config, TILES_PER_PROGRAM=cdiv(n * tiles_h * tiles_w, strips))
     return None
+
+
+def _weight_rows(h: int) -> int:
+    """Rows of a tile of the wide weight gradients of images of `h` rows: 5 % faster at 512@14² on an H100 where they
+    divide them, 2 to 7 % slower at 28 rows, which both 4 and 7 divide."""
+    return 7 if h % 4 and h % 7 == 0 else 4
 
 
 def _data_rows(shape: ConvShape) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from math import prod
 
 import torch
 
@@ -37,6 +38,13 @@ BUILD_COST = 400
 MIN_PREFETCHED_ROWS = 8
 # Of a strip: taller ones repeat fewer rows, and leave fewer programs.
 MAX_ROWS = 56
+# Warps of a program that fetches rows ahead, by task: the fastest of 1, 2 and 4 on an H100 in stages 1 to 3 of
+# SKNet-50, or within 3 % of it. Tasks that are not here were not measured.
+WARPS = {"pool": 2, "select": 2, "train": 4}
+# Triton from which on prefetch spills beside bf16 moments of more than two samples.
+SPILLING_MOMENTS = (3, 9)
+# Warps for each processor from which on a program takes several of them.
+BUSY_WARPS = 4
 
 
 def takes_window(shape: ConvShape, chip: Chip) -> bool:
@@ -71,13 +79,31 @@ def window_candidates(
                 RUN_H=run_h,
                 RUN_W=run_w,
                 HOLD_WEIGHTS=hold,
-                # Beside moments, whose registers leave none for the weights, it cost 6 % at 128@56² on an H100.
-                PREFETCH=chip.name in PREFETCHING and task != "train",
+                # Beside moments one warp alone gains nothing by it.
+                PREFETCH=chip.name in PREFETCHING and not is_measured,
             )
             for run_h, block_n, block_w in product(_heights(h), (1, 2, 4, 8), (1, 2, 4, 8))
             if block_n * block_w <= LANES
         ]
     return found
+
+
+def in_warps(
+    config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, task: str, chip: Chip
+) -> WindowConfig:
+    """`config` with the warps a program that do `task` fastest, if full channel blocks fill such programs and there are
+    enough of them."""
+    layout = blocking(shape, config)
+    is_full = layout.channels_ci == layout.channels_co == BLOCK
+    if chip.name not in PREFETCHING or task not in WARPS or not is_full:
+        return config
+    if _tiles(config, shape, n, h, w) * layout.blocks < BUSY_WARPS * chip.processors:
+        return config
+    warps = next((warps for warps in (WARPS[task], 2) if layout.blocks % warps == 0), 1)
+    if warps == 1:
+        return config
+    is_spilling = task == "train" and dtype == torch.bfloat16 and triton_version() >= SPILLING_MOMENTS
+    return replace(config, num_warps=warps, PREFETCH=not is_spilling or config.BLOCK_N <= 2)
 
 
 def without_large_spills(configs: list[BranchConfig], task: str) -> list[BranchConfig]:
@@ -119,11 +145,15 @@ def _cost(
     loads = 4 * (config.RUN_W + 2 * far)
     row = products * config.RUN_W + loads + 24
     work = config.RUN_H * row + 2 * far * loads + 150 + start
-    tiles_h, tiles_w = tiles(shape, config, h, w)
-    programs = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w * blocking(shape, config).blocks
+    programs = _tiles(config, shape, n, h, w) * blocking(shape, config).blocks
     at_once = 8 * chip.processors
     # A sample's tiles are summed one after the other.
-    return max(programs / at_once, cdiv(programs, at_once) * 0.9) * work + TILE_COST * tiles_h * tiles_w
+    own_tiles = _tiles(config, shape, 1, h, w)
+    return max(programs / at_once, cdiv(programs, at_once) * 0.9) * work + TILE_COST * own_tiles
+
+
+def _tiles(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int) -> int:
+    return cdiv(n, config.BLOCK_N) * prod(tiles(shape, config, h, w))
 
 
 def merged_window_candidates(branches: ConvShape, h: int, chip: Chip) -> list[WindowConfig]:

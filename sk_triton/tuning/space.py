@@ -50,13 +50,13 @@ def branch_configs(
     """Of branch convolutions: the analytic candidates, their variants, and the tap formulation where it can run."""
     tiled = analytic.branch_candidates(shape, h, dtype, allow_tf32, chip, task)
     taps = analytic.tap_candidates(shape, dtype == torch.float32 and not allow_tf32, dtype)
-    variants = [variant for config in tiled for variant in _variants(shape, config)]
+    variants = [variant for config in tiled for variant in _variants(shape, config, chip)]
     return [config for config in dict.fromkeys((*tiled, *variants, *taps)) if can_run(task, shape, config)]
 
 
-def _variants(shape: ConvShape, config: BranchConfig) -> list[BranchConfig]:
+def _variants(shape: ConvShape, config: BranchConfig, chip: Chip) -> list[BranchConfig]:
     if isinstance(config, WindowConfig):
-        return list(_window_variants(shape, config))
+        return list(_window_variants(shape, config, chip))
     if type(config) is StreamConfig and config.BLOCK_CO == 8:
         return [replace(config, BLOCKS_PER_PROGRAM=count) for count in (1, 2)]
     if isinstance(config, HeldConfig):
@@ -68,13 +68,14 @@ def _variants(shape: ConvShape, config: BranchConfig) -> list[BranchConfig]:
     return []
 
 
-def _window_variants(shape: ConvShape, config: WindowConfig) -> Iterable[WindowConfig]:
-    """Without prefetch; and with a warp for each of as many channel blocks, side by side, as fill whole programs."""
+def _window_variants(shape: ConvShape, config: WindowConfig, chip: Chip) -> Iterable[WindowConfig]:
+    """With and without prefetch, with one warp and with one for each of as many channel blocks, side by side, as fill
+    whole programs."""
     blocks = blocking(shape, config).blocks
-    warps = next((warps for warps in (4, 2) if blocks % warps == 0), 1)
-    for num_warps, prefetch in product(dict.fromkeys((1, warps)), dict.fromkeys((config.PREFETCH, False))):
+    prefetches = (True, False) if chip.name in PREFETCHING else (False,)
+    for num_warps, prefetch in product((1, 2, 4), prefetches):
         variant = replace(config, num_warps=num_warps, PREFETCH=prefetch)
-        if variant != config:
+        if variant != config and blocks % num_warps == 0:
             yield variant
 
 
@@ -183,7 +184,9 @@ def merged_configs(
     found: list[MergedConfig | WindowConfig] = []
     if dtype.itemsize == 2 and takes_window(branches, chip):
         windows = merged_window_candidates(branches, h, chip)
-        found += [variant for config in windows for variant in (config, *_window_variants(branches, config))]
+        found += [
+            variant for config in windows for variant in (config, *_window_variants(branches, config, chip))
+        ]
     for config in analytic_merged.merged_candidates(shape, h, dtype, chip):
         count = math.prod(tiles(shape, config, h, w))
         walks = (*(1 << i for i in range(count.bit_length())), count)
