@@ -134,7 +134,7 @@ def update(path: Path) -> list[Path]:
     evidence, units = load_evidence(root), load_units(root)
     filled = fill(text, evidence, units)
     written = [plots.save_picture(draw(file.times), root / file.picture) for file in units]
-    for item in _shown(evidence):
+    for item in _pictured(_shown(evidence)):
         drawn = plots.pictures(item.run)
         for name in picture_names(item):
             written.append(plots.save_picture(drawn[name](), root / item.folder / f"{item.stem}-{name}.png"))
@@ -153,16 +153,25 @@ def picture_names(item: Evidence) -> list[str]:
 
 
 def _shown(evidence: Sequence[Evidence]) -> list[Evidence]:
-    """The GPUs' results, or without one the CPU's; layers first."""
+    """The GPUs' results, or without one the CPU's; layers first, of a suite the newest first."""
     on_gpu = [item for item in evidence if item.run.stamp.device_type != "cpu"]
-    return sorted(on_gpu or evidence, key=lambda item: (item.run.suite != "layer", item.path))
+    newest_first = sorted(on_gpu or evidence, key=lambda item: item.run.stamp.date, reverse=True)
+    return sorted(newest_first, key=lambda item: (item.run.suite != "layer", item.run.suite))
+
+
+def _pictured(shown: list[Evidence]) -> list[Evidence]:
+    """Those of `shown` that pictures are linked of: the newest of each suite and device."""
+    newest: dict[tuple[str, str], Evidence] = {}
+    for item in shown:
+        newest.setdefault((item.run.suite, item.run.stamp.device), item)
+    return list(newest.values())
 
 
 def _plots(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
     """The first picture as it is, the others folded away; before a CPU's, those of units on GPUs."""
     links = [
         f"![{item.run.suite} on {item.run.stamp.device}: {name}]({item.folder}/{item.stem}-{name}.png)"
-        for item in shown
+        for item in _pictured(shown)
         for name in picture_names(item)
     ]
     is_cpu = shown[0].run.stamp.device_type == "cpu"
@@ -209,7 +218,7 @@ def _losses(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
         lost = losses(comparisons(item.run))
         count = losses_count(comparisons(item.run))
         parts.append(
-            f"On {item.run.stamp.device} we lose in {count} of {item.run.suite}{':' if lost else '.'}"
+            f"On {item.run.stamp.device} we lose in {count} of [{item.stem}]({item.path}){':' if lost else '.'}"
         )
         if lost:
             parts.append("\n".join(f"- {line}" for line in lost))

@@ -29,8 +29,8 @@ PRECISIONS = {
     "fp32": (torch.float32, False),
 }
 RESULTS = Path(__file__).parent / "results"
-FILES = ("layer.json", "layer-cuda.json")
-"""Names under which suite "layer" of a GPU is committed, in a folder per GPU."""
+FILES = "*/layer*.json"
+"""What results of suite "layer" are committed as, in a folder per GPU."""
 SCHEDULES_AND_PEERS = (*SCHEDULES, sol.EAGER, sol.COMPILED, sol.FLOOR)
 
 
@@ -56,7 +56,7 @@ Seconds = dict[Case, dict[str, float]]
 
 
 def committed(gpu: Gpu, unit: str, dtype: str) -> Seconds:
-    """What is committed for a GPU: units measured launch by launch, and the results of suite "layer".
+    """What is committed for a GPU: units measured launch by launch, and the newest of each case of suite "layer".
 
     Raises:
         ValueError: a results file cannot be read.
@@ -65,8 +65,7 @@ def committed(gpu: Gpu, unit: str, dtype: str) -> Seconds:
     for path in sorted(RESULTS.glob(f"*/{unit_times.NAME}")):
         if _is(gpu, path.parent.name):
             seconds |= unit_times.schedule_seconds(unit_times.load(path), unit, dtype)
-    for path in sorted(path for name in FILES for path in RESULTS.glob(f"*/{name}")):
-        found = results.load(path)
+    for found in sorted(map(results.load, RESULTS.glob(FILES)), key=lambda run: run.stamp.date):
         if found.stamp.device_type == "cuda" and found.sound and _is(gpu, found.stamp.device):
             seconds |= seconds_of(found, unit, dtype)
     return seconds

@@ -109,7 +109,7 @@ def test_the_readme_shows_gpu_results_where_there_are_any():
 def test_the_readme_lists_the_cases_that_are_lost():
     lost = slowed(small(), 30, lambda record: record.ours and record.case.batch == 8)
     text = readme.render("losses", evidence(lost))
-    assert "we lose in 2 of 4 cases of layer:" in text
+    assert "we lose in 2 of 4 cases of [layer-cuda](bench/results/cuda/layer-cuda.json):" in text
     assert text.count("\n- ") == 2
     assert text.count(" batch 8 ") == 2
 
@@ -121,6 +121,17 @@ def test_the_readme_shows_one_dtype_and_links_the_data():
     assert all(link.endswith("fp16") for link in links)
     assert "(bench/results/cuda/layer-cuda.json)" in readme.render("results", items)
     assert export.markdown_table(items[0].run).strip() in readme.render("results", items)
+
+
+def test_the_readme_pictures_the_newest_of_a_suite_and_lists_all():
+    old, new = (
+        readme.Evidence(f"bench/results/cuda/{name}.json", small(batches=(8,), stamp=a_stamp(date=date)))
+        for name, date in (("a", "2026-11-01T00:00:00+00:00"), ("b", "2026-11-02T00:00:00+00:00"))
+    )
+    plots, tables = (readme.render(section, [old, new]) for section in ("plots", "results"))
+    assert "/b-speed" in plots
+    assert "/a-" not in plots
+    assert 0 < tables.index("/b.json") < tables.index("/a.json")
 
 
 @pytest.mark.parametrize(
