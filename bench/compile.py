@@ -114,10 +114,9 @@ def jit_compiled(launch: Launch, target: str) -> Any:
     """What Triton's JIT compiles where a launch is started on a chip, on aligned tensors: it finds this in its cache
     then. Tensors may be on the meta device."""
     arguments = (_small(argument) for argument in launch.arguments)
+    options = launch.options_for(is_amd=target.startswith("gfx"))
     with _compiling_for(target):
-        return launch.kernel.warmup(
-            *arguments, grid=launch.grid, **launch.constexprs, **launch.compile_options
-        )
+        return launch.kernel.warmup(*arguments, grid=launch.grid, **launch.constexprs, **options)
 
 
 def compile_launch(launch: Launch, target: str) -> Resources:

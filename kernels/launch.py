@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 
 class Launch(NamedTuple):
     """`kernel[grid](*arguments, **constexprs, **options)`; calling it runs it.
@@ -28,8 +30,16 @@ class Launch(NamedTuple):
 
     @property
     def compile_options(self) -> dict[str, Any]:
-        """Options for Triton's compiler. Fused multiply-adds are asked for: Triton 3.10 leaves them out by default."""
-        return {**self.options, "enable_fp_fusion": True}
+        """Options for Triton's compiler, on the GPUs that this PyTorch is built for."""
+        return self.options_for(is_amd=torch.version.hip is not None)
+
+    def options_for(self, *, is_amd: bool) -> dict[str, Any]:
+        """Options for Triton's compiler. Fused multiply-adds are asked for: Triton 3.10 leaves them out by default. For
+        AMD's chips a limit of registers is refused."""
+        options = {**self.options, "enable_fp_fusion": True}
+        if is_amd:
+            options.pop("maxnreg", None)
+        return options
 
 
 def flat(arguments: Iterable[Any]) -> Iterator[Any]:

@@ -39,12 +39,10 @@ MIN_PREFETCHED_ROWS = 8
 # Of a strip: taller ones repeat fewer rows, and leave fewer programs.
 MAX_ROWS = 56
 # Warps of a program that fetches rows ahead, by task: the fastest of 1, 2 and 4 on an H100 in stages 1 to 3 of
-# SKNet-50, or within 3 % of it. Tasks that are not here were not measured.
-WARPS = {"pool": 2, "select": 2, "train": 4}
+# SKNet-50, or within 3 % of it; to store, which was not measured, as in training, which takes moments besides.
+WARPS = {"pool": 2, "select": 2, "train": 4, "store": 4}
 # Triton from which on prefetch spills beside bf16 moments of more than two samples.
 SPILLING_MOMENTS = (3, 9)
-# Warps for each processor from which on a program takes several of them.
-BUSY_WARPS = 4
 
 
 def takes_window(shape: ConvShape, chip: Chip) -> bool:
@@ -91,15 +89,14 @@ def window_candidates(
 def in_warps(
     config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, task: str, chip: Chip
 ) -> WindowConfig:
-    """`config` with the warps a program that do `task` fastest, if full channel blocks fill such programs and there are
-    enough of them."""
+    """`config` with the warps a program that do `task` fastest, if full channel blocks fill such programs and there is
+    one for every processor."""
     layout = blocking(shape, config)
     is_full = layout.channels_ci == layout.channels_co == BLOCK
     if chip.name not in PREFETCHING or task not in WARPS or not is_full:
         return config
-    if _tiles(config, shape, n, h, w) * layout.blocks < BUSY_WARPS * chip.processors:
-        return config
-    warps = next((warps for warps in (WARPS[task], 2) if layout.blocks % warps == 0), 1)
+    most = _tiles(config, shape, n, h, w) * layout.blocks // chip.processors
+    warps = next((count for count in (WARPS[task], 2) if layout.blocks % count == 0 and count <= most), 1)
     if warps == 1:
         return config
     is_spilling = task == "train" and dtype == torch.bfloat16 and triton_version() >= SPILLING_MOMENTS

@@ -91,13 +91,17 @@ def nan_in_new_memory(monkeypatch):
 
 @pytest.fixture
 def fake_code(monkeypatch):
-    """Every kernel compiles to the same few instructions."""
+    """Every kernel compiles to the same few instructions a thread."""
     from sk_triton.bench import speed_of_light as sol
 
     from .fake_code import resources
 
     code = {"LDG.E.128": 16, "STG.E.128": 8, "HMMA.16816.F32": 32, "IMAD": 400}
-    monkeypatch.setattr(sol, "compiled", lambda launch, chip: resources(code))
+
+    def compiled(launch, chip):
+        return resources(code, threads=(64 if chip.startswith("gfx") else 32) * launch.options["num_warps"])
+
+    monkeypatch.setattr(sol, "compiled", compiled)
     monkeypatch.setattr(sol.dispatch, "is_interpreted", lambda: False)
 
 

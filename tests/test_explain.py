@@ -194,5 +194,5 @@ def test_the_readme_table_has_a_row_per_stage():
     assert len(rows) == 4
     assert {line.count("|") for line in (header, rule, *rows)} == {header.count("|")}
     assert [row.split("|")[2].strip() for row in rows] == ["recompute", "recompute", "recompute", "store"]
-    # 456 instructions of 64 threads and 1024 programs over two branches of 1024 x 7 x 7 outputs of 128 samples.
-    assert float(rows[3].split("|")[4]) == pytest.approx(456 * 64 * 1024 / (2 * 128 * 1024 * 7**2), abs=0.05)
+    # 456 instructions of 32 threads and 1024 programs over two branches of 1024 x 7 x 7 outputs of 128 samples.
+    assert float(rows[3].split("|")[4]) == pytest.approx(456 * 32 * 1024 / (2 * 128 * 1024 * 7**2), abs=0.05)

@@ -1,5 +1,4 @@
-"""Window kernels of several warps a program, which nothing but tuning chooses: what they compute, and as the compiler
-makes them."""
+"""Window kernels of several warps a program: what they compute, as the compiler makes them, when they are chosen."""
 
 import json
 import os
@@ -11,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sk_triton import plans
+from sk_triton import chips, plans
+from sk_triton.analytic import branch_config
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.planned import unit_parameters
 from sk_triton.chips import chip_of
 from sk_triton.kernels.config import WindowConfig
+from sk_triton.kernels.geometry import ConvShape
 from sk_triton.launching import run_packed
 from sk_triton.packing import PackCache, pack
 from sk_triton.workload import Workload
@@ -27,16 +28,19 @@ CHIPS = ("sm_90", "sm_100")
 
 
 def in_warps(plan, num_warps):
-    """The plan with as many warps in each window program."""
+    """The plan with as many warps in each window program, of which it has some."""
+    met = []
 
     def changed(config):
-        return replace(config, num_warps=num_warps) if isinstance(config, WindowConfig) else config
+        if not isinstance(config, WindowConfig):
+            return config
+        met.append(config)
+        return replace(config, num_warps=num_warps)
 
     launches = tuple(replace(launch, config=changed(launch.config)) for launch in plan.branch_launches)
     merged = plan.merged_launch and replace(plan.merged_launch, conv=changed(plan.merged_launch.conv))
-    found = replace(plan, branch_launches=launches, merged_launch=merged)
-    assert found != plan
-    return found
+    assert met
+    return replace(plan, branch_launches=launches, merged_launch=merged)
 
 
 def outputs(spec, schedule, n, size, device, dtype, warps):
@@ -131,5 +135,23 @@ def test_lines_are_written_whole(compiled):
 
 
 @pytest.mark.compile
-def test_rows_are_fetched_ahead_but_beside_moments(compiled):
-    assert {row["task"] for row in compiled if not row["prefetches"]} == {"train", "measure"}
+def test_rows_are_fetched_ahead(compiled):
+    assert all(row["prefetches"] for row in compiled)
+
+
+def chosen(task, channels=128, groups=32, n=128, chip="sm_90"):
+    """The warps of the analytic choice for outputs of 28 x 28 pixels."""
+    shape = ConvShape(channels, channels, groups, (3, 3), (1, 2))
+    config = branch_config(shape, n, 28, 28, torch.float16, True, chips.CHIPS[chip], task=task)
+    assert isinstance(config, WindowConfig)
+    return config.num_warps
+
+
+@pytest.mark.parametrize(("task", "warps"), [("pool", 2), ("select", 2), ("train", 4), ("store", 4)])
+def test_how_many_are_chosen(task, warps):
+    assert chosen(task) == warps
+    assert chosen(task, chip="sm_80") == 1  # where nothing is fetched ahead
+    assert chosen(task, n=1) == 1  # programs for each processor there are not
+    assert chosen(task, channels=96, groups=24) == 2  # six channel blocks
+    assert chosen(task, channels=112, groups=28) == 1  # seven
+    assert chosen(task, channels=384) == 1  # blocks of 12 channels

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import product
 
 from sk_triton import analytic, analytic_merged
-from sk_triton.analytic_window import merged_window_candidates, window_candidates
+from sk_triton.analytic_window import merged_window_candidates
 from sk_triton.bench import resources, training_resources
 from sk_triton.bench.compile import compile_launch
 from sk_triton.bench.grid import CASES
@@ -25,15 +25,19 @@ CHOSEN = (
 WARPS = 4
 
 
-def with_warps(candidates):
-    return lambda *args: [replace(config, num_warps=WARPS) for config in candidates(*args)]
+def in_warps(config, *_):
+    return replace(config, num_warps=WARPS, PREFETCH=True)
+
+
+def merged_in_warps(*args):
+    return [replace(config, num_warps=WARPS) for config in merged_window_candidates(*args)]
 
 
 def measure(job):
     (name, schedule), chip = job
     lookup.shipped = lambda chip_name: {}
-    analytic.window_candidates = with_warps(window_candidates)
-    analytic_merged.merged_window_candidates = with_warps(merged_window_candidates)
+    analytic.in_warps = in_warps
+    analytic_merged.merged_window_candidates = merged_in_warps
     case = next(case for case in CASES if (case.name, case.precision) == (name, "fp16"))
     if schedule == "train":
         launches = training_resources.launches(case, chip)
