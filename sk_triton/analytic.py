@@ -84,8 +84,9 @@ def branch_config(
     if is_large:
         candidates = without_large_spills(candidates, task)
     best = min(candidates, key=lambda config: branch_cost(config, shape, n, h, w, chip, task))
-    takes_warps = isinstance(best, WindowConfig) and not is_large
-    return in_warps(best, shape, n, h, w, dtype, task, chip) if takes_warps else best
+    if isinstance(best, WindowConfig) and not is_large:
+        return in_warps(best, shape, n, h, w, dtype, task, chip)
+    return best
 
 
 def branch_candidates(
