@@ -99,6 +99,7 @@ class _AbsentChip:
 
 @contextmanager
 def _compiling_for(target: str) -> Iterator[None]:
+    """Inside, no thread of this process can start a kernel."""
     try:
         before = driver.active
     except RuntimeError:  # there is no GPU
@@ -122,6 +123,7 @@ def jit_compiled(launch: Launch, target: str) -> Any:
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile one launch as :func:`jit_compiled`, and read its resources."""
     compiled = jit_compiled(launch, target)
+    launch.kernel.device_caches.pop(TARGETS[target], None)  # its code would stay in memory
     if target.startswith("gfx"):
         return _read_amdgcn(compiled, target)
     return _read_cubin(compiled, target, launch.trips)

@@ -134,7 +134,7 @@ def update(path: Path) -> list[Path]:
     evidence, units = load_evidence(root), load_units(root)
     filled = fill(text, evidence, units)
     written = [plots.save_picture(draw(file.times), root / file.picture) for file in units]
-    for item in _pictured(_shown(evidence)):
+    for item in _shown(evidence):
         drawn = plots.pictures(item.run)
         for name in picture_names(item):
             written.append(plots.save_picture(drawn[name](), root / item.folder / f"{item.stem}-{name}.png"))
@@ -159,19 +159,11 @@ def _shown(evidence: Sequence[Evidence]) -> list[Evidence]:
     return sorted(newest_first, key=lambda item: (item.run.suite != "layer", item.run.suite))
 
 
-def _pictured(shown: list[Evidence]) -> list[Evidence]:
-    """Those of `shown` that pictures are linked of: the newest of each suite and device."""
-    newest: dict[tuple[str, str], Evidence] = {}
-    for item in shown:
-        newest.setdefault((item.run.suite, item.run.stamp.device), item)
-    return list(newest.values())
-
-
 def _plots(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
     """The first picture as it is, the others folded away; before a CPU's, those of units on GPUs."""
     links = [
         f"![{item.run.suite} on {item.run.stamp.device}: {name}]({item.folder}/{item.stem}-{name}.png)"
-        for item in _pictured(shown)
+        for item in shown
         for name in picture_names(item)
     ]
     is_cpu = shown[0].run.stamp.device_type == "cpu"

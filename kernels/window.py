@@ -154,7 +154,7 @@ def store_row(ptrs, outputs, mask, x, W, stride_w, IS_EVEN_W: tl.constexpr, AT_O
     """Write one row of every lane, a tuple of its pixels `[BLOCKS, 16, lanes]`, from `ptrs [BLOCKS * 16, lanes]` on;
     `x [lanes]` is a lane's first pixel.
 
-    Several blocks exchange pixels first, AT_ONCE of each lane, so that each warp writes whole lines.
+    Several blocks exchange pixels first, AT_ONCE of each lane, so that each warp writes longer pieces of lines.
     """
     RUN_W: tl.constexpr = len(outputs)
     CHANNELS: tl.constexpr = ptrs.shape[0]
@@ -248,7 +248,7 @@ def prefetch_row(
     REACH: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_N: tl.constexpr, RUN_H: tl.constexpr,
 ):  # fmt: skip
     """In trip r of the loop over the rows, fetch what a later trip loads: three later into L2, where a program is one
-    warp; the next one's into L1, by whole lines, where it is several."""
+    warp; the next one's into L1 where it is several."""
     if BLOCKS == 1:
         ptr, y0, size = ahead
         later = r + ROWS_INTO_L2

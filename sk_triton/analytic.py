@@ -153,7 +153,7 @@ def reduction_config(pixels: int, c: int, chip: Chip) -> ReductionConfig:
     bytes of a 16-bit tensor, in programs of up to four such steps; 16 and one warp where images are small.
 
     The fastest of ten on an H100 for both sums of a training step at 128@56² (221 µs; up to eight steps 234, though
-    they pool in 91 in place of 95), and within 2 % at 512@14². 32 at a time where the compiler would spill: 4 to 5 %
+    they pool in 91 in place of 95), and within 3 % at 512@14². 32 at a time where the compiler would spill: 4 to 5 %
     slower on the H100.
     """
     block_c = min(64, next_power_of_2(c))

@@ -39,8 +39,11 @@ MIN_PREFETCHED_ROWS = 8
 # Of a strip: taller ones repeat fewer rows, and leave fewer programs.
 MAX_ROWS = 56
 # Warps of a program that fetches rows ahead, by task: the fastest of 1, 2 and 4 on an H100 in stages 1 to 3 of
-# SKNet-50, or within 3 % of it; to store, which was not measured, as in training, which takes moments besides.
+# SKNet-50, or within 3 % of it; to store, which was not measured, as in training, which takes moments besides. Other
+# batches, images and chips by analogy.
 WARPS = {"pool": 2, "select": 2, "train": 4, "store": 4}
+# Runs below which several warps pool and select no faster than one.
+LONG_RUN = 7
 # Triton from which on prefetch spills beside bf16 moments of more than two samples.
 SPILLING_MOMENTS = (3, 9)
 
@@ -77,7 +80,7 @@ def window_candidates(
                 RUN_H=run_h,
                 RUN_W=run_w,
                 HOLD_WEIGHTS=hold,
-                # Beside moments one warp alone gains nothing by it.
+                # Beside moments one warp alone gained nothing by it at 128@56² on an H100, 3 and 4 % in smaller images.
                 PREFETCH=chip.name in PREFETCHING and not is_measured,
             )
             for run_h, block_n, block_w in product(_heights(h), (1, 2, 4, 8), (1, 2, 4, 8))
@@ -93,7 +96,8 @@ def in_warps(
     one for every processor."""
     layout = blocking(shape, config)
     is_full = layout.channels_ci == layout.channels_co == BLOCK
-    if chip.name not in PREFETCHING or task not in WARPS or not is_full:
+    is_short = task in ("pool", "select") and config.RUN_W < LONG_RUN
+    if chip.name not in PREFETCHING or task not in WARPS or not is_full or is_short:
         return config
     most = _tiles(config, shape, n, h, w) * layout.blocks // chip.processors
     warps = next((count for count in (WARPS[task], 2) if layout.blocks % count == 0 and count <= most), 1)

@@ -64,6 +64,7 @@ def main(folder, rank, kind):
     dist.destroy_process_group()
     # Not through the interpreter's end: tensors that threads of gloo let go of after it abort the process
     # (pytorch/pytorch#179291).
+    sys.stderr.flush()
     os._exit(0)
 
 

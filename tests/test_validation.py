@@ -9,7 +9,7 @@ from sk_triton.bench import speed_of_light as sol
 from sk_triton.bench.gpus import find_gpu
 from sk_triton.bench.shapes import PAPER, SEED
 
-from .synthetic_results import some_results
+from .synthetic_results import a_stamp, slowed, some_results
 from .versions import needs_unhoisted_loops
 
 H100 = find_gpu("h100")
@@ -111,3 +111,16 @@ def test_what_the_dispatcher_took_counts_for_its_schedule():
     run = dataclasses.replace(measured, records=(dataclasses.replace(record, runs="triton/recompute"),))
     seconds = validation.seconds_of(run, PAPER, record.case.dtype)
     assert seconds == {record.case: {"recompute": record.timing.median_ms / 1e3}}
+
+
+def test_of_each_case_the_newest_is_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(validation, "RESULTS", tmp_path)
+    (tmp_path / "h100").mkdir()
+    wide = some_results(batches=(8, 128), stages=(1,), stamp=a_stamp(date="2026-11-01T00:00:00+00:00"))
+    new = some_results(batches=(8,), stages=(1,), stamp=a_stamp(date="2026-11-02T00:00:00+00:00"))
+    new = slowed(new, 2, lambda record: True)
+    results.save(new, tmp_path / "h100" / "layer-a-cuda.json")
+    results.save(wide, tmp_path / "h100" / "layer-cuda.json")
+    old, newest = (validation.seconds_of(run, PAPER, "fp16") for run in (wide, new))
+    assert validation.committed(H100, PAPER, "fp16") == {**old, **newest}
+    assert old != {**old, **newest}

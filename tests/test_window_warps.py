@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sk_triton import chips, plans
+from sk_triton import analytic_window, chips, plans
 from sk_triton.analytic import branch_config
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.planned import unit_parameters
@@ -139,19 +139,42 @@ def test_rows_are_fetched_ahead(compiled):
     assert all(row["prefetches"] for row in compiled)
 
 
-def chosen(task, channels=128, groups=32, n=128, chip="sm_90"):
-    """The warps of the analytic choice for outputs of 28 x 28 pixels."""
+def chosen(task, channels=128, groups=32, n=128, chip="sm_90", dtype=torch.float16):
+    """The warps of the analytic choice for outputs of 28 x 28 pixels, and whether it fetches ahead."""
     shape = ConvShape(channels, channels, groups, (3, 3), (1, 2))
-    config = branch_config(shape, n, 28, 28, torch.float16, True, chips.CHIPS[chip], task=task)
+    config = branch_config(shape, n, 28, 28, dtype, True, chips.CHIPS[chip], task=task)
     assert isinstance(config, WindowConfig)
-    return config.num_warps
+    return config.num_warps, config.PREFETCH
 
 
 @pytest.mark.parametrize(("task", "warps"), [("pool", 2), ("select", 2), ("train", 4), ("store", 4)])
 def test_how_many_are_chosen(task, warps):
-    assert chosen(task) == warps
-    assert chosen(task, chip="sm_80") == 1  # where nothing is fetched ahead
-    assert chosen(task, n=1) == 1  # programs for each processor there are not
-    assert chosen(task, channels=96, groups=24) == 2  # six channel blocks
-    assert chosen(task, channels=112, groups=28) == 1  # seven
-    assert chosen(task, channels=384) == 1  # blocks of 12 channels
+    assert chosen(task) == (warps, True)
+    assert chosen(task, chip="sm_80") == (1, False)  # where nothing is fetched ahead
+    alone = (1, task != "train")
+    assert chosen(task, n=1) == alone  # programs for each processor there are not
+    assert chosen(task, channels=160, groups=40, n=512) == (2, True)  # ten channel blocks
+    assert chosen(task, channels=112, groups=28) == alone  # seven
+    assert chosen(task, channels=384) == alone  # blocks of 12 channels
+
+
+def test_short_runs_select_one_warp_a_program():
+    """In bf16 runs of seven pixels do not fit."""
+    assert chosen("select", dtype=torch.bfloat16) == (1, True)
+
+
+@pytest.mark.parametrize(("version", "is_fetched"), [((3, 8), True), ((3, 9), False)])
+def test_moments_do_not_spill_by_prefetch(version, is_fetched, monkeypatch):
+    monkeypatch.setattr(analytic_window, "triton_version", lambda: version)
+    shape = ConvShape(512, 512, 32, (3, 3), (1, 2))
+    branch_config.cache_clear()
+    config = branch_config(shape, 128, 14, 14, torch.bfloat16, True, chips.CHIPS["sm_90"], task="train")
+    branch_config.cache_clear()
+    assert config.BLOCK_N > 2
+    assert (config.num_warps, config.PREFETCH) == (4, is_fetched)
+
+
+def test_images_of_64_bit_offsets_take_one_warp():
+    shape = ConvShape(128, 128, 32, (3, 3), (1, 2))
+    config = branch_config(shape, 1, 4480, 4480, torch.float16, True, chips.CHIPS["sm_90"], task="store")
+    assert (config.num_warps, config.HOLD_WEIGHTS) == (1, False)
