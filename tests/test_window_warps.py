@@ -152,6 +152,7 @@ def test_how_many_are_chosen(task, warps):
     assert chosen(task) == (warps, True)
     assert chosen(task, chip="sm_80") == (1, False)  # where nothing is fetched ahead
     alone = (1, task != "train")
+    assert chosen(task, chip="sm_100") == alone  # not measured
     assert chosen(task, n=1) == alone  # programs for each processor there are not
     assert chosen(task, channels=160, groups=40, n=512) == (2, True)  # ten channel blocks
     assert chosen(task, channels=112, groups=28) == alone  # seven
