@@ -91,7 +91,7 @@ def nan_in_new_memory(monkeypatch):
 
 @pytest.fixture
 def fake_code(monkeypatch):
-    """Every kernel compiles to the same few instructions a thread."""
+    """Every kernel compiles to the same few instructions a thread, or a pixel of its run."""
     from sk_triton.bench import speed_of_light as sol
 
     from .fake_code import resources
@@ -99,7 +99,10 @@ def fake_code(monkeypatch):
     code = {"LDG.E.128": 16, "STG.E.128": 8, "HMMA.16816.F32": 32, "IMAD": 400}
 
     def compiled(launch, chip):
-        return resources(code, threads=(64 if chip.startswith("gfx") else 32) * launch.options["num_warps"])
+        # A window's runs are of any length, and its code with them.
+        size = launch.constexprs["RUN_H"] * launch.constexprs["RUN_W"] if "BLOCKS" in launch.constexprs else 1
+        own = {name: count * size for name, count in code.items()}
+        return resources(own, threads=(64 if chip.startswith("gfx") else 32) * launch.options["num_warps"])
 
     monkeypatch.setattr(sol, "compiled", compiled)
     monkeypatch.setattr(sol.dispatch, "is_interpreted", lambda: False)
