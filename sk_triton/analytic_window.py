@@ -11,7 +11,7 @@ import torch
 from .chips import NARROW_PRODUCTS, PREFETCHING, Chip
 from .environment import triton_version
 from .kernels.config import BranchConfig, WindowConfig
-from .kernels.geometry import ConvShape, blocking, cdiv, reach, tiles
+from .kernels.geometry import ConvShape, blocking, cdiv, is_full, reach, tiles
 from .kernels.merging import lattice_points
 
 # Channels of a block: widest group, and what one product of 16-bit operands takes.
@@ -96,13 +96,12 @@ def in_warps(
 ) -> WindowConfig:
     """`config` with the warps a program that do `task` fastest, if full channel blocks fill such programs and there is
     one for every processor."""
-    layout = blocking(shape, config)
-    is_full = layout.channels_ci == layout.channels_co == BLOCK
     is_short = task in ("pool", "select") and config.RUN_W < LONG_RUN
-    if chip.name not in SEVERAL_WARPS_CHIPS or task not in WARPS or not is_full or is_short:
+    if chip.name not in SEVERAL_WARPS_CHIPS or task not in WARPS or is_short or not is_full(shape, config):
         return config
-    most = _tiles(config, shape, n, h, w) * layout.blocks // chip.processors
-    warps = next((count for count in (WARPS[task], 2) if layout.blocks % count == 0 and count <= most), 1)
+    blocks = blocking(shape, config).blocks
+    most = _tiles(config, shape, n, h, w) * blocks // chip.processors
+    warps = next((count for count in (WARPS[task], 2) if blocks % count == 0 and count <= most), 1)
     if warps == 1:
         return config
     is_spilling = task == "train" and dtype == torch.bfloat16 and triton_version() >= SPILLING_MOMENTS
