@@ -183,7 +183,7 @@ def count_training(
 ) -> tuple[list[Traffic], int]:
     """As :func:`count`, of a training step: the launches of the forward, then those of the backward pass. What the
     library's convolutions and their gradients move is not counted."""
-    from sk_triton.training_plan import plan_training
+    from sk_triton.training.plan import plan_training
 
     from .training_steps import take_step
 

@@ -6,7 +6,7 @@ import torch
 
 from sk_triton.kernels.launch import Launch
 from sk_triton.save import SAVES
-from sk_triton.training_plan import plan_training
+from sk_triton.training.plan import plan_training
 
 from .grid import Case
 from .resources import Row, kernel_name, row_of, workload_of

@@ -16,14 +16,15 @@ from sk_triton.params import Branch, Gate
 from sk_triton.plan import Plan
 from sk_triton.save import Save
 from sk_triton.spec import SKSpec
-from sk_triton.training import kernel_updates, norm_settings, unit_tensors
-from sk_triton.training_ops import FIRST_SAVED
+from sk_triton.training.norms import kernel_updates, norm_settings
+from sk_triton.training.operators import FIRST_SAVED
+from sk_triton.training.tensors import unit_tensors
 from sk_triton.workload import Workload
 
 from .planned import unit_parameters
 
 if TYPE_CHECKING:
-    from sk_triton.training_branches import TrainingUnit  # imports Triton
+    from sk_triton.training.branches import TrainingUnit  # imports Triton
 
 Start = Callable[[Launch, Callable[[], object]], object]
 """Takes a launch, and what runs it."""
@@ -68,7 +69,7 @@ def take_step(
 
 def training_unit(spec: SKSpec, branches: list[Branch], gate: Gate) -> TrainingUnit:
     """A unit whose norms take the statistics of the batch."""
-    from sk_triton.training_branches import TrainingUnit
+    from sk_triton.training.branches import TrainingUnit
 
     norms = [*(branch.norm for branch in branches), gate.norm]
     for norm in norms:
@@ -83,8 +84,8 @@ def training_unit(spec: SKSpec, branches: list[Branch], gate: Gate) -> TrainingU
 @torch.no_grad()
 def step(unit: TrainingUnit, plan: Plan, save: Save, x: Tensor, dv: Tensor) -> tuple[Tensor, list[Tensor]]:
     """A unit's output, and the gradients of x and of those of ``UnitTensors.flat()`` that it has."""
-    from sk_triton.schedules import train
-    from sk_triton.steps import Tape
+    from sk_triton.training import schedule as train
+    from sk_triton.training.tape import Tape
 
     v = empty_output(x, unit.spec)
     outputs = train.forward(x, v, unit, plan, save=save, tape=Tape())

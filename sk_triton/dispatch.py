@@ -11,25 +11,23 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import cpu, training
 from .backend import current_schedule
-from .chips import CHIPS, chip_of, pinned
+from .chips import CHIPS, chip_of
+from .cpu import choice as cpu
 from .environment import triton_version
 from .layout import memory_format
 from .packing import PackCache
 from .params import Branch, Gate
 from .plan import Plan
-from .plans import eager_passes, plan_schedule
-from .precision import allows_tf32
-from .preference import fastest_plan
+from .plans import eager_passes
+from .preference import inference_plan, workload_of
 from .reasons import state_reason, tracing_reason, unit_reason
-from .replay import Recorder
+from .replay.calls import Recorder
 from .save import Save
 from .schedules import cpu_folded, cpu_merged, cpu_train, cpu_train_merged
 from .spec import SKSpec
-from .training_plan import plan_training
-from .tuning.ranks import pinning_reason
-from .workload import Workload
+from .training import run as training
+from .training.plan import plan_training
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KERNELS = "the kernels"
@@ -81,26 +79,6 @@ def choose(
     if backend == "triton":
         raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
     return reference_plan(x.dtype, spec, reason)
-
-
-def inference_plan(x: Tensor, spec: SKSpec) -> Plan:
-    """The kernels' plan for inference, where nothing speaks against them.
-
-    Raises:
-        RuntimeError: ``use_backend`` asks for a schedule that cannot run the unit.
-    """
-    workload, schedule = workload_of(x, spec), current_schedule()
-    return plan_schedule(schedule, workload) if schedule is not None else fastest_plan(workload)
-
-
-def workload_of(x: Tensor, spec: SKSpec) -> Workload:
-    """What a call with `x`, on a device that the kernels support, has to compute."""
-    n, _, h_in, w_in = x.shape
-    chip = chip_of(x.device)
-    assert chip is not None
-    if chip.gpu and pinning_reason():
-        chip = pinned(chip)
-    return Workload(spec, n, h_in, w_in, x.dtype, chip, allows_tf32(), x.stride(1) != 1)
 
 
 def _training_plan(x: Tensor, spec: SKSpec, save: Save) -> Plan:

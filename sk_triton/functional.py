@@ -13,10 +13,10 @@ from .checks import check_input, check_params
 from .packing import PackCache
 from .params import Branch, Gate
 from .plan import Plan
-from .replay import Recorder
+from .replay.calls import Recorder
 from .save import Save, chosen_save
 from .spec import SKSpec
-from .training import check_empty_batch
+from .training.norms import check_empty_batch
 
 
 def sk_conv(
@@ -39,7 +39,7 @@ def sk_conv(
         gate: the gate, likewise.
         spec: the unit's description.
         cache: packed weights to reuse from call to call with the same parameters; None packs them anew.
-        recorder: takes note of a call that can be started again, see :mod:`.replay`.
+        recorder: takes note of a call that can be started again, see :mod:`.replay.calls`.
         save: what schedule "train" saves for the backward pass, see :func:`.save.save_for_backward`, which goes before
             it; None is "branches". The reference saves what its operators save.
 

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from .layout import empty_output
 from .packing import PackCache, pack, shared_cache
 from .params import Branch, FrozenNorm, Gate, norms_of
-from .recording import MAX_RECORDINGS
-from .replay import kind_of
+from .preference import inference_plan
+from .replay.calls import kind_of
+from .replay.recording import MAX_RECORDINGS
 from .spec import SKSpec
 from .undisturbed import undisturbed
 
@@ -60,13 +61,13 @@ def unit_inference(
     Raises:
         RuntimeError: ``use_backend("triton", schedule=…)`` asks for one that cannot run the unit.
     """
-    from . import dispatch, launching
+    from . import launching
 
     unit = SKSpec.decode(spec)
     remaining = iter(tensors)
     branches, gate = _unit([next(remaining) if present else None for present in has], epsilons)
     with undisturbed(x):
-        plan = dispatch.inference_plan(x, unit)
+        plan = inference_plan(x, unit)
         cache = _cache_of(branches, gate, tensors)
         packed = pack(plan, x.shape[2], x.shape[3], branches, gate, cache)
         kind = kind_of(x)

@@ -11,7 +11,7 @@ from .layout import empty_output, with_adjacent_channels
 from .packing import PackCache, Packed, pack
 from .params import Branch, Gate
 from .plan import Plan
-from .replay import InferenceCall, Recorder
+from .replay.calls import InferenceCall, Recorder
 from .schedules import gated, library, merged, recompute, resident, store
 from .spec import SKSpec
 from .steps import Step

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from .save import Save
+from .spec import SKSpec
 
 Map = Callable[[Tensor], Tensor]
 
@@ -59,3 +62,23 @@ class Gate(NamedTuple):
 def norms_of(branches: Sequence[Branch], gate: Gate) -> list[Any]:
     """The norms, or None, of the M branches and then of the gate."""
     return [*[branch.norm for branch in branches], gate.norm]
+
+
+class UnitModule(nn.Module):
+    """A module that owns a unit's parameters.
+
+    Attributes:
+        save: "branches" or "input", what this layer saves for the backward pass where the kernels train it; None, the
+            default, is "branches". See :func:`sk_triton.save_for_backward`, which goes before it.
+    """
+
+    spec: SKSpec
+    save: Save | None = None
+
+    def branches(self) -> tuple[Branch, ...]:
+        """The M branches' parameters, as they are now."""
+        raise NotImplementedError
+
+    def gate(self) -> Gate:
+        """The gate's parameters, as they are now."""
+        raise NotImplementedError

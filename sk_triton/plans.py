@@ -9,7 +9,7 @@ from itertools import groupby
 
 import torch
 
-from . import analytic_merged, analytic_resident
+from .analytic import merged, resident
 from .backend import SCHEDULES, Schedule
 from .chips import UNHOISTED_LOOPS
 from .environment import triton_version
@@ -108,16 +108,16 @@ def _plan_merged(workload: Workload) -> Plan | str:
     ((_, _, branches),) = shapes
     shape = merged_shape(branches)
     width = max(shape.c_in, shape.c_out) // shape.groups
-    if width > analytic_merged.MAX_MERGED_CHANNELS:
+    if width > merged.MAX_MERGED_CHANNELS:
         return (
-            f"a group has {width} channels; above {analytic_merged.MAX_MERGED_CHANNELS} weights of each sample's own "
+            f"a group has {width} channels; above {merged.MAX_MERGED_CHANNELS} weights of each sample's own "
             "cost more than the passes that they save"
         )
-    registers = analytic_merged.merged_registers(shape, dtype)
-    if registers > analytic_merged.MAX_MERGED_REGISTERS:
+    registers = merged.merged_registers(shape, dtype)
+    if registers > merged.MAX_MERGED_REGISTERS:
         return (
             f"merged weights on a {shape.kernels[0]} x {shape.kernels[0]} lattice take {registers} registers; "
-            f"at most {analytic_merged.MAX_MERGED_REGISTERS} are left"
+            f"at most {merged.MAX_MERGED_REGISTERS} are left"
         )
     border, border_source = launches.border_config(workload, shape)
     conv, conv_source = launches.merged_config(workload, branches, shape)
@@ -143,20 +143,18 @@ def _plan_resident(workload: Workload) -> Plan | str:
     if len(shapes) > 1:
         return "the branches differ in groups, and one launch must hold them all to select"
     ((start, stop, shape),) = shapes
-    config = analytic_resident.resident_config(workload, shape)
+    config = resident.resident_config(workload, shape)
     if config is None:
         return (
             "groups above 16 channels, kernels above 5x5, dilations that are no power of two and descriptors above "
-            f"{analytic_resident.MAX_RESIDENT_DESCRIPTOR} entries have no tiles that one launch both pools and selects"
+            f"{resident.MAX_RESIDENT_DESCRIPTOR} entries have no tiles that one launch both pools and selects"
         )
     if workload.n * resident_items(shape, config, *workload.output_size).step >= MAX_ITEMS:
         return f"a batch of {workload.n} samples has more than {MAX_ITEMS} tiles"
-    if (
-        held := analytic_resident.resident_bytes(workload, config)
-    ) > analytic_resident.L2_SHARE * chip.l2_mib * 2**20:
+    if (held := resident.resident_bytes(workload, config)) > resident.L2_SHARE * chip.l2_mib * 2**20:
         return (
             f"the samples between pooling and selection take {held / 2**20:.1f} MiB of {chip.name}'s {chip.l2_mib} MiB "
-            f"of L2; at most {analytic_resident.L2_SHARE:.0%} hold"
+            f"of L2; at most {resident.L2_SHARE:.0%} hold"
         )
     source = launches.resident_source(workload)
     launch = BranchLaunch(start, stop, shape, config.branch, source, "resident")

@@ -8,9 +8,12 @@ from functools import lru_cache
 from math import prod
 
 import torch
+from torch import Tensor
 
-from . import analytic_gated, analytic_resident
-from .backend import SCHEDULES
+from .analytic.gated import gated_reason
+from .analytic.resident import has_short_columns
+from .backend import SCHEDULES, current_schedule
+from .chips import chip_of, pinned
 from .kernels.config import ColumnConfig, TapConfig
 from .kernels.geometry import tiles
 from .plan import Plan
@@ -19,12 +22,16 @@ from .plans import (
     plan_gated,
     plan_library,
     plan_or_refusal,
+    plan_schedule,
     plan_store,
     possible_schedules,
     refusal,
 )
+from .precision import allows_tf32
+from .spec import SKSpec
 from .tuning import cache, launches
 from .tuning.lookup import tuned
+from .tuning.ranks import pinning_reason
 from .workload import Workload
 
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays; above, it is the library's.
@@ -32,6 +39,26 @@ MAX_KERNEL_CHANNELS = 64
 # Channels per group from which kernels above 3x3, multiplied tap by tap, lose to the library's convolution: 145 against
 # 77 µs for 3x3 and 5x5 branches of 32, 1024 @ 7², batch 128, on an H100 (bench/results/h100/launches.csv).
 MIN_LIBRARY_TAP_CHANNELS = 32
+
+
+def inference_plan(x: Tensor, spec: SKSpec) -> Plan:
+    """The kernels' plan for inference, where nothing speaks against them.
+
+    Raises:
+        RuntimeError: ``use_backend`` asks for a schedule that cannot run the unit.
+    """
+    workload, schedule = workload_of(x, spec), current_schedule()
+    return plan_schedule(schedule, workload) if schedule is not None else fastest_plan(workload)
+
+
+def workload_of(x: Tensor, spec: SKSpec) -> Workload:
+    """What a call with `x`, on a device that the kernels support, has to compute."""
+    n, _, h_in, w_in = x.shape
+    chip = chip_of(x.device)
+    assert chip is not None
+    if chip.gpu and pinning_reason():
+        chip = pinned(chip)
+    return Workload(spec, n, h_in, w_in, x.dtype, chip, allows_tf32(), x.stride(1) != 1)
 
 
 @lru_cache(maxsize=1024)
@@ -115,7 +142,7 @@ def _gated_reason(workload: Workload, gated: Plan) -> str:
     """Why "gated" is not expected to be faster than three launches, "" if it is."""
     size = workload.output_size
     summed = sum(prod(tiles(launch.shape, launch.config, *size)) for launch in gated.branch_launches)
-    return analytic_gated.gated_reason(workload, summed)
+    return gated_reason(workload, summed)
 
 
 def _fewest_passes(workload: Workload) -> Plan:
@@ -150,7 +177,7 @@ def _unmeasured_reason(workload: Workload) -> str:
         return resident
     chip = workload.chip
     (launch,) = resident.branch_launches
-    if analytic_resident.has_short_columns(launch.config, launch.shape, chip):
+    if has_short_columns(launch.config, launch.shape, chip):
         # Predicted for an A100: 204 µs against 194 in stage 1.
         return f"it fits {chip.name}'s registers with short columns only, whose instructions cost more than a pass"
     # Eight channels a program ask L2 for half sectors: bench/results/h100/units.csv, stage 1.

@@ -5,41 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import functional
 from .packing import PackCache, forget_shared
-from .params import Branch, Gate
-from .replay import Replays
-from .save import Save
-from .spec import SKSpec
+from .params import UnitModule
+from .replay.calls import Replays
 
 Unit = TypeVar("Unit", bound="SKUnit")
 
 
-class SKUnit(nn.Module):
-    """What both layers share: the forward through :func:`sk_triton.functional.sk_conv` and the cache.
-
-    Attributes:
-        save: "branches" or "input", what this layer saves for the backward pass where the kernels train it; None, the
-            default, is "branches". See :func:`sk_triton.save_for_backward`, which goes before it.
-    """
-
-    spec: SKSpec
-    save: Save | None = None
+class SKUnit(UnitModule):
+    """What both layers share: the forward through :func:`sk_triton.functional.sk_conv` and the cache."""
 
     def __init__(self) -> None:
         super().__init__()
         self._cache = PackCache()
         self._replays = Replays()
-
-    def branches(self) -> tuple[Branch, ...]:
-        """The M branches' parameters, as they are now."""
-        raise NotImplementedError
-
-    def gate(self) -> Gate:
-        """The gate's parameters, as they are now."""
-        raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, in_channels, H, W]`` -> ``[N, out_channels, H', W']``; see :func:`.functional.sk_conv`."""

@@ -129,7 +129,7 @@ def started_directly(monkeypatch):
 @pytest.fixture
 def started(monkeypatch):
     """How many launches each planned pass of a training step took."""
-    from sk_triton.steps import Tape
+    from sk_triton.training.tape import Tape
 
     counts = Counter()
     run = Tape.run

@@ -8,8 +8,9 @@ from itertools import product
 
 import torch
 
-from sk_triton import analytic_merged, plans
-from sk_triton.analytic_window import takes_window
+from sk_triton import plans
+from sk_triton.analytic import merged as analytic_merged
+from sk_triton.analytic.window import takes_window
 from sk_triton.bench.compile import compile_launch
 from sk_triton.bench.grid import seed_unit
 from sk_triton.bench.planned import planned_steps

@@ -12,15 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from sk_triton import (
-    BranchSpec,
-    SKSpec,
-    cpu,
-    dispatch,
-    layout,
-    reference,
-)
-from sk_triton.cpu_merging import window_sums
+from sk_triton import BranchSpec, SKSpec, dispatch, layout, reference
+from sk_triton.cpu import choice as cpu
+from sk_triton.cpu.merging import window_sums
 
 from .tolerances import assert_errs_like_eager, assert_same, assert_typical_errors_like_eager
 from .units import PAPER, SEED, mergeable, random_unit, sizes, specs

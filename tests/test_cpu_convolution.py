@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from sk_triton import BranchSpec, SelectiveKernel, SKConv, cpu, dispatch, use_backend
-from sk_triton.cpu_convolution import _has_operators, convolution, packs_weights
+from sk_triton import BranchSpec, SelectiveKernel, SKConv, dispatch, use_backend
+from sk_triton.cpu import choice as cpu
+from sk_triton.cpu.convolution import _has_operators, convolution, packs_weights
 
 from .tolerances import assert_errs_like_eager, assert_same, assert_typical_errors_like_eager
 

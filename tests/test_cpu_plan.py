@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sk_triton import BranchSpec, SelectiveKernel, SKConv, cpu, dispatch, explain, use_backend
-from sk_triton.watch import Watch
+from sk_triton import BranchSpec, SelectiveKernel, SKConv, dispatch, explain, use_backend
+from sk_triton.cpu import choice as cpu
+from sk_triton.replay.watch import Watch
 
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import PAPER, SEED

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sk_triton import BranchSpec, SelectiveKernel, SKConv, cpu, dispatch, explain, functional, use_backend
-from sk_triton.cpu_merging import add_to_windows
+from sk_triton import BranchSpec, SelectiveKernel, SKConv, dispatch, explain, functional, use_backend
+from sk_triton.cpu import choice as cpu
+from sk_triton.cpu.merging import add_to_windows
 from sk_triton.params import Gate
 from sk_triton.schedules import cpu_train_merged
 

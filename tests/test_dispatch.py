@@ -6,16 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from sk_triton import (
-    SelectiveKernel,
-    SKConv,
-    analytic,
-    can_run_triton,
-    dispatch,
-    explain,
-    plans,
-    use_backend,
-)
+from sk_triton import SelectiveKernel, SKConv, can_run_triton, dispatch, explain, plans, use_backend
+from sk_triton.analytic import branch as analytic
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import (
     ColumnConfig,

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from sk_triton import SelectiveKernel, SKConv, explain, use_backend
-from sk_triton.cpu_convolution import packs_weights
+from sk_triton.cpu.convolution import packs_weights
 from sk_triton.explanation import Explanation
-from sk_triton.training_plan import make_training_plan
+from sk_triton.training.plan import make_training_plan
 
 from .tuned import UNIT, workload
 

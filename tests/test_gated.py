@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sk_triton import analytic_gated, preference
+from sk_triton import preference
+from sk_triton.analytic import gated as analytic_gated
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import GatedSelectConfig

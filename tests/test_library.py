@@ -14,7 +14,7 @@ from sk_triton.bench.planned import prepared_steps
 from sk_triton.chips import CHIPS
 from sk_triton.library import Convolution, without_memory
 from sk_triton.spec import BranchSpec
-from sk_triton.training_plan import make_training_plan
+from sk_triton.training.plan import make_training_plan
 from sk_triton.workload import Workload
 
 from .interpreter import exact_bfloat16

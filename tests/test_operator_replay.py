@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sk_triton import operator_replay, training_ops
+from sk_triton.training import call, operator_replay
 
 from .training_steps import BY_LIBRARY, LAYERS, assert_equal, image, paper, step
 from .versions import needs_narrow_products
@@ -17,8 +17,8 @@ pytestmark = pytest.mark.interpret
 def through_operators(monkeypatch):
     """As compiled code calls a unit; while the list that is handed out is not empty."""
     switch = [True]
-    monkeypatch.setattr(training_ops, "is_watched", lambda tensor: bool(switch))
-    monkeypatch.setattr("sk_triton.replay.kind_of", lambda x, save=None: None)
+    monkeypatch.setattr(call, "is_watched", lambda tensor: bool(switch))
+    monkeypatch.setattr("sk_triton.replay.calls.kind_of", lambda x, save=None: None)
     operator_replay.forget()
     yield switch
     operator_replay.forget()

@@ -7,8 +7,8 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sk_triton.library import LibraryCall
-from sk_triton.places import Packing
-from sk_triton.recording import record
+from sk_triton.replay.places import Packing
+from sk_triton.replay.recording import record
 
 
 def product(x, weight):

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from sk_triton import SelectiveKernel, SKConv, use_backend
-from sk_triton.recording import MAX_RECORDINGS
-from sk_triton.watch import Watch
+from sk_triton.replay.recording import MAX_RECORDINGS
+from sk_triton.replay.watch import Watch
 
 from .versions import needs_unhoisted_loops
 
@@ -306,7 +306,7 @@ def test_parametrized_and_inference_parameters_are_planned_each_time(direct):
 
 
 def test_many_sizes_do_not_fill_the_memory(direct, monkeypatch):
-    monkeypatch.setattr("sk_triton.replay.MAX_RECORDINGS", 2)
+    monkeypatch.setattr("sk_triton.replay.calls.MAX_RECORDINGS", 2)
     layer = paper_layer()
     for size in (3, 4, 5):
         layer(image(1, size, size))

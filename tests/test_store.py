@@ -118,7 +118,7 @@ def test_every_output_element_is_written(nan_in_new_memory):
 
 
 def test_select_config_covers_any_size():
-    from sk_triton.analytic import select_config
+    from sk_triton.analytic.pixelwise import select_config
 
     assert select_config(1, 1) == SelectConfig(BLOCK_P=1, BLOCK_C=1)
     assert select_config(49, 1024).BLOCK_C == 128

@@ -7,7 +7,8 @@ import torch
 from hypothesis import assume, given, settings
 from torch import nn
 
-from sk_triton import SelectiveKernel, SKConv, functional, save_for_backward, training_plan, use_backend
+from sk_triton import SelectiveKernel, SKConv, functional, save_for_backward, use_backend
+from sk_triton.training import plan as training_plan
 
 from .tolerances import assert_same, assert_typical_errors_like_eager
 from .units import random_unit, randomize_norms, sizes, specs, tensors
@@ -196,7 +197,7 @@ WIDER = ("timm's default", "out of in, no act", "wide groups")
     [pytest.param(name, marks=needs_narrow_products if name in WIDER else ()) for name in CONVOLVED_AGAIN],
 )
 def test_convolving_again_instead_of_storing_errs_like_eager(name, monkeypatch):
-    from sk_triton.schedules import train
+    from sk_triton.training import schedule as train
 
     monkeypatch.setattr(train, "StoredBranches", None)  # none is to be stored
     torch.manual_seed(2)

@@ -10,7 +10,7 @@ from sk_triton import SelectiveKernel, use_backend
 from sk_triton.bench.grid import paper_unit
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import GradStreamConfig, GradWideConfig
-from sk_triton.training_plan import plan_training
+from sk_triton.training.plan import plan_training
 from sk_triton.workload import Workload
 
 from .units import randomize_norms
@@ -54,7 +54,7 @@ def test_both_ways_agree(groups, act_layer, monkeypatch):
 
     by_kernels = gradients()
     ran = []
-    from sk_triton import training_gradients
+    from sk_triton.training import gradients as training_gradients
 
     library = training_gradients._through_library
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.profiler import profile
 
-from sk_triton import training_passes, use_backend
+from sk_triton import use_backend
+from sk_triton.training import passes as training_passes
 
 from .training_steps import BY_LIBRARY, assert_equal, image, paper, step, steps_alike
 

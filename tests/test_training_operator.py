@@ -10,7 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from sk_triton import SelectiveKernel, SKConv, dispatch, save_for_backward, training, use_backend
+from sk_triton import SelectiveKernel, SKConv, dispatch, save_for_backward, use_backend
+from sk_triton.training import run as training
 
 from .interpreter import exact_bfloat16
 from .tolerances import assert_same
@@ -41,7 +42,7 @@ def assert_all_same(found, expected):
 @pytest.mark.parametrize("save", ["branches", "input"])
 @pytest.mark.parametrize("make", [paper, lambda: SKConv(8, M=2, G=2, r=2, L=4)], ids=["paper", "seed"])
 def test_opcheck(make, save):
-    from sk_triton.training_ops import unit_fwd
+    from sk_triton.training.operators import unit_fwd
 
     layer = make()
     branches, gate = layer.branches(), layer.gate()

@@ -7,8 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import sk_triton
-from sk_triton import SelectiveKernel, SKConv, training_ops, use_backend
+from sk_triton import SelectiveKernel, SKConv, use_backend
 from sk_triton.bench.host import stubbed_launches
+from sk_triton.training import call
 
 from .versions import HAS_NARROW_PRODUCTS
 
@@ -59,7 +60,8 @@ def test_operators_of_eager():
         dv = torch.ones_like(v)
         with counting:
             v.backward(dv)
-    assert counting.counts.total() == 46, counting.counts.most_common()
+    # In torch 2.8 the gradients of slices are six operators more.
+    assert counting.counts.total() in (46, 52), counting.counts.most_common()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "autocast"])
@@ -79,7 +81,7 @@ def test_a_step_runs_few_small_operators(name, dtype, monkeypatch):
         v.backward(torch.ones_like(v))
 
     # Else the counting mode itself would send the call through the operators.
-    monkeypatch.setattr(training_ops, "is_watched", lambda tensor: False)
+    monkeypatch.setattr(call, "is_watched", lambda tensor: False)
     with stubbed_launches(sk_triton) as started, use_backend("triton"):
         step()  # plans and packs
         started.clear()

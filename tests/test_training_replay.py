@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 import sk_triton
-from sk_triton import SKConv, training_ops, use_backend
+from sk_triton import SKConv, use_backend
 from sk_triton.bench.host import stubbed_launches
 from sk_triton.library import LibraryCall
-from sk_triton.steps import Tape
+from sk_triton.training import call as training_call
+from sk_triton.training.tape import Tape
 
 from .test_training_operators import Counting
 from .training_steps import BY_LIBRARY, LAYERS, assert_equal, image, paper, step, steps_alike
@@ -165,7 +166,7 @@ def test_gradients_of_another_layout(spread, recorded, direct):
 @needs_narrow_products
 def test_saved_tensors_that_come_back_elsewhere_in_another_layout(recorded, direct, monkeypatch):
     """As hooks on a node's own saved tensors may hand them over: clones, slices of a buffer, contiguous copies."""
-    monkeypatch.setattr("sk_triton.training_replay.MAX_RECORDINGS", 2)
+    monkeypatch.setattr("sk_triton.training.replay.MAX_RECORDINGS", 2)
     layer, planned = recorded
 
     def in_a_buffer(tensor):
@@ -320,7 +321,7 @@ def test_what_is_recorded_is_all_that_was_computed(name, monkeypatch):
     """No operator that writes runs beside the steps on a tape that is whole."""
     layer = {**LAYERS, **BY_LIBRARY}[name]().half()
     tapes, passes = [], {}
-    monkeypatch.setattr(training_ops, "is_watched", lambda tensor: False)
+    monkeypatch.setattr(training_call, "is_watched", lambda tensor: False)
     init = Tape.__init__
 
     def kept(tape):

@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sk_triton import functional, save_for_backward, training_plan, use_backend
+from sk_triton import functional, save_for_backward, use_backend
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.traffic import Meter
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
-from sk_triton.training_plan import make_training_plan, plan_training
+from sk_triton.training import plan as training_plan
+from sk_triton.training.plan import make_training_plan, plan_training
 from sk_triton.workload import Workload
 
 from .units import random_unit

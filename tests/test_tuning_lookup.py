@@ -9,14 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sk_triton import SelectiveKernel, analytic, dispatch, explain, plans, use_backend
+from sk_triton import SelectiveKernel, dispatch, explain, plans, use_backend
+from sk_triton.analytic import branch as analytic
 from sk_triton.bench.grid import seed_unit
 from sk_triton.chips import CHIPS, Chip, chip_of, pinned
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.plans import make_plan
 from sk_triton.preference import fastest_plan
-from sk_triton.replay import kind_of
-from sk_triton.training_plan import make_training_plan, plan_training
+from sk_triton.replay.calls import kind_of
+from sk_triton.training.plan import make_training_plan, plan_training
 from sk_triton.tuning import cache, keys, launches, lookup, shipped
 from sk_triton.tuning.entries import Entry, dump_config, dump_sections
 

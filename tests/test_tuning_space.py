@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sk_triton import plans
-from sk_triton.analytic_grad import grad_config
+from sk_triton.analytic.grad import grad_config
 from sk_triton.bench.grid import CASES, seed_unit
 from sk_triton.chips import CHIPS, PREFETCHING
 from sk_triton.kernels.config import GradWideConfig

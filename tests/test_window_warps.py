@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sk_triton import analytic_window, chips, plans
-from sk_triton.analytic import branch_config
+from sk_triton import chips, plans
+from sk_triton.analytic import window as analytic_window
+from sk_triton.analytic.branch import branch_config
 from sk_triton.bench.grid import paper_unit, seed_unit
 from sk_triton.bench.planned import unit_parameters
 from sk_triton.chips import chip_of

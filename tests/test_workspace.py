@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sk_triton.workspace import MAX_SCRATCH, borrow, give_back, stream_of
+from sk_triton.replay.workspace import MAX_SCRATCH, borrow, give_back, stream_of
 
 CPU = torch.device("cpu")
 

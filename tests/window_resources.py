@@ -7,8 +7,9 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import product
 
-from sk_triton import analytic, analytic_merged
-from sk_triton.analytic_window import merged_window_candidates
+from sk_triton.analytic import branch as analytic
+from sk_triton.analytic import merged as analytic_merged
+from sk_triton.analytic.window import merged_window_candidates
 from sk_triton.bench import resources, training_resources
 from sk_triton.bench.compile import compile_launch
 from sk_triton.bench.grid import CASES

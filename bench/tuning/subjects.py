@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sk_triton import reference
 from sk_triton.params import Branch, Gate
 from sk_triton.plan import Plan
-from sk_triton.training import unit_tensors
+from sk_triton.training.tensors import unit_tensors
 from sk_triton.workload import Workload
 
 from .. import judge, protocol

@@ -14,7 +14,7 @@ from sk_triton.backend import Schedule
 from sk_triton.kernels.launch import Launch
 from sk_triton.plan import Plan
 from sk_triton.save import Save
-from sk_triton.training_plan import make_training_plan
+from sk_triton.training.plan import make_training_plan
 from sk_triton.tuning import launches, space
 from sk_triton.tuning.entries import Choice, Entry, Trial
 from sk_triton.tuning.keys import BACKWARD, FORWARD, KINDS, SCHEDULE

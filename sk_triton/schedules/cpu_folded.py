@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cpu_convolution import convolution
+from ..cpu.convolution import convolution
 from ..folding import FoldedGate, attend, fold_unit, sum_dtype
 from ..layout import branch_inputs, empty_output, memory_format
 from ..packing import PackCache, remember

@@ -1,6 +1,6 @@
 """Schedule "merged", for linear branches on the CPU: one convolution with a kernel of each sample's own.
 
-The gate is known before any branch is computed (:mod:`..cpu_merging`).
+The gate is known before any branch is computed (:mod:`..cpu.merging`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..cpu_merging import MergedKernels, convolve, merge, pooled, window_sums
+from ..cpu.merging import MergedKernels, convolve, merge, pooled, window_sums
 from ..folding import FoldedGate, attend, fold_unit, sum_dtype
 from ..packing import PackCache, remember
 from ..params import Branch, Gate

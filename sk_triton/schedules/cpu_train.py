@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..cpu_gate import affine_gate, attend_bwd
+from ..cpu.gate import affine_gate, attend_bwd
 from ..folding import FoldedGate, attend, sum_dtype
 from ..layout import branch_inputs, memory_format
 from ..params import Branch, Gate

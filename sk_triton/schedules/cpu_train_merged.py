@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..cpu_gate import affine_gate, attend_bwd
-from ..cpu_merging import (
+from ..cpu.gate import affine_gate, attend_bwd
+from ..cpu.merging import (
     MergedKernels,
     add_to_windows,
     by_group,
@@ -117,7 +117,7 @@ def _convolve_bwd(
     samples: int,
     needs_dx: bool,
 ) -> tuple[Tensor | None, Tensor]:
-    """Gradients of :func:`.cpu_merging.convolve` by x and by each sample's own kernels.
+    """Gradients of :func:`..cpu.merging.convolve` by x and by each sample's own kernels.
 
     Returns:
         dx as x, None unless needed, and dK ``[N, C, fan_in, K, K]``.

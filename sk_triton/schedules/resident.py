@@ -14,9 +14,9 @@ from ..kernels.geometry import tiles
 from ..kernels.unit_resident import STATE_HEADER, unit_resident_fwd
 from ..packing import Packed
 from ..plan import Plan
+from ..replay.workspace import kept_exchange
 from ..spec import SKSpec
 from ..steps import Step
-from ..workspace import kept_exchange
 
 
 def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:

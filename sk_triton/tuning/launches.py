@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from .. import analytic, analytic_gated, analytic_grad, analytic_merged
+from ..analytic import branch, gate, gated, grad, merged, pixelwise
 from ..kernels.geometry import ConvShape
 from ..workload import Workload
 from . import space
@@ -23,8 +23,8 @@ def branch_config(workload: Workload, shape: ConvShape, task: str) -> Found:
         f"branch_{task}",
         branch_key(workload, shape, task),
         partial(space.branch_configs, shape, h, *numbers, chip, task=task),
-        partial(analytic.branch_config, shape, n, h, w, *numbers, chip, task=task),
-        lambda config: analytic.branch_cost(config, shape, n, h, w, chip, task),
+        partial(branch.branch_config, shape, n, h, w, *numbers, chip, task=task),
+        lambda config: branch.branch_cost(config, shape, n, h, w, chip, task),
     )
     return resolve(request, chip)
 
@@ -42,7 +42,7 @@ def gate_config(workload: Workload) -> Found:
         "gate",
         _key(workload, "gate", f"m{m}/c{c}/d{d}"),
         partial(space.gate_configs, m, c, d, dtype),
-        partial(analytic.gate_config, m, c, d, workload.n, dtype, workload.chip),
+        partial(gate.gate_config, m, c, d, workload.n, dtype, workload.chip),
     )
     return resolve(request, workload.chip)
 
@@ -54,14 +54,14 @@ def select_config(workload: Workload) -> Found:
         "select",
         _key(workload, "select", f"m{workload.spec.num_branches}/c{c}"),
         partial(space.select_configs, pixels, c),
-        partial(analytic.select_config, pixels, c),
+        partial(pixelwise.select_config, pixels, c),
     )
     return resolve(request, workload.chip)
 
 
 def gated_select_config(workload: Workload) -> Found:
     """For the selection from stored branches that computes its gate."""
-    pixels, expected = math.prod(workload.output_size), analytic_gated.gated_select_config(workload)
+    pixels, expected = math.prod(workload.output_size), gated.gated_select_config(workload)
     m, c, d = workload.spec.num_branches, workload.spec.out_channels, workload.spec.gate_width
     request = Request(
         "gated_select",
@@ -79,7 +79,7 @@ def pooled_sums_config(workload: Workload) -> Found:
         "pooled_sums",
         _key(workload, "pooled_sums", f"m{m}/c{c}"),
         partial(space.pooled_sums_configs, pixels, c),
-        partial(analytic.pooled_sums_config, workload.n, pixels, c, workload.chip),
+        partial(pixelwise.pooled_sums_config, workload.n, pixels, c, workload.chip),
     )
     return resolve(request, workload.chip)
 
@@ -91,7 +91,7 @@ def reduction_config(workload: Workload) -> Found:
         "reduction",
         _key(workload, "reduction", f"m{workload.spec.num_branches}/c{c}"),
         partial(space.reduction_configs, pixels, c, workload.chip),
-        partial(analytic.reduction_config, pixels, c, workload.chip),
+        partial(pixelwise.reduction_config, pixels, c, workload.chip),
     )
     return resolve(request, workload.chip)
 
@@ -99,7 +99,7 @@ def reduction_config(workload: Workload) -> Found:
 def grad_config(workload: Workload, shape: ConvShape) -> Found | None:
     """For the gradients of the branches of `shape`; None where no kernel computes them."""
     n, (h, w), dtype, chip = workload.n, workload.output_size, workload.dtype, workload.chip
-    choice = analytic_grad.grad_config(shape, n, h, w, dtype, chip)
+    choice = grad.grad_config(shape, n, h, w, dtype, chip)
     if choice is None:
         return None
     request = Request(
@@ -118,7 +118,7 @@ def border_config(workload: Workload, shape: ConvShape) -> Found:
         "border_sums",
         _key(workload, "border_sums", conv_text(shape)),
         partial(space.border_configs, shape, h_in, w_in),
-        partial(analytic_merged.border_config, shape, workload.n, h_in, w_in, chip),
+        partial(merged.border_config, shape, workload.n, h_in, w_in, chip),
     )
     return resolve(request, chip)
 
@@ -130,8 +130,8 @@ def merged_config(workload: Workload, branches: ConvShape, shape: ConvShape) -> 
         "merged_conv",
         _key(workload, "merged_conv", conv_text(shape), workload.allow_tf32),
         partial(space.merged_configs, branches, shape, h, w, dtype, chip),
-        partial(analytic_merged.merged_config, branches, shape, n, h, w, dtype, chip),
-        lambda config: analytic_merged.merged_cost(config, branches, shape, n, h, w, chip),
+        partial(merged.merged_config, branches, shape, n, h, w, dtype, chip),
+        lambda config: merged.merged_cost(config, branches, shape, n, h, w, chip),
     )
     return resolve(request, chip)
 

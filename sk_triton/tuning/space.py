@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .. import analytic, analytic_gated, analytic_merged
-from ..analytic_window import merged_window_candidates, takes_window
+from ..analytic import branch, gate, gated, merged, pixelwise
+from ..analytic.window import merged_window_candidates, takes_window
 from ..chips import PREFETCHING, Chip
 from ..kernels.config import (
     BorderConfig,
@@ -48,8 +48,8 @@ def branch_configs(
     shape: ConvShape, h: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip, *, task: str
 ) -> list[BranchConfig]:
     """Of branch convolutions: the analytic candidates, their variants, and the tap formulation where it can run."""
-    tiled = analytic.branch_candidates(shape, h, dtype, allow_tf32, chip, task)
-    taps = analytic.tap_candidates(shape, dtype == torch.float32 and not allow_tf32, dtype)
+    tiled = branch.branch_candidates(shape, h, dtype, allow_tf32, chip, task)
+    taps = branch.tap_candidates(shape, dtype == torch.float32 and not allow_tf32, dtype)
     variants = [variant for config in tiled for variant in _variants(shape, config, chip)]
     return [config for config in dict.fromkeys((*tiled, *variants, *taps)) if can_run(task, shape, config)]
 
@@ -95,10 +95,8 @@ def gate_configs(m: int, c: int, d: int, dtype: torch.dtype) -> list[GateConfig]
             powers(min(widest, next_power_of_2(d))),
             powers(min(next_power_of_2(c), columns)),
         )
-        if block_s * block_d <= analytic.MAX_GATE_WEIGHTS
-        for block_t in dict.fromkeys(
-            analytic.gate_tiles(block_n, block_s, sums) for sums in analytic.GATE_SUMS
-        )
+        if block_s * block_d <= gate.MAX_GATE_WEIGHTS
+        for block_t in dict.fromkeys(gate.gate_tiles(block_n, block_s, sums) for sums in gate.GATE_SUMS)
     ]
 
 
@@ -118,7 +116,7 @@ def gated_select_configs(pixels: int, expected: GatedSelectConfig) -> list[Gated
     found = [
         replace(expected, BLOCK_P=min(block_p, next_power_of_2(pixels)), BLOCK_C=block_c)
         for block_p, block_c in product((16, 32, 64, 128, 256), (16, 32, 64, 128))
-        if block_c <= expected.BLOCK_C and block_p * block_c <= 2 * analytic_gated.TILE_ELEMENTS
+        if block_c <= expected.BLOCK_C and block_p * block_c <= 2 * gated.TILE_ELEMENTS
     ]
     return list(dict.fromkeys([expected, *found]))
 
@@ -138,7 +136,7 @@ def pooled_sums_configs(pixels: int, c: int) -> list[ReductionConfig]:
 def reduction_configs(pixels: int, c: int, chip: Chip) -> list[ReductionConfig]:
     """Of the sums over the `pixels` pixels of a sample, for `c` channels."""
     most_p, most_c = next_power_of_2(pixels), next_power_of_2(c)
-    found = [analytic.reduction_config(pixels, c, chip)]
+    found = [pixelwise.reduction_config(pixels, c, chip)]
     for elements, block_c, most_steps, num_warps in product(
         (512, 1024, 2048, 4096), (32, 64, 128), (4, 8, 16, 32), (1, 2, 4)
     ):
@@ -187,7 +185,7 @@ def merged_configs(
         found += [
             variant for config in windows for variant in (config, *_window_variants(branches, config, chip))
         ]
-    for config in analytic_merged.merged_candidates(shape, h, dtype, chip):
+    for config in merged.merged_candidates(shape, h, dtype, chip):
         count = math.prod(tiles(shape, config, h, w))
         walks = (*(1 << i for i in range(count.bit_length())), count)
         found += [replace(config, TILES_PER_PROGRAM=walk) for walk in dict.fromkeys(walks)]

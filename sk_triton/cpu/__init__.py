@@ -1,0 +1,1 @@
+"""The CPU's schedules: which of them runs a call, and what they share."""

@@ -1,0 +1,285 @@
+"""Schedule "train": the unit with batch statistics, and its gradient.
+
+Forward: convolve, statistics, pool, gate, select. Backward: one reduction, the gate's gradient, then the branches'
+(:func:`.gradients.branch_backward`). Derivation: `kernels/README.md`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..kernels.batch_stats import combine_moments_fwd
+from ..kernels.select_bwd import select_bwd
+from ..plan import Plan
+from .branches import (
+    BranchVectors,
+    TrainingUnit,
+    branch_norm,
+    convolve,
+    stack,
+    sums_over_pixels,
+)
+from .distributed import gather_moments, sum_over
+from .forward import FoldedBranches, StoredBranches
+from .gate import (
+    GateGrads,
+    GateNorm,
+    GateState,
+    GateTensors,
+    ParameterGrads,
+    gate_bwd,
+    gate_fwd,
+)
+from .gradients import Upstream, branch_backward
+from .tape import Tape
+from .tensors import UnitTensors
+
+
+class Saved(NamedTuple):
+    """What the gradient needs besides the input and the parameters.
+
+    Attributes:
+        y: ``[M, N, H', W', C]``, the branches' convolutions, behind the ReLU where the plan pools while it stores.
+        mean, rstd: ``[M, C]`` fp32, of the norms; empty without them.
+        sizes: ``[M]`` fp32, values behind each branch's statistics; empty where no group shares them.
+        vectors: ``BranchVectors.stacked``.
+        sums: ``[2, N, M, C]``, active and pooled of `pooled_moments_fwd`; empty without norms. Like y, empty where it
+            will be computed in the backward pass.
+        s, h, z, gate_mean, gate_rstd, gate_size, attention: :class:`.gate.GateState`.
+    """
+
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
+    sizes: Tensor
+    vectors: Tensor
+    sums: Tensor
+    s: Tensor
+    h: Tensor
+    z: Tensor
+    gate_mean: Tensor
+    gate_rstd: Tensor
+    gate_size: Tensor
+    attention: Tensor
+
+
+def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, tape: Tape) -> list[Tensor]:
+    """The outputs of :func:`.operators.unit_fwd`, for x with adjacent channels; v receives the unit's."""
+    vectors = stack(unit, x, tape)
+    branches = (FoldedBranches if plan.folded_launches else StoredBranches)(x, unit, plan, vectors, tape)
+    mean, rstd, sizes, unbiased = _statistics(branches, v, unit, tape)
+    norm = branch_norm(mean, rstd, vectors, unit)
+    state, gate_unbiased, sums = gate_fwd(
+        branches.pool(norm),
+        branches.affine,
+        _gate_tensors(unit.tensors, unit.spec.num_branches, tape),
+        _gate_norm(unit),
+        _gate_running(unit),
+        unit.updates[-1] if unit.updates else None,
+        branches=unit.spec.num_branches,
+        pixels=v.shape[2] * v.shape[3],
+        tape=tape,
+    )
+    branches.select(norm, state.attention, v)
+    y = branches.y if save == "branches" else branches.y.new_empty(0)
+    # Without norms the backward pass counts anew what its one reduction sees anyway.
+    if save != "branches" or not unit.spec.branch_norm:
+        sums = sums.new_empty(0)
+    # Outputs of an operator must not share memory.
+    return [v, unbiased, gate_unbiased, *Saved(y, mean, rstd, sizes, vectors.stacked, sums, *state)]
+
+
+def backward(
+    dv: Tensor, x: Tensor, unit: TrainingUnit, plan: Plan, saved: Saved, needs: list[bool], tape: Tape
+) -> list[Tensor]:
+    """The outputs of :func:`.operators.unit_bwd`, for x with adjacent channels and dv with equally spaced pixels,
+    and so is the gradient of x."""
+    spec, m = unit.spec, unit.spec.num_branches
+    y, sums = saved.y, saved.sums
+    vectors = BranchVectors.of(saved.vectors, unit)
+    norm = branch_norm(saved.mean, saved.rstd, vectors, unit)
+    has_sums = bool(sums.numel())
+    if not y.numel():
+        y = convolve(x, unit, plan, vectors, tape).y
+    is_linear = not spec.branch_norm and not plan.has_relu
+    count = 2 if has_sums or is_linear else 4
+    partial = sums_over_pixels(select_bwd, (dv, y, *norm), count, y, unit, plan, tape)
+    of_branches, of_others = needs[: 1 + m], needs[1 + m :]
+    outputs, targets, copies = _destinations(unit, of_others)
+    kinds, groups = unit.norms.kinds[:m], unit.norms.groups.split(",")[:m]
+    gate = gate_bwd(
+        partial,
+        sums if has_sums else None,
+        vectors.affine if spec.branch_norm else None,
+        GateState(*saved[6:]),
+        (norm.rstd, norm.gamma),
+        _gate_tensors(unit.tensors, m, tape),
+        _gate_norm(unit),
+        _parameter_grads(targets, m, tape),
+        batch_norms=[kind == "b" for kind in kinds],
+        pixels=y.shape[2] * y.shape[3],
+        tape=tape,
+    )
+    terms = gate.terms
+    if any(groups):
+        tape.note_operators()
+        terms = _shared_terms(gate, kinds, groups, saved.sizes)
+    found: Sequence[Tensor] = ()
+    if any(of_branches):
+        upstream = Upstream(dv, saved.attention, gate.pooled, norm, *terms.unbind(0))
+        found = branch_backward(x, y, upstream, unit, plan, of_branches, tape)
+    if copies:
+        tape.note_operators()
+        torch._foreach_copy_([output for output, _ in copies], [target for _, target in copies])
+    return [*found, *outputs]
+
+
+def _statistics(
+    branches: StoredBranches | FoldedBranches, v: Tensor, unit: TrainingUnit, tape: Tape
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean and 1 / deviation ``[M, C]`` that the norms take, values behind them ``[M]`` where a group shares them, and
+    the unbiased variance ``[M, C]`` where it is the batch's; each empty elsewhere."""
+    n, c, h, w = v.shape
+    m, pixels = unit.spec.num_branches, n * h * w
+    kinds, groups = unit.norms.kinds[:m], unit.norms.groups.split(",")[:m]
+    epsilons = unit.norms.epsilons[:m]
+
+    def empty(*size: int) -> Tensor:  # one each: outputs of an operator must not share memory
+        return v.new_empty(size, dtype=torch.float32)
+
+    if not unit.spec.branch_norm:
+        return empty(0), empty(0), empty(0), empty(0)
+    mean, rstd, var = empty(m, c), empty(m, c), empty(m, c)
+    running = unit.updates[:m] or (None,) * m
+    if "b" in kinds:
+        for members, moments in branches.moments():
+            for part in _of_equal(epsilons, members):
+                own = moments[part.start - members.start : part.stop - members.start]
+                combine = combine_moments_fwd(
+                    own, mean[part], rstd[part], var[part], running[part], pixels=pixels, epsilon=epsilons[part.start],
+                    is_unbiased=not any(groups),
+                )  # fmt: skip
+                tape.run(combine)
+    sizes = empty(0)
+    if any(groups):
+        tape.note_operators()
+        var, sizes = _share(mean, rstd, var, pixels, groups, epsilons)
+    for i, kind in enumerate(kinds):
+        if kind == "r":
+            tape.note_operators()
+            first = 2 * kinds[:i].count("r")
+            mean[i], running_var = unit.running[first], unit.running[first + 1].float()
+            rstd[i] = (running_var + epsilons[i]).rsqrt()
+    return mean, rstd, sizes, var if "b" in kinds else empty(0)
+
+
+def _of_equal(values: Sequence[float], members: slice) -> list[slice]:
+    """`members` in parts of equal `values`."""
+    starts = [
+        i for i in range(members.start, members.stop) if i == members.start or values[i] != values[i - 1]
+    ]
+    return [slice(start, stop) for start, stop in zip(starts, [*starts[1:], members.stop], strict=True)]
+
+
+def _share(
+    mean: Tensor, rstd: Tensor, var: Tensor, pixels: int, groups: Sequence[str], epsilons: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Replaces the statistics of branches whose batch a group shares; gives the unbiased variance of all, and how many
+    values are behind it, ``[M]``."""
+    sizes = mean.new_full((len(groups),), pixels)
+    own_mean, own_var = mean.clone(), var.clone()
+    for name in sorted({*groups} - {""}):
+        joined = gather_moments(own_mean, own_var, pixels, name)
+        for i in [i for i, group in enumerate(groups) if group == name]:
+            mean[i], var[i], sizes[i] = joined[0][i], joined[1][i], joined[2]
+            rstd[i] = (var[i] + epsilons[i]).rsqrt()
+    return var * (sizes / (sizes - 1))[:, None], sizes
+
+
+def _shared_terms(gate: GateGrads, kinds: str, groups: Sequence[str], sizes: Tensor) -> Tensor:
+    """``GateGrads.terms`` with the gradients of branches whose batch a group shares added up over it."""
+    joined = {name: sum_over(gate.affine, name) for name in sorted({*groups} - {""})}
+    terms = gate.terms.clone()
+    for i, (name, kind) in enumerate(zip(groups, kinds, strict=True)):
+        if kind == "b" and name:
+            terms[:, i] = joined[name][:, i] / sizes[i]
+    return terms
+
+
+def _destinations(
+    unit: TrainingUnit, needs: Sequence[bool]
+) -> tuple[list[Tensor], UnitTensors, list[tuple[Tensor, Tensor]]]:
+    """Memory for the gradients of the parameters but the convolutions' weights; `needs` says which are wanted.
+
+    Returns:
+        Those that are, like the parameters. Where the kernels write: contiguous memory, also of those that are not
+        wanted. What is to be copied from there.
+    """
+    m = unit.spec.num_branches
+    outputs: list[Tensor] = []
+    targets: list[Tensor | None] = [None] * m
+    copies: list[tuple[Tensor, Tensor]] = []
+    remaining = iter(needs)
+    for parameter in unit.tensors.flat()[m:]:
+        if parameter is None:
+            targets.append(None)
+            continue
+        output = torch.empty_like(parameter) if next(remaining) else None
+        if output is not None:
+            outputs.append(output)
+        target = output
+        if target is None or not target.is_contiguous():
+            target = parameter.new_empty(parameter.shape)
+            if output is not None:
+                copies.append((output, target))
+        targets.append(target)
+    return outputs, UnitTensors.from_flat(targets, m), copies
+
+
+def _parameter_grads(targets: UnitTensors, m: int, tape: Tape) -> ParameterGrads:
+    def of_branches(grads: Sequence[Tensor | None]) -> list[Tensor] | None:
+        present = [grad for grad in grads if grad is not None]
+        # A kernel writes those of all branches.
+        return [torch.empty_like(present[0]) if grad is None else grad for grad in grads] if present else None
+
+    return ParameterGrads(
+        of_branches(targets.biases),
+        of_branches(targets.gammas),
+        of_branches(targets.betas),
+        _gate_tensors(targets, m, tape),
+    )
+
+
+def _gate_tensors(t: UnitTensors, m: int, tape: Tape) -> GateTensors:
+    reduce_weight = tape.contiguous(t.reduce_weight.flatten(1))
+    select_weights = [tape.contiguous(weight.flatten(1)) for weight in t.select_weights]
+    select_biases = [tape.contiguous(bias) for bias in t.select_biases if bias is not None]
+    if len(select_weights) < m:  # of all branches in one
+        select_weights = [*select_weights[0].view(m, -1, reduce_weight.shape[0]).unbind(0)]
+        select_biases = [part for bias in select_biases for part in bias.view(m, -1).unbind(0)]
+    return GateTensors(
+        reduce_weight,
+        tape.contiguous_or_none(t.reduce_bias),
+        tape.contiguous_or_none(t.gate_gamma),
+        tape.contiguous_or_none(t.gate_beta),
+        tuple(select_weights),
+        tuple(select_biases) or None,
+    )
+
+
+def _gate_norm(unit: TrainingUnit) -> GateNorm:
+    statistics = {"-": "none", "b": "batch", "r": "given"}
+    return GateNorm(
+        statistics[unit.norms.kinds[-1]],
+        unit.norms.epsilons[-1],
+        unit.norms.groups.split(",")[-1],
+        unit.spec.gate_act == "relu",
+    )
+
+
+def _gate_running(unit: TrainingUnit) -> tuple[Tensor, Tensor] | None:
+    return (unit.running[-2], unit.running[-1]) if unit.norms.kinds[-1] == "r" else None

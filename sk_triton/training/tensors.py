@@ -1,0 +1,73 @@
+"""A unit's parameters as one list of tensors, as operators and functions of autograd take them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..params import Branch, Gate
+
+
+class UnitTensors(NamedTuple):
+    """The parameters of a unit with M branches, in their own shapes, each None where the unit has none.
+
+    Attributes:
+        weights, biases, gammas, betas: M each: of the convolutions and of their norms.
+        reduce_weight, reduce_bias, gate_gamma, gate_beta: as of :class:`..params.Gate` and its norm.
+        select_weights, select_biases: M each, of the branches, or one of all of them, one after another.
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    gammas: tuple[Tensor | None, ...]
+    betas: tuple[Tensor | None, ...]
+    reduce_weight: Tensor
+    reduce_bias: Tensor | None
+    gate_gamma: Tensor | None
+    gate_beta: Tensor | None
+    select_weights: tuple[Tensor, ...]
+    select_biases: tuple[Tensor | None, ...]
+
+    def flat(self) -> list[Tensor | None]:
+        """All in the order of the fields."""
+        # Not `self[4:]`: Dynamo of torch 2.8 cannot trace slices of named tuples.
+        gate = (self.reduce_weight, self.reduce_bias, self.gate_gamma, self.gate_beta)
+        select = (*self.select_weights, *self.select_biases)
+        return [*self.weights, *self.biases, *self.gammas, *self.betas, *gate, *select]
+
+    @classmethod
+    def from_flat(cls, values: Sequence[Any], m: int) -> UnitTensors:
+        """The inverse of :meth:`flat`, of a unit with `m` branches."""
+        weights, biases, gammas, betas = (tuple(values[i * m : (i + 1) * m]) for i in range(4))
+        reduce_weight, reduce_bias, gamma, beta, *select = values[4 * m :]
+        half = len(select) // 2
+        gate = reduce_weight, reduce_bias, gamma, beta, tuple(select[:half]), tuple(select[half:])
+        return cls(weights, biases, gammas, betas, *gate)
+
+
+def unit_tensors(branches: Sequence[Branch], gate: Gate) -> UnitTensors:
+    """The parameters as they are now."""
+
+    def parameters(name: str) -> tuple[Tensor | None, ...]:
+        return tuple([getattr(branch.norm, name, None) for branch in branches])
+
+    select_weights = gate.select_weight
+    select_biases: tuple[Tensor | None, ...] = gate.select_bias or (None,) * len(select_weights)
+    if len(select_weights) not in (1, len(branches)):
+        select_weights = (torch.cat([weight.flatten(1) for weight in select_weights]),)
+        select_biases = (None if gate.select_bias is None else torch.cat(gate.select_bias),)
+    return UnitTensors(
+        tuple([branch.weight for branch in branches]),
+        tuple([branch.bias for branch in branches]),
+        parameters("weight"),
+        parameters("bias"),
+        gate.reduce_weight,
+        gate.reduce_bias,
+        getattr(gate.norm, "weight", None),
+        getattr(gate.norm, "bias", None),
+        select_weights,
+        select_biases,
+    )
