@@ -8,8 +8,8 @@ from pathlib import Path
 
 from sk_triton.environment import require
 
-from . import export, results
-from .results import SCHEMA, Results
+from . import export, readme
+from .results import read
 
 BAD_USAGE = 2
 
@@ -60,24 +60,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read(path: Path) -> Results:
-    """The results in a file.
-
-    Raises:
-        ValueError: the file is missing or holds no results of this schema; the message names it.
-    """
-    try:
-        return results.load(path)
-    except OSError as error:
-        raise ValueError(
-            f"{path}: {error.strerror}; a results file that `sk-triton bench` wrote is needed"
-        ) from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not a results file of schema {SCHEMA}: {error!r}") from None
-
-
 def _draw(args: argparse.Namespace) -> list[Path]:
     from . import plots
 
@@ -121,8 +103,6 @@ def _stems(paths: list[Path], output: Path | None) -> list[str]:
 
 
 def _fill_readme(args: argparse.Namespace) -> list[Path]:
-    from . import readme
-
     if args.results or args.output is not None or args.csv or args.markdown or args.all_forms:
         raise ValueError(
             "--readme takes no results files and no other options: it reads bench/results/ beside it"

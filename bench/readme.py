@@ -12,8 +12,7 @@ from pathlib import Path
 
 from . import report_file, unit_times
 from .export import comparisons, losses, losses_count, markdown_table, speed_summary
-from .plot import read
-from .results import Results
+from .results import Results, join, read
 from .shapes import PAPER, SKNET50
 from .unit_times import UnitTime
 
@@ -35,10 +34,21 @@ UNITS_PICTURE = "units-inference.png"
 
 @dataclass(frozen=True)
 class Evidence:
-    """A committed results file: its path from the repository's root, with forward slashes, and what is in it."""
+    """A committed results file: its path from the repository's root, with forward slashes, and what is in it. Several
+    of one suite on one device are shown as one: of each case the newest.
+
+    Attributes:
+        older: those that the newest, which `path` is of, was joined with.
+    """
 
     path: str
     run: Results
+    older: tuple[Evidence, ...] = ()
+
+    @classmethod
+    def joined(cls, items: Sequence[Evidence]) -> Evidence:
+        newest, *older = sorted(items, key=lambda item: item.run.stamp.date, reverse=True)
+        return cls(newest.path, join([item.run for item in items]), tuple(older))
 
     @property
     def folder(self) -> str:
@@ -46,6 +56,11 @@ class Evidence:
 
     @property
     def stem(self) -> str:
+        """What its pictures' names begin with."""
+        return self.run.suite if self.older else self.name
+
+    @property
+    def name(self) -> str:
         return self.path.rpartition("/")[2].removesuffix(".json")
 
 
@@ -153,10 +168,13 @@ def picture_names(item: Evidence) -> list[str]:
 
 
 def _shown(evidence: Sequence[Evidence]) -> list[Evidence]:
-    """The GPUs' results, or without one the CPU's; layers first, of a suite the newest first."""
+    """The GPUs' results, or without one the CPU's, those of a suite on a device joined; layers first."""
     on_gpu = [item for item in evidence if item.run.stamp.device_type != "cpu"]
-    newest_first = sorted(on_gpu or evidence, key=lambda item: item.run.stamp.date, reverse=True)
-    return sorted(newest_first, key=lambda item: (item.run.suite != "layer", item.run.suite))
+    groups: dict[tuple[bool, str, str], list[Evidence]] = {}
+    for item in on_gpu or evidence:
+        suite = item.run.suite
+        groups.setdefault((suite != "layer", suite, item.run.stamp.device), []).append(item)
+    return [Evidence.joined(groups[key]) for key in sorted(groups)]
 
 
 def _plots(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
@@ -189,18 +207,28 @@ def _units(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
 
 
 def _results(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
-    """What each file that compares says in a sentence, its table folded away."""
+    """What each suite that compares says in a sentence, its table folded away."""
     parts = []
     for item in _compared(shown):
-        stamp = item.run.stamp
-        what = f"{item.run.suite} on {stamp.device}"
-        commit = f", commit {stamp.git_commit[:9]}" if stamp.git_commit else ""
+        what = f"{item.run.suite} on {item.run.stamp.device}"
         parts.append(
             f"**{what}:** {speed_summary(comparisons(item.run))}.\n"
-            f"Geometric mean and range of [{item.stem}.json]({item.path}), {stamp.date[:10]}{commit}."
+            f"Geometric mean and range{' of the newest of each case' if item.older else ''}: {_files(item)}."
         )
-        parts.append(_folded(f"Every case of {what}", markdown_table(item.run).strip()))
+        notes = "".join(f"\n\n{note}" for note in item.run.notes) if item.older else ""
+        parts.append(_folded(f"Every case of {what}", markdown_table(item.run).strip() + notes))
     return "\n\n".join(parts)
+
+
+def _files(item: Evidence) -> str:
+    """Links to the files behind it, with their dates and commits."""
+    return ", ".join(map(_file, (item, *item.older)))
+
+
+def _file(item: Evidence) -> str:
+    stamp = item.run.stamp
+    commit = f", commit {stamp.git_commit[:9]}" if stamp.git_commit else ""
+    return f"[{item.name}.json]({item.path}) ({stamp.date[:10]}{commit})"
 
 
 def _losses(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
@@ -210,7 +238,7 @@ def _losses(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
         lost = losses(comparisons(item.run))
         count = losses_count(comparisons(item.run))
         parts.append(
-            f"On {item.run.stamp.device} we lose in {count} of [{item.stem}]({item.path}){':' if lost else '.'}"
+            f"On {item.run.stamp.device} we lose in {count} of suite {item.run.suite}{':' if lost else '.'}"
         )
         if lost:
             parts.append("\n".join(f"- {line}" for line in lost))

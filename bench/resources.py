@@ -1,11 +1,8 @@
-"""`sk-triton resources`: what every kernel of the support grid uses on every chip, from the compiled code alone."""
+"""What the kernels of inference use on a chip, from the compiled code alone."""
 
 from __future__ import annotations
 
-import argparse
 import functools
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,15 +12,11 @@ import torch
 from sk_triton import dispatch, plans
 from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS
-from sk_triton.environment import installed_triton, require
 from sk_triton.kernels.launch import Launch, flat
 from sk_triton.plan import BranchLaunch, Plan
-from sk_triton.tuning import shipped
-from sk_triton.tuning.launches import branch_key
 from sk_triton.workload import Workload
 
-from .arguments import positive
-from .grid import CASES, UNITS, Case
+from .grid import Case
 from .phases import counted, has_phases
 from .planned import planned_steps
 from .processes import compiling_processes
@@ -33,24 +26,20 @@ if TYPE_CHECKING:
 
 
 MATRIX_KERNELS = (
-    *(
-        "branch_conv_stream",
-        "branch_conv_window",
-        "branch_conv_column",
-        "branch_conv_held",
-        "branch_conv_tap",
-    ),
-    *("merged_conv", "unit_resident"),
-    *("branch_grad_stream", "branch_grad_data", "branch_grad_weight"),
+    "branch_conv_stream",
+    "branch_conv_window",
+    "branch_conv_column",
+    "branch_conv_held",
+    "branch_conv_tap",
+    "merged_conv",
+    "unit_resident",
+    "branch_grad_stream",
+    "branch_grad_data",
+    "branch_grad_weight",
 )
 """What is meant to use tensor cores, or what its name starts with."""
 GATES = ("gate", "gated_select")
 """Those of inference, by their whole names: training's use no tensor cores. In fp32 units their products are IEEE."""
-WIDTH = 220
-"""Columns of the table where no terminal says how many there are, so that a row is a line."""
-LATENCIES = (400, 1400)
-"""Clocks that a load takes from L2, and from memory while others load as well: with the latter the loops that pool,
-select and convolve by merged weights came out within 9 % of what an H100 took."""
 
 
 @dataclass(frozen=True)
@@ -184,133 +173,3 @@ def measure_all(
 def compilable_chips() -> list[str]:
     """The chips that the installed Triton compiles for: gfx942 from 3.5 on."""
     return [name for name in CHIPS if not name.startswith("gfx") or dispatch.triton_version() >= (3, 5)]
-
-
-def write_configs(rows: list[Row]) -> None:
-    """Put the configs of the branch launches in `rows` that have no fault into their chips' shipped files.
-
-    Entries for other launches stay if they were made for the kernels as they are.
-    """
-    by_chip = {row.resources.target: dict(shipped.shipped(row.resources.target)) for row in rows}
-    for row in rows:
-        if row.branch_launch is not None and not row.faults:
-            case, launch = row.case, row.branch_launch
-            key = branch_key(workload_of(case, row.resources.target), launch.shape, launch.task)
-            by_chip[row.resources.target][key] = launch.config
-    for chip, entries in by_chip.items():
-        content = json.dumps(shipped.shipped_content(chip, entries, installed_triton() or "none"), indent=1)
-        shipped.shipped_file(chip).write_text(content + "\n")
-
-
-def clocks_of(used: Resources) -> list[str]:
-    """What `--clocks` adds to a kernel's row."""
-    from .warps import PRODUCT_CLOCKS, clocks_per_trip, product_clocks, resident_warps
-
-    if not used.loop or used.target not in PRODUCT_CLOCKS:
-        return ["-"] * (2 + len(LATENCIES))
-    warps = resident_warps(used.registers)
-    found = [sum(step.stall for step in used.loop), warps * product_clocks(used.loop, used.target)]
-    found += [round(clocks_per_trip(used.loop, used.target, warps, latency)) for latency in LATENCIES]
-    return list(map(str, found))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `sk-triton resources`."""
-    parser.add_argument(
-        "--chip", choices=tuple(CHIPS), nargs="+", help="chips (default: all that Triton compiles for)"
-    )
-    parser.add_argument(
-        "--unit",
-        choices=[name for name, *_ in UNITS],
-        nargs="+",
-        help="units of the support grid (default: all)",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=("fp16", "bf16", "tf32", "fp32"),
-        nargs="+",
-        default=["fp16"],
-        help="default: fp16",
-    )
-    parser.add_argument(
-        "--training",
-        action="store_true",
-        help="the kernels of a training step, under both save policies, instead of inference's",
-    )
-    parser.add_argument(
-        "--clocks",
-        action="store_true",
-        help="clocks a trip of each kernel's longest loop, simulated from the machine code of sm_90: of one warp "
-        "alone, of the products of all warps of a scheduler, and of these warps with loads of "
-        f"{' and '.join(map(str, LATENCIES))} clocks",
-    )
-    parser.add_argument(
-        "--write-configs",
-        action="store_true",
-        help="ship the analytic configs of what is compiled here",
-    )
-    parser.add_argument(
-        "--workers", type=positive, metavar="N", default=2, help="compiling processes (default 2)"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints the table; returns 1 if a kernel spills, exceeds shared memory or misses the tensor cores."""
-    require("rich")
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
-
-    from . import training_resources
-
-    cases = [
-        case
-        for case in CASES
-        if case.precision in args.precision and (not args.unit or case.name in args.unit)
-    ]
-    chips = args.chip or compilable_chips()
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDTH
-    rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("compiling", total=len(cases) * len(chips))
-        chosen = training_resources.measure if args.training else measure
-        for found in measure_all([(case, chip) for chip in chips for case in cases], args.workers, chosen):
-            rows.extend(found)
-            progress.advance(task)
-
-    table = Table(title="Resources of the compiled kernels")
-    for title in ("chip", "unit", "kernel", "precision"):
-        table.add_column(title)
-    for title in ("registers", "spills", "shared", "16-byte loads", "matrix", "instr / output"):
-        table.add_column(title, justify="right")
-    clock_titles = (
-        ("alone", "products", *(f"loads {latency}" for latency in LATENCIES)) if args.clocks else ()
-    )
-    for title in clock_titles:
-        table.add_column(title, justify="right")
-    table.add_column("fault", style="red")
-    for row in rows:
-        used = row.resources
-        table.add_row(
-            used.target,
-            row.case.name,
-            row.kernel,
-            row.case.precision,
-            str(used.registers),
-            str(used.spills),
-            str(used.shared),
-            f"{used.wide_loads}/{used.loads}",
-            str(used.matrix),
-            "-" if row.per_output is None or used.target.startswith("gfx") else f"{row.per_output:.1f}",
-            *(clocks_of(used) if args.clocks else ()),
-            ", ".join(row.faults),
-        )
-    console.print(table)
-    if args.write_configs:
-        write_configs(rows)
-    faults = [row for row in rows if row.faults]
-    console.print(f"{len(rows)} kernels, {len(faults)} with faults")
-    return 1 if faults else 0

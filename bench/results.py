@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,9 @@ from .shapes import Case, Shape
 from .stamp import Stamp
 
 SCHEMA = 2
+
+TIME_LIMIT = "time limit"
+"""What the note begins with that says how many cases a run had no time for."""
 
 OK = "ok"
 WRONG = "wrong"
@@ -208,6 +211,49 @@ def save(results: Results, path: Path) -> None:
 def load(path: Path) -> Results:
     """Reads what `save` wrote. Raises ValueError for another schema version."""
     return Results.from_json(path.read_text(encoding="utf-8"))
+
+
+def read(path: Path) -> Results:
+    """The results in a file.
+
+    Raises:
+        ValueError: the file is missing or holds no results of this schema; the message names it.
+    """
+    try:
+        return load(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path}: {error.strerror}; a results file that `sk-triton bench` wrote is needed"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a results file of schema {SCHEMA}: {error!r}") from None
+
+
+def join(runs: Sequence[Results]) -> Results:
+    """Runs of one suite on one device as one: of each case what the newest run says, under the newest one's stamp.
+
+    Its notes name the cases of the older ones.
+    """
+    newest, *older = sorted(runs, key=lambda run: run.stamp.date, reverse=True)
+    if not older:
+        return newest
+    records, notes = list(newest.records), _lasting_notes(newest)
+    for run in older:
+        known = by_case(records)
+        added = [record for record in run.records if record.case not in known]
+        if added:
+            cases = ", ".join(case.short_title for case in by_case(added))
+            commit = run.stamp.git_commit[:9] if run.stamp.git_commit else run.stamp.date[:10]
+            notes += [f"{commit}: {cases}", *(f"{commit}: {note}" for note in _lasting_notes(run))]
+            records += added
+    return dataclasses.replace(newest, records=tuple(records), notes=tuple(notes))
+
+
+def _lasting_notes(run: Results) -> list[str]:
+    """Of a run's notes those that hold beside other runs."""
+    return [note for note in run.notes if not note.startswith(TIME_LIMIT)]
 
 
 def fastest_peer(records: list[Record]) -> Record | None:

@@ -65,7 +65,7 @@ class _Course:
         """What is known by now, judged."""
         notes = list(self.notes)
         if self.cases_left:
-            notes.append(f"time limit: {self.cases_left} cases left unmeasured")
+            notes.append(f"{results.TIME_LIMIT}: {self.cases_left} cases left unmeasured")
         if self.clocks.unavailable and self.request.device.type == "cuda":
             notes.append(f"no clock log: {self.clocks.unavailable}")
         return judged(

@@ -121,10 +121,15 @@ class Case:
 
     @property
     def title(self) -> str:
+        return f"{self.suite}: {self.short_title} {self.dtype} {self.direction}"
+
+    @property
+    def short_title(self) -> str:
+        """Without what a run's cases have in common, mostly: suite, dtype and direction."""
         what = f"{self.axis} {self.value:g}" if self.axis else self.shape.name
         if self.name:
             what = f"({self.name}) {what}"
-        return f"{self.suite}: {self.subject} {what} batch {self.batch} {self.dtype} {self.direction}"
+        return f"{self.subject} {what} batch {self.batch}"
 
     @property
     def is_network(self) -> bool:

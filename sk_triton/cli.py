@@ -35,7 +35,7 @@ COMMANDS = {
         "sk_triton.bench.report", "test and measure everything on this machine, step by step, in one folder"
     ),
     "resources": Command(
-        "sk_triton.bench.resources", "compile the kernels for each chip, list what they use"
+        "sk_triton.bench.resources_command", "compile the kernels for each chip, list what they use"
     ),
     "traffic": Command("sk_triton.bench.traffic", "count each schedule's passes over memory"),
     "tune": Command("sk_triton.bench.tune", "measure configs on this GPU, and keep what is faster"),

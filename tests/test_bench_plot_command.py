@@ -109,7 +109,7 @@ def test_the_readme_shows_gpu_results_where_there_are_any():
 def test_the_readme_lists_the_cases_that_are_lost():
     lost = slowed(small(), 30, lambda record: record.ours and record.case.batch == 8)
     text = readme.render("losses", evidence(lost))
-    assert "we lose in 2 of 4 cases of [layer-cuda](bench/results/cuda/layer-cuda.json):" in text
+    assert "we lose in 2 of 4 cases of suite layer:" in text
     assert text.count("\n- ") == 2
     assert text.count(" batch 8 ") == 2
 
@@ -123,14 +123,35 @@ def test_the_readme_shows_one_dtype_and_links_the_data():
     assert export.markdown_table(items[0].run).strip() in readme.render("results", items)
 
 
-def test_the_readme_begins_with_the_newest_of_a_suite():
+def test_the_readme_shows_the_newest_of_each_case_of_a_suite():
     old, new = (
-        readme.Evidence(f"bench/results/cuda/{name}.json", small(batches=(8,), stamp=a_stamp(date=date)))
-        for name, date in (("a", "2026-11-01T00:00:00+00:00"), ("b", "2026-11-02T00:00:00+00:00"))
+        readme.Evidence(
+            f"bench/results/cuda/{name}.json",
+            small(
+                batches=batches,
+                stamp=a_stamp(date=f"2026-11-0{day}T00:00:00+00:00", git_commit=name * 40),
+                notes=(f"{results.TIME_LIMIT}: 1 cases left unmeasured", f"note of {name}"),
+            ),
+        )
+        for name, day, batches in (("a", 1, (8, 32)), ("b", 2, (8,)))
     )
-    plots, tables = (readme.render(section, [old, new]) for section in ("plots", "results"))
-    assert 0 < plots.index("/b-speed") < plots.index("/a-speed")
-    assert 0 < tables.index("/b.json") < tables.index("/a.json")
+    old = dataclasses.replace(old, run=slowed(old.run, 30, lambda record: record.ours))
+    plots, table = (readme.render(section, [old, new]) for section in ("plots", "results"))
+    assert "/layer-speed" in plots
+    assert "/a-speed" not in plots
+    assert 0 < table.index("/b.json") < table.index("/a.json")
+    rows = {line.split(" | ")[0]: line for line in table.splitlines() if line.startswith("| layer")}
+    alone = {
+        name: {line.split(" | ")[0]: line for line in export.markdown_table(item.run).splitlines()}
+        for name, item in (("old", old), ("new", new))
+    }
+    assert len(rows) == len(alone["old"]) - 2
+    assert all(line == alone["old" if "batch 32" in case else "new"][case] for case, line in rows.items())
+    joined = results.join([old.run, new.run])
+    assert joined.stamp == new.run.stamp
+    assert [note.partition(" ")[0] for note in joined.notes] == ["note", "aaaaaaaaa:", "aaaaaaaaa:"]
+    assert "batch 32" in joined.notes[1]
+    assert "batch 8" not in joined.notes[1]
 
 
 @pytest.mark.parametrize(
