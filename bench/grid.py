@@ -47,8 +47,8 @@ def paper_unit(
     )
 
 
-def seed_unit(channels: int, num_branches: int = 2, groups: int = 32) -> SKSpec:
-    """The seed document's class: bare branches with true kernels 3, 5, … and biases."""
+def classic_unit(channels: int, num_branches: int = 2, groups: int = 32) -> SKSpec:
+    """The classic class: bare branches with true kernels 3, 5, … and biases."""
     return SKSpec(
         in_channels=channels,
         out_channels=channels,
@@ -73,15 +73,15 @@ UNITS: tuple[tuple[str, SKSpec, int, int], ...] = (
     ("stage 1, batch 1", paper_unit(128), 1, 56),
     ("stage 2, stride 2", paper_unit(256, stride=2), 128, 56),
     ("stage 3, stride 2", paper_unit(512, stride=2), 128, 28),
-    ("seed, M = 2", seed_unit(128), 128, 56),
-    ("seed, stage 2", seed_unit(256), 128, 28),
-    ("seed, stage 3", seed_unit(512), 128, 14),
-    ("seed, M = 3", seed_unit(128, num_branches=3), 128, 56),
+    ("classic, M = 2", classic_unit(128), 128, 56),
+    ("classic, stage 2", classic_unit(256), 128, 28),
+    ("classic, stage 3", classic_unit(512), 128, 14),
+    ("classic, M = 3", classic_unit(128, num_branches=3), 128, 56),
     ("depthwise", paper_unit(64, groups=64), 128, 56),
     ("dense, split", paper_unit(64, groups=1, in_channels=64, split_input=True), 128, 56),
     ("dense", paper_unit(128, groups=1), 128, 28),
     ("dense, one branch", paper_unit(256, groups=1, kernels=(3,), dilations=(1,)), 128, 28),
-    ("dense, seed", seed_unit(128, groups=1), 128, 28),
+    ("dense, classic", classic_unit(128, groups=1), 128, 28),
     ("dense, 512 channels", paper_unit(512, groups=1), 32, 14),
     ("dense, stride 2", paper_unit(128, groups=1, stride=2), 128, 28),
     ("128 channels per group", paper_unit(512, groups=4), 128, 14),

@@ -22,7 +22,7 @@ from . import forms, results
 from .entrant import Entrant, Outcome
 from .forms import Form
 from .providers import Provider
-from .shapes import INFERENCE, SEED, STAGES, TRAINING, Case
+from .shapes import CLASSIC, INFERENCE, STAGES, TRAINING, Case
 from .sources import yardstick
 
 LARGEST = "largest"
@@ -103,7 +103,7 @@ def allowed_error(
 
 def flip_share(case: Case, batch: int, dtype: torch.dtype) -> float:
     """`flips` of a case's values; 0 without a ReLU."""
-    if case.subject == SEED:
+    if case.subject == CLASSIC:
         return 0.0
     shape = case.shape
     values = batch * shape.channels * shape.height * shape.width

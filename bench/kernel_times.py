@@ -18,7 +18,7 @@ from .forms import CHANNELS_LAST
 from .providers import Provider, make_state
 from .shapes import INFERENCE, TRAINING, Case
 from .sources import Ours
-from .unit_times import EAGER, NAME, UNITS
+from .unit_times import EAGER, NAME
 
 CALLS = 7
 WARM_UPS = 4
@@ -126,9 +126,8 @@ def _profiled(call: Callable[[], object], device: torch.device) -> list[list[Ker
 
 def append(folder: Path, commit: str, case: Case, schedule: str, times: CallTimes) -> None:
     """Add a call to `units.csv` and `launches.csv` in `folder`, which are made where they are not there."""
-    unit = next(name for name, subject in UNITS.items() if subject == case.subject)
     shape = f"{case.shape.channels}@{case.shape.height}x{case.shape.width}"
-    call = (commit, unit, shape, case.batch, case.dtype, case.direction, schedule)
+    call = (commit, case.subject, shape, case.batch, case.dtype, case.direction, schedule)
     total, span = round(times.total, 1), round(times.span, 1)
     _append(folder / NAME, UNIT_COLUMNS, [(*call, len(times.kernels), total, span)])
     launches = [

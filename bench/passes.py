@@ -49,9 +49,9 @@ class Route:
         return sum(step.passes for step in self.steps)
 
 
-def seed_class(spec: SKSpec) -> Route:
-    """The seed document's class in eager mode: `cat` copies the branches into one tensor."""
-    return Route("seed", "seed's class, eager", _through_one_tensor(spec, "cat"))
+def classic_class(spec: SKSpec) -> Route:
+    """The classic class in eager mode: `cat` copies the branches into one tensor."""
+    return Route("classic", "classic class, eager", _through_one_tensor(spec, "cat"))
 
 
 def timm_module(spec: SKSpec) -> Route:
@@ -138,10 +138,11 @@ def merged(spec: SKSpec) -> Route:
 
 
 def routes(spec: SKSpec) -> list[Route]:
-    """The ways to compute a unit at inference, peers first; the seed's peers for linear branches, else the paper's."""
+    """The ways to compute a unit at inference, peers first: the classic class's where branches are linear, else the
+    paper's."""
     if spec.is_linear:
         ours = [library(spec), store(spec), recompute(spec), merged(spec)]
-        return [seed_class(spec), compiled(spec, "seed"), *ours]
+        return [classic_class(spec), compiled(spec, "classic"), *ours]
     ours = [library(spec), store(spec), recompute(spec), resident(spec)]
     return [timm_module(spec), plain_paper(spec), compiled(spec, "paper"), *ours]
 

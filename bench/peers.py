@@ -1,4 +1,4 @@
-"""The peers written out in plain PyTorch: the seed document's class, the paper's unit and SKNet-50."""
+"""The peers written out in plain PyTorch: the classic class, the paper's unit and SKNet-50."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .shapes import PAPER, STAGES, Shape, unit_shape
 MakeUnit = Callable[[Shape], nn.Module]
 
 
-class SeedSKConv(nn.Module):
-    """The seed document's `SKConv`: true 3 + 2i kernels with bias, no norm and no activation.
+class ClassicSKConv(nn.Module):
+    """The classic `SKConv`: true 3 + 2i kernels with bias, no norm and no activation.
 
     Its copies are kept on purpose (`cat` of the branches, two means): this is what its users run today.
     Input and output `[N, features, H, W]`.

@@ -13,8 +13,8 @@ from sk_triton.environment import require
 
 from .arguments import positive
 from .run import DTYPE_NAMES, choose_device
-from .shapes import DIRECTIONS, INFERENCE, STAGES, Case, stage_shape
-from .unit_times import EAGER, SUITE, UNITS
+from .shapes import CLASSIC, DIRECTIONS, INFERENCE, PAPER, STAGES, Case, stage_shape
+from .unit_times import EAGER, SUITE
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(STAGES),
         help="stages of SKNet-50: 128@56² is 1 (default: all)",
     )
-    parser.add_argument("--units", choices=tuple(UNITS), nargs="+", default=list(UNITS), help="default: both")
+    parser.add_argument(
+        "--units", choices=(PAPER, CLASSIC), nargs="+", default=[PAPER, CLASSIC], help="default: both"
+    )
     parser.add_argument(
         "--directions", choices=DIRECTIONS, nargs="+", default=[INFERENCE], help="default: inference"
     )
@@ -90,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 def cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the command's options ask for, stage by stage."""
     return [
-        Case(SUITE, UNITS[unit], stage_shape(UNITS[unit], stage), args.batch, args.dtype, direction)
+        Case(SUITE, unit, stage_shape(unit, stage), args.batch, args.dtype, direction)
         for direction in args.directions
         for stage in args.stages
         for unit in args.units

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from . import forms
 from .forms import Form
 from .inputs import KINDS, make_input
-from .shapes import PAPER, SEED, SKNET50, TRAINING, Case, network_shape
-from .sources import Ours, PlainPaper, SeedClass, Source, Timm, forced_schedules, saving_input, yardstick
+from .shapes import CLASSIC, PAPER, SKNET50, TRAINING, Case, network_shape
+from .sources import ClassicClass, Ours, PlainPaper, Source, Timm, forced_schedules, saving_input, yardstick
 
 State = dict[str, Tensor]
 
@@ -32,7 +32,7 @@ value that a rounding takes across it changes all gradients by up to half their 
 from a mistake."""
 
 PEERS: dict[str, tuple[Source, ...]] = {
-    SEED: (SeedClass(),),
+    CLASSIC: (ClassicClass(),),
     PAPER: (Timm(), PlainPaper()),
     SKNET50: (PlainPaper(),),
 }

@@ -8,13 +8,13 @@ from pathlib import Path
 
 from . import explain, results, validation
 from .gpus import find_gpu
-from .shapes import PAPER, SEED
+from .shapes import CLASSIC, PAPER
 from .validation import Compared
 
 PREDICTED = "Predicted for an H100 SXM, batch 128, fp16"
 COMPARED = "Predicted against measured"
 # The precisions whose configs were compiled for every chip; the model says as much of them as of others.
-PAIRS = tuple((unit, dtype) for dtype in ("fp16", "bf16") for unit in (PAPER, SEED))
+PAIRS = tuple((unit, dtype) for dtype in ("fp16", "bf16") for unit in (PAPER, CLASSIC))
 
 
 class NothingToCompareError(Exception):

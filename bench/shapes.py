@@ -9,10 +9,10 @@ BRANCHES = 2
 REDUCTION = 16
 MIN_GATE_WIDTH = 32
 
-SEED = "seed"
+CLASSIC = "classic"
 PAPER = "paper"
 UNITS = {
-    SEED: "Seed document's unit: 3x3 and 5x5 with bias, no norm",
+    CLASSIC: "Classic class: 3x3 and 5x5 with bias, no norm",
     PAPER: "Paper's and timm's unit: 3x3 and dilated 3x3, batch norm, ReLU",
 }
 """The units, each a function that providers compete on, and their titles."""
@@ -76,11 +76,12 @@ def unit_shape(
     kernel: int = 3,
     dilation: int = 2,
 ) -> Shape:
-    """A unit's usual branches: the seed's kernels 3, 5, …, or the paper's `kernel` with dilations 1, `dilation`, ….
+    """A unit's usual branches: of the classic class kernels 3, 5, …, of the paper's `kernel` with dilations 1,
+    `dilation`, ….
 
     More than two branches dilate on by the same step.
     """
-    if unit == SEED:
+    if unit == CLASSIC:
         kernels = tuple(3 + 2 * m for m in range(num_branches))
         return Shape(channels, size, size, groups, kernels, (1,) * num_branches)
     dilations = tuple(1 + m * (dilation - 1) for m in range(num_branches))

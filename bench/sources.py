@@ -18,9 +18,9 @@ from sk_triton.save import Save
 
 from . import results
 from .export import SAVING_INPUT
-from .peers import PaperUnit, SeedSKConv, SKNet50
+from .peers import ClassicSKConv, PaperUnit, SKNet50
 from .protocol import NotApplicableError
-from .shapes import MIN_GATE_WIDTH, PAPER, REDUCTION, SEED, SKNET50, SKRESNEXT50, Case, Shape
+from .shapes import CLASSIC, MIN_GATE_WIDTH, PAPER, REDUCTION, SKNET50, SKRESNEXT50, Case, Shape
 
 
 class Source(ABC):
@@ -47,14 +47,14 @@ class Source(ABC):
         return None
 
 
-class SeedClass(Source):
-    """The seed document's class."""
+class ClassicClass(Source):
+    """The classic class."""
 
-    key = "seed"
-    label = "seed document's SKConv"
+    key = "classic"
+    label = "classic SKConv"
 
     def module(self, case: Case) -> nn.Module:
-        return SeedSKConv(case.shape.channels, **_seed_settings(case.shape))
+        return ClassicSKConv(case.shape.channels, **_classic_settings(case.shape))
 
 
 class PlainPaper(Source):
@@ -120,8 +120,8 @@ class Ours(Source):
             network = Timm().module(case)
             swap_units(network, self._selective_kernel)
             return network
-        if case.subject == SEED:
-            return self.package.SKConv(case.shape.channels, **_seed_settings(case.shape))
+        if case.subject == CLASSIC:
+            return self.package.SKConv(case.shape.channels, **_classic_settings(case.shape))
         return self._selective_kernel(case.shape)
 
     @contextmanager
@@ -176,7 +176,7 @@ def saving_input() -> Ours:
 
 def yardstick(subject: str) -> Source:
     """The plain peer whose own error in a dtype decides which error is allowed."""
-    return {SEED: SeedClass(), PAPER: PlainPaper(), SKNET50: PlainPaper(), SKRESNEXT50: Timm()}[subject]
+    return {CLASSIC: ClassicClass(), PAPER: PlainPaper(), SKNET50: PlainPaper(), SKRESNEXT50: Timm()}[subject]
 
 
 def swap_units(network: nn.Module, make: Any) -> None:
@@ -245,9 +245,9 @@ def _paper_unit(shape: Shape) -> nn.Module:
     )
 
 
-def _seed_settings(shape: Shape) -> dict[str, Any]:
+def _classic_settings(shape: Shape) -> dict[str, Any]:
     if shape.kernels != tuple(3 + 2 * m for m in range(shape.num_branches)) or set(shape.dilations) != {1}:
-        raise ValueError(f"the seed's class has kernels 3, 5, ... without dilation, got {shape}")
+        raise ValueError(f"the classic class has kernels 3, 5, ... without dilation, got {shape}")
     return {"M": shape.num_branches, "G": shape.groups, "r": REDUCTION, "L": MIN_GATE_WIDTH}
 
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from .grid import UNITS as GRID_UNITS
 from .shapes import (
+    CLASSIC,
     INFERENCE,
     NETWORKS,
     PAPER,
-    SEED,
     TRAINING,
     UNITS,
     Case,
@@ -155,7 +155,7 @@ def grid(choice: Choice) -> Iterable[Case]:
                 spec.split_input,
             )
             for batch in choice.batches or (min(n, most),):
-                yield Case(GRID, SEED if spec.is_linear else PAPER, shape, batch, dtype, name=name)
+                yield Case(GRID, CLASSIC if spec.is_linear else PAPER, shape, batch, dtype, name=name)
 
 
 SUITES: dict[str, Callable[[Choice], Iterable[Case]]] = {

@@ -22,9 +22,9 @@ from sk_triton.plan import BranchLaunch
 from sk_triton.save import SAVES, Save
 from sk_triton.workload import Workload
 
-from .grid import paper_unit, seed_unit
+from .grid import classic_unit, paper_unit
 from .planned import unit_parameters
-from .shapes import PAPER, SEED
+from .shapes import CLASSIC, PAPER
 
 if TYPE_CHECKING:
     from sk_triton.kernels.launch import Launch  # imports Triton
@@ -271,7 +271,7 @@ def _stages(unit: Callable[..., SKSpec]) -> dict[int, tuple[SKSpec, SKSpec, int,
 
 
 STAGES = _stages(paper_unit)
-UNITS = {PAPER: STAGES, SEED: _stages(seed_unit)}
+UNITS = {PAPER: STAGES, CLASSIC: _stages(classic_unit)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -286,7 +286,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"default: recompute; {TRAIN}: forward and backward",
     )
     parser.add_argument(
-        "--unit", choices=tuple(UNITS), default=PAPER, help=f"default: the paper's; {SEED}: linear branches"
+        "--unit",
+        choices=tuple(UNITS),
+        default=PAPER,
+        help=f"default: the paper's; {CLASSIC}: linear branches",
     )
     parser.add_argument("--save", choices=SAVES, help=f"what {TRAIN} saves (default {DEFAULT_SAVE})")
 

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from .arguments import positive, sizes
-from .shapes import GROUPS, PAPER, SEED, STAGES
+from .shapes import CLASSIC, GROUPS, PAPER, STAGES
 from .speed_of_light import Problem
 from .validation import PRECISIONS, unit_spec
 
@@ -20,21 +20,21 @@ def add_unit_arguments(parser: argparse.ArgumentParser, subject: Any) -> None:
     parser.add_argument(
         "--batch", type=positive, metavar="N", help=f"samples, without --shape (default {DEFAULT_BATCH})"
     )
-    parser.add_argument("--unit", choices=(PAPER, SEED), help="default: the paper's")
+    parser.add_argument("--unit", choices=(PAPER, CLASSIC), help="default: the paper's")
     parser.add_argument("--groups", type=positive, metavar="G", help=f"default {GROUPS}")
     parser.add_argument(
         "--kernels",
         type=positive,
         nargs="+",
         metavar="K",
-        help="per branch (default: 3 3; the seed's unit: 3 5)",
+        help="per branch (default: 3 3; the classic unit: 3 5)",
     )
     parser.add_argument(
         "--dilations",
         type=positive,
         nargs="+",
         metavar="D",
-        help="per branch (default: 1 2; the seed's unit: 1 1)",
+        help="per branch (default: 1 2; the classic unit: 1 1)",
     )
     parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="fp16", help="default: fp16")
 

@@ -10,14 +10,12 @@ from pathlib import Path
 from . import passes
 from .export import three_digits
 from .gpus import Gpu, find_gpu
-from .shapes import INFERENCE, PAPER, SEED, Case, unit_shape
+from .shapes import INFERENCE, UNITS, Case, unit_shape
 
 NAME = "units.csv"
 EAGER = "eager"
 SUITE = "launches"
 """Of the cases: no suite of `sk-triton bench`."""
-UNITS = {"paper": PAPER, "classic": SEED}
-"""The subjects by what the tables call them."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def load(path: Path) -> list[UnitTime]:
         for row in csv.DictReader(file):
             if row["unit"] not in UNITS:
                 raise ValueError(f"{path}: unit must be one of {', '.join(UNITS)}, got {row['unit']!r}")
-            subject, (channels, size) = UNITS[row["unit"]], row["shape"].split("@")
+            subject, (channels, size) = row["unit"], row["shape"].split("@")
             shape = unit_shape(subject, int(channels), int(size.partition("x")[0]))
             case = Case(SUITE, subject, shape, int(row["batch"]), row["dtype"], row["direction"])
             seconds = float(row["sum_microseconds"]) * 1e-6
@@ -80,9 +78,8 @@ def markdown(times: Sequence[UnitTime]) -> str:
         if ours is None or eager is None:
             continue
         is_inference = case.direction == INFERENCE
-        unit = {subject: name for name, subject in UNITS.items()}[case.subject]
         cells = [
-            f"{unit} {case.shape.name}, {case.direction}",
+            f"{case.subject} {case.shape.name}, {case.direction}",
             f"**{three_digits(ours.seconds * 1e6)} µs**",
             ours.schedule,
             f"{three_digits(eager.seconds * 1e6)} µs",

@@ -17,7 +17,7 @@ from sk_triton.spec import BranchSpec, SKSpec
 from . import results, unit_times
 from . import speed_of_light as sol
 from .gpus import Gpu, find_gpu
-from .grid import paper_unit, seed_unit
+from .grid import classic_unit, paper_unit
 from .results import Record, Results
 from .shapes import INFERENCE, PAPER, Case
 from .speed_of_light import Prediction, Problem
@@ -45,8 +45,8 @@ class Compared:
 
 
 def unit_spec(unit: str, channels: int, groups: int, kernels: Any, dilations: Any, stride: int = 1) -> SKSpec:
-    """The paper's or the seed's unit with branches of any kernel and dilation."""
-    spec = paper_unit(channels) if unit == PAPER else seed_unit(channels)
+    """The paper's or the classic unit with branches of any kernel and dilation."""
+    spec = paper_unit(channels) if unit == PAPER else classic_unit(channels)
     branches = tuple(BranchSpec(k, d, groups) for k, d in zip(kernels, dilations, strict=True))
     return dataclasses.replace(spec, branches=branches, stride=stride)
 

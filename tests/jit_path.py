@@ -46,8 +46,8 @@ CHOSEN = {
     ("stage 1", "fp16"),
     ("stage 1", "tf32"),
     ("stage 4", "fp16"),
-    ("seed, M = 2", "fp16"),
-    ("seed, M = 2", "tf32"),
+    ("classic, M = 2", "fp16"),
+    ("classic, M = 2", "tf32"),
     ("dense", "fp16"),
     ("depthwise", "tf32"),
 }
@@ -88,7 +88,7 @@ def gradient_launches():
 def training_launches():
     yield from gradient_launches()
     for case in CASES:
-        if case.name in ("stage 1", "seed, M = 2") and case.precision == "fp16":
+        if case.name in ("stage 1", "classic, M = 2") and case.precision == "fp16":
             for launch in training_resources.launches(dataclasses.replace(case, n=2, size=8), "sm_90"):
                 if not launch.kernel.fn.__name__.startswith("branch_"):
                     yield launch

@@ -1,5 +1,5 @@
-"""Prints, a JSON object a line, what the merged kernels of the seed units use on the chips given: a script of its own,
-because kernels are compiled in a process that never interprets."""
+"""Prints, a JSON object a line, what the merged kernels of the classic units use on the chips given: a script of its
+own, because kernels are compiled in a process that never interprets."""
 
 import json
 import sys
@@ -12,23 +12,23 @@ from sk_triton import plans
 from sk_triton.analytic import merged as analytic_merged
 from sk_triton.analytic.window import takes_window
 from sk_triton.bench.compile import compile_launch
-from sk_triton.bench.grid import seed_unit
+from sk_triton.bench.grid import classic_unit
 from sk_triton.bench.planned import planned_steps
 from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
 
 # name: (unit, batch, size, dtype)
 CASES = {
-    "seed, M = 2": (seed_unit(128), 128, 56, torch.float16),
-    "seed, M = 3": (seed_unit(128, num_branches=3), 128, 56, torch.float16),
-    "seed, stage 2": (seed_unit(256), 128, 28, torch.bfloat16),
-    "seed, stage 3": (seed_unit(512), 128, 14, torch.float16),
-    "seed, batch 1": (seed_unit(128), 1, 56, torch.float16),
-    "seed, TF32": (seed_unit(128), 128, 56, torch.float32),
+    "classic, M = 2": (classic_unit(128), 128, 56, torch.float16),
+    "classic, M = 3": (classic_unit(128, num_branches=3), 128, 56, torch.float16),
+    "classic, stage 2": (classic_unit(256), 128, 28, torch.bfloat16),
+    "classic, stage 3": (classic_unit(512), 128, 14, torch.float16),
+    "classic, batch 1": (classic_unit(128), 1, 56, torch.float16),
+    "classic, TF32": (classic_unit(128), 128, 56, torch.float32),
 }
 # With the kernel that windows leave to other chips, strides and wider lattices: on one chip.
 TILES = ", tiles"
-CASES |= {name + TILES: CASES[name] for name in ("seed, M = 2", "seed, stage 2", "seed, stage 3")}
+CASES |= {name + TILES: CASES[name] for name in ("classic, M = 2", "classic, stage 2", "classic, stage 3")}
 
 
 def launches(name: str, chip: str):
@@ -71,7 +71,8 @@ if __name__ == "__main__":
     jobs = [
         (name, chip)
         for name, chip in product(CASES, sys.argv[1:])
-        if (name != "seed, TF32" or chip.startswith("sm_")) and (not name.endswith(TILES) or chip == "sm_90")
+        if (name != "classic, TF32" or chip.startswith("sm_"))
+        and (not name.endswith(TILES) or chip == "sm_90")
     ]
     with ProcessPoolExecutor(2) as pool:
         for rows in pool.map(measure, jobs):

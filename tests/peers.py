@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 
-class SeedSKConv(nn.Module):
-    """The seed document's ``SKConv``: bare branches of kernel 3, 5, 7, ..., a gate with biases and no act."""
+class ClassicSKConv(nn.Module):
+    """The classic ``SKConv``: bare branches of kernel 3, 5, 7, ..., a gate with biases and no act."""
 
     def __init__(self, features: int, M: int, G: int, r: float, stride: int = 1, L: int = 32):
         super().__init__()
@@ -35,14 +35,14 @@ class SeedSKConv(nn.Module):
         return (feas * vectors).sum(dim=1)
 
 
-class WrappedSeedSKConv(SeedSKConv):
+class WrappedClassicSKConv(ClassicSKConv):
     """The same with each convolution in a container: keys ``convs.{i}.0.{weight,bias}``."""
 
     def branch(self, conv: nn.Conv2d) -> nn.Module:
         return nn.Sequential(conv)
 
 
-class NormedSeedSKConv(SeedSKConv):
+class NormedClassicSKConv(ClassicSKConv):
     """pppLang's class: batch norm and ReLU follow each convolution, keys ``convs.{i}.1.*``."""
 
     def branch(self, conv: nn.Conv2d) -> nn.Module:

@@ -8,8 +8,8 @@ import random
 from sk_triton.bench import results
 from sk_triton.bench.results import Ceilings, Check, Memory, Record, Results, Timing
 from sk_triton.bench.shapes import (
+    CLASSIC,
     PAPER,
-    SEED,
     SKNET50,
     SKRESNEXT50,
     STAGES,
@@ -22,7 +22,7 @@ from sk_triton.bench.shapes import (
 from sk_triton.bench.stamp import Stamp
 
 SOURCES = {
-    "seed": "seed document's SKConv",
+    "classic": "classic SKConv",
     "timm": "timm",
     "paper": "paper's unit, plain PyTorch",
     "ours": "sk_triton",
@@ -181,7 +181,7 @@ def cases(
         direction = {"direction": TRAINING} if suite == "train" else {}
         return [
             Case(suite, unit, stage_shape(unit, stage), batch, dtype, **direction)
-            for unit in (SEED, PAPER)
+            for unit in (CLASSIC, PAPER)
             for dtype in dtypes
             for stage in stages
             for batch in batches
@@ -226,7 +226,7 @@ def sweep_cases(dtype: str, batch: int) -> list[Case]:
 
 
 def competitors(case: Case, device_type: str, every: bool) -> list[tuple[str, str]]:
-    peers = {SEED: ["seed"], PAPER: ["timm", "paper"], SKNET50: ["paper"], SKRESNEXT50: ["timm"]}[
+    peers = {CLASSIC: ["classic"], PAPER: ["timm", "paper"], SKNET50: ["paper"], SKRESNEXT50: ["timm"]}[
         case.subject
     ]
     if device_type == "cpu":

@@ -13,12 +13,12 @@ from torch import nn
 from sk_triton import use_backend
 from sk_triton.backend import SCHEDULES
 from sk_triton.bench import forms, inputs, providers, results
-from sk_triton.bench.peers import PaperUnit, SeedSKConv, SKNet50
+from sk_triton.bench.peers import ClassicSKConv, PaperUnit, SKNet50
 from sk_triton.bench.providers import competitors
 from sk_triton.bench.shapes import (
+    CLASSIC,
     NETWORKS,
     PAPER,
-    SEED,
     SKNET50,
     SKRESNEXT50,
     STAGES,
@@ -40,7 +40,7 @@ def keys(chosen):
     return {(provider.source.key, provider.form.key) for provider in chosen}
 
 
-@pytest.mark.parametrize("unit", [SEED, PAPER])
+@pytest.mark.parametrize("unit", [CLASSIC, PAPER])
 def test_on_a_gpu_peers_get_every_form_that_sk_triton_gets_and_compilation(unit):
     chosen = competitors(small_case(unit), "cuda", quick=False)
     assert len(keys(chosen)) == len(chosen)
@@ -135,12 +135,12 @@ def test_ours_replaces_every_unit_of_a_network_and_counts_what_runs():
 
 def test_peers_are_the_documents_formulas():
     x = torch.randn(2, 8, 6, 5, dtype=torch.float64)
-    seed = SeedSKConv(8, M=3, G=2, r=2, L=4).double()
-    us = torch.stack([conv(x) for conv in seed.convs])
-    z = seed.fc(us.sum(0).mean((2, 3)))
-    a = torch.stack([fc(z) for fc in seed.fcs]).softmax(0)
-    torch.testing.assert_close(seed(x), (us * a[..., None, None]).sum(0))
-    assert [tuple(conv.kernel_size) for conv in seed.convs] == [(3, 3), (5, 5), (7, 7)]
+    classic = ClassicSKConv(8, M=3, G=2, r=2, L=4).double()
+    us = torch.stack([conv(x) for conv in classic.convs])
+    z = classic.fc(us.sum(0).mean((2, 3)))
+    a = torch.stack([fc(z) for fc in classic.fcs]).softmax(0)
+    torch.testing.assert_close(classic(x), (us * a[..., None, None]).sum(0))
+    assert [tuple(conv.kernel_size) for conv in classic.convs] == [(3, 3), (5, 5), (7, 7)]
 
     paper = PaperUnit(8, (3, 3, 3), (1, 2, 3), groups=2, gate_width=4).double().eval()
     us = torch.stack([path(x) for path in paper.paths])

@@ -10,7 +10,7 @@ import torch
 
 from sk_triton.bench import competition, forms, inputs, protocol, results
 from sk_triton.bench.providers import Provider, competitors
-from sk_triton.bench.shapes import PAPER, SEED, SKRESNEXT50, TRAINING, UNITS, Case, network_shape
+from sk_triton.bench.shapes import CLASSIC, PAPER, SKRESNEXT50, TRAINING, UNITS, Case, network_shape
 from sk_triton.bench.sources import Ours, Timm, forced_schedules
 
 from .bench_fakes import (
@@ -233,7 +233,7 @@ def test_without_its_yardstick_a_case_is_skipped(without_timm):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("direction", ["inference", TRAINING])
-@pytest.mark.parametrize("unit", [SEED, PAPER])
+@pytest.mark.parametrize("unit", [CLASSIC, PAPER])
 def test_every_gpu_provider_is_right_and_timed(unit, direction):
     case, device = small_case(unit, batch=8, dtype="fp16", direction=direction), torch.device("cuda")
     chosen = competitors(case, "cuda", quick=False)

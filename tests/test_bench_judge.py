@@ -12,7 +12,7 @@ from sk_triton.bench import forms, judge, providers
 from sk_triton.bench.entrant import Entrant
 from sk_triton.bench.judge import LARGEST, RMS, Judge
 from sk_triton.bench.providers import Provider
-from sk_triton.bench.shapes import INFERENCE, PAPER, SEED, TRAINING, Case, unit_shape
+from sk_triton.bench.shapes import CLASSIC, INFERENCE, PAPER, TRAINING, Case, unit_shape
 
 from .bench_fakes import FakeSource, small_case
 
@@ -56,7 +56,7 @@ def judged(case, change=lambda name, tensor: tensor, dtype=torch.float32) -> dic
     state = providers.make_state(case, seed=0)
     x = torch.randn(case.batch, case.shape.channels, 7, 7)
     dv = torch.randn_like(x) if case.direction == TRAINING else None
-    provider = Provider(FakeSource() if case.subject == PAPER else judge.yardstick(SEED), forms.NCHW)
+    provider = Provider(FakeSource() if case.subject == PAPER else judge.yardstick(CLASSIC), forms.NCHW)
     call, read = Entrant(case, provider, provider.module(case, state, dtype, x.device)).bind(x, dv)
     outcome = {name: change(name, tensor) for name, tensor in read(call()).items()}
     checks = Judge(case, state, "random", x, dv, dtype).check(
@@ -69,7 +69,7 @@ def scaled(wanted: str, factor: float):
     return lambda name, tensor: tensor * factor if name == wanted else tensor
 
 
-@pytest.mark.parametrize("unit", [SEED, PAPER])
+@pytest.mark.parametrize("unit", [CLASSIC, PAPER])
 def test_a_plain_unit_passes_in_training(unit):
     assert judged(small_case(unit, 4, direction=TRAINING)) == {"v": True, "dx": True, "parameters": True}
 
@@ -105,7 +105,7 @@ def test_only_gradients_behind_a_relu_may_flip_and_the_less_the_more_values_ther
         case = Case("train", unit, unit_shape(unit, channels, 14), batch, "fp32", TRAINING)
         return judge.flip_share(case, batch, dtype)
 
-    assert share(SEED, 128, 4, torch.float16) == 0
+    assert share(CLASSIC, 128, 4, torch.float16) == 0
     assert share(PAPER, 128, 4, torch.float32) > share(PAPER, 128, 64, torch.float32) > 0
     assert share(PAPER, 128, 4, torch.bfloat16) > share(PAPER, 128, 4, torch.float16) > 0.04
     assert share(PAPER, 128, 4, torch.bfloat16) < 0.2

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sk_triton.bench import export, results, stamp, table
 from sk_triton.bench.results import Check, Timing
-from sk_triton.bench.shapes import PAPER, SEED
+from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .synthetic_results import a_stamp, changed, slowed, small, some_results, with_status
 
@@ -110,7 +110,7 @@ def test_the_table_compares_with_the_fastest_peer_and_says_cpu():
     assert "CPU: AMD EPYC" in text
     assert "sk_triton, channels_last" in text
     speedups = {c.case.subject: c.speedup for c in export.comparisons(run)}
-    assert f"seed fp32 inference: {speedups[SEED]:.2f}x the speed of the fastest peer" in text
+    assert f"classic fp32 inference: {speedups[CLASSIC]:.2f}x the speed of the fastest peer" in text
     assert f"paper fp32 inference: {speedups[PAPER]:.2f}x the speed of the fastest peer" in text
     assert "its kernels need a GPU" in text
     assert "We lose in 0 of 2 cases." in text

@@ -11,7 +11,7 @@ from matplotlib.text import Text
 from sk_triton import plans
 from sk_triton.bench import passes
 from sk_triton.bench.plots import waterfall
-from sk_triton.bench.shapes import PAPER, SEED, stage_shape
+from sk_triton.bench.shapes import CLASSIC, PAPER, stage_shape
 from sk_triton.chips import CHIPS
 from sk_triton.spec import BranchSpec
 from sk_triton.workload import Workload
@@ -25,8 +25,8 @@ PASSES_IN_DESIGN = {
         "sk_triton, resident": 2,
         "sk_triton, library": 9,
     },
-    SEED: {
-        "seed's class, eager": 19,
+    CLASSIC: {
+        "classic class, eager": 19,
         "torch.compile": 9,
         "sk_triton, store": 6,
         "sk_triton, recompute": 3,
@@ -36,14 +36,14 @@ PASSES_IN_DESIGN = {
 }
 
 
-@pytest.mark.parametrize("unit", [PAPER, SEED])
+@pytest.mark.parametrize("unit", [PAPER, CLASSIC])
 def test_passes_add_up_to_those_of_the_design(unit):
     spec = waterfall.unit_spec(unit, stage_shape(unit, 1))
     found = {route.name: route.passes for route in passes.routes(spec)}
     assert found.items() >= PASSES_IN_DESIGN[unit].items()
 
 
-@pytest.mark.parametrize("unit", [PAPER, SEED])
+@pytest.mark.parametrize("unit", [PAPER, CLASSIC])
 @pytest.mark.parametrize("num_branches", [1, 2, 3])
 @pytest.mark.parametrize("same_groups", [True, False])
 def test_passes_agree_with_the_dispatcher(unit, num_branches, same_groups):
@@ -67,13 +67,14 @@ def test_merged_needs_linear_branches():
 def test_the_waterfall_shows_every_route_with_its_total():
     figure = waterfall.draw()
     text = "\n".join(artist.get_text() for artist in figure.findobj(Text))
-    for unit in (PAPER, SEED):
+    for unit in (PAPER, CLASSIC):
         for route in passes.routes(waterfall.unit_spec(unit, stage_shape(unit, 1))):
             assert route.name in text
             assert f"{route.passes} T" in text
     assert "not measured" in text
     widths = [sum(bar.get_width() for bar in ax.patches) for ax in figure.axes]
     totals = [
-        sum(r.passes for r in passes.routes(waterfall.unit_spec(u, stage_shape(u, 1)))) for u in (PAPER, SEED)
+        sum(r.passes for r in passes.routes(waterfall.unit_spec(u, stage_shape(u, 1))))
+        for u in (PAPER, CLASSIC)
     ]
     assert widths == totals

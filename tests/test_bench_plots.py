@@ -14,7 +14,7 @@ from matplotlib.image import imread
 from sk_triton.bench import plots, results
 from sk_triton.bench.export import SAVING_INPUT
 from sk_triton.bench.plots import roofline, scaling, several, style
-from sk_triton.bench.shapes import PAPER, SEED
+from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .drawn_pictures import (
     OBJECTIONS,
@@ -39,7 +39,7 @@ def test_pictures_are_opaque_and_show_every_source_in_its_colour(suite, tmp_path
         assert picture.shape[1] == 1650
         assert picture.shape[2] == 3 or picture[..., 3].min() == 1
         pixels = picture[..., :3].reshape(-1, 3)
-        subject = next((unit for unit in (SEED, PAPER) if f"-{unit}-" in path.name), None)
+        subject = next((unit for unit in (CLASSIC, PAPER) if f"-{unit}-" in path.name), None)
         records = [r for r in run.records if subject in (None, r.case.subject) and r.role != results.FLOOR]
         sources = {record.source for record in records}
         if "-roofline-" in path.name:

@@ -10,7 +10,7 @@ from sk_triton.bench import report_predictions, results, validation
 from sk_triton.bench.report_file import DONE, FAILED, Report
 from sk_triton.bench.report_predictions import NothingToCompareError, against_measured
 from sk_triton.bench.report_steps import STEPS, Course
-from sk_triton.bench.shapes import PAPER, SEED
+from sk_triton.bench.shapes import CLASSIC, PAPER
 from sk_triton.bench.validation import Compared
 
 from .synthetic_results import small
@@ -40,7 +40,7 @@ def test_every_schedule_is_shown_with_its_ratio_and_the_rank_correlation(layer, 
 
 def test_units_that_no_time_is_left_for_are_named(layer, monkeypatch):
     monkeypatch.setattr(validation, "compare", lambda *_: pytest.fail("nothing should be compiled"))
-    assert f"{SEED}, fp16: left out, the time was over" in against_measured(layer, -1)
+    assert f"{CLASSIC}, fp16: left out, the time was over" in against_measured(layer, -1)
 
 
 def test_why_there_is_nothing_to_compare_is_said(layer, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from sk_triton import cli
 from sk_triton.bench import plots, protocol, providers, results, run, session, shapes
 from sk_triton.bench.providers import Provider
-from sk_triton.bench.shapes import PAPER, SEED
+from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .bench_fakes import SHORT, FakeSource, SwappedBranches
 
@@ -39,9 +39,9 @@ def test_the_whole_command_on_the_cpu(tmp_path, capsys, monkeypatch):
 
     assert code == 0
     assert {record.status for record in run.records} == {results.OK}
-    assert {record.source for record in run.records} == {"seed", "timm", "ours", "copy"}
+    assert {record.source for record in run.records} == {"classic", "timm", "ours", "copy"}
     assert {(case.subject, case.shape.name) for case in results.by_case(run.records)} == {
-        (SEED, "1024@7²"),
+        (CLASSIC, "1024@7²"),
         (PAPER, "1024@7²"),
     }
     written = {path.name for path in (tmp_path / "out").iterdir()}

@@ -14,7 +14,7 @@ from sk_triton.bench import export, host, protocol, providers, results, session,
 from sk_triton.bench.grid import UNITS, paper_unit
 from sk_triton.bench.peers import SKNet50
 from sk_triton.bench.providers import competitors
-from sk_triton.bench.shapes import INFERENCE, PAPER, SEED, SKNET50, TRAINING, unit_shape
+from sk_triton.bench.shapes import CLASSIC, INFERENCE, PAPER, SKNET50, TRAINING, unit_shape
 from sk_triton.bench.sources import Ours
 from sk_triton.bench.suites import OPTIONS, SUITES, Choice
 from sk_triton.kernels.launch import Launch
@@ -87,7 +87,7 @@ def test_the_grid_is_measured_as_it_is_compiled():
     for case, (_, spec, n, size) in zip(cases, UNITS, strict=True):
         assert (case.batch, case.shape.height) == (n, size)
         providers = competitors(case, "cuda", quick=False)
-        assert {p.source.key for p in providers} >= ({"seed"} if spec.is_linear else {"timm", "paper"})
+        assert {p.source.key for p in providers} >= ({"classic"} if spec.is_linear else {"timm", "paper"})
         assert {p.form.is_graph for p in providers if p.source.role == results.PEER} == {True, False}
         assert Ours().module(case).spec == spec
 
@@ -172,7 +172,9 @@ def test_host_costs_on_the_cpu_leave_the_launches_out(monkeypatch):
     assert all(record.host_us > 0 for record in run.records)
     stubbed = [record for record in run.records if record.source in ("ours-stubbed", "rev-1")]
     kinds = [(record.case.subject, record.case.direction) for record in stubbed]
-    assert kinds == [(unit, direction) for unit in (SEED, PAPER) for direction in (INFERENCE, TRAINING)] * 2
+    assert (
+        kinds == [(unit, direction) for unit in (CLASSIC, PAPER) for direction in (INFERENCE, TRAINING)] * 2
+    )
     assert {record.runs.partition("/")[0] for record in stubbed} == {"triton"}
     assert all(
         record.launches == 2 if record.case.direction == INFERENCE else record.launches > 10

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.compile
 
 # What a chip's kernels are judged by here; `sk-triton resources` compiles the whole support grid.
 UNITS = {
-    "fp16": ("stage 1", "stage 2", "stage 3", "stage 4", "seed, M = 2", "dense"),
+    "fp16": ("stage 1", "stage 2", "stage 3", "stage 4", "classic, M = 2", "dense"),
     "tf32": ("stage 1", "depthwise"),
 }
 CHOSEN = [case for case in CASES if case.name in UNITS.get(case.precision, ())]

@@ -17,7 +17,7 @@ from sk_triton.cpu import choice as cpu
 from sk_triton.cpu.merging import window_sums
 
 from .tolerances import assert_errs_like_eager, assert_same, assert_typical_errors_like_eager
-from .units import PAPER, SEED, mergeable, random_unit, sizes, specs
+from .units import CLASSIC, PAPER, mergeable, random_unit, sizes, specs
 
 ACTS = ("relu", "identity")
 formats = st.sampled_from([torch.contiguous_format, torch.channels_last])
@@ -88,8 +88,8 @@ SPLIT = SKSpec(
 
 @pytest.mark.parametrize(
     ("spec", "schedule"),
-    [(spec, "folded") for spec in (SEED, PAPER, DEPTHWISE, DENSE, SPLIT)]
-    + [(spec, "merged") for spec in (SEED, DENSE, LINEAR_DEPTHWISE)],
+    [(spec, "folded") for spec in (CLASSIC, PAPER, DEPTHWISE, DENSE, SPLIT)]
+    + [(spec, "merged") for spec in (CLASSIC, DENSE, LINEAR_DEPTHWISE)],
 )
 @pytest.mark.parametrize("size", [(1, 7, 7), (2, 2, 9), (3, 13, 17)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
@@ -150,7 +150,7 @@ def test_the_merged_kernel_holds_every_branch():
 @pytest.mark.parametrize("schedule", ["folded", "merged"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_what_is_not_finite_stays_in_its_sample(schedule, value, memory_format):
-    spec = SEED
+    spec = CLASSIC
     *branches, gate = unit(spec, torch.float32)
     x = torch.randn(4, 16, 9, 8)
     samples = 1 if memory_format == torch.channels_last else 2
@@ -168,7 +168,7 @@ def test_what_is_not_finite_stays_in_its_sample(schedule, value, memory_format):
 
 def test_a_pixel_between_the_strides_is_not_read():
     """It would be 0 x NaN."""
-    spec = dataclasses.replace(SEED, branches=(BranchSpec(1, groups=4), BranchSpec(1, groups=4)), stride=2)
+    spec = dataclasses.replace(CLASSIC, branches=(BranchSpec(1, groups=4), BranchSpec(1, groups=4)), stride=2)
     *branches, gate = unit(spec, torch.float32)
     x = torch.randn(1, 16, 5, 5)
     x[:, :, 1, :] = float("nan")

@@ -17,7 +17,7 @@ from sk_triton.cpu import choice as cpu
 from sk_triton.replay.watch import Watch
 
 from .tolerances import assert_errs_like_eager, assert_same
-from .units import PAPER, SEED
+from .units import CLASSIC, PAPER
 
 
 def paper_layer(channels=16, **kwargs):
@@ -208,7 +208,7 @@ def test_large_images_merge_and_small_ones_do_not():
     ],
 )
 def test_why_branches_do_not_merge(change, why):
-    spec = dataclasses.replace(SEED, **change)
+    spec = dataclasses.replace(CLASSIC, **change)
     plan = cpu.plan(torch.randn(1, spec.in_channels, 96, 96), spec)
     assert dict(plan.rejected)["merged"] == why
 

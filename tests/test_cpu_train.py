@@ -18,7 +18,7 @@ from sk_triton.params import Gate
 from sk_triton.schedules import cpu_train_merged
 
 from .tolerances import assert_typical_errors_like_eager
-from .units import SEED, mergeable, random_unit, sizes, specs
+from .units import CLASSIC, mergeable, random_unit, sizes, specs
 
 formats = st.sampled_from([torch.contiguous_format, torch.channels_last])
 
@@ -156,7 +156,7 @@ def test_backward_under_autocast_computes_as_forward_did():
 
 def test_a_single_output_channel(memory_format):
     spec = dataclasses.replace(
-        SEED,
+        CLASSIC,
         in_channels=4,
         out_channels=1,
         branches=(BranchSpec(3), BranchSpec(5)),

@@ -11,7 +11,7 @@ from sk_triton import cli
 from sk_triton.bench import explain, progress, results, validation
 from sk_triton.bench import speed_of_light as sol
 from sk_triton.bench.gpus import find_gpu
-from sk_triton.bench.shapes import PAPER, SEED
+from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .synthetic_results import some_results
 from .versions import needs_narrow_products
@@ -48,7 +48,7 @@ def test_explain_names_times_bounds_configs_and_the_choice(command):
 
 
 def test_explain_in_json(command):
-    code, out, _ = command("--stage", "2", "--batch", "4", "--gpu", "a100", "--unit", SEED, "--json")
+    code, out, _ = command("--stage", "2", "--batch", "4", "--gpu", "a100", "--unit", CLASSIC, "--json")
     data = json.loads(out)
     assert code == 0
     assert (data["gpu"], data["shape"]) == ("A100 80GB", [4, 256, 28, 28])

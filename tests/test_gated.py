@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from sk_triton import preference
 from sk_triton.analytic import gated as analytic_gated
-from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import GatedSelectConfig
 from sk_triton.workload import Workload
@@ -41,7 +41,7 @@ def test_any_unit(spec, size):
 
 @pytest.mark.interpret
 def test_every_output_element_is_written(nan_in_new_memory):
-    for name in ("paper, stride 2", "seed", "depthwise"):
+    for name in ("paper, stride 2", "classic", "depthwise"):
         layer = LAYERS[name]().half()
         compare(layer, image(layer, 2, 7, 5), "gated")
 
@@ -99,7 +99,7 @@ def plan(spec, n, size, dtype=torch.float16, chip="sm_90"):
 @pytest.mark.parametrize(("channels", "size"), [(128, 56), (256, 28), (512, 14), (1024, 7)])
 def test_one_sample_of_every_stage_takes_two_launches(channels, size, dtype):
     # Of the classic class in the last stage the library convolves: its 5x5 branches are wide.
-    for spec in (paper_unit(channels), *([seed_unit(channels)] if channels < 1024 else [])):
+    for spec in (paper_unit(channels), *([classic_unit(channels)] if channels < 1024 else [])):
         found = plan(spec, 1, size, dtype)
         assert found.schedule == "gated"
         assert dict(found.rejected).keys() == {
@@ -141,7 +141,7 @@ def test_how_many_samples_an_h100_takes_in_16_bits(channels, size, most):
 @pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize(("channels", "size"), [(128, 56), (256, 28), (512, 14), (1024, 7)])
 def test_it_is_taken_up_to_some_batch_and_never_above(channels, size, chip):
-    for spec in (paper_unit(channels), seed_unit(channels)):
+    for spec in (paper_unit(channels), classic_unit(channels)):
         for dtype in (torch.float16, torch.float32):
             taken = [plan(spec, n, size, dtype, chip).schedule == "gated" for n in range(1, 17)]
             assert taken == sorted(taken, reverse=True)

@@ -49,7 +49,7 @@ def packs(monkeypatch):
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("name", ["paper", "seed", "seed, three branches, stride 2", "split, groups"])
+@pytest.mark.parametrize("name", ["paper", "classic", "classic, three branches, stride 2", "split, groups"])
 def test_opcheck(name, memory_format, monkeypatch):
     layer, arguments = LAYERS[name]().eval(), []
     monkeypatch.setattr(inference_op, "unit_inference", lambda *args: arguments.extend(args))

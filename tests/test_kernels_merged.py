@@ -26,7 +26,7 @@ from .tolerances import assert_errs_like_eager
 
 pytestmark = pytest.mark.interpret
 
-SEED = ConvShape(16, 16, 4, (3, 5), (1, 1))
+CLASSIC = ConvShape(16, 16, 4, (3, 5), (1, 1))
 PAIRS = MergedConfig(8, 8, BLOCK_H=2, BLOCK_W=4, RUN_H=2, RUN_W=2, TILES_PER_PROGRAM=3)
 WIDE = MergedConfig(16, 16, BLOCK_H=2, BLOCK_W=8, RUN_H=2, RUN_W=1, TILES_PER_PROGRAM=2)
 WHOLE = MergedConfig(16, 16, BLOCK_H=1, BLOCK_W=8, RUN_H=6, RUN_W=1, TILES_PER_PROGRAM=2)
@@ -36,19 +36,19 @@ BORDER = BorderConfig(BLOCK_C=16, BLOCK_W=8, ROWS=3, STRIPS_PER_PROGRAM=2)
 
 # name: (branches, config of the convolution, N, H, W)
 CASES = {
-    "3 and 5": (SEED, PAIRS, 2, 9, 11),
-    "even tiles": (SEED, MergedConfig(8, 8, 2, 4, RUN_H=4, RUN_W=2), 1, 8, 16),
+    "3 and 5": (CLASSIC, PAIRS, 2, 9, 11),
+    "even tiles": (CLASSIC, MergedConfig(8, 8, 2, 4, RUN_H=4, RUN_W=2), 1, 8, 16),
     "dilations 1 and 2": (ConvShape(16, 16, 4, (3, 3), (1, 2)), PAIRS, 2, 9, 7),
     "dilations 2 and 4": (ConvShape(16, 16, 4, (3, 3), (2, 4)), PAIRS, 1, 9, 10),
     "dilation 3": (ConvShape(16, 16, 4, (3,), (3,)), PAIRS, 1, 8, 9),
     "1, 3, 5 and 7": (ConvShape(16, 16, 4, (1, 3, 5, 7), (1, 1, 1, 1)), PAIRS, 1, 8, 5),
     "columns as high as the image": (ConvShape(32, 32, 2, (3, 5), (1, 1)), WHOLE, 2, 6, 9),
-    "pairs as high as the image": (SEED, MergedConfig(8, 8, 1, 8, RUN_H=5, RUN_W=2), 2, 5, 7),
+    "pairs as high as the image": (CLASSIC, MergedConfig(8, 8, 1, 8, RUN_H=5, RUN_W=2), 2, 5, 7),
     "as high as the image, dilation 2": (ConvShape(16, 16, 4, (3, 3), (2, 4)), PAIRS_WHOLE, 1, 4, 10),
     "1x1 alone": (ConvShape(16, 16, 4, (1, 1), (1, 1)), PAIRS, 2, 7, 5),
-    "one pixel": (SEED, PAIRS, 2, 1, 1),
+    "one pixel": (CLASSIC, PAIRS, 2, 1, 1),
     "smaller than the reach": (ConvShape(16, 16, 4, (7, 3), (1, 3)), PAIRS, 2, 2, 3),
-    "one row": (SEED, PAIRS, 1, 1, 9),
+    "one row": (CLASSIC, PAIRS, 1, 1, 9),
     "depthwise": (ConvShape(20, 20, 20, (3, 5), (1, 1)), PAIRS, 2, 7, 5),
     "dense": (ConvShape(8, 8, 1, (3, 5), (1, 1)), PAIRS, 2, 7, 5),
     "3 channels per group": (ConvShape(15, 15, 5, (3, 5), (1, 1)), PAIRS, 2, 7, 5),
@@ -57,12 +57,12 @@ CASES = {
     "12 channels per group": (ConvShape(24, 24, 2, (3, 3), (1, 1)), WIDE, 1, 7, 9),
     "stride 2": (ConvShape(16, 32, 4, (3, 5), (1, 1), stride=2), WIDE, 2, 9, 6),
     "stride 2, dilation 2": (ConvShape(16, 16, 4, (3, 1), (2, 1), stride=2), PAIRS, 1, 9, 13),
-    "window": (SEED, WINDOW, 2, 9, 11),
-    "window, two warps": (SEED, WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=3, num_warps=2), 2, 7, 11),
-    "window, even": (SEED, WindowConfig(16, 16, 1, 8, RUN_H=4, RUN_W=3), 1, 8, 24),
+    "window": (CLASSIC, WINDOW, 2, 9, 11),
+    "window, two warps": (CLASSIC, WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=3, num_warps=2), 2, 7, 11),
+    "window, even": (CLASSIC, WindowConfig(16, 16, 1, 8, RUN_H=4, RUN_W=3), 1, 8, 24),
     "window, dilations 1 and 2": (ConvShape(32, 32, 4, (3, 3), (1, 2)), WINDOW, 2, 7, 9),
     "window, 1x1 and dilation 3": (ConvShape(32, 32, 2, (1, 3), (1, 3)), WINDOW, 1, 5, 7),
-    "window, one pixel": (SEED, WINDOW, 2, 1, 1),
+    "window, one pixel": (CLASSIC, WINDOW, 2, 1, 1),
     "window, 3 channels per group": (ConvShape(21, 21, 7, (3, 5), (1, 1)), WINDOW, 1, 7, 5),
     "window, channel multiplier": (ConvShape(8, 16, 4, (3, 5), (1, 1)), WINDOW, 2, 7, 6),
     "stride 3, 1x1": (ConvShape(16, 16, 4, (1, 1), (1, 1), stride=3), WIDE, 1, 8, 7),
@@ -238,7 +238,7 @@ def test_which_blocks_hold_taps_of_which_branch():
         return ["".join("x" if has else "." for has in found[i::m]) for i in range(m)]
 
     # Five rows of parts (points 0 to 3, 4 and 5): the 3x3 meets the three rows in the middle.
-    assert blocks(SEED, PAIRS) == ["..xxxxxx..", "xxxxxxxxxx"]
+    assert blocks(CLASSIC, PAIRS) == ["..xxxxxx..", "xxxxxxxxxx"]
     # Parts of points 0 and 1, 2 and 3, 4: its columns are 1 to 3.
     assert blocks(ConvShape(32, 32, 2, (3, 5), (1, 1)), WIDE) == ["...xx.xx.xx....", "x" * 15]
     # Dilation 2 on the same lattice: every other row, and columns 0, 2 and 4.

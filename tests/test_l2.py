@@ -6,7 +6,7 @@ import torch
 from sk_triton.bench import l2
 from sk_triton.bench import speed_of_light as sol
 from sk_triton.bench.footprint import footprint
-from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.speed_of_light import Problem
 from sk_triton.chips import CHIPS
 
@@ -46,7 +46,7 @@ def test_rows_that_are_fetched_ahead_are_looked_up_once_more():
 def test_tiles_of_the_merged_convolution_read_as_far_as_any_tap():
     """Against every program's pixels, collected one by one."""
     n, size = 3, 17
-    problem = Problem(seed_unit(128), n, size, size, torch.float16)
+    problem = Problem(classic_unit(128), n, size, size, torch.float16)
     _, plan, steps = sol.schedules_for(problem, CHIPS["sm_90"], ("merged",))[0]
     conv, config = steps[-1], plan.merged_launch.conv
     height, width = config.BLOCK_H * config.RUN_H, config.BLOCK_W * config.RUN_W

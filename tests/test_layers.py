@@ -15,7 +15,7 @@ from torch.nn.utils import parametrizations
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, use_backend
 from sk_triton.packing import PackCache
 
-from .peers import NormedSeedSKConv, SeedSKConv, WrappedSeedSKConv
+from .peers import ClassicSKConv, NormedClassicSKConv, WrappedClassicSKConv
 from .tolerances import assert_same
 from .units import randomize_norms
 
@@ -42,10 +42,10 @@ def test_seeds_signature_and_spec():
 
 def test_seeds_initialisation():
     torch.manual_seed(7)
-    seed = SeedSKConv(16, 3, 4, 4, 2, 8)
+    peer = ClassicSKConv(16, 3, 4, 4, 2, 8)
     torch.manual_seed(7)
     ours = SKConv(16, 3, 4, 4, 2, 8)
-    assert_same_state(ours, seed)
+    assert_same_state(ours, peer)
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_state_dict_round_trip(make):
 
 def test_wrapped_branches_load():
     """compat: ports keep each convolution in a container, ``convs.{i}.0``."""
-    peer, x = WrappedSeedSKConv(16, 3, 4, 4, L=8), torch.randn(2, 16, 6, 5)
+    peer, x = WrappedClassicSKConv(16, 3, 4, 4, L=8), torch.randn(2, 16, 6, 5)
     state = peer.state_dict()
     keys = list(state)
     assert "convs.2.0.bias" in keys
@@ -313,7 +313,7 @@ def test_wrapped_branches_load():
 
 
 def test_wrapped_branches_load_inside_a_model():
-    peer, ours = (nn.Sequential(nn.ReLU(), cls(16, 2, 4, 4, L=8)) for cls in (WrappedSeedSKConv, SKConv))
+    peer, ours = (nn.Sequential(nn.ReLU(), cls(16, 2, 4, 4, L=8)) for cls in (WrappedClassicSKConv, SKConv))
     ours.load_state_dict(peer.state_dict())
     x = torch.randn(2, 16, 6, 5)
     assert_same(ours(x), peer(x))
@@ -326,12 +326,12 @@ def test_normed_branches_do_not_load(strict):
     with pytest.raises(
         RuntimeError, match=r"SKConv has no batch norm, but the state_dict has 'convs\.0\.1\."
     ):
-        ours.load_state_dict(NormedSeedSKConv(16, 2, 4, 4, L=8).state_dict(), strict=strict)
+        ours.load_state_dict(NormedClassicSKConv(16, 2, 4, 4, L=8).state_dict(), strict=strict)
     assert torch.equal(ours.convs[0].weight, before["convs.0.weight"])
 
 
 def test_a_missing_branch_is_an_error():
-    state = WrappedSeedSKConv(16, 2, 4, 4, L=8).state_dict()
+    state = WrappedClassicSKConv(16, 2, 4, 4, L=8).state_dict()
     del state["convs.1.0.bias"]
     with pytest.raises(RuntimeError, match=r"Missing key.*convs\.1\.bias"):
         SKConv(16, 2, 4, 4, L=8).load_state_dict(state)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from sk_triton import SelectiveKernel, SKConv, explain, plans, preference, steps, use_backend
-from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.planned import prepared_steps
 from sk_triton.chips import CHIPS
 from sk_triton.library import Convolution, without_memory
@@ -31,7 +31,7 @@ DENSE = {
         name: LAYERS[name]
         for name in (
             "timm's default",
-            "seed, three branches, stride 2",
+            "classic, three branches, stride 2",
             "paper, stride 2",
             "out of in",
             "dilation 2",
@@ -180,11 +180,11 @@ def test_wide_groups_take_it_and_narrow_ones_do_not(chip, dtype):
 
 
 def test_large_kernels_that_go_tap_by_tap_take_it():
-    largest = seed_unit(1024, num_branches=3)  # 7x7, which columns do not take
-    for unit in (largest, seed_unit(1024, groups=16)):
+    largest = classic_unit(1024, num_branches=3)  # 7x7, which columns do not take
+    for unit in (largest, classic_unit(1024, groups=16)):
         assert expected(unit).schedule == "library"
         assert "tap by tap" in dict(expected(unit).rejected)["store"]
-    for unit in (paper_unit(1024), seed_unit(512), paper_unit(512, groups=8)):
+    for unit in (paper_unit(1024), classic_unit(512), paper_unit(512, groups=8)):
         assert expected(unit).schedule != "library"
     assert expected(largest, torch.float32).schedule == "store"
     work = Workload(largest, 128, 7, 7, torch.float16, CHIPS["sm_90"])
@@ -193,8 +193,8 @@ def test_large_kernels_that_go_tap_by_tap_take_it():
 
 @needs_narrow_products
 def test_5x5_branches_in_groups_of_32_go_by_columns():
-    assert expected(seed_unit(1024)).schedule == "store"
-    work = Workload(seed_unit(1024), 128, 7, 7, torch.float16, CHIPS["sm_90"])
+    assert expected(classic_unit(1024)).schedule == "store"
+    work = Workload(classic_unit(1024), 128, 7, 7, torch.float16, CHIPS["sm_90"])
     assert make_training_plan(work, "branches").branch_launches
 
 
@@ -204,7 +204,7 @@ def test_reasons_and_passes():
     assert dict(plan.rejected)["store"] == (
         "a branch has 128 channels per group; above 64 the library's convolution is expected to be faster"
     )
-    assert expected(seed_unit(128, groups=1, num_branches=3)).passes == 13
+    assert expected(classic_unit(128, groups=1, num_branches=3)).passes == 13
     assert expected(paper_unit(128, groups=1), is_converted=True).passes == 11
     # Slices of half the input each: written, read, and read before.
     assert expected(paper_unit(256, groups=1, split_input=True)).passes == 10

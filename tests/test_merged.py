@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from sk_triton import dispatch, plans, reference
-from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.traffic import Meter
 from sk_triton.chips import CHIPS
 from sk_triton.layout import empty_output
@@ -28,21 +28,21 @@ from .units import random_unit, sizes, specs
 from .versions import HAS_NARROW_PRODUCTS, needs_narrow_products
 
 SM_90 = CHIPS["sm_90"]
-SEED = seed_unit(16, groups=4)
+CLASSIC = classic_unit(16, groups=4)
 UNITS = {
-    "seed": SEED,
-    "seed, one branch": seed_unit(16, num_branches=1, groups=4),
-    "seed, three branches": seed_unit(16, num_branches=3, groups=4),
-    "1, 3, 5 and 7": dataclasses.replace(SEED, branches=tuple(BranchSpec(k, 1, 4) for k in (1, 3, 5, 7))),
-    "norms": dataclasses.replace(SEED, branch_norm=True, branch_bias=False),
+    "classic": CLASSIC,
+    "classic, one branch": classic_unit(16, num_branches=1, groups=4),
+    "classic, three branches": classic_unit(16, num_branches=3, groups=4),
+    "1, 3, 5 and 7": dataclasses.replace(CLASSIC, branches=tuple(BranchSpec(k, 1, 4) for k in (1, 3, 5, 7))),
+    "norms": dataclasses.replace(CLASSIC, branch_norm=True, branch_bias=False),
     "norms after biases, dilations": dataclasses.replace(
-        SEED, branch_norm=True, branches=(BranchSpec(3, 1, 4), BranchSpec(3, 2, 4))
+        CLASSIC, branch_norm=True, branches=(BranchSpec(3, 1, 4), BranchSpec(3, 2, 4))
     ),
-    "no biases": dataclasses.replace(SEED, branch_bias=False),
-    "stride 2": dataclasses.replace(SEED, stride=2),
-    "depthwise": seed_unit(16, groups=16),
-    "dense": seed_unit(8, groups=1),
-    "out of in": dataclasses.replace(SEED, in_channels=24, out_channels=8),
+    "no biases": dataclasses.replace(CLASSIC, branch_bias=False),
+    "stride 2": dataclasses.replace(CLASSIC, stride=2),
+    "depthwise": classic_unit(16, groups=16),
+    "dense": classic_unit(8, groups=1),
+    "out of in": dataclasses.replace(CLASSIC, in_channels=24, out_channels=8),
 }
 
 
@@ -92,7 +92,7 @@ def test_units(name, dtype):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("name", ["seed", "stride 2"])
+@pytest.mark.parametrize("name", ["classic", "stride 2"])
 def test_nchw(name):
     compare(UNITS[name], torch.randn(2, 16, 6, 5).half())
 
@@ -101,7 +101,7 @@ def test_nchw(name):
 @pytest.mark.parametrize("size", [(1, 1, 1), (1, 9, 11), (3, 1, 4)], ids=str)
 def test_sizes(size):
     n, h, w = size
-    compare(SEED, torch.randn(n, 16, h, w))
+    compare(CLASSIC, torch.randn(n, 16, h, w))
 
 
 @pytest.mark.interpret
@@ -117,7 +117,7 @@ def test_sizes(size):
     ids=["crop", "crop, channels_last", "transposed", "broadcast", "misaligned"],
 )
 def test_views(view):
-    compare(SEED, view(torch.randn(2, 16, 6, 5).half()))
+    compare(CLASSIC, view(torch.randn(2, 16, 6, 5).half()))
 
 
 @pytest.mark.interpret
@@ -142,8 +142,8 @@ def test_any_unit(spec, size, has_norm):
 
 @pytest.mark.interpret
 def test_empty_batch():
-    branches, gate = random_unit(SEED, torch.float32)
-    assert run(SEED, branches, gate, torch.empty(0, 16, 7, 5)).shape == (0, 16, 7, 5)
+    branches, gate = random_unit(CLASSIC, torch.float32)
+    assert run(CLASSIC, branches, gate, torch.empty(0, 16, 7, 5)).shape == (0, 16, 7, 5)
 
 
 @pytest.mark.interpret
@@ -155,30 +155,32 @@ def test_scratch_memory_is_written_before_it_is_read(nan_in_new_memory):
 @pytest.mark.interpret
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_bad_values_stay_in_their_sample(value):
-    branches, gate = random_unit(SEED, torch.float32)
+    branches, gate = random_unit(CLASSIC, torch.float32)
     x = torch.randn(3, 16, 6, 5)
-    clean = run(SEED, branches, gate, x)
+    clean = run(CLASSIC, branches, gate, x)
     x[1, 2, 3, 4] = value
-    v = run(SEED, branches, gate, x)
+    v = run(CLASSIC, branches, gate, x)
     assert torch.equal(v[[0, 2]], clean[[0, 2]])
     with torch.no_grad():
-        eager = reference.sk_conv(x, branches, gate, SEED)
+        eager = reference.sk_conv(x, branches, gate, CLASSIC)
     assert v[1][eager[1].isnan()].isnan().all()
 
 
 @pytest.mark.interpret
 def test_runs_through_dispatch():
-    branches, gate = random_unit(SEED, torch.float32)
+    branches, gate = random_unit(CLASSIC, torch.float32)
     x = torch.randn(2, 16, 6, 5)
-    plan = plans.plan_schedule("merged", Workload(SEED, 2, 6, 5, torch.float32, SM_90, True))
+    plan = plans.plan_schedule("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True))
     with torch.no_grad():
-        assert torch.equal(dispatch.run(plan, x, branches, gate, SEED, None), run(SEED, branches, gate, x))
+        assert torch.equal(
+            dispatch.run(plan, x, branches, gate, CLASSIC, None), run(CLASSIC, branches, gate, x)
+        )
 
 
 def test_packed_weights_follow_parameters_and_size():
-    branches, gate = random_unit(SEED, torch.float32)
+    branches, gate = random_unit(CLASSIC, torch.float32)
     cache = PackCache()
-    plan = plans.plan_schedule("merged", Workload(SEED, 2, 6, 5, torch.float32, SM_90, True))
+    plan = plans.plan_schedule("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True))
     first = pack(plan, 6, 5, branches, gate, cache)
     assert pack(plan, 6, 5, branches, gate, cache) is first
     assert pack(plan, 5, 6, branches, gate, cache) is not first
@@ -207,23 +209,26 @@ def test_packed_weights_follow_parameters_and_size():
     ],
 )  # fmt: skip
 def test_reasons(change, reason):
-    spec = dataclasses.replace(SEED, **change)
+    spec = dataclasses.replace(CLASSIC, **change)
     with pytest.raises(RuntimeError, match=f"schedule 'merged' cannot run here: .*{reason}"):
         plans.plan_schedule("merged", Workload(spec, 2, 6, 5, torch.float16, SM_90))
 
 
 def test_ieee_is_refused():
-    assert plans.refusal("merged", Workload(SEED, 2, 6, 5, torch.float32, SM_90)).startswith("fp32 is IEEE; ")
-    assert plans.refusal("merged", Workload(SEED, 2, 6, 5, torch.float32, SM_90, True)) == ""
+    assert plans.refusal("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90)).startswith(
+        "fp32 is IEEE; "
+    )
+    assert plans.refusal("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True)) == ""
 
 
 def test_plan_counts_three_passes():
     assert (
-        plans.plan_schedule("merged", Workload(seed_unit(128), 128, 56, 56, torch.float16, SM_90)).passes == 3
+        plans.plan_schedule("merged", Workload(classic_unit(128), 128, 56, 56, torch.float16, SM_90)).passes
+        == 3
     )
     assert (
         plans.plan_schedule(
-            "merged", Workload(seed_unit(128), 128, 56, 56, torch.float16, SM_90, False, True)
+            "merged", Workload(classic_unit(128), 128, 56, 56, torch.float16, SM_90, False, True)
         ).passes
         == 5
     )
@@ -233,7 +238,7 @@ def test_plan_counts_three_passes():
 @pytest.mark.interpret
 @pytest.mark.parametrize(
     ("full", "spec", "size"),
-    [(seed_unit(128), SEED, 56), (seed_unit(256), seed_unit(16, groups=2), 28)],
+    [(classic_unit(128), CLASSIC, 56), (classic_unit(256), classic_unit(16, groups=2), 28)],
     ids=["stage 1", "stage 2"],
 )
 def test_moves_three_passes(full, spec, size):
@@ -266,7 +271,7 @@ def test_moves_three_passes(full, spec, size):
 
 @pytest.fixture(scope="module")
 def compiled():
-    """What the kernels of the seed units use on each chip."""
+    """What the kernels of the classic units use on each chip."""
     chips = ("sm_80", "sm_90", "sm_100", *(("gfx942",) if HAS_NARROW_PRODUCTS else ()))
     script = Path(__file__).with_name("merged_resources.py")
     env = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -302,12 +307,12 @@ def test_convolution_reads_rows_without_shared_memory(compiled):
 @pytest.mark.parametrize(
     ("unit", "kernel", "most"),
     [
-        ("seed, M = 2", "merged_conv_window", 20),
-        ("seed, stage 2", "merged_conv_window", 22),
-        ("seed, stage 3", "merged_conv_window", 30),
-        ("seed, M = 2, tiles", "merged_conv", 12),
-        ("seed, stage 2, tiles", "merged_conv", 17),
-        ("seed, stage 3, tiles", "merged_conv", 24),
+        ("classic, M = 2", "merged_conv_window", 20),
+        ("classic, stage 2", "merged_conv_window", 22),
+        ("classic, stage 3", "merged_conv_window", 30),
+        ("classic, M = 2, tiles", "merged_conv", 12),
+        ("classic, stage 2, tiles", "merged_conv", 17),
+        ("classic, stage 3, tiles", "merged_conv", 24),
     ],
 )
 def test_instructions_per_output(compiled, unit, kernel, most):

@@ -16,7 +16,7 @@ from sk_triton.tuning.lookup import Found, Source
 from .units import random_norm, randomize_norms
 
 
-def seed_layer():
+def classic_layer():
     return SKConv(8, M=2, G=4, r=2, L=4).eval()
 
 
@@ -97,7 +97,7 @@ def outputs(layer, x):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("make", [seed_layer, paper_layer])
+@pytest.mark.parametrize("make", [classic_layer, paper_layer])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
 def test_a_change_is_seen(make, change):
     layer, x = make(), torch.randn(1, 8, 5, 4)

@@ -10,7 +10,7 @@ from rich.console import Console
 from sk_triton.bench import kernel_times, profile_command, unit_times
 from sk_triton.bench.entrant import Entrant
 from sk_triton.bench.kernel_times import CallTimes, Kernel, append, measure, medians
-from sk_triton.bench.shapes import INFERENCE, PAPER, SEED, TRAINING
+from sk_triton.bench.shapes import CLASSIC, INFERENCE, PAPER, TRAINING
 from sk_triton.cli import main
 
 
@@ -99,7 +99,7 @@ def test_a_table_goes_on_where_it_was(tmp_path):
 def test_all_stages_of_both_units_by_default():
     found = profile_command.cases(asked())
     assert [(case.subject, case.shape.channels) for case in found] == [
-        (subject, channels) for channels in (128, 256, 512, 1024) for subject in (PAPER, SEED)
+        (subject, channels) for channels in (128, 256, 512, 1024) for subject in (PAPER, CLASSIC)
     ]
     assert {(case.direction, case.batch, case.dtype) for case in found} == {(INFERENCE, 128, "fp16")}
     assert {case.direction for case in profile_command.cases(asked("--directions", TRAINING))} == {TRAINING}

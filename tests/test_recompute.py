@@ -17,8 +17,8 @@ from .versions import needs_narrow_products
 from .whole_units import LAYERS, compare, image
 
 NAMES = (
-    "seed",
-    "seed, one branch",
+    "classic",
+    "classic, one branch",
     "three branches",
     "paper",
     "paper, stride 2",

@@ -1,4 +1,4 @@
-"""The oracle: its derivatives, and equality with the seed document's class and timm's module."""
+"""The oracle: its derivatives, and equality with the classic class and timm's module."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from torch import nn
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, SKSpec, reference
 from sk_triton.functional import sk_conv
 
-from .peers import SeedSKConv
+from .peers import ClassicSKConv
 from .tolerances import assert_same
 from .units import random_unit, randomize_norms, specs, tensors
 
@@ -123,15 +123,15 @@ SEED_GRID = [
 
 @pytest.mark.parametrize(("features", "M", "G", "r", "stride", "L"), SEED_GRID)
 def test_equals_the_seeds_class(features, M, G, r, stride, L):
-    seed = SeedSKConv(features, M, G, r, stride, L).double()
+    peer = ClassicSKConv(features, M, G, r, stride, L).double()
     ours = SKConv(features, M, G, r, stride, L, dtype=torch.float64)
-    ours.load_state_dict(seed.state_dict())
-    assert_equal_modules(ours, seed, (3, features, 7, 6))
-    assert list(ours.state_dict()) == list(seed.state_dict())
+    ours.load_state_dict(peer.state_dict())
+    assert_equal_modules(ours, peer, (3, features, 7, 6))
+    assert list(ours.state_dict()) == list(peer.state_dict())
     torch.nn.init.normal_(ours.fcs[-1].weight)
-    seed.load_state_dict(ours.state_dict())
+    peer.load_state_dict(ours.state_dict())
     x = torch.randn(2, features, 5, 5, dtype=torch.float64)
-    assert_same(ours(x), seed(x))
+    assert_same(ours(x), peer(x))
 
 
 def assert_equal_modules(ours, peer, shape, dtype=torch.float64):

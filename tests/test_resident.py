@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sk_triton import SelectiveKernel, plans, preference, use_backend
-from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.chips import CHIPS
 from sk_triton.layout import empty_output
 from sk_triton.workload import Workload
@@ -25,8 +25,8 @@ from .whole_units import LAYERS, VIEWS, compare, image
 pytestmark = needs_unhoisted_loops
 
 NAMES = (
-    "seed",
-    "seed, one branch",
+    "classic",
+    "classic, one branch",
     "three branches",
     "paper",
     "paper, stride 2",
@@ -210,7 +210,7 @@ def test_elsewhere_the_plan_says_why_not():
     assert "have an L2 each" in dict(plan(paper_unit(128), chip="gfx942").rejected)["resident"]
     assert "of sm_86's 6 MiB" in dict(plan(paper_unit(128), chip="sm_86").rejected)["resident"]
     assert "short columns only" in dict(plan(paper_unit(128), chip="sm_80").rejected)["resident"]
-    assert "merged convolves once" in dict(plan(seed_unit(128)).rejected)["resident"]
+    assert "merged convolves once" in dict(plan(classic_unit(128)).rejected)["resident"]
     for spec, size, dtype, reason in (
         (paper_unit(1024), 7, torch.float16, "groups above 16 channels"),
         (paper_unit(128), 56, torch.float32, "fp32 convolves"),

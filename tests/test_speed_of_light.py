@@ -12,7 +12,7 @@ import torch
 from sk_triton.bench import l2, work
 from sk_triton.bench import speed_of_light as sol
 from sk_triton.bench.gpus import GPUS, Gpu, find_gpu
-from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.instructions import matrix_flop
 from sk_triton.bench.speed_of_light import ISSUE, L2, MATRIX, MEMORY, SHARED, Problem
 from sk_triton.chips import CHIPS
@@ -170,7 +170,7 @@ def test_operators_between_kernels_count_their_bytes():
     [
         paper_unit(128),
         paper_unit(256, stride=2),
-        seed_unit(128),
+        classic_unit(128),
         paper_unit(64, groups=64),
         paper_unit(1024, dilations=(2, 3)),
     ],
@@ -227,7 +227,7 @@ def test_copies_that_bypass_l1_count_in_full():
 
 CASES = [
     (spec, size)
-    for spec in (paper_unit(128), seed_unit(256), paper_unit(256, kernels=(3,), dilations=(1,)))
+    for spec in (paper_unit(128), classic_unit(256), paper_unit(256, kernels=(3,), dilations=(1,)))
     for size in (7, 56)
 ]
 

@@ -1,4 +1,4 @@
-"""Whole units through schedule "store", interpreted, against float64, the seed document's class and timm's module."""
+"""Whole units through schedule "store", interpreted, against float64, the classic class and timm's module."""
 
 import copy
 import math
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from sk_triton import SelectiveKernel, SKConv, dispatch, steps, use_backend
 from sk_triton.kernels.config import SelectConfig
 
-from .peers import SeedSKConv
+from .peers import ClassicSKConv
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import randomize_norms, sizes, specs
 from .whole_units import LAYERS, VIEWS, compare, compare_bad_value, compare_unit
@@ -18,9 +18,9 @@ from .whole_units import LAYERS, VIEWS, compare, compare_bad_value, compare_unit
 pytestmark = pytest.mark.interpret
 
 NAMES = (
-    "seed",
-    "seed, three branches, stride 2",
-    "seed, one branch",
+    "classic",
+    "classic, three branches, stride 2",
+    "classic, one branch",
     "paper",
     "paper, stride 2",
     "timm's default",
@@ -44,7 +44,7 @@ def test_layers(name, dtype, memory_format):
 
 
 @pytest.mark.parametrize("size", [(1, 1, 1), (1, 13, 17), (3, 1, 4)], ids=str)
-@pytest.mark.parametrize("name", ["seed", "paper"])
+@pytest.mark.parametrize("name", ["classic", "paper"])
 def test_sizes(name, size):
     n, h, w = size
     compare(LAYERS[name](), torch.randn(n, 16, h, w))
@@ -61,14 +61,14 @@ def test_any_unit(spec, size):
     compare_unit(spec, size, "store")
 
 
-def test_seed_state_dict():
-    seed, x = SeedSKConv(16, M=2, G=4, r=4).eval(), torch.randn(2, 16, 7, 5)
+def test_classic_state_dict():
+    peer, x = ClassicSKConv(16, M=2, G=4, r=4).eval(), torch.randn(2, 16, 7, 5)
     layer = SKConv(16, M=2, G=4, r=4).eval()
-    layer.load_state_dict(seed.state_dict())
+    layer.load_state_dict(peer.state_dict())
     with torch.no_grad():
-        assert_same(layer(x), seed(x))
+        assert_same(layer(x), peer(x))
         with use_backend("triton", schedule="store"):
-            assert_same(layer(x), seed(x))
+            assert_same(layer(x), peer(x))
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_empty_batch():
 
 
 def test_every_output_element_is_written(nan_in_new_memory):
-    for name in ("paper, stride 2", "seed", "depthwise"):
+    for name in ("paper, stride 2", "classic", "depthwise"):
         compare(LAYERS[name](), torch.randn(2, 16, 7, 5))
 
 

@@ -5,8 +5,8 @@ import torch
 
 from sk_triton import cli, launching, plans
 from sk_triton.bench import traffic
-from sk_triton.bench.grid import paper_unit, seed_unit
-from sk_triton.bench.shapes import SEED
+from sk_triton.bench.grid import classic_unit, paper_unit
+from sk_triton.bench.shapes import CLASSIC
 from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
 
@@ -77,7 +77,7 @@ def test_resident_schedule_moves_two_passes(stage, small):
         (paper_unit(16, groups=1), 9),
         (paper_unit(16, groups=1, split_input=True), 10),
         (paper_unit(16, groups=1, kernels=(3, 3, 3), dilations=(1, 2, 3)), 13),
-        (seed_unit(16, num_branches=1, groups=1), 5),
+        (classic_unit(16, num_branches=1, groups=1), 5),
     ],
     ids=["dense", "split", "three branches", "one branch, linear"],
 )
@@ -106,7 +106,7 @@ def test_a_training_step(save, total):
 
 
 def test_seed_unit():
-    rows, unit = traffic.count(seed_unit(16, groups=4), 1, 14, seed_unit(128))
+    rows, unit = traffic.count(classic_unit(16, groups=4), 1, 14, classic_unit(128))
     assert traffic.passes(rows, unit) == 6
 
 
@@ -133,7 +133,7 @@ def test_an_access_outside_of_its_tensors_is_caught():
 @needs_narrow_products
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_merged_schedule_moves_three_passes_of_linear_branches(stage):
-    full, spec, n, size = traffic.UNITS[SEED][stage]
+    full, spec, n, size = traffic.UNITS[CLASSIC][stage]
     rows, unit = traffic.count(spec, n, size, full, "merged")
     assert {row.kernel for row in rows} == {"border_sums", "gate", "merged_conv_window"}
     assert traffic.passes(rows, unit) == 3
@@ -141,7 +141,7 @@ def test_merged_schedule_moves_three_passes_of_linear_branches(stage):
 
 @needs_narrow_products
 def test_a_few_channels_are_merged_by_the_configs_of_all(monkeypatch):
-    full, spec, n, size = traffic.UNITS[SEED][3]
+    full, spec, n, size = traffic.UNITS[CLASSIC][3]
     planned, small = (
         plans.plan_schedule("merged", Workload(each, 128, size, size, torch.float16, CHIPS["sm_90"]))
         for each in (full, spec)
@@ -159,9 +159,9 @@ def test_a_few_channels_are_merged_by_the_configs_of_all(monkeypatch):
 
 
 def test_the_command_counts_the_unit_that_it_is_given(capsys):
-    assert cli.main(["traffic", "--stage", "4", "--unit", "seed", "--schedule", "store"]) == 0
+    assert cli.main(["traffic", "--stage", "4", "--unit", "classic", "--schedule", "store"]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "Schedule store, seed unit, stage 4" in out
+    assert "Schedule store, classic unit, stage 4" in out
     assert "activations 6.00 T" in out
 
 
@@ -173,7 +173,7 @@ def test_the_command_counts_the_unit_that_it_is_given(capsys):
             "schedule 'merged' cannot run the paper unit of stage 1: branch_act is relu; only linear branches",
         ),
         (
-            ["--schedule", "merged", "--unit", "seed", "--stage", "4"],
+            ["--schedule", "merged", "--unit", "classic", "--stage", "4"],
             "stage 4: a group has 32 channels; above 16",
         ),
         pytest.param(

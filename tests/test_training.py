@@ -17,8 +17,8 @@ from .versions import needs_narrow_products
 pytestmark = pytest.mark.interpret
 
 LAYERS = {
-    "seed": lambda: SKConv(16, M=2, G=4, r=4, L=8),
-    "seed, three branches, stride 2": lambda: SKConv(16, M=3, G=4, r=4, stride=2, L=8),
+    "classic": lambda: SKConv(16, M=2, G=4, r=4, L=8),
+    "classic, three branches, stride 2": lambda: SKConv(16, M=3, G=4, r=4, stride=2, L=8),
     "one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
     "paper": lambda: SelectiveKernel(16, groups=4, split_input=False),
     "paper, stride 2": lambda: SelectiveKernel(16, groups=4, split_input=False, stride=2),
@@ -79,7 +79,7 @@ def test_more_tiles_than_the_gate_adds(monkeypatch):
     monkeypatch.setattr(training_plan, "MAX_GATE_TILES", 0)
     training_plan.plan_training.cache_clear()
     try:
-        compare(LAYERS["seed"](), torch.randn(4, 16, 5, 3))
+        compare(LAYERS["classic"](), torch.randn(4, 16, 5, 3))
     finally:
         training_plan.plan_training.cache_clear()
 
@@ -183,7 +183,7 @@ def test_statistics_are_taken_without_gradients_too():
 CONVOLVED_AGAIN = {
     **{
         name: LAYERS[name]
-        for name in ("seed", "one branch", "paper, stride 2", "timm's default", "out of in, no act")
+        for name in ("classic", "one branch", "paper, stride 2", "timm's default", "out of in, no act")
     },
     "depthwise": lambda: SelectiveKernel(32, groups=32, split_input=False),
     "wide groups": lambda: SelectiveKernel(16, groups=1, split_input=False),

@@ -40,7 +40,7 @@ def assert_all_same(found, expected):
 
 
 @pytest.mark.parametrize("save", ["branches", "input"])
-@pytest.mark.parametrize("make", [paper, lambda: SKConv(8, M=2, G=2, r=2, L=4)], ids=["paper", "seed"])
+@pytest.mark.parametrize("make", [paper, lambda: SKConv(8, M=2, G=2, r=2, L=4)], ids=["paper", "classic"])
 def test_opcheck(make, save):
     from sk_triton.training.operators import unit_fwd
 
@@ -69,7 +69,7 @@ needs_cpp = pytest.mark.skipif(
     ("make", "backend"),
     [
         pytest.param(paper, "aot_eager", id="paper"),
-        pytest.param(lambda: SKConv(8, M=2, G=2, r=2, L=4), "aot_eager", id="seed"),
+        pytest.param(lambda: SKConv(8, M=2, G=2, r=2, L=4), "aot_eager", id="classic"),
         pytest.param(paper, "inductor", id="paper, inductor", marks=needs_cpp),
     ],
 )

@@ -45,7 +45,7 @@ LAYERS = {
     "paper": (lambda: SelectiveKernel(16, groups=4, split_input=False), "branches", 6),
     "paper, input saved": (lambda: SelectiveKernel(16, groups=4, split_input=False), "input", 6),
     "timm's default, stride 2": (lambda: SelectiveKernel(16, stride=2), "branches", 11),
-    "seed": (lambda: SKConv(16, M=2, G=4, r=4, L=8), "branches", 0),
+    "classic": (lambda: SKConv(16, M=2, G=4, r=4, L=8), "branches", 0),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sk_triton import functional, save_for_backward, use_backend
-from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.traffic import Meter
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
@@ -96,7 +96,7 @@ def test_frozen_norms_need_no_statistics(passes):
     [
         pytest.param(paper_unit(128), 56, torch.float16, 8, 4, id="stage 1"),
         pytest.param(paper_unit(512), 14, torch.bfloat16, 8, 4, id="stage 3", marks=needs_narrow_products),
-        pytest.param(seed_unit(128), 56, torch.float16, 6, 3, id="seed"),
+        pytest.param(classic_unit(128), 56, torch.float16, 6, 3, id="classic"),
         pytest.param(paper_unit(1024), 7, torch.float16, 8, 8, id="stage 4"),
         pytest.param(paper_unit(128), 56, torch.float32, 8, 8, id="fp32"),
         pytest.param(paper_unit(256, groups=1), 28, torch.float16, 15, 15, id="library"),
@@ -115,7 +115,7 @@ def test_planned_passes(unit, size, dtype, stored, folded):
 
 def test_many_tiles_are_pooled_by_a_pass_of_their_own(monkeypatch):
     """The gate adds the sums of tiles one after the other."""
-    work = Workload(seed_unit(128), 128, 56, 56, torch.float16, CHIPS["sm_90"])
+    work = Workload(classic_unit(128), 128, 56, 56, torch.float16, CHIPS["sm_90"])
     plan = make_training_plan(work, "branches")
     assert plan.pools
     monkeypatch.setattr(training_plan, "MAX_GATE_TILES", 1)

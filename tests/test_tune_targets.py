@@ -9,7 +9,7 @@ import torch
 
 from sk_triton.bench import protocol
 from sk_triton.bench.gpus import find_gpu
-from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.processes import compiling_processes
 from sk_triton.bench.shapes import SKNET50, SKRESNEXT50, STAGES
 from sk_triton.bench.training_steps import step
@@ -42,7 +42,7 @@ def test_every_launch_of_every_schedule_once_then_the_schedule():
     assert [target.schedule for target in found] == schedules
     assert len({target.key for target in found}) == len(found)
     assert all(len(target.choices) <= 3 for target in found[:-1])
-    linear = targets_of("a unit", workload(spec=seed_unit(128)), 3)
+    linear = targets_of("a unit", workload(spec=classic_unit(128)), 3)
     assert {"border_sums", "merged_conv"} <= set(kinds(linear))
     assert linear[-1].choices[0] == "merged"
     training = targets_of("a unit", workload(), 3, BACKWARD)

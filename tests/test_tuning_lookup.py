@@ -11,7 +11,7 @@ import torch
 
 from sk_triton import SelectiveKernel, dispatch, explain, plans, use_backend
 from sk_triton.analytic import branch as analytic
-from sk_triton.bench.grid import seed_unit
+from sk_triton.bench.grid import classic_unit
 from sk_triton.chips import CHIPS, Chip, chip_of, pinned
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.plans import make_plan
@@ -51,7 +51,7 @@ def test_the_key_names_the_launch(request_):
         r.key.split("/")[1] for name in ("store", "recompute") for r in requests(name, workload()).values()
     ]
     assert kinds == ["branch_store", "gate", "select", "branch_pool", "branch_select", "gate"]
-    linear = requests("merged", workload(spec=seed_unit(128)))
+    linear = requests("merged", workload(spec=classic_unit(128)))
     assert list(linear) == ["border_sums", "merged_conv", "gate"]
     fp32 = replace(workload(), dtype=torch.float32)
     tf32 = replace(fp32, allow_tf32=True)

@@ -5,7 +5,7 @@ import torch
 
 from sk_triton import plans
 from sk_triton.analytic.grad import grad_config
-from sk_triton.bench.grid import CASES, seed_unit
+from sk_triton.bench.grid import CASES, classic_unit
 from sk_triton.chips import CHIPS, PREFETCHING
 from sk_triton.kernels.config import GradWideConfig
 from sk_triton.kernels.geometry import ConvShape, blocking, can_run, tiles
@@ -42,7 +42,7 @@ def test_every_candidate_is_valid_for_its_launch_and_the_analytic_choice_is_amon
 
 def test_a_space_does_not_depend_on_the_batch():
     def spaces(n):
-        works = workload(n), workload(n, spec=seed_unit(128))
+        works = workload(n), workload(n, spec=classic_unit(128))
         asked = [requests(name, w).values() for w in works for name in plans.possible_schedules(w)]
         return [request.candidates() for found in asked for request in found]
 

@@ -4,7 +4,7 @@ import pytest
 
 from sk_triton.bench import readme, unit_times
 from sk_triton.bench.plots import units
-from sk_triton.bench.shapes import PAPER, SEED
+from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .synthetic_results import some_results
 
@@ -38,7 +38,7 @@ def test_the_newest_time_of_each_schedule_counts(path):
     assert ours.seconds == pytest.approx(200e-6)
     # Two passes over 128 x 128 x 56 x 56 elements of 2 bytes at 3.0 TB/s.
     assert ours.floor_seconds == pytest.approx(2 * 128 * 128 * 56 * 56 * 2 / 3.0e12)
-    assert [case.shape.kernels for case in by_case if case.subject == SEED] == [(3, 5)]
+    assert [case.shape.kernels for case in by_case if case.subject == CLASSIC] == [(3, 5)]
 
 
 def test_the_table_compares_what_eager_was_measured_in(path):
@@ -58,7 +58,7 @@ def test_the_picture_shows_times_and_the_floor(path):
 
 def test_other_units_are_refused(path):
     path.write_text(HEADER + ROWS.replace("classic", "dense"), encoding="utf-8")
-    with pytest.raises(ValueError, match="unit must be one of paper, classic, got 'dense'"):
+    with pytest.raises(ValueError, match="unit must be one of classic, paper, got 'dense'"):
         unit_times.load(path)
 
 

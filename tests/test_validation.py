@@ -7,7 +7,7 @@ import pytest
 from sk_triton.bench import results, unit_times, validation
 from sk_triton.bench import speed_of_light as sol
 from sk_triton.bench.gpus import find_gpu
-from sk_triton.bench.shapes import PAPER, SEED
+from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .synthetic_results import a_stamp, slowed, some_results
 from .versions import needs_unhoisted_loops
@@ -61,8 +61,8 @@ def test_predictions_meet_the_fastest_measured_form():
             assert each.measured == min(timed)
     assert validation.rank_correlation(found) > 0.5
     # The synthetic run allows TF32, so its fp32 is not IEEE.
-    assert validation.compare(validation.seconds_of(measured, SEED, "tf32"), H100, "tf32")
-    assert not validation.seconds_of(measured, SEED, "fp32")
+    assert validation.compare(validation.seconds_of(measured, CLASSIC, "tf32"), H100, "tf32")
+    assert not validation.seconds_of(measured, CLASSIC, "fp32")
 
 
 def test_committed_results_are_those_of_the_gpu(tmp_path, monkeypatch):
@@ -93,7 +93,7 @@ def test_units_measured_launch_by_launch_are_compared_as_well(tmp_path, monkeypa
     ((case, seconds),) = validation.committed(H100, PAPER, "fp16").items()
     assert (case.shape.name, case.batch) == ("128@56²", 128)
     assert seconds == pytest.approx({"store": 600e-6, sol.EAGER: 1200e-6})
-    assert validation.committed(H100, SEED, "fp16") == {}
+    assert validation.committed(H100, CLASSIC, "fp16") == {}
     assert validation.committed(H100, PAPER, "bf16") == {}
     measured = some_results(batches=(8,), stages=(1,))
     results.save(measured, tmp_path / "h100" / "layer-cuda.json")

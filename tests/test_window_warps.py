@@ -13,7 +13,7 @@ import torch
 from sk_triton import chips, plans
 from sk_triton.analytic import window as analytic_window
 from sk_triton.analytic.branch import branch_config
-from sk_triton.bench.grid import paper_unit, seed_unit
+from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.planned import unit_parameters
 from sk_triton.chips import chip_of
 from sk_triton.kernels.config import WindowConfig
@@ -61,7 +61,7 @@ def outputs(spec, schedule, n, size, device, dtype, warps):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize(("unit", "schedule"), [(paper_unit, "recompute"), (seed_unit, "merged")])
+@pytest.mark.parametrize(("unit", "schedule"), [(paper_unit, "recompute"), (classic_unit, "merged")])
 def test_weights_are_packed_anew_where_blocks_fill_up_programs(unit, schedule):
     """Three channel blocks: a program of four warps reads the weights of a fourth."""
     spec = unit(48, groups=12)
@@ -78,7 +78,7 @@ def test_weights_are_packed_anew_where_blocks_fill_up_programs(unit, schedule):
 
 UNITS = pytest.mark.parametrize(
     ("unit", "schedule"),
-    [(paper_unit, "recompute"), (paper_unit, "store"), (seed_unit, "merged")],
+    [(paper_unit, "recompute"), (paper_unit, "store"), (classic_unit, "merged")],
     ids=["recompute", "store", "merged"],
 )
 

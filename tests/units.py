@@ -49,7 +49,7 @@ def mergeable(spec):
 
 
 # The classic class and the paper's unit, small.
-SEED = SKSpec(
+CLASSIC = SKSpec(
     16, 16, (BranchSpec(3, groups=4), BranchSpec(5, groups=4)), gate_width=4, branch_norm=False,
     branch_bias=True, branch_act="identity",
 )  # fmt: skip

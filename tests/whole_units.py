@@ -10,9 +10,9 @@ from .tolerances import assert_errs_like_eager, assert_same
 from .units import random_unit, randomize_norms
 
 LAYERS = {
-    "seed": lambda: SKConv(16, M=2, G=4, r=4, L=8),
-    "seed, one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
-    "seed, three branches, stride 2": lambda: SKConv(16, M=3, G=4, r=4, stride=2, L=8),
+    "classic": lambda: SKConv(16, M=2, G=4, r=4, L=8),
+    "classic, one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
+    "classic, three branches, stride 2": lambda: SKConv(16, M=3, G=4, r=4, stride=2, L=8),
     "paper": lambda: SelectiveKernel(16, groups=4, split_input=False),
     "paper, stride 2": lambda: SelectiveKernel(16, groups=4, split_input=False, stride=2),
     "timm's default": lambda: SelectiveKernel(16),

@@ -18,8 +18,8 @@ from sk_triton.tuning import lookup
 # (unit, schedule); those of training are those of "recompute" besides.
 CHOSEN = (
     ("stage 2", "store"),
-    ("seed, M = 2", "merged"),
-    ("seed, stage 2", "merged"),
+    ("classic, M = 2", "merged"),
+    ("classic, stage 2", "merged"),
     ("stage 1", "train"),
     ("stage 3", "train"),
 )

@@ -12,7 +12,7 @@ from matplotlib.colors import to_hex, to_rgb
 FAMILY_COLOURS = {
     "ours": "#0072B2",
     "ours-reference": "#56B4E9",
-    "seed": "#E69F00",
+    "classic": "#E69F00",
     "timm": "#009E73",
     "paper": "#CC79A7",
     "rev": "#D55E00",

@@ -11,7 +11,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
 from ..export import three_digits
-from ..shapes import INFERENCE, PAPER, SEED, Case
+from ..shapes import CLASSIC, INFERENCE, PAPER, Case
 from ..unit_times import EAGER, UnitTime, by_case, fastest
 from . import style
 from .captions import stage_title
@@ -19,7 +19,7 @@ from .card import Grid, Words, draw_card
 from .selection import FLOOR_LINE
 
 WIDTH = 0.36
-TITLES = {PAPER: "Paper's and timm's unit", SEED: "Classic class: 3x3 and 5x5, no norm"}
+TITLES = {PAPER: "Paper's and timm's unit", CLASSIC: "Classic class: 3x3 and 5x5, no norm"}
 
 
 def draw(times: Sequence[UnitTime]) -> Figure:

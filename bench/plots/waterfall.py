@@ -13,7 +13,7 @@ from matplotlib.patches import Patch
 from sk_triton.spec import BranchSpec, SKSpec
 
 from ..passes import FLOOR, PHASES, Route, routes
-from ..shapes import PAPER, SEED, UNITS, Shape, stage_shape
+from ..shapes import CLASSIC, PAPER, UNITS, Shape, stage_shape
 from . import style
 from .card import Grid, Words, draw_card, text_width
 from .selection import FLOOR_LINE
@@ -45,7 +45,7 @@ def unit_spec(unit: str, shape: Shape) -> SKSpec:
 
 def draw() -> Figure:
     """One panel for each unit of the benchmark: a row for each way to compute it."""
-    units = {unit: routes(unit_spec(unit, stage_shape(unit, 1))) for unit in (PAPER, SEED)}
+    units = {unit: routes(unit_spec(unit, stage_shape(unit, 1))) for unit in (PAPER, CLASSIC)}
     grid = Grid(tuple(BAR_INCHES * len(found) for found in units.values()), left=1.62, right=0.5, below=0.32)
     text = Words(
         title="Passes over memory at inference",
