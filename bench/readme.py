@@ -12,6 +12,7 @@ from pathlib import Path
 
 from . import report_file, unit_times
 from .export import comparisons, losses, losses_count, markdown_table, speed_summary
+from .peer_table import peer_table
 from .results import Results, join, read
 from .shapes import PAPER, SKNET50
 from .unit_times import UnitTime
@@ -245,6 +246,13 @@ def _losses(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
     return "\n\n".join(parts)
 
 
+def _peers(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
+    """How many times our time each peer takes, in the dtype that the plots show."""
+    runs = [item.run for item in _compared(shown)]
+    dtypes = {record.case.dtype for run in runs for record in run.records}
+    return peer_table(runs, next(dtype for dtype in PREFERRED_DTYPES if dtype in dtypes))
+
+
 def _compared(shown: list[Evidence]) -> list[Evidence]:
     """Files whose times can be compared with a peer's: all but those of host costs."""
     return [item for item in shown if any(comparison.peer for comparison in comparisons(item.run))]
@@ -259,5 +267,6 @@ SECTIONS: dict[str, Callable[[list[Evidence], Sequence[UnitEvidence]], str]] = {
     "units": _units,
     "results": _results,
     "losses": _losses,
+    "peers": _peers,
 }
 """What a generated part is called, and what renders it from the results to show."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from . import passes
 from .export import three_digits
 from .gpus import Gpu, find_gpu
-from .shapes import INFERENCE, UNITS, Case, unit_shape
+from .shapes import CLASSIC, DIRECTIONS, INFERENCE, PAPER, UNITS, Case, unit_shape
 
 NAME = "units.csv"
 EAGER = "eager"
@@ -67,13 +67,19 @@ def fastest(times: dict[str, UnitTime]) -> UnitTime | None:
     return min((t for name, t in times.items() if name != EAGER), key=lambda t: t.seconds, default=None)
 
 
+def _place(item: tuple[Case, dict[str, UnitTime]]) -> tuple[int, int, int]:
+    """Inference before training, the paper's unit before the classic class, stage by stage."""
+    case = item[0]
+    return DIRECTIONS.index(case.direction), (PAPER, CLASSIC).index(case.subject), case.shape.channels
+
+
 def markdown(times: Sequence[UnitTime]) -> str:
     """A row for each case that eager was measured in as well."""
     lines = [
         "| unit | sk_triton | schedule | eager | speed-up | share of the floor | commit |",
         "|---|---|---|---|---|---|---|",
     ]
-    for case, schedules in by_case(times).items():
+    for case, schedules in sorted(by_case(times).items(), key=_place):
         ours, eager = fastest(schedules), schedules.get(EAGER)
         if ours is None or eager is None:
             continue

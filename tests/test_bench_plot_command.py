@@ -164,7 +164,7 @@ def test_an_open_part_of_the_readme_is_refused(text):
 
 
 def test_an_unknown_part_of_the_readme_is_refused():
-    with pytest.raises(ValueError, match="one of plots, units, results, losses, got 'plot'"):
+    with pytest.raises(ValueError, match="one of plots, units, results, losses, peers, got 'plot'"):
         readme.fill("<!-- generated: plot -->\n<!-- end -->", evidence(small()))
     with pytest.raises(ValueError, match="must hold a results file"):
         readme.render("plots", [])

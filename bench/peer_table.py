@@ -1,0 +1,66 @@
+"""How many times sk_triton's time each peer takes: a table of all stages, by how the peers are run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from . import results
+from .export import NOTHING, ratio, sk_triton_records
+from .forms import EVERY
+from .results import PEER, Record, Results
+from .shapes import DIRECTIONS, STAGES, Case
+
+BATCH = 128
+WAYS = ("eager", "CUDA graph", "torch.compile")
+"""How a peer is run, each in its fastest form: eager in either memory format; its kernels in a graph; compiled, in a
+graph or not."""
+
+
+def peer_table(runs: Sequence[Results], dtype: str) -> str:
+    """A row for each direction, peer and way that was timed at batch `BATCH`, a column for each stage of SKNet-50."""
+    columns = list(STAGES.values())
+    peers: list[str] = []
+    rows: dict[tuple[str, str, str], dict[tuple[int, int], str]] = {}
+    for run in runs:
+        for case, records in results.by_case(run.records).items():
+            size = case.shape.channels, case.shape.height
+            ours = results.fastest_ours(sk_triton_records(records))
+            if not _is_shown(case, dtype) or ours is None or ours.timing is None:
+                continue
+            for way in WAYS:
+                for peer, median in _fastest(records, way).items():
+                    peers += [peer] * (peer not in peers)
+                    row = rows.setdefault((case.direction, peer, way), {})
+                    row[size] = ratio(median / ours.timing.median_ms)
+
+    def place(row: tuple[str, str, str]) -> tuple[int, int, int]:
+        return DIRECTIONS.index(row[0]), peers.index(row[1]), WAYS.index(row[2])
+
+    titles = [f"{channels} @ {height}²" for channels, height in columns]
+    lines = [f"| {' | '.join(['peer', *titles])} |", "|---" * (1 + len(columns)) + "|"]
+    lines += [
+        f"| {' | '.join([f'{peer}, {way}, {direction}', *(row.get(size, NOTHING) for size in columns)])} |"
+        for (direction, peer, way), row in sorted(rows.items(), key=lambda item: place(item[0]))
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _is_shown(case: Case, dtype: str) -> bool:
+    return case.batch == BATCH and case.dtype == dtype and case.shape.stride == 1 and not case.is_network
+
+
+def _fastest(records: Sequence[Record], way: str) -> dict[str, float]:
+    """The fastest median of each peer in a way of running it."""
+    found: dict[str, float] = {}
+    for record in records:
+        if record.role == PEER and record.timing and _way(record) == way:
+            median = record.timing.median_ms
+            found[record.source_label] = min(median, found.get(record.source_label, median))
+    return found
+
+
+def _way(record: Record) -> str | None:
+    form = EVERY.get(record.form)
+    if form is None:
+        return None
+    return WAYS[2] if form.is_compiled else WAYS[1] if form.is_graph else WAYS[0]
