@@ -16,14 +16,14 @@ from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS, Chip
 from sk_triton.environment import require
 
-from . import speed_of_light as sol
-from .gpus import Gpu, find_gpu
 from .grid import paper_unit
+from .model import speed_of_light as sol
+from .model.gpus import Gpu, find_gpu
+from .model.speed_of_light import Prediction, Problem
+from .model.validation import Compared, Seconds, beside, committed, compare, rank_correlation
+from .model.validation import problem_of as case_problem
 from .shapes import STAGES
-from .speed_of_light import Prediction, Problem
 from .unit_arguments import add_unit_arguments, problem_of, unit_of
-from .validation import Compared, Seconds, beside, committed, compare, rank_correlation
-from .validation import problem_of as case_problem
 
 BAD_USAGE = 2
 SHORT = {sol.MATRIX: "tensor", sol.SHARED: "shared", sol.ISSUE: "issue"}

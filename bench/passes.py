@@ -60,7 +60,7 @@ def timm_module(spec: SKSpec) -> Route:
 
 
 def plain_paper(spec: SKSpec) -> Route:
-    """`bench.peers.PaperUnit` in eager mode: no stack, and the weighted branches are added by fused multiply-adds."""
+    """`PaperUnit` of the peers in eager mode: no stack, weighted branches are added by fused multiply-adds."""
     m = spec.num_branches
     steps = (
         *_eager_branches(spec),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from . import results
 from .export import NOTHING, ratio, sk_triton_records
-from .forms import EVERY
+from .measuring.forms import EVERY
 from .results import PEER, Record, Results
 from .shapes import DIRECTIONS, STAGES, Case
 

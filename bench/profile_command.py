@@ -19,7 +19,7 @@ from .unit_times import EAGER, SUITE
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .kernel_times import CallTimes
+    from .measuring.kernel_times import CallTimes
 
 AUTO = "auto"
 FAILED, BAD_USAGE = 1, 2
@@ -103,8 +103,8 @@ def _measure_one(
     case: Case, schedule: str, device: torch.device, commit: str, folder: Path | None, console: Console
 ) -> bool:
     """Whether it could be measured."""
-    from .kernel_times import append, measure
-    from .protocol import failure
+    from .measuring.kernel_times import append, measure
+    from .measuring.protocol import failure
 
     try:
         name, times = measure(case, schedule, device)

@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import report_file, unit_times
+from . import unit_times
 from .export import comparisons, losses, losses_count, markdown_table, speed_summary
 from .peer_table import peer_table
+from .report import file as report_file
 from .results import Results, join, read
 from .shapes import PAPER, SKNET50
 from .unit_times import UnitTime

@@ -12,13 +12,13 @@ from sk_triton.environment import installed_triton, require
 from sk_triton.tuning import shipped
 from sk_triton.tuning.launches import branch_key
 
-from . import training_resources
 from .arguments import positive
+from .compiled import training_resources
+from .compiled.resources import Row, compilable_chips, measure, measure_all, workload_of
 from .grid import CASES, UNITS
-from .resources import Row, compilable_chips, measure, measure_all, workload_of
 
 if TYPE_CHECKING:
-    from .compile import Resources
+    from .compiled.compile import Resources
 
 WIDTH = 220
 """Columns of the table where no terminal says how many there are, so that a row is a line."""
@@ -145,7 +145,7 @@ def write_configs(rows: list[Row]) -> None:
 
 def clocks_of(used: Resources) -> list[str]:
     """What `--clocks` adds to a kernel's row."""
-    from .warps import PRODUCT_CLOCKS, clocks_per_trip, product_clocks, resident_warps
+    from .compiled.warps import PRODUCT_CLOCKS, clocks_per_trip, product_clocks, resident_warps
 
     if not used.loop or used.target not in PRODUCT_CLOCKS:
         return ["-"] * (2 + len(LATENCIES))

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from .sources import Ours
+    from .measuring.sources import Ours
 
 DTYPE_NAMES = ("fp16", "bf16", "fp32")
 INTERRUPTED = 130
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     require("rich", "matplotlib", "sklearn")
     from rich.console import Console
 
-    from .revision import RevisionError, revision_source
+    from .measuring.revision import RevisionError, revision_source
 
     console = Console()
     with contextlib.ExitStack() as stack:
@@ -97,7 +97,7 @@ def _run_suite(
     suite: str, args: argparse.Namespace, device: torch.device, revisions: Sequence[Ours], console: Console
 ) -> int:
     from . import export, plots, results, table
-    from .session import Request, measure_suite, reusable
+    from .measuring.session import Request, measure_suite, reusable
 
     choice = Choice(
         on_gpu=device.type == "cuda",

@@ -22,8 +22,8 @@ from sk_triton.plan import BranchLaunch
 from sk_triton.save import SAVES, Save
 from sk_triton.workload import Workload
 
+from .compiled.planned import unit_parameters
 from .grid import classic_unit, paper_unit
-from .planned import unit_parameters
 from .shapes import CLASSIC, PAPER
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def count_training(
     library's convolutions and their gradients move is not counted."""
     from sk_triton.training.plan import plan_training
 
-    from .training_steps import take_step
+    from .compiled.training_steps import take_step
 
     workload = _workload(spec, size)
     plan = plan_training(workload, save)

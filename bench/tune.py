@@ -22,19 +22,19 @@ from sk_triton.tuning.entries import Entry, Origin, Trial
 from sk_triton.tuning.keys import DIRECTIONS, FORWARD, stamp
 
 from .arguments import positive
-from .gpus import GPUS, Gpu, find_gpu
-from .processes import compiling_processes
+from .compiled.processes import compiling_processes
+from .model.gpus import GPUS, Gpu, find_gpu
+from .model.speed_of_light import Problem
+from .model.validation import PRECISIONS
 from .progress import case_progress
 from .run import choose_device
 from .shapes import NETWORKS
-from .speed_of_light import Problem
 from .tuning import tables
 from .tuning.flow import LEFT, DeviceLostError, Outcome, tune
 from .tuning.ranking import failures, rank
 from .tuning.targets import Settled, Target, assess, refusal, targets_of
 from .tuning.units import network_problems, title
 from .unit_arguments import add_unit_arguments, batch_of, problem_of, refuse_unit_options
-from .validation import PRECISIONS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

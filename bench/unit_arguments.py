@@ -6,9 +6,9 @@ import argparse
 from typing import Any
 
 from .arguments import positive, sizes
+from .model.speed_of_light import Problem
+from .model.validation import PRECISIONS, unit_spec
 from .shapes import CLASSIC, GROUPS, PAPER, STAGES
-from .speed_of_light import Problem
-from .validation import PRECISIONS, unit_spec
 
 DEFAULT_BATCH = 128
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import passes
 from .export import three_digits
-from .gpus import Gpu, find_gpu
+from .model.gpus import Gpu, find_gpu
 from .shapes import CLASSIC, DIRECTIONS, INFERENCE, PAPER, UNITS, Case, unit_shape
 
 NAME = "units.csv"

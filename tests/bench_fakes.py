@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sk_triton.bench import competition, forms, protocol, results
-from sk_triton.bench.providers import Provider
+from sk_triton.bench import results
+from sk_triton.bench.measuring import competition, forms, protocol
+from sk_triton.bench.measuring.providers import Provider
+from sk_triton.bench.measuring.sources import PlainPaper
 from sk_triton.bench.shapes import INFERENCE, PAPER, Case, unit_shape
-from sk_triton.bench.sources import PlainPaper
 
 CPU = torch.device("cpu")
 SHORT = protocol.Budget(warmup_seconds=0, seconds=0, min_rounds=3, max_rounds=3)

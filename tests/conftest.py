@@ -92,7 +92,7 @@ def nan_in_new_memory(monkeypatch):
 @pytest.fixture
 def fake_code(monkeypatch):
     """Every kernel compiles to the same few instructions a thread, or a pixel of its run."""
-    from sk_triton.bench import speed_of_light as sol
+    from sk_triton.bench.model import speed_of_light as sol
 
     from .fake_code import resources
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 
-from sk_triton.bench.compile import Resources
+from sk_triton.bench.compiled.compile import Resources
 
 
 def resources(instructions: dict[str, int], **changes) -> Resources:

@@ -11,8 +11,8 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from sk_triton.bench import resources, training_resources
-from sk_triton.bench.compile import jit_compiled
+from sk_triton.bench.compiled import resources, training_resources
+from sk_triton.bench.compiled.compile import jit_compiled
 from sk_triton.bench.grid import CASES
 from sk_triton.kernels.branch_grad import branch_grad, reduce_weight_grad
 from sk_triton.kernels.config import GradStreamConfig, GradWideConfig

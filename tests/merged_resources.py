@@ -11,9 +11,9 @@ import torch
 from sk_triton import plans
 from sk_triton.analytic import merged as analytic_merged
 from sk_triton.analytic.window import takes_window
-from sk_triton.bench.compile import compile_launch
+from sk_triton.bench.compiled.compile import compile_launch
+from sk_triton.bench.compiled.planned import planned_steps
 from sk_triton.bench.grid import classic_unit
-from sk_triton.bench.planned import planned_steps
 from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
 

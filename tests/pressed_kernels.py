@@ -3,8 +3,8 @@ kernels are compiled in a process that never interprets."""
 
 import json
 
-from sk_triton.bench import resources
-from sk_triton.bench.compile import compile_launch
+from sk_triton.bench.compiled import resources
+from sk_triton.bench.compiled.compile import compile_launch
 from sk_triton.bench.grid import CASES
 
 # Each comes close to the registers that there are: what may be alive at a time depends on shape, config and chip.

@@ -6,9 +6,9 @@ import sys
 
 import torch
 
-from sk_triton.bench.compile import compile_launch, jit_compiled
+from sk_triton.bench.compiled.compile import compile_launch, jit_compiled
+from sk_triton.bench.compiled.planned import planned_steps
 from sk_triton.bench.grid import paper_unit
-from sk_triton.bench.planned import planned_steps
 from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
 

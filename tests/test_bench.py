@@ -12,9 +12,11 @@ from torch import nn
 
 from sk_triton import use_backend
 from sk_triton.backend import SCHEDULES
-from sk_triton.bench import forms, inputs, providers, results
-from sk_triton.bench.peers import ClassicSKConv, PaperUnit, SKNet50
-from sk_triton.bench.providers import competitors
+from sk_triton.bench import results
+from sk_triton.bench.measuring import forms, inputs, providers
+from sk_triton.bench.measuring.peers import ClassicSKConv, PaperUnit, SKNet50
+from sk_triton.bench.measuring.providers import competitors
+from sk_triton.bench.measuring.sources import Ours, Timm, swap_units, yardstick
 from sk_triton.bench.shapes import (
     CLASSIC,
     NETWORKS,
@@ -29,7 +31,6 @@ from sk_triton.bench.shapes import (
     stage_shape,
     unit_shape,
 )
-from sk_triton.bench.sources import Ours, Timm, swap_units, yardstick
 
 from .bench_fakes import CPU, small_case
 

@@ -8,10 +8,11 @@ import threading
 import pytest
 import torch
 
-from sk_triton.bench import competition, forms, inputs, protocol, results
-from sk_triton.bench.providers import Provider, competitors
+from sk_triton.bench import results
+from sk_triton.bench.measuring import competition, forms, inputs, protocol
+from sk_triton.bench.measuring.providers import Provider, competitors
+from sk_triton.bench.measuring.sources import Ours, Timm, forced_schedules
 from sk_triton.bench.shapes import CLASSIC, PAPER, SKRESNEXT50, TRAINING, UNITS, Case, network_shape
-from sk_triton.bench.sources import Ours, Timm, forced_schedules
 
 from .bench_fakes import (
     BreaksWhenBuilt,

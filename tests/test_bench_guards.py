@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from sk_triton.backend import SCHEDULES
-from sk_triton.bench import ceilings, clocks, guards, protocol, results
+from sk_triton.bench import results
+from sk_triton.bench.measuring import ceilings, clocks, guards, protocol
 from sk_triton.bench.results import Ceilings, ClockSample, Timing
 
 from .bench_fakes import CPU, FakeTimer

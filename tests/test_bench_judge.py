@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sk_triton.bench import forms, judge, providers
-from sk_triton.bench.entrant import Entrant
-from sk_triton.bench.judge import LARGEST, RMS, Judge
-from sk_triton.bench.providers import Provider
+from sk_triton.bench.measuring import forms, judge, providers
+from sk_triton.bench.measuring.entrant import Entrant
+from sk_triton.bench.measuring.judge import LARGEST, RMS, Judge
+from sk_triton.bench.measuring.providers import Provider
 from sk_triton.bench.shapes import CLASSIC, INFERENCE, PAPER, TRAINING, Case, unit_shape
 
 from .bench_fakes import FakeSource, small_case

@@ -7,11 +7,12 @@ import torch
 from rich.console import Console
 
 from sk_triton import SelectiveKernel, save_for_backward, use_backend
-from sk_triton.bench import memory, plots, results, table
+from sk_triton.bench import plots, results, table
 from sk_triton.bench.export import SAVING_INPUT
-from sk_triton.bench.providers import competitors
+from sk_triton.bench.measuring import memory
+from sk_triton.bench.measuring.providers import competitors
+from sk_triton.bench.measuring.sources import Ours
 from sk_triton.bench.shapes import INFERENCE, TRAINING
-from sk_triton.bench.sources import Ours
 
 from .bench_fakes import CPU, FakeSource, run_small, small_case
 from .synthetic_results import some_results

@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sk_triton.bench import protocol, results
-from sk_triton.bench.protocol import COLD, HOST, WARM, Contestant
+from sk_triton.bench import results
+from sk_triton.bench.measuring import protocol
+from sk_triton.bench.measuring.protocol import COLD, HOST, WARM, Contestant
 from sk_triton.environment import MissingPackageError
 
 from .bench_fakes import CPU, FakeTimer

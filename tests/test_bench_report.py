@@ -13,21 +13,15 @@ import pytest
 import torch
 
 from sk_triton import cli, environment
-from sk_triton.bench import (
-    plots,
-    protocol,
-    report,
-    report_file,
-    report_page,
-    report_predictions,
-    report_steps,
-    results,
-    session,
-    shapes,
-    suites,
-)
-from sk_triton.bench.report_file import DONE, FAILED, INTERRUPTED, PARTIAL, Report, StepState
-from sk_triton.bench.report_steps import STEPS, Ending, Step
+from sk_triton.bench import plots, results, shapes, suites
+from sk_triton.bench.measuring import protocol, session
+from sk_triton.bench.report import command as report
+from sk_triton.bench.report import file as report_file
+from sk_triton.bench.report import page as report_page
+from sk_triton.bench.report import predictions as report_predictions
+from sk_triton.bench.report import steps as report_steps
+from sk_triton.bench.report.file import DONE, FAILED, INTERRUPTED, PARTIAL, Report, StepState
+from sk_triton.bench.report.steps import STEPS, Ending, Step
 from sk_triton.bench.stamp import take_stamp
 
 from .bench_fakes import CPU, SHORT

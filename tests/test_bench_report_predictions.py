@@ -6,12 +6,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from sk_triton.bench import report_predictions, results, validation
-from sk_triton.bench.report_file import DONE, FAILED, Report
-from sk_triton.bench.report_predictions import NothingToCompareError, against_measured
-from sk_triton.bench.report_steps import STEPS, Course
+from sk_triton.bench import results
+from sk_triton.bench.model import validation
+from sk_triton.bench.model.validation import Compared
+from sk_triton.bench.report import predictions as report_predictions
+from sk_triton.bench.report.file import DONE, FAILED, Report
+from sk_triton.bench.report.predictions import NothingToCompareError, against_measured
+from sk_triton.bench.report.steps import STEPS, Course
 from sk_triton.bench.shapes import CLASSIC, PAPER
-from sk_triton.bench.validation import Compared
 
 from .synthetic_results import small
 

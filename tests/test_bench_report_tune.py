@@ -9,9 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from sk_triton.bench import report_steps
-from sk_triton.bench.report_file import DONE, FAILED, PARTIAL, Report
-from sk_triton.bench.report_steps import Ending
+from sk_triton.bench.report import steps as report_steps
+from sk_triton.bench.report.file import DONE, FAILED, PARTIAL, Report
+from sk_triton.bench.report.steps import Ending
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ import torch
 
 import sk_triton
 from sk_triton import environment
-from sk_triton.bench import results, revision
-from sk_triton.bench.revision import RevisionError, revision_source
+from sk_triton.bench import results
+from sk_triton.bench.measuring import revision
+from sk_triton.bench.measuring.revision import RevisionError, revision_source
 
 from .bench_fakes import small_case
 

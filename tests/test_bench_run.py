@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from sk_triton import cli
-from sk_triton.bench import plots, protocol, providers, results, run, session, shapes
-from sk_triton.bench.providers import Provider
+from sk_triton.bench import plots, results, run, shapes
+from sk_triton.bench.measuring import protocol, providers, session
+from sk_triton.bench.measuring.providers import Provider
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .bench_fakes import SHORT, FakeSource, SwappedBranches

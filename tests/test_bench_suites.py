@@ -10,12 +10,13 @@ import pytest
 from rich.console import Console
 
 import sk_triton
-from sk_triton.bench import export, host, protocol, providers, results, session, shapes, suites
+from sk_triton.bench import export, results, shapes, suites
 from sk_triton.bench.grid import UNITS, paper_unit
-from sk_triton.bench.peers import SKNet50
-from sk_triton.bench.providers import competitors
+from sk_triton.bench.measuring import host, protocol, providers, session
+from sk_triton.bench.measuring.peers import SKNet50
+from sk_triton.bench.measuring.providers import competitors
+from sk_triton.bench.measuring.sources import Ours
 from sk_triton.bench.shapes import CLASSIC, INFERENCE, PAPER, SKNET50, TRAINING, unit_shape
-from sk_triton.bench.sources import Ours
 from sk_triton.bench.suites import OPTIONS, SUITES, Choice
 from sk_triton.kernels.launch import Launch
 from sk_triton.preference import MAX_KERNEL_CHANNELS

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sk_triton.bench import resources
+from sk_triton.bench.compiled import resources
 from sk_triton.bench.grid import CASES, Case, paper_unit
 
 from .versions import (
@@ -164,7 +164,7 @@ def test_large_tensors_take_64_bit_offsets(rows):
 def test_faults_are_found(rows):
     from dataclasses import replace
 
-    from sk_triton.bench.compile import SHARED_LIMIT
+    from sk_triton.bench.compiled.compile import SHARED_LIMIT
 
     row = rows[0]
     assert row.kernel == ("branch_conv_window" if HAS_NARROW_PRODUCTS else "branch_conv_stream")

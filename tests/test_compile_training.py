@@ -6,7 +6,7 @@ from itertools import product
 import pytest
 import torch
 
-from sk_triton.bench import resources, training_resources
+from sk_triton.bench.compiled import resources, training_resources
 from sk_triton.bench.grid import CASES, Case, paper_unit
 
 from .versions import needs_narrow_products

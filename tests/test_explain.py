@@ -8,9 +8,10 @@ import json
 import pytest
 
 from sk_triton import cli
-from sk_triton.bench import explain, progress, results, validation
-from sk_triton.bench import speed_of_light as sol
-from sk_triton.bench.gpus import find_gpu
+from sk_triton.bench import explain, progress, results
+from sk_triton.bench.model import speed_of_light as sol
+from sk_triton.bench.model import validation
+from sk_triton.bench.model.gpus import find_gpu
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .synthetic_results import some_results

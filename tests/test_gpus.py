@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from sk_triton.bench import gpus
-from sk_triton.bench.gpus import GPUS, find_gpu
+from sk_triton.bench.model import gpus
+from sk_triton.bench.model.gpus import GPUS, find_gpu
 from sk_triton.chips import CHIPS
 
 

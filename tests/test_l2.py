@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from sk_triton.bench import l2
-from sk_triton.bench import speed_of_light as sol
-from sk_triton.bench.footprint import footprint
+from sk_triton.bench.compiled.footprint import footprint
 from sk_triton.bench.grid import classic_unit, paper_unit
-from sk_triton.bench.speed_of_light import Problem
+from sk_triton.bench.model import l2
+from sk_triton.bench.model import speed_of_light as sol
+from sk_triton.bench.model.speed_of_light import Problem
 from sk_triton.chips import CHIPS
 
 from .versions import needs_narrow_products

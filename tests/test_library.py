@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 
 from sk_triton import SelectiveKernel, SKConv, explain, plans, preference, steps, use_backend
+from sk_triton.bench.compiled.planned import prepared_steps
 from sk_triton.bench.grid import classic_unit, paper_unit
-from sk_triton.bench.planned import prepared_steps
 from sk_triton.chips import CHIPS
 from sk_triton.library import Convolution, without_memory
 from sk_triton.spec import BranchSpec

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sk_triton.bench.loops import Instruction, loop_weights, natural_loops
+from sk_triton.bench.compiled.loops import Instruction, loop_weights, natural_loops
 
 
 def code(*texts):

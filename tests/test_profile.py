@@ -7,9 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from sk_triton.bench import kernel_times, profile_command, unit_times
-from sk_triton.bench.entrant import Entrant
-from sk_triton.bench.kernel_times import CallTimes, Kernel, append, measure, medians
+from sk_triton.bench import profile_command, unit_times
+from sk_triton.bench.measuring import kernel_times
+from sk_triton.bench.measuring.entrant import Entrant
+from sk_triton.bench.measuring.kernel_times import CallTimes, Kernel, append, measure, medians
 from sk_triton.bench.shapes import CLASSIC, INFERENCE, PAPER, TRAINING
 from sk_triton.cli import main
 

@@ -6,7 +6,8 @@ import dataclasses
 import json
 
 from sk_triton import environment
-from sk_triton.bench import resources, resources_command
+from sk_triton.bench import resources_command
+from sk_triton.bench.compiled import resources
 from sk_triton.bench.grid import CASES
 from sk_triton.tuning import shipped
 

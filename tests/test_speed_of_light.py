@@ -9,12 +9,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sk_triton.bench import l2, work
-from sk_triton.bench import speed_of_light as sol
-from sk_triton.bench.gpus import GPUS, Gpu, find_gpu
+from sk_triton.bench.compiled.instructions import matrix_flop
 from sk_triton.bench.grid import classic_unit, paper_unit
-from sk_triton.bench.instructions import matrix_flop
-from sk_triton.bench.speed_of_light import ISSUE, L2, MATRIX, MEMORY, SHARED, Problem
+from sk_triton.bench.model import l2, work
+from sk_triton.bench.model import speed_of_light as sol
+from sk_triton.bench.model.gpus import GPUS, Gpu, find_gpu
+from sk_triton.bench.model.speed_of_light import ISSUE, L2, MATRIX, MEMORY, SHARED, Problem
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
 

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sk_triton
 from sk_triton import SelectiveKernel, SKConv, use_backend
-from sk_triton.bench.host import stubbed_launches
+from sk_triton.bench.measuring.host import stubbed_launches
 from sk_triton.training import call
 
 from .versions import HAS_NARROW_PRODUCTS

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sk_triton
 from sk_triton import SKConv, use_backend
-from sk_triton.bench.host import stubbed_launches
+from sk_triton.bench.measuring.host import stubbed_launches
 from sk_triton.library import LibraryCall
 from sk_triton.training import call as training_call
 from sk_triton.training.tape import Tape

@@ -10,7 +10,7 @@ import torch
 
 from sk_triton import cli
 from sk_triton.bench import tune
-from sk_triton.bench.gpus import find_gpu
+from sk_triton.bench.model.gpus import find_gpu
 from sk_triton.bench.tuning import machine, ranking
 from sk_triton.chips import CHIPS, Chip
 from sk_triton.tuning import cache, keys

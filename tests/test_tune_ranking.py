@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sk_triton.bench.gpus import find_gpu
+from sk_triton.bench.compiled.processes import compiling_processes
 from sk_triton.bench.grid import paper_unit
-from sk_triton.bench.processes import compiling_processes
+from sk_triton.bench.model.gpus import find_gpu
 from sk_triton.bench.tuning import ranking, tables
 from sk_triton.bench.tuning.ranking import CANNOT_WIN, LEFT_OUT, failures, rank
 from sk_triton.bench.tuning.targets import assess, least_seconds, targets_of

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from sk_triton.bench import protocol
-from sk_triton.bench.gpus import find_gpu
+from sk_triton.bench.compiled.processes import compiling_processes
+from sk_triton.bench.compiled.training_steps import step
 from sk_triton.bench.grid import classic_unit, paper_unit
-from sk_triton.bench.processes import compiling_processes
+from sk_triton.bench.measuring import protocol
+from sk_triton.bench.model.gpus import find_gpu
 from sk_triton.bench.shapes import SKNET50, SKRESNEXT50, STAGES
-from sk_triton.bench.training_steps import step
 from sk_triton.bench.tuning import subjects
 from sk_triton.bench.tuning.machine import Device
 from sk_triton.bench.tuning.targets import Target, _steps_on_meta, assess, targets_of

@@ -258,7 +258,7 @@ def test_deterministic_algorithms_pin_the_packages_configs(request_, monkeypatch
 @pytest.mark.interpret
 def test_calls_tune_nothing_and_write_nothing(folder, monkeypatch):
     """Neither plain inference, nor training, nor tracing: tuning is a command."""
-    from sk_triton.bench import protocol
+    from sk_triton.bench.measuring import protocol
 
     monkeypatch.setattr(protocol, "measure", lambda *args, **options: pytest.fail("measured"))
     monkeypatch.setattr(cache, "save", lambda *args: pytest.fail("tuned"))

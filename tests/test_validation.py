@@ -4,9 +4,10 @@ import dataclasses
 
 import pytest
 
-from sk_triton.bench import results, unit_times, validation
-from sk_triton.bench import speed_of_light as sol
-from sk_triton.bench.gpus import find_gpu
+from sk_triton.bench import results, unit_times
+from sk_triton.bench.model import speed_of_light as sol
+from sk_triton.bench.model import validation
+from sk_triton.bench.model.gpus import find_gpu
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .synthetic_results import a_stamp, slowed, some_results

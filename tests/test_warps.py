@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from sk_triton.bench.loops import Instruction
-from sk_triton.bench.warps import (
+from sk_triton.bench.compiled.loops import Instruction
+from sk_triton.bench.compiled.warps import (
     NO_BARRIER,
     Step,
     clocks_per_trip,

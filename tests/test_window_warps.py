@@ -13,8 +13,8 @@ import torch
 from sk_triton import chips, plans
 from sk_triton.analytic import window as analytic_window
 from sk_triton.analytic.branch import branch_config
+from sk_triton.bench.compiled.planned import unit_parameters
 from sk_triton.bench.grid import classic_unit, paper_unit
-from sk_triton.bench.planned import unit_parameters
 from sk_triton.chips import chip_of
 from sk_triton.kernels.config import WindowConfig
 from sk_triton.kernels.geometry import ConvShape

@@ -10,8 +10,8 @@ from itertools import product
 from sk_triton.analytic import branch as analytic
 from sk_triton.analytic import merged as analytic_merged
 from sk_triton.analytic.window import merged_window_candidates
-from sk_triton.bench import resources, training_resources
-from sk_triton.bench.compile import compile_launch
+from sk_triton.bench.compiled import resources, training_resources
+from sk_triton.bench.compiled.compile import compile_launch
 from sk_triton.bench.grid import CASES
 from sk_triton.tuning import lookup
 

@@ -9,7 +9,7 @@ import torch
 from sk_triton.tuning.entries import Choice
 from sk_triton.workload import Workload
 
-from .. import protocol
+from ..measuring import protocol
 from .subjects import InferenceSubject, Subject, TrainingSubject
 from .targets import Settled, Target
 

@@ -16,7 +16,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from sk_triton.tuning.entries import Choice, Trial
 from sk_triton.workload import Workload
 
-from ..gpus import Gpu
+from ..model.gpus import Gpu
 from .flow import MARGIN
 from .targets import Target, assess, least_seconds
 

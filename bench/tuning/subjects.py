@@ -15,11 +15,11 @@ from sk_triton.plan import Plan
 from sk_triton.training.tensors import unit_tensors
 from sk_triton.workload import Workload
 
-from .. import judge, protocol
-from ..competition import MIN_CHECK_BATCH
-from ..planned import prepared_steps, unit_parameters
-from ..providers import GATE_SCALE, GATE_SHIFT
-from ..training_steps import intercepted, step, training_unit
+from ..compiled.planned import prepared_steps, unit_parameters
+from ..compiled.training_steps import intercepted, step, training_unit
+from ..measuring import judge, protocol
+from ..measuring.competition import MIN_CHECK_BATCH
+from ..measuring.providers import GATE_SCALE, GATE_SHIFT
 from .targets import SAVE
 
 

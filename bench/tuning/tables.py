@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from sk_triton.tuning.entries import Choice, Trial, dump_config
 
-from ..validation import spearman
+from ..model.validation import spearman
 from .flow import Outcome
 from .ranking import CANNOT_WIN, LEFT_OUT, Ranked
 from .targets import Target

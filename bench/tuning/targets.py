@@ -21,9 +21,9 @@ from sk_triton.tuning.keys import BACKWARD, FORWARD, KINDS, SCHEDULE
 from sk_triton.tuning.lookup import Request, experiment
 from sk_triton.workload import Workload
 
-from ..gpus import Gpu
-from ..planned import prepared_steps, unit_parameters
-from ..training_steps import take_step
+from ..compiled.planned import prepared_steps, unit_parameters
+from ..compiled.training_steps import take_step
+from ..model.gpus import Gpu
 
 TRAIN: Literal["train"] = "train"
 SAVE: Save = "branches"
@@ -160,7 +160,7 @@ def assess(target: Target, choice: Choice, settled: Settled, gpu: Gpu) -> Trial:
 
     For a process in which kernels are compiled, not interpreted.
     """
-    from .. import speed_of_light as sol
+    from ..model import speed_of_light as sol
 
     try:
         steps = target.steps(_steps_on_meta(target, choice, settled))
@@ -180,7 +180,7 @@ def least_seconds(target: Target, gpu: Gpu) -> list[float]:
 
     0 where the choice cannot even be planned: :func:`assess` says why.
     """
-    from .. import speed_of_light as sol
+    from ..model import speed_of_light as sol
 
     found = []
     for choice in target.choices:

@@ -11,9 +11,9 @@ from torch import nn
 import sk_triton
 from sk_triton.spec import SKSpec
 
+from ..measuring.sources import Ours
+from ..model.speed_of_light import Problem
 from ..shapes import NETWORKS, Case, network_shape
-from ..sources import Ours
-from ..speed_of_light import Problem
 
 IMAGE_SIZE = 224
 

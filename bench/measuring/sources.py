@@ -16,11 +16,11 @@ from sk_triton.backend import SCHEDULES
 from sk_triton.environment import MissingPackageError, require
 from sk_triton.save import Save
 
-from . import results
-from .export import SAVING_INPUT
+from .. import results
+from ..export import SAVING_INPUT
+from ..shapes import CLASSIC, MIN_GATE_WIDTH, PAPER, REDUCTION, SKNET50, SKRESNEXT50, Case, Shape
 from .peers import ClassicSKConv, PaperUnit, SKNet50
 from .protocol import NotApplicableError
-from .shapes import CLASSIC, MIN_GATE_WIDTH, PAPER, REDUCTION, SKNET50, SKRESNEXT50, Case, Shape
 
 
 class Source(ABC):

@@ -12,12 +12,12 @@ from torch import Tensor
 from sk_triton.kernels.geometry import cdiv
 from sk_triton.kernels.launch import Launch
 
-from .footprint import footprint, tensor_bytes
-from .instructions import access_width, opcode
-from .phases import as_branch_launches, gate_bytes, has_phases
+from ..compiled.footprint import footprint, tensor_bytes
+from ..compiled.instructions import access_width, opcode
+from ..compiled.phases import as_branch_launches, gate_bytes, has_phases
 
 if TYPE_CHECKING:
-    from .compile import Resources
+    from ..compiled.compile import Resources
 
 SECTOR, LINE = 32, 128
 """Bytes that L2 hands out at a time, and bytes for which it looks up once what one access asks of them."""

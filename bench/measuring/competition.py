@@ -13,13 +13,14 @@ from torch import Tensor
 
 from sk_triton.environment import MissingPackageError
 
-from . import inputs, memory, protocol, results
+from .. import results
+from ..shapes import TRAINING, Case
+from . import inputs, memory, protocol
 from .entrant import Entrant, Outcome, arrange
 from .forms import Call
 from .judge import Judge
 from .protocol import Contestant
 from .providers import Provider, State, make_state
-from .shapes import TRAINING, Case
 from .sources import yardstick
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}

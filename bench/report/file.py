@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .results import Ceilings, Tests
-from .stamp import Stamp
+from ..results import Ceilings, Tests
+from ..stamp import Stamp
 
 SCHEMA = 1
 NAME = "report.json"

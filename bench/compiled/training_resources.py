@@ -8,7 +8,7 @@ from sk_triton.kernels.launch import Launch
 from sk_triton.save import SAVES
 from sk_triton.training.plan import plan_training
 
-from .grid import Case
+from ..grid import Case
 from .resources import Row, kernel_name, row_of, workload_of
 from .training_steps import take_step
 

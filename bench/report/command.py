@@ -17,12 +17,12 @@ import torch
 
 from sk_triton.environment import require
 
-from . import report_file
-from .report_file import FAILED, INTERRUPTED, Report, StepState
-from .report_steps import STEPS, Course, Ending, load_runs
-from .run import BAD_USAGE, choose_device
-from .run import INTERRUPTED as INTERRUPTED_CODE
-from .stamp import Stamp, take_stamp
+from ..run import BAD_USAGE, choose_device
+from ..run import INTERRUPTED as INTERRUPTED_CODE
+from ..stamp import Stamp, take_stamp
+from . import file as report_file
+from .file import FAILED, INTERRUPTED, Report, StepState
+from .steps import STEPS, Course, Ending, load_runs
 
 if TYPE_CHECKING:
     from rich.console import Console

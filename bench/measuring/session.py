@@ -11,17 +11,18 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from . import host, protocol, results
+from .. import results
+from ..progress import case_progress
+from ..shapes import Case
+from ..stamp import Stamp, take_stamp
+from ..suites import HOST, SUITES, Choice
+from . import host, protocol
 from .ceilings import measure_ceilings
 from .clocks import ClockLog
 from .competition import Setting, run_case
 from .guards import judged
-from .progress import case_progress
 from .providers import competitors
-from .shapes import Case
 from .sources import Ours
-from .stamp import Stamp, take_stamp
-from .suites import HOST, SUITES, Choice
 
 
 @dataclass(frozen=True)

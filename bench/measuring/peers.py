@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from .shapes import PAPER, STAGES, Shape, unit_shape
+from ..shapes import PAPER, STAGES, Shape, unit_shape
 
 MakeUnit = Callable[[Shape], nn.Module]
 

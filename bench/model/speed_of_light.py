@@ -38,12 +38,12 @@ from sk_triton.plan import Plan
 from sk_triton.spec import SKSpec
 from sk_triton.workload import Workload
 
-from . import passes
-from .footprint import PlannedStep
+from .. import passes
+from ..compiled.footprint import PlannedStep
+from ..compiled.phases import counted, has_phases
+from ..compiled.planned import planned_steps
+from ..compiled.processes import compiling_processes
 from .gpus import Gpu
-from .phases import counted, has_phases
-from .planned import planned_steps
-from .processes import compiling_processes
 from .work import (
     Work,
     convolution_work,
@@ -56,7 +56,7 @@ from .work import (
 )
 
 if TYPE_CHECKING:
-    from .compile import Resources
+    from ..compiled.compile import Resources
 
 BOUNDS = MEMORY, L2, MATRIX, SHARED, ISSUE = "memory", "L2", "tensor cores", "shared memory", "issue slots"
 LAUNCHES = "launches"
@@ -280,7 +280,7 @@ _COMPILED: dict[Any, Resources] = {}
 
 def compiled(launch: Launch, chip: str) -> Resources:
     """What a launch uses, compiled for a chip; launches for which the JIT would take the same code share it."""
-    from .compile import compile_launch
+    from ..compiled.compile import compile_launch
 
     kinds: list[Any] = []
     for i, value in enumerate(launch.arguments):

@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import forms, protocol, results
+from .. import results
+from ..shapes import INFERENCE, TRAINING, UNITS, Case, Shape, stage_shape
+from ..suites import HOST
+from . import forms, protocol
 from .competition import DTYPES, Setting
 from .entrant import Entrant
 from .inputs import RANDOM, make_input
 from .providers import Provider, make_state
-from .shapes import INFERENCE, TRAINING, UNITS, Case, Shape, stage_shape
 from .sources import Ours
-from .suites import HOST
 
 CALLS = 20
 REPEATS = 25

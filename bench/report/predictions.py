@@ -6,10 +6,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import explain, results, validation
-from .gpus import find_gpu
-from .shapes import CLASSIC, PAPER
-from .validation import Compared
+from .. import explain, results
+from ..model import validation
+from ..model.gpus import find_gpu
+from ..model.validation import Compared
+from ..shapes import CLASSIC, PAPER
 
 PREDICTED = "Predicted for an H100 SXM, batch 128, fp16"
 COMPARED = "Predicted against measured"

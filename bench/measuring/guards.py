@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from sk_triton.backend import SCHEDULES
 
-from . import clocks, results
+from .. import results
+from . import clocks
 
 FATAL_THROTTLING = (clocks.THERMAL, clocks.HARDWARE, clocks.POWER_BRAKE)
 """A power cap is a property of the card and falls on everyone alike; it is in the log, but no objection."""

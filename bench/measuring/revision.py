@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sk_triton import environment
 
-from .results import PEER
+from ..results import PEER
 from .sources import Ours
 
 FOLDERS = ("sk_triton", "kernels")

@@ -16,7 +16,7 @@ from sk_triton.kernels.launch import Launch, flat
 from sk_triton.plan import BranchLaunch, Plan
 from sk_triton.workload import Workload
 
-from .grid import Case
+from ..grid import Case
 from .phases import counted, has_phases
 from .planned import planned_steps
 from .processes import compiling_processes

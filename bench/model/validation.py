@@ -14,12 +14,12 @@ import torch
 from sk_triton.backend import SCHEDULES
 from sk_triton.spec import BranchSpec, SKSpec
 
-from . import results, unit_times
+from .. import results, unit_times
+from ..grid import classic_unit, paper_unit
+from ..results import Record, Results
+from ..shapes import INFERENCE, PAPER, Case
 from . import speed_of_light as sol
 from .gpus import Gpu, find_gpu
-from .grid import classic_unit, paper_unit
-from .results import Record, Results
-from .shapes import INFERENCE, PAPER, Case
 from .speed_of_light import Prediction, Problem
 
 PRECISIONS = {
@@ -28,7 +28,7 @@ PRECISIONS = {
     "tf32": (torch.float32, True),
     "fp32": (torch.float32, False),
 }
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "results"
 FILES = "*/layer*.json"
 """What results of suite "layer" are committed as, in a folder per GPU."""
 SCHEDULES_AND_PEERS = (*SCHEDULES, sol.EAGER, sol.COMPILED, sol.FLOOR)

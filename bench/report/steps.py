@@ -20,12 +20,12 @@ import torch
 from sk_triton import doctor, environment
 from sk_triton.tuning import cache
 
-from . import export, results, suites
-from .ceilings import measure_ceilings
-from .guards import judged
-from .report_file import DONE, FAILED, PARTIAL, Report
-from .shapes import SKNET50
-from .tuning.flow import LEFT
+from .. import export, results, suites
+from ..measuring.ceilings import measure_ceilings
+from ..measuring.guards import judged
+from ..shapes import SKNET50
+from ..tuning.flow import LEFT
+from .file import DONE, FAILED, PARTIAL, Report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -121,7 +121,8 @@ def find_ceilings(course: Course) -> Ending:
 
 def measure(course: Course, *, suite: str, dtype: str | None = None) -> Ending:
     """A suite, or its cases of one dtype, into the suite's file; without a GPU in small sizes."""
-    from . import session, table
+    from .. import table
+    from ..measuring import session
 
     choice = suites.Choice(
         on_gpu=course.on_gpu, quick=not course.on_gpu, dtypes=None if dtype is None else (dtype,)
@@ -219,7 +220,7 @@ def gather_evidence(course: Course) -> Ending:
 
 def compare_predictions(course: Course) -> Ending:
     """What the model predicts, on a GPU that it knows against what suite "layer" measured."""
-    from . import report_predictions
+    from . import predictions as report_predictions
 
     with course.console.status("compiling kernels for the predictions"):
         if not course.on_gpu:
@@ -235,7 +236,7 @@ def compare_predictions(course: Course) -> Ending:
 
 def summarise(course: Course) -> Ending:
     """Verdicts in the terminal, pictures and tables in report.html."""
-    from .report_page import write_page
+    from .page import write_page
 
     runs = load_runs(course.folder)
     for run in runs:

@@ -18,11 +18,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from . import forms, results
+from .. import results
+from ..shapes import CLASSIC, INFERENCE, STAGES, TRAINING, Case
+from . import forms
 from .entrant import Entrant, Outcome
 from .forms import Form
 from .providers import Provider
-from .shapes import CLASSIC, INFERENCE, STAGES, TRAINING, Case
 from .sources import yardstick
 
 LARGEST = "largest"

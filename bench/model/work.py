@@ -14,13 +14,13 @@ from sk_triton.kernels.geometry import cdiv
 from sk_triton.kernels.launch import Launch
 from sk_triton.library import Convolution
 
-from .footprint import PlannedStep, footprint
+from ..compiled.footprint import PlannedStep, footprint
+from ..compiled.instructions import access_width, matrix_flop, opcode
 from .gpus import Gpu
-from .instructions import access_width, matrix_flop, opcode
 from .l2 import adjacent_bytes, l2_bytes, l2_requests, tile_bytes
 
 if TYPE_CHECKING:
-    from .compile import Resources
+    from ..compiled.compile import Resources
 
 # Share of L2 that data since an earlier launch may fill and still be found: two partitions keep copies of each other's.
 L2_SHARE = 0.5

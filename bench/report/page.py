@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from . import export, plots, results
-from .export import NOTHING, Comparison, comparisons, ratio, three_digits
-from .plots import style
-from .report_file import Report
-from .results import Results
+from .. import export, plots, results
+from ..export import NOTHING, Comparison, comparisons, ratio, three_digits
+from ..plots import style
+from ..results import Results
+from .file import Report
 
 NAME = "report.html"
 MAX_BYTES = 16 << 20

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..shapes import INFERENCE, TRAINING, Case
 from .forms import Call
 from .providers import Provider
-from .shapes import INFERENCE, TRAINING, Case
 
 Outcome = dict[str, Tensor]
 """Tensors to judge by name: "v", and in training "dx" (of a unit) and "parameters.<name>"."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import results
+from .. import results
 
 INTERVAL_SECONDS = 0.25
 

@@ -11,14 +11,14 @@ from typing import NamedTuple
 
 import torch
 
+from ..shapes import INFERENCE, TRAINING, Case
+from ..unit_times import EAGER, NAME
 from . import inputs
 from .competition import DTYPES, GRADIENT_SEED
 from .entrant import Entrant
 from .forms import CHANNELS_LAST
 from .providers import Provider, make_state
-from .shapes import INFERENCE, TRAINING, Case
 from .sources import Ours
-from .unit_times import EAGER, NAME
 
 CALLS = 7
 WARM_UPS = 4

@@ -19,7 +19,7 @@ import torch
 
 from sk_triton.environment import MissingPackageError
 
-from . import results
+from .. import results
 
 Call = Callable[[], object]
 

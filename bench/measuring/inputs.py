@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .shapes import Shape
+from ..shapes import Shape
 
 RANDOM = "random"
 PHOTO = "photo"

@@ -10,7 +10,8 @@ import torch
 
 from sk_triton.precision import allows_tf32
 
-from . import protocol, results
+from .. import results
+from . import protocol
 from .competition import DTYPES
 
 COPY_BYTES = {"cuda": 1 << 30, "cpu": 1 << 27}

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..shapes import CLASSIC, PAPER, SKNET50, TRAINING, Case, network_shape
 from . import forms
 from .forms import Form
 from .inputs import KINDS, make_input
-from .shapes import CLASSIC, PAPER, SKNET50, TRAINING, Case, network_shape
 from .sources import ClassicClass, Ours, PlainPaper, Source, Timm, forced_schedules, saving_input, yardstick
 
 State = dict[str, Tensor]
