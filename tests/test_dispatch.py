@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from sk_triton import SelectiveKernel, SKConv, can_run_triton, dispatch, explain, plans, use_backend
+from sk_triton import (
+    SelectiveKernel,
+    SKConv,
+    can_run_triton,
+    dispatch,
+    explain,
+    plans,
+    preference,
+    use_backend,
+)
 from sk_triton.analytic import branch as analytic
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import (
@@ -17,6 +26,7 @@ from sk_triton.kernels.config import (
     WindowConfig,
 )
 from sk_triton.kernels.geometry import ConvShape
+from sk_triton.precision import allows_tf32
 from sk_triton.workload import Workload
 
 from .versions import HAS_NARROW_PRODUCTS, needs_narrow_products
@@ -191,7 +201,7 @@ def test_auto_takes_the_librarys_convolution_in_wide_groups(x, monkeypatch):
 
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
     monkeypatch.setattr(dispatch, "_kernels_reason", lambda *args: ("", False))
-    monkeypatch.setattr(dispatch, "chip_of", lambda device: SM_90)
+    monkeypatch.setattr(preference, "chip_of", lambda device: SM_90)
     for backend in ("auto", "triton"):
         assert choose(wide, backend).schedule == "library"
         assert choose(narrow, backend).schedule == "gated"
@@ -252,7 +262,7 @@ def test_tf32_follows_pytorch(allowed, monkeypatch):
     before = torch.backends.cudnn.allow_tf32
     try:
         torch.backends.cudnn.allow_tf32 = allowed
-        assert dispatch.allows_tf32() is allowed
+        assert allows_tf32() is allowed
     finally:
         torch.backends.cudnn.allow_tf32 = before
 
@@ -319,4 +329,4 @@ def test_amd_needs_triton_3_5(monkeypatch):
     )
     monkeypatch.setattr(dispatch, "triton_version", lambda: (3, 5))
     assert dispatch._device_reason(*rocm) == ""
-    assert not dispatch.allows_tf32()
+    assert not allows_tf32()

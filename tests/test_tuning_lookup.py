@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sk_triton import SelectiveKernel, dispatch, explain, plans, use_backend
+from sk_triton import SelectiveKernel, dispatch, explain, plans, preference, use_backend
 from sk_triton.analytic import branch as analytic
 from sk_triton.bench.grid import classic_unit
 from sk_triton.chips import CHIPS, Chip, chip_of, pinned
@@ -232,7 +232,7 @@ def test_deterministic_algorithms_pin_the_packages_configs(request_, monkeypatch
     tune(request_, other_choice(request_))
     unit = SelectiveKernel(128, groups=32, rd_channels=32, split_input=False).eval()
     monkeypatch.setattr(dispatch, "_kernels_reason", lambda *args: ("", False))
-    monkeypatch.setattr(dispatch, "chip_of", lambda device: H100)
+    monkeypatch.setattr(preference, "chip_of", lambda device: H100)
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
     x = torch.empty(128, 128, 56, 56, dtype=torch.float16, device="meta")
     x = x.to(memory_format=torch.channels_last)
@@ -262,7 +262,7 @@ def test_calls_tune_nothing_and_write_nothing(folder, monkeypatch):
 
     monkeypatch.setattr(protocol, "measure", lambda *args, **options: pytest.fail("measured"))
     monkeypatch.setattr(cache, "save", lambda *args: pytest.fail("tuned"))
-    monkeypatch.setattr(dispatch, "chip_of", lambda device: H100)
+    monkeypatch.setattr(preference, "chip_of", lambda device: H100)
     layer, x = SelectiveKernel(8, groups=4).eval(), torch.randn(2, 8, 4, 4)
     with torch.no_grad(), use_backend("triton"):
         layer(x)
@@ -275,7 +275,7 @@ def test_calls_tune_nothing_and_write_nothing(folder, monkeypatch):
 def test_explain_shows_level_and_key(folder, monkeypatch):
     from sk_triton import explanation
 
-    monkeypatch.setattr(dispatch, "chip_of", lambda device: H100)
+    monkeypatch.setattr(preference, "chip_of", lambda device: H100)
     monkeypatch.setattr(explanation, "chip_of", lambda device: H100)
     layer, x = SelectiveKernel(8, groups=4, rd_channels=8).eval(), torch.randn(1, 8, 4, 4)
     x = x.to(memory_format=torch.channels_last)
