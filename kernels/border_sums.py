@@ -92,7 +92,7 @@ def border_sums_fwd_kernel(
         for i in range(rows):
             row = row_next
             y = tl.where(i + 1 < rows, y0 + (i + 1) * STRIDE, y0_next)
-            mask_next = mask_x & (i + 1 < rows_left)
+            mask_next = tl.where(i + 1 < rows_left, mask_x, False)
             row_next = carried_row(x_ptr + y * stride_xh + offs_x, mask_next)
             acc += in_fp32(row, x_ptr.dtype.element_ty)
         y0 = y0_next
