@@ -5,6 +5,7 @@ A part stands between ``<!-- generated: NAME -->`` and ``<!-- end -->``; NAME is
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ from pathlib import Path
 
 from . import unit_times
 from .export import comparisons, losses, losses_count, markdown_table, speed_summary
+from .measuring.forms import EVERY
 from .peer_table import peer_table
 from .report import file as report_file
-from .results import Results, join, read
+from .results import Record, Results, join, read
 from .shapes import PAPER, SKNET50
 from .unit_times import UnitTime
 
@@ -213,13 +215,31 @@ def _results(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
     parts = []
     for item in _compared(shown):
         what = f"{item.run.suite} on {item.run.stamp.device}"
+        newest = " of the newest of each case" if item.older else ""
         parts.append(
-            f"**{what}:** {speed_summary(comparisons(item.run))}.\n"
-            f"Geometric mean and range{' of the newest of each case' if item.older else ''}: {_files(item)}."
+            f"**{what}:** {speed_summary(comparisons(item.run))}, each in its fastest form.\n"
+            f"{_ungraphed(item)}Geometric mean and range{newest}: {_files(item)}."
         )
         notes = "".join(f"\n\n{note}" for note in item.run.notes) if item.older else ""
         parts.append(_folded(f"Every case of {what}", markdown_table(item.run).strip() + notes))
     return "\n\n".join(parts)
+
+
+def _ungraphed(item: Evidence) -> str:
+    """A sentence on the speed where nobody is in a CUDA graph, if some were."""
+    run = _without(item.run, lambda record: _is_graph(record))
+    if len(run.records) == len(item.run.records):
+        return ""
+    return f"Without CUDA graphs, on either side: {speed_summary(comparisons(run))}.\n"
+
+
+def _without(run: Results, left_out: Callable[[Record], bool]) -> Results:
+    return dataclasses.replace(run, records=tuple(record for record in run.records if not left_out(record)))
+
+
+def _is_graph(record: Record) -> bool:
+    form = EVERY.get(record.form)
+    return form is not None and form.is_graph
 
 
 def _files(item: Evidence) -> str:
@@ -234,17 +254,24 @@ def _file(item: Evidence) -> str:
 
 
 def _losses(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
-    """Every case that is lost to the fastest peer."""
+    """Every case that is lost to the fastest peer, and that would be with peers in CUDA graphs and us out of them."""
     parts = []
     for item in _compared(shown):
-        lost = losses(comparisons(item.run))
-        count = losses_count(comparisons(item.run))
-        parts.append(
-            f"On {item.run.stamp.device} we lose in {count} of suite {item.run.suite}{':' if lost else '.'}"
-        )
-        if lost:
-            parts.append("\n".join(f"- {line}" for line in lost))
+        where = f"On {item.run.stamp.device}"
+        parts += _lost(item.run, f"{where} we lose")
+        ungraphed = _without(item.run, lambda record: record.ours and _is_graph(record))
+        if len(ungraphed.records) < len(item.run.records):
+            parts += _lost(ungraphed, f"{where}, out of a CUDA graph and peers in one, we lose")
     return "\n\n".join(parts)
+
+
+def _lost(run: Results, sentence: str) -> list[str]:
+    lost = losses(comparisons(run))
+    count = losses_count(comparisons(run))
+    parts = [f"{sentence} in {count} of suite {run.suite}{':' if lost else '.'}"]
+    if lost:
+        parts.append("\n".join(f"- {line}" for line in lost))
+    return parts
 
 
 def _peers(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:

@@ -76,7 +76,7 @@ def _place(item: tuple[Case, dict[str, UnitTime]]) -> tuple[int, int, int]:
 def markdown(times: Sequence[UnitTime]) -> str:
     """A row for each case that eager was measured in as well."""
     lines = [
-        "| unit | sk_triton | schedule | eager | speed-up | share of the floor | commit |",
+        "| unit | sk_triton | schedule | eager | speed-up | share of the floor | commit of ours |",
         "|---|---|---|---|---|---|---|",
     ]
     for case, schedules in sorted(by_case(times).items(), key=_place):

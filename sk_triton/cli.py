@@ -32,7 +32,8 @@ COMMANDS = {
     ),
     "profile": Command("sk_triton.bench.profile_command", "time a unit's kernels one by one on this GPU"),
     "report": Command(
-        "sk_triton.bench.report.command", "test and measure everything on this machine, step by step, in one folder"
+        "sk_triton.bench.report.command",
+        "test and measure everything on this machine, step by step, in one folder",
     ),
     "resources": Command(
         "sk_triton.bench.resources_command", "compile the kernels for each chip, list what they use"

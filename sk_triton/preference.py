@@ -182,7 +182,7 @@ def _unmeasured_reason(workload: Workload) -> str:
         return f"it fits {chip.name}'s registers with short columns only, whose instructions cost more than a pass"
     # Eight channels a program ask L2 for half sectors: bench/results/h100/units.csv, stage 1.
     return (
-        f"{resident.passes:g} passes over memory in one launch, but slower where it was measured (407 µs against 194 "
+        f"{resident.passes:g} passes over memory in one launch, but slower where it was measured (407 µs against 166 "
         "on an H100, 128 samples at 128 @ 56²); sk-triton tune measures it here"
     )
 

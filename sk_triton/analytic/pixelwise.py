@@ -21,19 +21,20 @@ def select_config(pixels: int, c: int) -> SelectConfig:
     return SelectConfig(BLOCK_P=min(4096 // block_c, max(1, next_power_of_2(pixels))), BLOCK_C=block_c)
 
 
-def reduction_config(pixels: int, c: int, chip: Chip) -> ReductionConfig:
-    """Config for sums over the `pixels` pixels of a sample: 64 at a time and four warps, of which each thread loads 64
-    bytes of a 16-bit tensor, in programs of up to four such steps; 16 and one warp where images are small.
+def reduction_config(m: int, pixels: int, c: int, chip: Chip) -> ReductionConfig:
+    """Config for sums over the `pixels` pixels of a sample of `m` branches: 64 at a time and four warps, of which each
+    thread loads 64 bytes of a 16-bit tensor, in programs of up to four such steps; 16 and one warp where images are
+    small.
 
     The fastest of ten on an H100 for both sums of a training step at 128@56² (221 µs; up to eight steps 234, though
-    they pool in 91 in place of 95), and within 3 % at 512@14². 32 at a time where the compiler would spill: 4 to 5 %
-    slower on the H100.
+    they pool in 91 in place of 95), and within 3 % at 512@14². 32 at a time where the compiler would spill (for one
+    branch on sm_90, to make room for more programs): 4 to 5 % slower on the H100.
     """
     block_c = min(64, next_power_of_2(c))
     if pixels < SMALL_IMAGE:
         block_p = min(1024 // block_c, next_power_of_2(pixels))
         return ReductionConfig(block_p, block_c, min(16, cdiv(pixels, block_p)), num_warps=1)
-    block_p = (2048 if chip.name in SPILLING_CHIPS else 4096) // block_c
+    block_p = (2048 if m == 1 or chip.name in SPILLING_CHIPS else 4096) // block_c
     blocks = cdiv(pixels, block_p)
     most = 4 * 4096 // (block_p * block_c)
     return ReductionConfig(block_p, block_c, cdiv(blocks, cdiv(blocks, most)), num_warps=4)

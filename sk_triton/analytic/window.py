@@ -27,7 +27,7 @@ STORE_REGISTERS = 16
 # does.
 MAX_BF16_SELECTED = {True: 6, False: 4}
 # Longest run that is stored with 64-bit offsets without spills, no weights held.
-MAX_LARGE_STORED = 6
+MAX_LARGE_STORED = 5
 # Chip whose compiler spills runs of this length that are stored, no weights held.
 SPILLING_STORE = ("sm_120", 4)
 # Of a tile, once its sums are read: an eighth of the shortest program.

@@ -17,8 +17,8 @@ def packs_weights(dtype: torch.dtype) -> bool:
     """Whether weights are put into the layout that oneDNN computes in once, not at every call: in channels_last.
 
     By the operators that Inductor freezes models with: no public one does, and where they are missing PyTorch's
-    convolution serves. So it does in NCHW, where these operators were slower, see ``schedules/README.md``; and under a
-    dispatch mode, which counts operations or memory by the operators it knows.
+    convolution serves. So it does in NCHW, where these operators were slower (``sk_triton/schedules/README.md``); and
+    under a dispatch mode, which counts operations or memory by the operators it knows.
     """
     return (
         dtype == torch.float32

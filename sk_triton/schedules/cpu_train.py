@@ -34,7 +34,7 @@ def run(plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKS
 
 
 class _LinearUnit(torch.autograd.Function):
-    """From x, M weights, M biases and the four tensors of :class:`.folding.FoldedGate` to the unit's output."""
+    """From x, M weights, M biases and the four tensors of :class:`..folding.FoldedGate` to the unit's output."""
 
     @staticmethod
     def forward(ctx: Any, spec: SKSpec, x: Tensor, *parameters: Tensor | None) -> Tensor:

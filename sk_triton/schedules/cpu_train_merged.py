@@ -48,7 +48,7 @@ def run(plan: Plan, x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKS
 
 
 class _MergedUnit(torch.autograd.Function):
-    """From x, M weights, M biases and the four tensors of :class:`.folding.FoldedGate` to the unit's output."""
+    """From x, M weights, M biases and the four tensors of :class:`..folding.FoldedGate` to the unit's output."""
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, spec: SKSpec, x: Tensor, *parameters: Tensor | None) -> Tensor:

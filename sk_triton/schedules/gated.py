@@ -15,7 +15,7 @@ from ..steps import Step, store_steps
 
 
 def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:
-    """The steps that compute the unit; see :func:`.launching.prepare`."""
+    """The steps that compute the unit; see :func:`..launching.prepare`."""
     assert plan.gated_select is not None
     steps, u, partial = store_steps(plan, x, packed, spec)
     steps.append(

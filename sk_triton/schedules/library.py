@@ -21,7 +21,7 @@ from ..steps import Step, gate_steps
 
 
 def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:
-    """The steps that compute the unit; see :func:`.launching.prepare`."""
+    """The steps that compute the unit; see :func:`..launching.prepare`."""
     assert plan.select is not None
     assert plan.reduction is not None
     n, c, h, w = v.shape

@@ -18,7 +18,7 @@ from ..steps import Step, gate_steps
 
 
 def prepare(plan: Plan, x: Tensor, v: Tensor, packed: MergedPacked, spec: SKSpec) -> list[Step]:
-    """The steps that compute the unit; see :func:`.launching.prepare`."""
+    """The steps that compute the unit; see :func:`..launching.prepare`."""
     assert plan.merged_launch is not None
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)

@@ -19,7 +19,7 @@ from ..steps import Step, gate_steps
 
 
 def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:
-    """The steps that compute the unit; see :func:`.launching.prepare`."""
+    """The steps that compute the unit; see :func:`..launching.prepare`."""
     pool, select = plan.branch_launches
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)

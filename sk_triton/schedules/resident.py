@@ -20,7 +20,7 @@ from ..steps import Step
 
 
 def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:
-    """The step that computes the unit; see :func:`.launching.prepare`."""
+    """The step that computes the unit; see :func:`..launching.prepare`."""
     config = plan.resident
     assert config is not None
     (launch,) = plan.branch_launches

@@ -16,7 +16,7 @@ from ..steps import Step, gate_steps, store_steps
 
 
 def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> list[Step]:
-    """The steps that compute the unit; see :func:`.launching.prepare`."""
+    """The steps that compute the unit; see :func:`..launching.prepare`."""
     assert plan.select is not None
     steps, u, partial = store_steps(plan, x, packed, spec)
     m, n, h, w, c = u.shape

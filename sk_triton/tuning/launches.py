@@ -86,12 +86,12 @@ def pooled_sums_config(workload: Workload) -> Found:
 
 def reduction_config(workload: Workload) -> Found:
     """For the sums over pixels in training."""
-    pixels, c = math.prod(workload.output_size), workload.spec.out_channels
+    pixels, c, m = math.prod(workload.output_size), workload.spec.out_channels, workload.spec.num_branches
     request = Request(
         "reduction",
-        _key(workload, "reduction", f"m{workload.spec.num_branches}/c{c}"),
-        partial(space.reduction_configs, pixels, c, workload.chip),
-        partial(pixelwise.reduction_config, pixels, c, workload.chip),
+        _key(workload, "reduction", f"m{m}/c{c}"),
+        partial(space.reduction_configs, m, pixels, c, workload.chip),
+        partial(pixelwise.reduction_config, m, pixels, c, workload.chip),
     )
     return resolve(request, workload.chip)
 

@@ -133,10 +133,10 @@ def pooled_sums_configs(pixels: int, c: int) -> list[ReductionConfig]:
     return list(dict.fromkeys(found))
 
 
-def reduction_configs(pixels: int, c: int, chip: Chip) -> list[ReductionConfig]:
-    """Of the sums over the `pixels` pixels of a sample, for `c` channels."""
+def reduction_configs(m: int, pixels: int, c: int, chip: Chip) -> list[ReductionConfig]:
+    """Of the sums over the `pixels` pixels of a sample, for `m` branches of `c` channels."""
     most_p, most_c = next_power_of_2(pixels), next_power_of_2(c)
-    found = [pixelwise.reduction_config(pixels, c, chip)]
+    found = [pixelwise.reduction_config(m, pixels, c, chip)]
     for elements, block_c, most_steps, num_warps in product(
         (512, 1024, 2048, 4096), (32, 64, 128), (4, 8, 16, 32), (1, 2, 4)
     ):
