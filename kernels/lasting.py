@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 T = TypeVar("T")
 
@@ -12,12 +13,13 @@ T = TypeVar("T")
 def lasting(build: Callable[[], T], device: torch.device) -> T:
     """What `build` makes on `device`, to be kept for later calls.
 
-    None of its tensors belongs to inference mode. Nor, on a GPU, to a memory pool of this thread's: CUDA graphs of
-    ``torch.compile(mode="reduce-overhead")`` reuse all memory that was allocated while they were warmed up.
+    None of its tensors belongs to inference mode or to a dispatch mode. Nor, on a GPU, to a memory pool of this
+    thread's: CUDA graphs of ``torch.compile(mode="reduce-overhead")`` reuse all memory that was allocated while they
+    were warmed up.
     """
 
     def build_plainly() -> T:
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), _disable_current_modes():
             return build()
 
     if device.type != "cuda":

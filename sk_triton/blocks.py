@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from .folding import fold
 from .params import Branch, Gate
-from .reasons import norm_reason
+from .reasons import has_hooks, norm_reason
 from .spec import BranchSpec
 
 Factory = Callable[..., nn.Module]
@@ -101,8 +101,8 @@ def unfoldable_reason(name: str, conv: nn.Module, norm: nn.Module) -> str:
         return f"the norm of {name} {reason}"
     if parametrize.is_parametrized(conv):
         return f"{name} is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
-    if any(m._forward_hooks or m._forward_pre_hooks for m in (conv, norm)):
-        return f"{name} or its norm has forward hooks, which would see something else"
+    if any(map(has_hooks, (conv, norm))):
+        return f"{name} or its norm has forward or backward hooks, which would see something else"
     return ""
 
 
@@ -135,12 +135,29 @@ def check_conv_settings(name: str, conv: Any, built: tuple[Any, ...]) -> None:
         )
 
 
+_PLAIN_KINDS = (nn.Conv2d, nn.Linear)
+
+
+def _computes_plainly(kind: type[nn.Module]) -> bool:
+    """Whether modules of a subclass, as parametrized ones are, compute what their base class does."""
+    if issubclass(kind, nn.Conv2d):
+        return kind.forward is nn.Conv2d.forward and kind._conv_forward is nn.Conv2d._conv_forward
+    return issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward
+
+
 def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """The module's ``weight`` and ``bias`` as they are now, parametrised ones included.
 
     Raises:
-        RuntimeError: a hook of ``torch.nn.utils`` (pruning, the old weight and spectral norm) would compute them.
+        RuntimeError: a hook of ``torch.nn.utils`` (pruning, the old weight and spectral norm) would compute them, or
+            the module computes something else than its base class (an adapter, a quantized layer).
     """
+    kind = type(module)
+    if kind not in _PLAIN_KINDS and not _computes_plainly(kind):
+        raise RuntimeError(
+            f"{kind.__name__} stands where a Conv2d or a Linear was built; its own forward does not run here: merge "
+            "or remove it, or leave this layer out"
+        )
     for hook in module._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils."):
             raise RuntimeError(

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .params import Branch, Gate, Map
 from .spec import SKSpec
@@ -74,6 +75,8 @@ def check_params(
             _refuse_part(f"branches[{m}].bias", bias, "branch_bias", spec.branch_bias)
         if (norm is not None) is not spec.branch_norm:
             _refuse_part(f"branches[{m}].norm", norm, "branch_norm", spec.branch_norm)
+        if isinstance(norm, _BatchNorm):
+            _check_norm(norm, channels, like, f"branches[{m}].norm")
         if act_name(act) != spec.branch_act:
             _refuse_act(f"branches[{m}].act", act, "branch_act", spec.branch_act)
 
@@ -86,6 +89,8 @@ def check_params(
         _refuse_part("gate.reduce_bias", gate.reduce_bias, "gate_bias", spec.gate_bias)
     if (gate.norm is not None) is not spec.gate_norm:
         _refuse_part("gate.norm", gate.norm, "gate_norm", spec.gate_norm)
+    if isinstance(gate.norm, _BatchNorm):
+        _check_norm(gate.norm, width, like, "gate.norm")
     if act_name(gate.act) != spec.gate_act:
         _refuse_act("gate.act", gate.act, "gate_act", spec.gate_act)
     _check_stack(gate.select_weight, ((width,), (width, 1, 1)), like, spec, "gate.select_weight")
@@ -102,6 +107,8 @@ _Like = tuple[torch.device, torch.dtype, "torch.dtype | None"]
 def _check_tensor(
     tensor: Tensor, shapes: tuple[tuple[int, ...], ...], like: _Like, name: str, index: int = 0
 ) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name.format(index)} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.shape not in shapes:
         allowed = " or ".join(str(list(shape)) for shape in shapes)
         raise ValueError(f"{name.format(index)} must have shape {allowed}, got {list(tensor.shape)}")
@@ -115,10 +122,23 @@ def _check_tensor(
         raise TypeError(f"{name.format(index)} must have the dtype of x, {dtype}, got {tensor.dtype}")
 
 
+def _check_norm(norm: nn.Module, size: int, like: _Like, name: str) -> None:
+    """Check what a batch norm holds for each channel; its dtype may be another than the input's."""
+    for own in (norm._parameters, norm._buffers):
+        for key, tensor in own.items():
+            if tensor is not None and key != "num_batches_tracked":
+                if tensor.shape != (size,):
+                    raise ValueError(f"{name}.{key} must have shape {[size]}, got {list(tensor.shape)}")
+                if tensor.device != like[0]:
+                    raise ValueError(
+                        f"{name}.{key} must be on the device of x, {like[0]}, got {tensor.device}"
+                    )
+
+
 def _check_stack(parts: tuple[Tensor, ...], tails: _Shapes, like: _Like, spec: SKSpec, name: str) -> None:
     rows = 0
     for i, part in enumerate(parts):
-        size = part.shape[0] if part.dim() else 0
+        size = part.shape[0] if isinstance(part, Tensor) and part.dim() else 0
         _check_tensor(part, tuple((size, *tail) for tail in tails), like, name + "[{}]", i)
         rows += size
     if rows != spec.num_branches * spec.out_channels:

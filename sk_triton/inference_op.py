@@ -22,6 +22,9 @@ from .replay.recording import MAX_RECORDINGS
 from .spec import SKSpec
 from .undisturbed import undisturbed
 
+_PART = 2 + len(FrozenNorm._fields[:-1])
+"""Tensors of a branch, and of the gate's first layer: weight, bias and those of the norm."""
+
 
 def run_unit(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
@@ -50,8 +53,8 @@ def unit_inference(
 
     Args:
         x: ``[N, in_channels, H, W]``.
-        tensors: those that the unit `has`, of each branch: weight, bias, the norm's mean, variance, weight and bias; of
-            the gate: the same of its first layer, then the weights and the biases of its second.
+        tensors: those that the unit `has`, of each branch: weight, bias, and the norm's as in ``FrozenNorm``; of the
+            gate: the same of its first layer, then the weights and the biases of its second.
         epsilons: the norms', the gate's last; 0 where there is no norm.
         spec: ``SKSpec.encoded``.
 
@@ -76,7 +79,7 @@ def unit_inference(
             return start(x)
         v, call = launching.run_packed(plan, x, packed, unit)
         if kind is not None and cache is not None and call is not None:
-            if len(packed.calls) == MAX_RECORDINGS:
+            if len(packed.calls) >= MAX_RECORDINGS:
                 packed.calls.clear()
             packed.calls[kind, unit] = call.start
         return v
@@ -95,9 +98,9 @@ def _unit(flat: Sequence[Any], epsilons: Sequence[float]) -> tuple[tuple[Branch,
     """The inverse of what :func:`run_unit` hands over."""
     parts: list[Any] = []
     for i, eps in enumerate(epsilons):
-        weight, bias, *norm = flat[6 * i : 6 * i + 6]
+        weight, bias, *norm = flat[_PART * i : _PART * (i + 1)]
         parts.append((weight, bias, None if norm[0] is None else FrozenNorm._make([*norm, eps])))
-    select = tuple(flat[6 * len(parts) :])
+    select = tuple(flat[_PART * len(parts) :])
     count = len(select) // 2
     biases = None if select[-1] is None else select[count:]
     gate = Gate._make([*parts[-1], None, select[:count], biases])
@@ -106,6 +109,7 @@ def _unit(flat: Sequence[Any], epsilons: Sequence[float]) -> tuple[tuple[Branch,
 
 def _cache_of(branches: Sequence[Branch], gate: Gate, tensors: Sequence[Tensor]) -> PackCache | None:
     norms = norms_of(branches, gate)
-    statistics = {id(t) for norm in norms if norm is not None for t in (norm.running_mean, norm.running_var)}
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    statistics = {id(getattr(norm, name)) for norm in norms if norm is not None for name in buffers}
     are_kept = all(isinstance(t, nn.Parameter) or id(t) in statistics for t in tensors)
     return shared_cache(tensors) if are_kept else None

@@ -18,6 +18,15 @@ def memory_format(x: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
+def with_own_strides(x: Tensor) -> Tensor:
+    """x with the strides of its memory format, where sizes of one leave them arbitrary: PyTorch's weight gradients of
+    grouped convolutions go wrong with others (2.14, without oneDNN)."""
+    own = memory_format(x)
+    if 1 not in x.shape or not x.is_contiguous(memory_format=own):
+        return x
+    return x.as_strided(x.shape, torch.empty(x.shape, device="meta", memory_format=own).stride())
+
+
 def branch_inputs(x: Tensor, spec: SKSpec) -> list[Tensor]:
     """What each of the M branches reads of x: all of it, or its slice of the channels."""
     if spec.split_input:

@@ -8,13 +8,13 @@ from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .kernels.config import WindowConfig
 from .kernels.geometry import blocking
 from .kernels.lasting import lasting
-from .params import Branch, FrozenNorm, Gate, norms_of
+from .params import Branch, Gate, norms_of, tensors_of
 from .plan import BranchLaunch, MergedLaunch, Plan
 
 T = TypeVar("T")
@@ -207,7 +207,7 @@ def remember(
     if cache is None:
         return build()
     epsilons = tuple([getattr(norm, "eps", None) for norm in norms_of(branches, gate)])
-    return cache.get((key, epsilons), sources(branches, gate), build)
+    return cache.get((key, epsilons), tensors_of(branches, gate), build)
 
 
 # The fields of a config that decide where a weight is packed; batch and image size only change the others.
@@ -351,32 +351,6 @@ def _pack_merged(
         strips=torch.tensor(strips(launch.shape, h, launch.border.ROWS), dtype=torch.int32, device=device),
         columns=torch.tensor(column_sections(launch.shape, w), dtype=torch.int32, device=device),
     )
-
-
-def sources(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
-    """Every tensor that a unit computes from."""
-    found = [gate.reduce_weight, *gate.select_weight]
-    if gate.reduce_bias is not None:
-        found.append(gate.reduce_bias)
-    if gate.select_bias is not None:
-        found.extend(gate.select_bias)
-    found.extend(_norm_sources(gate.norm))
-    for branch in branches:
-        found.append(branch.weight)
-        if branch.bias is not None:
-            found.append(branch.bias)
-        found.extend(_norm_sources(branch.norm))
-    return found
-
-
-def _norm_sources(norm: Any) -> list[Tensor]:
-    if isinstance(norm, FrozenNorm):
-        return [t for t in norm[:-1] if t is not None]
-    if not isinstance(norm, nn.Module):
-        return []
-    # By the dictionaries: nn.Module's attribute access shows at batch 1.
-    tensors = (*norm._parameters.values(), norm._buffers["running_mean"], norm._buffers["running_var"])
-    return [t for t in tensors if t is not None]
 
 
 def _is_capturing(tensor: Tensor) -> bool:

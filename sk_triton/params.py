@@ -14,12 +14,17 @@ Map = Callable[[Tensor], Tensor]
 
 
 class FrozenNorm(NamedTuple):
-    """An eval-mode batch norm as its tensors ``[C]``, for operators, which take no modules: folded, never called."""
+    """An eval-mode batch norm as its tensors ``[C]``, for operators, which take no modules: folded, never called.
+
+    Attributes:
+        num_batches_tracked: tells of updates that PyTorch does not count of the running statistics.
+    """
 
     running_mean: Tensor
     running_var: Tensor
     weight: Tensor | None
     bias: Tensor | None
+    num_batches_tracked: Tensor | None
     eps: float
 
 
@@ -62,6 +67,29 @@ class Gate(NamedTuple):
 def norms_of(branches: Sequence[Branch], gate: Gate) -> list[Any]:
     """The norms, or None, of the M branches and then of the gate."""
     return [*[branch.norm for branch in branches], gate.norm]
+
+
+def tensors_of(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
+    """Every parameter and buffer of a unit.
+
+    The norms' counters of batches among them: PyTorch's batch norm updates running statistics without counting
+    versions.
+    """
+    found = [gate.reduce_weight, gate.reduce_bias, *gate.select_weight, *(gate.select_bias or ())]
+    for branch in branches:
+        found += (branch.weight, branch.bias)
+    for norm in norms_of(branches, gate):
+        if isinstance(norm, FrozenNorm):
+            found += norm[:-1]
+        elif isinstance(norm, nn.Module):
+            # By the dictionaries: nn.Module's attribute access shows at batch 1. Replicas of DataParallel have their
+            # parameters as plain attributes.
+            if "weight" in norm._parameters:
+                found += norm._parameters.values()
+            else:
+                found += (getattr(norm, "weight", None), getattr(norm, "bias", None))
+            found += norm._buffers.values()
+    return [tensor for tensor in found if tensor is not None]
 
 
 class UnitModule(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from .params import Branch, Gate
+from .params import Branch, Gate, tensors_of
 from .spec import SKSpec
 
 FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -83,9 +83,19 @@ def _part_reason(norm: object, act: object, who: str, is_training: bool) -> str:
     if norm is not None and (reason := norm_reason(norm, who, is_training=is_training)):
         return f"norm {reason}"
     for name, module in (("norm", norm), ("act", act)):
-        if isinstance(module, nn.Module) and (module._forward_hooks or module._forward_pre_hooks):
-            return f"{name} has forward hooks, which {who} would not run"
+        if isinstance(module, nn.Module) and has_hooks(module):
+            return f"{name} has forward or backward hooks, which {who} would not run"
     return ""
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks would run around a module's forward or backward pass."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def _branch_reason(branch: Branch, who: str) -> str:
@@ -99,17 +109,3 @@ def _branch_reason(branch: Branch, who: str) -> str:
     if drop.training:  # type: ignore[attr-defined]
         return f"drop is active; {who} have no random numbers (layer.eval())"
     return ""
-
-
-def tensors_of(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
-    """Parameters and buffers of a unit."""
-    tensors = [gate.reduce_weight, gate.reduce_bias, *gate.select_weight, *(gate.select_bias or ())]
-    norms = [gate.norm]
-    for branch in branches:
-        tensors += (branch.weight, branch.bias)
-        norms.append(branch.norm)
-    for norm in norms:
-        if isinstance(norm, nn.Module):  # by the dictionaries: nn.Module's generators show at batch 1
-            tensors += norm._parameters.values()
-            tensors += norm._buffers.values()
-    return [tensor for tensor in tensors if tensor is not None]

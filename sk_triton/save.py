@@ -49,4 +49,4 @@ def chosen_save(own: Save | None) -> Save:
     Raises:
         ValueError: an unknown name.
     """
-    return _save.get() or check_save(own or "branches")
+    return _save.get() or ("branches" if own is None else check_save(own))

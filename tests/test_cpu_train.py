@@ -62,6 +62,17 @@ def test_gradients_err_like_eager(M, stride, size, dtype, memory_format):
         assert_typical_errors_like_eager(of_one_tensor)
 
 
+def test_strides_of_axes_of_one_element_do_not_matter():
+    """PyTorch's gradients of grouped convolutions in float64 depend on them."""
+    layer = SKConv(8, 2, 2, 2).double()
+    x = torch.randn(2, 5, 8, 1, dtype=torch.float64).permute(0, 2, 1, 3)
+    assert x.stride() == (40, 1, 8, 1)
+    dv = torch.randn(2, 8, 5, 1, dtype=torch.float64)
+    found, expected = gradients(layer, x, dv, "torch"), gradients(layer, x.contiguous(), dv, "reference")
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
 def test_the_gradient_of_window_sums(memory_format):
     for kernel, stride, size in [(5, 1, (9, 8)), (3, 2, (7, 4)), (7, 3, (2, 5)), (5, 2, (1, 1))]:
         for dilation in (1, 2):

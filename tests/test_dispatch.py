@@ -108,11 +108,15 @@ def test_subclasses_are_not_taken_for_their_base(x):
 @pytest.mark.interpret
 def test_hooks_are_not_skipped(x):
     module = layer()
-    handle = module.paths[1].bn.register_forward_hook(lambda *args: None)
+    norm = module.paths[1].bn
     with torch.no_grad():
-        assert reason(module, x) == "branches[1].norm has forward hooks, which the kernels would not run"
-        handle.remove()
-        assert reason(module, x) == ""
+        for register in (norm.register_forward_hook, norm.register_full_backward_hook):
+            handle = register(lambda *args: None)
+            assert reason(module, x) == (
+                "branches[1].norm has forward or backward hooks, which the kernels would not run"
+            )
+            handle.remove()
+            assert reason(module, x) == ""
 
 
 @pytest.mark.interpret

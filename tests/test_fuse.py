@@ -111,7 +111,7 @@ def hooked():
             parametrized,
             "paths.1.conv is parametrized: call torch.nn.utils.parametrize.remove_parametrizations",
         ),
-        (hooked, "paths.1.conv or its norm has forward hooks"),
+        (hooked, "paths.1.conv or its norm has forward or backward hooks"),
     ],
 )
 def test_what_does_not_fold_is_refused_and_nothing_is_changed(build, why):

@@ -263,3 +263,41 @@ def test_a_layer_trains_after_inference_mode(x):
             compiled(layer)(x)
         layer.train()(x).sum().backward()
     assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_eager_calls_of_other_shapes_do_not_compile_anew():
+    layer, compilations = SelectiveKernel(8, groups=2, split_input=False).eval(), []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(layer, backend=backend, dynamic=False)
+    with torch.no_grad():
+        for size in range(3, 8):
+            compiled(torch.randn(1, 8, 9, 9))
+            layer(torch.randn(1, 8, size, size))
+    assert len(compilations) == 1
+
+
+def test_statistics_that_the_norms_alone_take_anew_are_noticed():
+    layer, x = paper(), torch.randn(2, 8, 5, 5)
+    norms = [m for m in layer.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    compiled = torch.compile(layer, backend="eager")
+    with torch.no_grad():
+        with use_backend("triton"):
+            for _ in range(2):
+                before = compiled(x)
+        for norm in norms:
+            norm.train()
+        with use_backend("reference"):
+            for _ in range(9):
+                layer(3 * torch.randn(4, 8, 5, 5) + 1)
+        for norm in norms:
+            norm.eval()
+        with use_backend("reference"):
+            expected = layer(x)
+        with use_backend("triton"):
+            found = compiled(x)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(before, expected, atol=1e-2)

@@ -158,7 +158,11 @@ def test_a_tensor_of_another_kind_in_a_parameters_place_is_asked_nothing():
 
 def test_changes_that_no_kernel_runs_raise_as_in_a_planned_call(direct):
     for change, error, reason in (
-        (lambda layer: layer.paths[0].bn.register_forward_hook(print), RuntimeError, "forward hooks"),
+        (
+            lambda layer: layer.paths[0].bn.register_forward_hook(print),
+            RuntimeError,
+            "forward or backward hooks",
+        ),
         (lambda layer: setattr(layer.paths[0].conv, "dilation", (2, 2)), ValueError, "must stay as built"),
         (lambda layer: delattr(layer.attn.fc_reduce, "weight"), AttributeError, "weight"),
     ):

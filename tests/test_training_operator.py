@@ -212,7 +212,7 @@ def test_second_derivatives_are_refused(loss):
     layer, x = paper(), torch.randn(2, 8, 5, 4, requires_grad=True)
     with use_backend("triton"):
         (dx,) = torch.autograd.grad(loss(layer(x)), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"sk_triton.unit_bwd.* no autograd formula"):
+    with pytest.raises(RuntimeError, match="no second derivatives of a unit"):
         dx.sum().backward()
 
 

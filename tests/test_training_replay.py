@@ -277,7 +277,7 @@ def test_second_derivatives_are_refused(recorded, direct):
     with use_backend("triton"):
         (dx,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     assert direct
-    with pytest.raises(RuntimeError, match=r"sk_triton.unit_bwd.* no autograd formula"):
+    with pytest.raises(RuntimeError, match="no second derivatives of a unit"):
         dx.sum().backward()
 
 

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..backend import current_backend, current_schedule
 from ..layout import with_adjacent_channels
-from ..packing import Packed, sources
-from ..params import UnitModule
+from ..packing import Packed
+from ..params import UnitModule, tensors_of
 from ..precision import allows_tf32
 from ..reasons import tracing_reason
 from ..save import Save, chosen_save
@@ -52,12 +52,14 @@ class Replays:
 
     def _forget(self, watch: Watch) -> None:
         """Forget what holds under a watch."""
-        self._recordings = {kind: own for kind, own in self._recordings.items() if own[0] is not watch}
-        self._watches = {mode: own for mode, own in self._watches.items() if own is not watch}
+        # Lists: another thread may add meanwhile.
+        self._recordings = {kind: own for kind, own in list(self._recordings.items()) if own[0] is not watch}
+        self._watches = {mode: own for mode, own in list(self._watches.items()) if own is not watch}
 
     def run(self, x: Tensor, save: Save | None) -> Tensor | None:
         """The layer's output for x by a recording, or None where there is none that holds; `save` is the layer's."""
-        if not self._recordings:
+        # Dynamo would guard on how many there are.
+        if torch.compiler.is_compiling() or not self._recordings:
             return None
         kind = kind_of(x, save)
         recording = None if kind is None else self._recordings.get(kind)
@@ -78,7 +80,7 @@ class Replays:
         self, layer: UnitModule, kind: Hashable, start: Callable[[Tensor], Tensor], is_training: bool
     ) -> None:
         """Take `start` for the layer's calls of a kind."""
-        if len(self._recordings) == MAX_RECORDINGS:
+        if len(self._recordings) >= MAX_RECORDINGS:
             self.clear()
         watch = self._watches.get(is_training)
         if watch is not None and not watch.holds():
@@ -88,7 +90,7 @@ class Replays:
             self._watches[is_training] = watch = Watch(layer, is_training=is_training)
         # A subclass may compute its branches from whatever it likes.
         is_ours = all(method.__module__.startswith(_PACKAGE) for method in (layer.branches, layer.gate))
-        if watch.is_possible and is_ours and watch.covers(sources(layer.branches(), layer.gate())):
+        if watch.is_possible and is_ours and watch.covers(tensors_of(layer.branches(), layer.gate())):
             self._recordings[kind] = watch, start
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replays:

@@ -39,20 +39,18 @@ class Watch:
         which of them need gradients is a part of the state."""
         modules = list(layer.modules())
         # The layer's own hooks run around its forward; those of its parts never would.
-        self._hooks = [hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self._children = [m._modules for m in modules if m._modules]
+        self._hooks = [
+            hooks
+            for m in modules[1:]
+            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
+        ]
+        self._children = [m._modules for m in modules]
         self._expected_children = [{**children} for children in self._children]
         settings = [(vars(m), names) for m in modules for kind, names in _SETTINGS if isinstance(m, kind)]
         are_plain = all(name in attributes for attributes, names in settings for name in names)
         self._settings = [(attributes, itemgetter(*names)) for attributes, names in settings if are_plain]
         self._expected_settings = self._list_settings()
-        slots = [
-            (own, name)
-            for m in modules
-            for own in (m._parameters, m._buffers)
-            for name in own
-            if is_training or name != "num_batches_tracked"
-        ]
+        slots = [(own, name) for m in modules for own in (m._parameters, m._buffers) for name in own]
         self._empty = [(own, name) for own, name in slots if own[name] is None]
         filled = [(own, name, t) for own, name in slots if (t := own[name]) is not None]
         tensors = [t for _, _, t in filled]

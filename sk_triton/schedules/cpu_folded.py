@@ -49,7 +49,7 @@ def prepare(
         )
         return _Unit(convolutions, unit.gate)
 
-    unit = remember(cache, ("folded", plan.dtype, inner_format, plan.is_packed), branches, gate, build)
+    unit = remember(cache, ("folded", spec, plan.dtype, inner_format, plan.is_packed), branches, gate, build)
     return functools.partial(_run, unit, spec, plan.samples, inner_format != out_format)
 
 

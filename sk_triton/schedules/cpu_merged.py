@@ -37,7 +37,7 @@ def prepare(
         unit = fold_unit(branches, gate, sum_dtype(plan.dtype), torch.contiguous_format)
         return merge(unit.weights, unit.biases, spec, merged, out_format), unit.gate
 
-    kernels, affine = remember(cache, ("merged", plan.dtype, merged, out_format), branches, gate, build)
+    kernels, affine = remember(cache, ("merged", spec, plan.dtype, merged, out_format), branches, gate, build)
     return functools.partial(_run, kernels, affine, spec, merged, plan.samples)
 
 

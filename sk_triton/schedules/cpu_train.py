@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from ..cpu.gate import affine_gate, attend_bwd
 from ..folding import FoldedGate, attend, sum_dtype
-from ..layout import branch_inputs, memory_format
+from ..layout import branch_inputs, memory_format, with_own_strides
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec
@@ -38,7 +38,7 @@ class _LinearUnit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: SKSpec, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        m = spec.num_branches
+        m, x = spec.num_branches, with_own_strides(x)
         us = []
         for x_m, weight, bias, branch in zip(
             branch_inputs(x, spec), parameters[:m], parameters[m : 2 * m], spec.branches, strict=True

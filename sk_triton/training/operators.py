@@ -153,4 +153,11 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     return dx, dparams, [None] * num_running, *(None,) * 6
 
 
+def _refuse_second(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    raise RuntimeError(
+        'the kernels compute no second derivatives of a unit: call it under use_backend("reference") for those'
+    )
+
+
 unit_fwd.register_autograd(_backward, setup_context=_setup_context)
+unit_bwd.register_autograd(_refuse_second)

@@ -133,7 +133,7 @@ class TrainingCall:
                 outputs=len(grads),
             )
             if recording is not None:
-                if len(self.backwards) == MAX_RECORDINGS:
+                if len(self.backwards) >= MAX_RECORDINGS:
                     self.backwards.clear()
                 self.backwards[kind] = recording
         return grads

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..params import Branch, Gate, norms_of
-from ..reasons import tensors_of
+from ..params import Branch, Gate, norms_of, tensors_of
 from ..save import Save
 from ..spec import SKSpec
 from .norms import check_batch, kernel_updates, norm_settings, update_running, updates_running, uses_batch
