@@ -9,7 +9,7 @@ import triton.language as tl
 from .config import ReductionConfig
 from .geometry import cdiv, next_power_of_2
 from .launch import Launch
-from .norm import join_moments, lane_moments, update_running
+from .norm import join_moments, lane_moments, update_statistics
 from .running import Running, momentum_of, pointers_of
 
 
@@ -92,7 +92,7 @@ def combine_moments_fwd_kernel(
     tl.store(var_ptr + m * C + c, var, mask=mask_c)
     for i in tl.static_range(len(HAS_RUNNING)):
         if HAS_RUNNING[i] and m == i:
-            update_running(
+            update_statistics(
                 running_mean_ptrs[i], running_var_ptrs[i], counter_ptrs[i], mean, var, c, mask_c, momentum,
                 tl.program_id(0) == 0,
             )  # fmt: skip

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from .geometry import cdiv, next_power_of_2
 from .launch import Launch
-from .norm import join_moments, lane_moments, update_running
+from .norm import join_moments, lane_moments, update_statistics
 from .running import Running, momentum_of, pointers_of
 from .tiling import relu
 
@@ -130,7 +130,7 @@ def gate_norm_fwd_kernel(
         unbiased = var * correction
         tl.store(var_ptr + d, unbiased, mask=mask_d)
         if HAS_RUNNING:
-            update_running(
+            update_statistics(
                 running_mean_ptrs[0], running_var_ptrs[0], counter_ptrs[0], mean, unbiased, d, mask_d, momentum,
                 tl.program_id(0) == 0,
             )  # fmt: skip

@@ -62,7 +62,7 @@ def activation_mask(y_hat, gamma, beta, mask, HAS_NORM: tl.constexpr, HAS_RELU: 
 
 
 @triton.jit
-def update_running(mean_ptr, var_ptr, counter_ptr, mean, var, offs, mask, momentum, IS_FIRST):
+def update_statistics(mean_ptr, var_ptr, counter_ptr, mean, var, offs, mask, momentum, IS_FIRST):
     """The update of `nn.BatchNorm2d` by a batch's mean and unbiased variance; the first program counts the batch."""
     for i in tl.static_range(2):
         ptr = (mean_ptr if i == 0 else var_ptr) + offs

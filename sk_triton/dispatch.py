@@ -100,7 +100,7 @@ def run(
     """Run a plan whose backend is "triton" or "torch"; `recorder` takes note of what can be started again."""
     if (plan.backend, plan.schedule) == ("triton", "train"):
         # Without gradients, such a call is of no kind that is recorded: its kernels change what inference depends on.
-        if recorder is not None and not recorder.is_training:
+        if recorder is not None and not recorder.has_gradients:
             recorder = None
         return training.run(x, branches, gate, spec, save, recorder)
     if (plan.backend, plan.schedule) == ("triton", "traced"):
@@ -116,7 +116,7 @@ def run(
             return _CPU_TRAIN[plan.schedule](plan, x, branches, gate, spec)
         compute = _CPU_PREPARE[plan.schedule](plan, memory_format(x), branches, gate, spec, cache)
         v = compute(x)
-        if recorder is not None and not recorder.is_training:
+        if recorder is not None and not recorder.has_gradients:
             recorder.add(compute)
         return v
     raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")

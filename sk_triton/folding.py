@@ -1,4 +1,4 @@
-"""Norms folded into the weights before them, for inference."""
+"""Norms folded into the weights before them, and the gate as two affine maps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .packing import fold_norm
 from .params import Branch, Gate
 
 
@@ -39,6 +38,23 @@ class FoldedUnit(NamedTuple):
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     gate: FoldedGate
+
+
+def fold_norm(norm: Any, bias: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """`(scale, shift)` with `norm(y + bias) = y * scale + shift`, for an eval-mode batch norm or None.
+
+    In float64 where `like` is, else in float32, rounded once.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    if norm is None:
+        ones = torch.ones(width, dtype=dtype, device=like.device)
+        return ones, torch.zeros_like(ones) if bias is None else bias.to(dtype)
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
+    shift = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
+    return scale.to(dtype), shift.to(dtype)
 
 
 def fold(weight: Tensor, bias: Tensor | None, norm: Any) -> tuple[Tensor, Tensor | None]:

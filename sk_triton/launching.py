@@ -39,7 +39,7 @@ def run(
     with torch.cuda.device_of(x):
         packed = pack(plan, x.shape[2], x.shape[3], branches, gate, cache)
         v, call = run_packed(plan, x, packed, spec)
-    if recorder is not None and not recorder.is_training and call is not None:
+    if recorder is not None and not recorder.has_gradients and call is not None:
         recorder.add(call.keeping(packed).start)
     return v
 

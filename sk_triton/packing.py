@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .folding import fold_norm
 from .kernels.config import WindowConfig
 from .kernels.geometry import blocking
 from .kernels.lasting import lasting
+from .kernels.merging import column_sections, section_weights, strips, widen_kernel
+from .kernels.packing import pack_branch_weights
 from .params import Branch, Gate, norms_of, tensors_of
 from .plan import BranchLaunch, MergedLaunch, Plan
 
@@ -221,27 +224,8 @@ def _layout(launch: BranchLaunch) -> Hashable:
     return launch.start, launch.stop, launch.shape, type(launch.config), fields, blocks
 
 
-def fold_norm(norm: Any, bias: Tensor | None, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """`(scale, shift)` with `norm(y + bias) = y * scale + shift`, for an eval-mode batch norm or None.
-
-    In float64 where `like` is, else in float32, rounded once.
-    """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if norm is None:
-        ones = torch.ones(width, dtype=dtype, device=like.device)
-        return ones, torch.zeros_like(ones) if bias is None else bias.to(dtype)
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.double()
-    shift = -norm.running_mean.double() if bias is None else bias.double() - norm.running_mean.double()
-    shift = shift * scale if norm.bias is None else shift * scale + norm.bias.double()
-    return scale.to(dtype), shift.to(dtype)
-
-
 @torch.no_grad()
 def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
-    from .kernels.packing import pack_branch_weights
-
     weights: list[Tensor] = []
     shifts: list[Tensor | None] = []
     by_layout: dict[Hashable, int] = {}
@@ -315,10 +299,6 @@ class MergedPacked(Packed):
 def _pack_merged(
     plan: Plan, launch: MergedLaunch, h: int, w: int, branches: Sequence[Branch], gate: Gate
 ) -> MergedPacked:
-    from .kernels.config import WindowConfig
-    from .kernels.merging import column_sections, section_weights, strips, widen_kernel
-    from .kernels.packing import pack_branch_weights
-
     kernel, pitch = launch.shape.kernels[0], launch.shape.dilations[0]
     wide, scaled, scales, shifts = [], [], [], []
     for branch, dilation in zip(branches, launch.branches.dilations, strict=True):

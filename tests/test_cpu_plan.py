@@ -147,9 +147,9 @@ class Computed(nn.BatchNorm2d):
 def test_a_setting_that_is_computed_is_not_watched():
     layer = paper_layer()
     layer.attn.bn = Computed(layer.attn.bn.num_features).eval()
-    for is_training in (False, True):
-        assert not Watch(layer, is_training=is_training).is_possible
-        assert Watch(paper_layer(), is_training=is_training).is_possible
+    for has_gradients in (False, True):
+        assert not Watch(layer, has_gradients=has_gradients).is_possible
+        assert Watch(paper_layer(), has_gradients=has_gradients).is_possible
 
 
 def test_what_cannot_be_watched_is_planned_each_time():

@@ -305,12 +305,15 @@ def test_only_the_command_names_the_bench():
 
 IMPLEMENTATIONS = [
     "sk_triton.reference",
+    "sk_triton.training",
     *(module for module in MODULES if module.startswith("sk_triton.schedules.")),
 ]
 
 
-@pytest.mark.parametrize("module", IMPLEMENTATIONS)
-def test_implementations_do_not_import_one_another(module):
-    others = set(IMPLEMENTATIONS) - {module}
-    for name in imports_of(module):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_implementations_do_not_import_one_another(implementation):
+    others = set(IMPLEMENTATIONS) - {implementation}
+    modules = [module for module in MODULES if f"{module}.".startswith(f"{implementation}.")]
+    assert modules
+    for name in {name for module in modules for name in imports_of(module)}:
         assert not any(f"{name}.".startswith(f"{other}.") for other in others), name

@@ -9,8 +9,9 @@ from torch import nn
 
 import sk_triton.packing
 from sk_triton import SelectiveKernel, SKConv, preference, use_backend
+from sk_triton.folding import fold_norm
 from sk_triton.kernels.config import StreamConfig
-from sk_triton.packing import PackCache, fold_norm
+from sk_triton.packing import PackCache
 from sk_triton.tuning.lookup import Found, Source
 
 from .units import random_norm, randomize_norms

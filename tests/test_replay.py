@@ -131,9 +131,9 @@ def test_a_change_of_the_layer_is_seen(change, direct):
 
 
 def test_another_dtype_of_the_same_memory_is_seen():
-    for is_training in (False, True):
+    for has_gradients in (False, True):
         layer = paper_layer().requires_grad_(False)
-        watch = Watch(layer, is_training=is_training)
+        watch = Watch(layer, has_gradients=has_gradients)
         assert watch.holds()
         another_dtype(layer)
         assert not watch.holds()
@@ -149,7 +149,7 @@ class Opaque(torch.Tensor):
 
 def test_a_tensor_of_another_kind_in_a_parameters_place_is_asked_nothing():
     layer = paper_layer()
-    watch = Watch(layer, is_training=False)
+    watch = Watch(layer, has_gradients=False)
     conv = layer.paths[0].conv
     opaque = torch.Tensor._make_subclass(Opaque, conv.weight.detach())
     conv._parameters["weight"] = opaque

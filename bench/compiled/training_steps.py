@@ -16,7 +16,7 @@ from sk_triton.params import Branch, Gate
 from sk_triton.plan import Plan
 from sk_triton.save import Save
 from sk_triton.spec import SKSpec
-from sk_triton.training.norms import kernel_updates, norm_settings
+from sk_triton.training.norms import norm_settings, updates_by_kernels
 from sk_triton.training.operators import FIRST_SAVED
 from sk_triton.training.tensors import unit_tensors
 from sk_triton.workload import Workload
@@ -76,7 +76,7 @@ def training_unit(spec: SKSpec, branches: list[Branch], gate: Gate) -> TrainingU
         if isinstance(norm, nn.Module):
             norm.train()
     settings = norm_settings(norms)
-    updates = kernel_updates(norms, settings)
+    updates = updates_by_kernels(norms, settings)
     assert updates is not None
     return TrainingUnit(spec, unit_tensors(branches, gate), (), settings, updates)
 

@@ -77,17 +77,17 @@ class Replays:
         return None if kind is None else Recorder(self, layer, kind, torch.is_grad_enabled())
 
     def add(
-        self, layer: UnitModule, kind: Hashable, start: Callable[[Tensor], Tensor], is_training: bool
+        self, layer: UnitModule, kind: Hashable, start: Callable[[Tensor], Tensor], has_gradients: bool
     ) -> None:
         """Take `start` for the layer's calls of a kind."""
         if len(self._recordings) >= MAX_RECORDINGS:
             self.clear()
-        watch = self._watches.get(is_training)
+        watch = self._watches.get(has_gradients)
         if watch is not None and not watch.holds():
             self._forget(watch)
             watch = None
         if watch is None:
-            self._watches[is_training] = watch = Watch(layer, is_training=is_training)
+            self._watches[has_gradients] = watch = Watch(layer, has_gradients=has_gradients)
         # A subclass may compute its branches from whatever it likes.
         is_ours = all(method.__module__.startswith(_PACKAGE) for method in (layer.branches, layer.gate))
         if watch.is_possible and is_ours and watch.covers(tensors_of(layer.branches(), layer.gate())):
@@ -104,17 +104,17 @@ class Recorder(NamedTuple):
     """Takes note of one call of a layer.
 
     Attributes:
-        is_training: whether gradients are enabled: a call without them is of another kind.
+        has_gradients: whether gradients are enabled: a call without them is of another kind.
     """
 
     replays: Replays
     layer: UnitModule
     kind: Hashable
-    is_training: bool
+    has_gradients: bool
 
     def add(self, start: Callable[[Tensor], Tensor]) -> None:
         """The call may be computed again by this."""
-        self.replays.add(self.layer, self.kind, start, self.is_training)
+        self.replays.add(self.layer, self.kind, start, self.has_gradients)
 
 
 def kind_of(x: Any, save: Save | None = None) -> Hashable | None:
@@ -128,17 +128,17 @@ def kind_of(x: Any, save: Save | None = None) -> Hashable | None:
     # Elsewhere there is nothing to start.
     if len(shape) != 4 or not (is_cpu or x.is_cuda):
         return None
-    is_training, device_type = torch.is_grad_enabled(), "cpu" if is_cpu else "cuda"
+    has_gradients, device_type = torch.is_grad_enabled(), "cpu" if is_cpu else "cuda"
     # Hooks must find the same tensors saved at every call: recorded ones save others (`torch.utils.checkpoint` counts).
-    if is_training and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if has_gradients and torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
     # A mode is to see the operators that it knows, and no questions about parameters.
     if _get_current_dispatch_mode() is not None:
         return None
     autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
-    if autocast is not None and not is_training:
+    if autocast is not None and not has_gradients:
         return None
-    training = (chosen_save(save), autocast) if is_training else None
+    training = (chosen_save(save), autocast) if has_gradients else None
     index = x.get_device()
     # A GPU's stream; a CPU's library and number of threads, by which a batch is computed in parts.
     executor: Hashable
@@ -159,12 +159,15 @@ def kind_of(x: Any, save: Save | None = None) -> Hashable | None:
         executor,
         current_backend(),
         current_schedule(),
-        dtype is torch.float32 and allows_tf32(),
-        # Which configs there are, and whether those of this user may be used.
-        cache.changes,
-        pinning_reason(),
+        *settings_for(dtype),
         training,
     )
+
+
+def settings_for(dtype: torch.dtype) -> tuple[Hashable, ...]:
+    """What a plan depends on besides the call: whether TF32 is allowed, which configs there are, and whether those of
+    this user may be used."""
+    return dtype is torch.float32 and allows_tf32(), cache.changes, pinning_reason()
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ class Watch:
             that are no plain attributes.
     """
 
-    def __init__(self, layer: nn.Module, *, is_training: bool) -> None:
-        """`is_training`: a call then reads the tensors as they are, so that these may change, and counts batches; but
+    def __init__(self, layer: nn.Module, *, has_gradients: bool) -> None:
+        """`has_gradients`: a call then reads the tensors as they are, so that these may change, and counts batches; but
         which of them need gradients is a part of the state."""
         modules = list(layer.modules())
         # The layer's own hooks run around its forward; those of its parts never would.
@@ -61,7 +61,7 @@ class Watch:
         self._kept = [t.detach() for t in tensors]
         # A tensor may move while it stays the same object: by `.data`, or, as FSDP's, as its storage is freed and
         # allocated again.
-        self._mark = _needs_gradient if is_training else _version
+        self._mark = _needs_gradient if has_gradients else _version
         self._filled = [
             (own, name, t, t.data_ptr(), self._mark(t), t.dtype, t.dim() == 1, kept)
             for (own, name, t), kept in zip(filled, self._kept, strict=True)

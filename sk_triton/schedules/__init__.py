@@ -1,1 +1,4 @@
-"""Orders in which the kernels compute a unit; none of them imports another."""
+"""Orders in which a unit is computed, by the kernels or, `cpu_*`, by PyTorch's operators; none imports another.
+
+The kernels' schedule "train" is a package of its own, :mod:`sk_triton.training`.
+"""

@@ -1,6 +1,7 @@
 """Schedule "train": a training step by kernels, and how it becomes a part of autograd.
 
-From the call down: `run` (an operator or a function of autograd), `operators` and `function`, `replay` and
-`operator_replay` (steps that are started again), `passes` (planned and run), `schedule` (what a step computes), and its
-parts: `branches`, `forward`, `gate`, `gradients`, and `library` for what the kernels do not take.
+From the call down: `run` takes the operators of `operators`, or past them `function` with its `call`; `replay` and
+`operator_replay` start steps again; `passes` plans a pass (`plan`) and runs `schedule`, on a `tape`; that is made of
+`branches`, `forward`, `gate` and `gradients`, and of `library` for what the kernels do not take. Parameters and norms
+come as `tensors` and `norms`; `distributed` shares statistics.
 """

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..kernels.running import Running
 from ..params import Branch, Gate, norms_of
 from ..spec import SKSpec
 from .distributed import sync_group
-
-if TYPE_CHECKING:
-    from ..kernels.running import Running
 
 
 class NormSettings(NamedTuple):
@@ -70,20 +68,18 @@ def check_empty_batch(branches: Sequence[Branch], gate: Gate) -> None:
         )
 
 
-def updates_running(norm: Any) -> bool:
+def keeps_statistics(norm: Any) -> bool:
     return uses_batch(norm) and norm.training and norm.track_running_stats and norm.running_mean is not None
 
 
-def kernel_updates(norms: Sequence[Any], settings: NormSettings) -> tuple[Running | None, ...] | None:
+def updates_by_kernels(norms: Sequence[Any], settings: NormSettings) -> tuple[Running | None, ...] | None:
     """Which running statistics the kernels update while they take those of the batch, one for each norm; None where
     some must be updated otherwise."""
-    from ..kernels.running import Running
-
-    updating = [norm for norm in norms if updates_running(norm)]
+    updating = [norm for norm in norms if keeps_statistics(norm)]
     is_plain = (
         not settings.groups.strip(",")
         and len({*map(id, updating)}) == len(updating)  # else one takes its updates one after another
-        and len({norm.momentum for norm in norms[:-1] if updates_running(norm)}) <= 1
+        and len({norm.momentum for norm in norms[:-1] if keeps_statistics(norm)}) <= 1
         and all(norm.momentum is not None and norm.num_batches_tracked is not None for norm in updating)
         and all(t.is_contiguous() for norm in updating for t in (norm.running_mean, norm.running_var))
     )
@@ -91,14 +87,14 @@ def kernel_updates(norms: Sequence[Any], settings: NormSettings) -> tuple[Runnin
         return None
     return tuple(
         Running(norm.running_mean, norm.running_var, norm.num_batches_tracked, norm.momentum)
-        if updates_running(norm)
+        if keeps_statistics(norm)
         else None
         for norm in norms
     )
 
 
 @torch.no_grad()
-def update_running(updates: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
+def update_statistics(updates: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
     """The update of ``nn.BatchNorm2d`` for each norm, from the mean and the unbiased variance ``[C]`` of a batch."""
     counters = [norm.num_batches_tracked for norm, _, _ in updates if norm.num_batches_tracked is not None]
     momenta = [norm.momentum for norm, _, _ in updates]

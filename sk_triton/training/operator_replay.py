@@ -16,11 +16,10 @@ import torch
 from torch import Tensor
 
 from ..layout import with_adjacent_channels
-from ..precision import allows_tf32
+from ..replay.calls import settings_for
 from ..replay.recording import Recording, record
 from ..spec import SKSpec
 from ..tuning import cache
-from ..tuning.ranks import pinning_reason
 from ..undisturbed import undisturbed
 from .norms import NormSettings
 from .passes import (
@@ -163,9 +162,7 @@ def _state(x: Tensor) -> tuple[Hashable, ...]:
         x.dtype,
         x.device,
         x.data_ptr() % 16,
-        x.dtype is torch.float32 and allows_tf32(),
-        cache.changes,
-        pinning_reason(),
+        *settings_for(x.dtype),
     )
 
 

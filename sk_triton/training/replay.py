@@ -15,11 +15,9 @@ from torch.autograd.graph import increment_version
 
 from ..kernels.running import tensors_of
 from ..layout import with_adjacent_channels
-from ..precision import allows_tf32
+from ..replay.calls import settings_for
 from ..replay.places import Packing, Part
 from ..replay.recording import MAX_RECORDINGS, Recording, record
-from ..tuning import cache
-from ..tuning.ranks import pinning_reason
 from .call import UnitCall, is_watched, run_backward
 from .operators import FIRST_SAVED
 from .passes import backward_pass, in_format_of, kernel_inputs
@@ -93,9 +91,7 @@ class TrainingCall:
             x_in.data_ptr() % 16,
             memory.data_ptr() % 16,
             needs,
-            x.dtype is torch.float32 and allows_tf32(),
-            cache.changes,
-            pinning_reason(),
+            *settings_for(x.dtype),
             *map(Tensor.stride, params),
             *map(Tensor.data_ptr, params),
         )

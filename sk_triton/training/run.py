@@ -11,7 +11,14 @@ from torch import Tensor
 from ..params import Branch, Gate, norms_of, tensors_of
 from ..save import Save
 from ..spec import SKSpec
-from .norms import check_batch, kernel_updates, norm_settings, update_running, updates_running, uses_batch
+from .norms import (
+    check_batch,
+    keeps_statistics,
+    norm_settings,
+    update_statistics,
+    updates_by_kernels,
+    uses_batch,
+)
 from .tensors import unit_tensors
 
 if TYPE_CHECKING:
@@ -56,18 +63,18 @@ def run(
     if is_watched(x):
         results = run_operator(x, tensors, running, spec, settings, save)
     else:
-        by_kernels = kernel_updates(norms, settings)
+        by_kernels = updates_by_kernels(norms, settings)
         if by_kernels is not None:
             return run_unit(x, tensors, running, spec, settings, save, by_kernels, recorder)[0]
         results = run_unit(x, tensors, running, spec, settings, save)
     v, var, gate_var, mean, gate_mean = results
-    dtypes = {norm.running_mean.dtype for norm in norms if updates_running(norm)}
+    dtypes = {norm.running_mean.dtype for norm in norms if keeps_statistics(norm)}
     if len(dtypes) == 1:
         (dtype,) = dtypes
         mean, var, gate_mean, gate_var = (t.to(dtype) for t in (mean, var, gate_mean, gate_var))
-    updates = [(norm, mean[i], var[i]) for i, norm in enumerate(norms[:-1]) if updates_running(norm)]
-    if updates_running(norms[-1]):
+    updates = [(norm, mean[i], var[i]) for i, norm in enumerate(norms[:-1]) if keeps_statistics(norm)]
+    if keeps_statistics(norms[-1]):
         updates.append((norms[-1], gate_mean, gate_var))
     if updates:
-        update_running(updates)
+        update_statistics(updates)
     return v
