@@ -18,7 +18,7 @@ from sk_triton.save import Save
 from sk_triton.spec import SKSpec
 from sk_triton.training.norms import norm_settings, updates_by_kernels
 from sk_triton.training.operators import FIRST_SAVED
-from sk_triton.training.tensors import unit_tensors
+from sk_triton.training.tensors import Saved, unit_tensors
 from sk_triton.workload import Workload
 
 from .planned import unit_parameters
@@ -90,5 +90,5 @@ def step(unit: TrainingUnit, plan: Plan, save: Save, x: Tensor, dv: Tensor) -> t
     v = empty_output(x, unit.spec)
     outputs = train.forward(x, v, unit, plan, save=save, tape=Tape())
     needs = [True] * (1 + sum(tensor is not None for tensor in unit.tensors.flat()))
-    saved = train.Saved(*outputs[FIRST_SAVED:])
+    saved = Saved(*outputs[FIRST_SAVED:])
     return outputs[0], train.backward(dv, x, unit, plan, saved, needs, Tape())

@@ -15,11 +15,12 @@ from ..layout import memory_format
 from ..save import Save
 from ..spec import SKSpec
 from .norms import NormSettings
-from .tensors import UnitTensors
+from .tensors import Saved, UnitTensors
 
-# Outputs of the forward operator that its gradient reads: all after v and the unbiased variances. Two of them are the
-# means over the batch.
-FIRST_SAVED, MEAN, GATE_MEAN = 3, 4, 12
+# Outputs of the forward operator that its gradient reads: all after v and the two unbiased variances.
+FIRST_SAVED = 3
+# Those that are the means over the batch.
+MEAN, GATE_MEAN = (FIRST_SAVED + Saved._fields.index(name) for name in ("mean", "gate_mean"))
 
 
 def run_operator(
@@ -61,7 +62,7 @@ def unit_fwd(
 
     Returns:
         v; the unbiased variance over the batch of the branches, ``[M, C]``, and of the gate, ``[d]``, empty where the
-        statistics are not the batch's; then what the gradient needs: :class:`.schedule.Saved`.
+        statistics are not the batch's; then what the gradient needs: :class:`.tensors.Saved`.
     """
     from .operator_replay import forward
 

@@ -18,7 +18,7 @@ from .branches import TrainingUnit
 from .norms import NormSettings
 from .plan import plan_training
 from .tape import Tape
-from .tensors import UnitTensors
+from .tensors import Saved, UnitTensors
 
 
 def unit_of(
@@ -61,7 +61,7 @@ def backward_pass(
     tape = Tape()
     with undisturbed(x):
         plan = plan_training(workload_of(x, unit.spec), "branches")
-        return train.backward(dv, x, unit, plan, train.Saved(*saved), list(needs), tape), tape
+        return train.backward(dv, x, unit, plan, Saved(*saved), list(needs), tape), tape
 
 
 def kernel_inputs(dv: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

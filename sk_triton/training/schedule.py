@@ -7,7 +7,6 @@ Forward: convolve, statistics, pool, gate, select. Backward: one reduction, the 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,35 +35,7 @@ from .gate import (
 )
 from .gradients import Upstream, branch_backward
 from .tape import Tape
-from .tensors import UnitTensors
-
-
-class Saved(NamedTuple):
-    """What the gradient needs besides the input and the parameters.
-
-    Attributes:
-        y: ``[M, N, H', W', C]``, the branches' convolutions, behind the ReLU where the plan pools while it stores.
-        mean, rstd: ``[M, C]`` fp32, of the norms; empty without them.
-        sizes: ``[M]`` fp32, values behind each branch's statistics; empty where no group shares them.
-        vectors: ``BranchVectors.stacked``.
-        sums: ``[2, N, M, C]``, active and pooled of `pooled_moments_fwd`; empty without norms. Like y, empty where it
-            will be computed in the backward pass.
-        s, h, z, gate_mean, gate_rstd, gate_size, attention: :class:`.gate.GateState`.
-    """
-
-    y: Tensor
-    mean: Tensor
-    rstd: Tensor
-    sizes: Tensor
-    vectors: Tensor
-    sums: Tensor
-    s: Tensor
-    h: Tensor
-    z: Tensor
-    gate_mean: Tensor
-    gate_rstd: Tensor
-    gate_size: Tensor
-    attention: Tensor
+from .tensors import Saved, UnitTensors
 
 
 def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, tape: Tape) -> list[Tensor]:
@@ -115,7 +86,7 @@ def backward(
         partial,
         sums if has_sums else None,
         vectors.affine if spec.branch_norm else None,
-        GateState(*saved[6:]),
+        GateState(*saved[-len(GateState._fields) :]),
         (norm.rstd, norm.gamma),
         _gate_tensors(unit.tensors, m, tape),
         _gate_norm(unit),

@@ -1,4 +1,4 @@
-"""A unit's parameters as one list of tensors, as operators and functions of autograd take them."""
+"""A unit's parameters as one list of tensors, as operators and functions of autograd take them, and what these save."""
 
 from __future__ import annotations
 
@@ -46,6 +46,34 @@ class UnitTensors(NamedTuple):
         half = len(select) // 2
         gate = reduce_weight, reduce_bias, gamma, beta, tuple(select[:half]), tuple(select[half:])
         return cls(weights, biases, gammas, betas, *gate)
+
+
+class Saved(NamedTuple):
+    """What the gradient needs besides the input and the parameters.
+
+    Attributes:
+        y: ``[M, N, H', W', C]``, the branches' convolutions, behind the ReLU where the plan pools while it stores.
+        mean, rstd: ``[M, C]`` fp32, of the norms; empty without them.
+        sizes: ``[M]`` fp32, values behind each branch's statistics; empty where no group shares them.
+        vectors: ``branches.BranchVectors.stacked``.
+        sums: ``[2, N, M, C]``, active and pooled of `pooled_moments_fwd`; empty without norms. Like y, empty where it
+            will be computed in the backward pass.
+        s, h, z, gate_mean, gate_rstd, gate_size, attention: :class:`.gate.GateState`.
+    """
+
+    y: Tensor
+    mean: Tensor
+    rstd: Tensor
+    sizes: Tensor
+    vectors: Tensor
+    sums: Tensor
+    s: Tensor
+    h: Tensor
+    z: Tensor
+    gate_mean: Tensor
+    gate_rstd: Tensor
+    gate_size: Tensor
+    attention: Tensor
 
 
 def unit_tensors(branches: Sequence[Branch], gate: Gate) -> UnitTensors:
