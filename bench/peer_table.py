@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 from . import results
 from .export import NOTHING, ratio, sk_triton_records
-from .measuring.forms import EVERY
+from .measuring.forms import BY_KEY
 from .results import PEER, Record, Results
 from .shapes import DIRECTIONS, STAGES, Case
+from .suites import LAYER, TRAIN
 
 BATCH = 128
 WAYS = ("eager", "CUDA graph", "torch.compile")
@@ -17,7 +18,8 @@ graph or not."""
 
 
 def peer_table(runs: Sequence[Results], dtype: str) -> str:
-    """A row for each direction, peer and way that was timed at batch `BATCH`, a column for each stage of SKNet-50."""
+    """A row for each direction, peer and way that suites "layer" and "train" timed at batch `BATCH` on one device, a
+    column for each stage of SKNet-50; "" where nothing was."""
     columns = list(STAGES.values())
     peers: list[str] = []
     rows: dict[tuple[str, str, str], dict[tuple[int, int], str]] = {}
@@ -36,6 +38,8 @@ def peer_table(runs: Sequence[Results], dtype: str) -> str:
     def place(row: tuple[str, str, str]) -> tuple[int, int, int]:
         return DIRECTIONS.index(row[0]), peers.index(row[1]), WAYS.index(row[2])
 
+    if not rows:
+        return ""
     titles = [f"{channels} @ {height}²" for channels, height in columns]
     lines = [f"| {' | '.join(['peer', *titles])} |", "|---" * (1 + len(columns)) + "|"]
     lines += [
@@ -46,7 +50,7 @@ def peer_table(runs: Sequence[Results], dtype: str) -> str:
 
 
 def _is_shown(case: Case, dtype: str) -> bool:
-    return case.batch == BATCH and case.dtype == dtype and case.shape.stride == 1 and not case.is_network
+    return case.suite in (LAYER, TRAIN) and case.batch == BATCH and case.dtype == dtype
 
 
 def _fastest(records: Sequence[Record], way: str) -> dict[str, float]:
@@ -60,7 +64,7 @@ def _fastest(records: Sequence[Record], way: str) -> dict[str, float]:
 
 
 def _way(record: Record) -> str | None:
-    form = EVERY.get(record.form)
+    form = BY_KEY.get(record.form)
     if form is None:
         return None
     return WAYS[2] if form.is_compiled else WAYS[1] if form.is_graph else WAYS[0]

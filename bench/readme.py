@@ -11,9 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sk_triton.tuning import cache
+
 from . import unit_times
 from .export import comparisons, losses, losses_count, markdown_table, speed_summary
-from .measuring.forms import EVERY
+from .measuring.forms import BY_KEY
 from .peer_table import peer_table
 from .report import file as report_file
 from .results import Record, Results, join, read
@@ -34,6 +36,8 @@ UNITS_NOTE = """\
 Single units, launch by launch, beside eager PyTorch alone ([below](#measured-launch-by-launch)). **On a GPU no suite
 has been measured yet**; the other plots are of a CPU, where sk_triton runs PyTorch operators."""
 UNITS_PICTURE = "units-inference.png"
+NO_SUITES = (report_file.NAME, cache.FILE_NAME)
+"""JSON files of `sk-triton report` that hold no suite's results."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def load_evidence(root: Path) -> list[Evidence]:
     """
     found = []
     for path in sorted((root / FOLDER).glob("*/*.json")):
-        if path.name == report_file.NAME:  # of `sk-triton report`: holds no suite's results
+        if path.name in NO_SUITES:
             continue
         run = read(path)
         if not run.sound:
@@ -194,6 +198,8 @@ def _plots(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
         parts.append(UNITS_NOTE)
         others = links
     else:
+        if not links:
+            return "Not measured."
         first, *others = links
         parts = [first, CPU_NOTE] if is_cpu else [first]
     if others:
@@ -238,7 +244,7 @@ def _without(run: Results, left_out: Callable[[Record], bool]) -> Results:
 
 
 def _is_graph(record: Record) -> bool:
-    form = EVERY.get(record.form)
+    form = BY_KEY.get(record.form)
     return form is not None and form.is_graph
 
 
@@ -276,9 +282,16 @@ def _lost(run: Results, sentence: str) -> list[str]:
 
 def _peers(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
     """How many times our time each peer takes, in the dtype that the plots show."""
-    runs = [item.run for item in _compared(shown)]
-    dtypes = {record.case.dtype for run in runs for record in run.records}
-    return peer_table(runs, next(dtype for dtype in PREFERRED_DTYPES if dtype in dtypes))
+    devices: dict[str, list[Results]] = {}
+    for item in _compared(shown):
+        devices.setdefault(item.run.stamp.device, []).append(item.run)
+    tables = []
+    for device, runs in devices.items():
+        dtypes = {record.case.dtype for run in runs for record in run.records}
+        dtype = next(dtype for dtype in PREFERRED_DTYPES if dtype in dtypes)
+        if table := peer_table(runs, dtype):
+            tables.append(f"**{device}, {dtype}:**\n\n{table}")
+    return "\n".join(tables) or "Not measured."
 
 
 def _compared(shown: list[Evidence]) -> list[Evidence]:

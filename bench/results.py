@@ -232,23 +232,51 @@ def read(path: Path) -> Results:
 
 
 def join(runs: Sequence[Results]) -> Results:
-    """Runs of one suite on one device as one: of each case what the newest run says, under the newest one's stamp.
+    """Runs of one suite on one device as one. Later runs win, case by case, where they finished it; the result carries
+    the latest run's stamp, and its notes name the cases of the others.
 
-    Its notes name the cases of the older ones.
+    Raises:
+        ValueError: several suites or devices.
     """
+    if len({(run.suite, run.stamp.device) for run in runs}) != 1:
+        raise ValueError("runs must be of one suite on one device")
     newest, *older = sorted(runs, key=lambda run: run.stamp.date, reverse=True)
     if not older:
         return newest
-    records, notes = list(newest.records), _lasting_notes(newest)
+    records, notes = finished_cases(newest.records, min_samples=1), _lasting_notes(newest)
     for run in older:
         known = by_case(records)
-        added = [record for record in run.records if record.case not in known]
+        added = [record for record in finished_cases(run.records, 1) if record.case not in known]
         if added:
             cases = ", ".join(case.short_title for case in by_case(added))
             commit = run.stamp.git_commit[:9] if run.stamp.git_commit else run.stamp.date[:10]
             notes += [f"{commit}: {cases}", *(f"{commit}: {note}" for note in _lasting_notes(run))]
+            differing = sorted(
+                {*newest.stamp.differences(run.stamp)} - {"git_commit", "git_dirty", "source_hash"}
+            )
+            notes += [f"{commit}: other {', '.join(differing)}"] if differing else []
             records += added
-    return dataclasses.replace(newest, records=tuple(records), notes=tuple(notes))
+    known = by_case(records)
+    records += [record for record in newest.records if record.case not in known]
+    return dataclasses.replace(
+        newest,
+        records=tuple(records),
+        ceilings=_joined_ceilings([run.ceilings for run in (newest, *older)]),
+        clocks=tuple(clock for run in (newest, *older) for clock in run.clocks),
+        interrupted=False,
+        notes=tuple(notes),
+    )
+
+
+def _joined_ceilings(found: Sequence[Ceilings | None]) -> Ceilings | None:
+    """The first one, with the rates of dtypes that only later ones have."""
+    present = [ceilings for ceilings in found if ceilings is not None]
+    if not present:
+        return None
+    rates = {
+        dtype: rate for ceilings in reversed(present) for dtype, rate in ceilings.matrix_flop_per_s.items()
+    }
+    return Ceilings(present[0].copy_bytes_per_s, rates)
 
 
 def _lasting_notes(run: Results) -> list[str]:

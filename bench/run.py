@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 DTYPE_NAMES = ("fp16", "bf16", "fp32")
 INTERRUPTED = 130
+DEVICE_LOST = 1
 BAD_USAGE = 2
 
 
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
     from .measuring.revision import RevisionError, revision_source
+    from .measuring.session import device_trouble
 
     console = Console()
     with contextlib.ExitStack() as stack:
@@ -89,6 +91,10 @@ def run(args: argparse.Namespace) -> int:
         for suite in dict.fromkeys(args.suite):
             codes.append(_run_suite(suite, args, device, revisions, console))
             if codes[-1] == INTERRUPTED:
+                break
+            if trouble := device_trouble(device):
+                console.print(f"the GPU failed: {trouble}", markup=False, style="red", soft_wrap=True)
+                codes.append(DEVICE_LOST)
                 break
     return max(codes)
 

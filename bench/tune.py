@@ -130,6 +130,9 @@ def run(args: argparse.Namespace) -> int:
     request = Request(device, chip, gpu, args.budget or BUDGET_SECONDS, args.again, args.workers)
     outcomes, trouble = tune_here(targets, request, console)
     show(outcomes, console)
+    left = sum(outcome.note == LEFT for outcome in outcomes)
+    if left:  # in a line of its own, which the report looks for: a cell of the table may wrap
+        console.print(f"{left} targets {LEFT}", markup=False, highlight=False, soft_wrap=True)
     if trouble:
         console.print(trouble, style="yellow", markup=False, soft_wrap=True)
     if trouble == INTERRUPT:

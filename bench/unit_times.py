@@ -67,10 +67,11 @@ def fastest(times: dict[str, UnitTime]) -> UnitTime | None:
     return min((t for name, t in times.items() if name != EAGER), key=lambda t: t.seconds, default=None)
 
 
-def _place(item: tuple[Case, dict[str, UnitTime]]) -> tuple[int, int, int]:
-    """Inference before training, the paper's unit before the classic class, stage by stage."""
+def _place(item: tuple[Case, dict[str, UnitTime]]) -> tuple[int, str, int, int, int]:
+    """Inference before training, large batches first, the paper's unit before the classic class, stage by stage."""
     case = item[0]
-    return DIRECTIONS.index(case.direction), (PAPER, CLASSIC).index(case.subject), case.shape.channels
+    unit = (PAPER, CLASSIC).index(case.subject)
+    return DIRECTIONS.index(case.direction), case.dtype, -case.batch, unit, case.shape.channels
 
 
 def markdown(times: Sequence[UnitTime]) -> str:
@@ -79,13 +80,15 @@ def markdown(times: Sequence[UnitTime]) -> str:
         "| unit | sk_triton | schedule | eager | speed-up | share of the floor | commit of ours |",
         "|---|---|---|---|---|---|---|",
     ]
+    kinds = {(time.case.batch, time.case.dtype) for time in times}
     for case, schedules in sorted(by_case(times).items(), key=_place):
         ours, eager = fastest(schedules), schedules.get(EAGER)
         if ours is None or eager is None:
             continue
         is_inference = case.direction == INFERENCE
         cells = [
-            f"{case.subject} {case.shape.name}, {case.direction}",
+            f"{case.subject} {case.shape.name}, {case.direction}"
+            + (f", batch {case.batch}, {case.dtype}" if len(kinds) > 1 else ""),
             f"**{three_digits(ours.seconds * 1e6)} µs**",
             ours.schedule,
             f"{three_digits(eager.seconds * 1e6)} µs",

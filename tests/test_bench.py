@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 from types import SimpleNamespace
 
@@ -42,14 +43,17 @@ def keys(chosen):
 
 
 @pytest.mark.parametrize("unit", [CLASSIC, PAPER])
-def test_on_a_gpu_peers_get_every_form_that_sk_triton_gets_and_compilation(unit):
-    chosen = competitors(small_case(unit), "cuda", quick=False)
+@pytest.mark.parametrize("axis", [None, "branches"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_on_a_gpu_peers_get_every_form_that_sk_triton_gets_and_compilation(unit, axis, quick):
+    chosen = competitors(dataclasses.replace(small_case(unit), axis=axis, value=2), "cuda", quick=quick)
     assert len(keys(chosen)) == len(chosen)
     ours = {p.form.key for p in chosen if p.source.key == "ours"}
+    compiled = forms.COMPILED if quick or axis else (*forms.COMPILED, *forms.COMPILED_GRAPHS)
     for peer in {p.source.key for p in chosen if p.source.role == results.PEER}:
         own = {p.form.key for p in chosen if p.source.key == peer}
         assert ours < own
-        assert {form.key for form in (*forms.COMPILED, *forms.COMPILED_GRAPHS)} < own
+        assert {form.key for form in compiled} < own
 
 
 def test_in_a_hurry_a_peer_is_still_compiled_in_both_memory_formats():

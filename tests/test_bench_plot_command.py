@@ -11,7 +11,7 @@ import pytest
 from sk_triton import cli
 from sk_triton.bench import export, readme, results
 
-from .synthetic_results import a_stamp, slowed, small
+from .synthetic_results import a_stamp, slowed, small, some_results
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -108,10 +108,11 @@ def test_the_readme_shows_gpu_results_where_there_are_any():
 
 def test_the_readme_lists_the_cases_that_are_lost():
     lost = slowed(small(), 30, lambda record: record.ours and record.case.batch == 8)
-    text = readme.render("losses", evidence(lost))
+    text, ungraphed = readme.render("losses", evidence(lost)).split("\n\nOn ")
     assert "we lose in 2 of 4 cases of suite layer:" in text
     assert text.count("\n- ") == 2
     assert text.count(" batch 8 ") == 2
+    assert "out of a CUDA graph and peers in one, we lose in 4 of 4 cases of suite layer:" in ungraphed
 
 
 def test_the_readme_shows_one_dtype_and_links_the_data():
@@ -215,3 +216,49 @@ def test_every_picture_that_the_readme_links_is_there():
     links = linked_pictures((ROOT / "README.md").read_text(encoding="utf-8"))
     assert links
     assert all((ROOT / link).is_file() for link in links)
+
+
+def test_files_of_a_report_that_hold_no_results_are_passed_over(saved, tmp_path):
+    saved("bench/results/h100/layer-cuda.json", small(batches=(8,)))
+    for name in readme.NO_SUITES:
+        (tmp_path / "bench/results/h100" / name).write_text("{}", encoding="utf-8")
+    assert [item.name for item in readme.load_evidence(tmp_path)] == ["layer-cuda"]
+
+
+def test_a_case_that_the_newest_run_broke_off_is_the_older_runs():
+    old, new = (
+        small(
+            batches=(8, 32),
+            stamp=a_stamp(date=f"2026-11-0{day}T00:00:00+00:00", git_commit=name * 40),
+        )
+        for name, day in (("a", 1), ("b", 2))
+    )
+    first = new.records[0].case
+    broken = dataclasses.replace(
+        new,
+        records=tuple(
+            dataclasses.replace(record, timing=None, status=results.NOT_MEASURED)
+            if record.case == first
+            else record
+            for record in new.records
+        ),
+        interrupted=True,
+        ceilings=results.Ceilings(1.0, {"bf16": 2.0}),
+    )
+    joined = results.join([broken, old])
+    by_case = results.by_case(joined.records)
+    assert by_case[first] == results.by_case(old.records)[first]
+    others = [case for case in by_case if case != first]
+    assert others
+    assert all(by_case[case] == results.by_case(new.records)[case] for case in others)
+    assert joined.ceilings.copy_bytes_per_s == 1.0
+    assert {*joined.ceilings.matrix_flop_per_s} >= {"bf16", "fp16"}
+    assert not joined.interrupted
+    assert any(note.startswith("aaaaaaaaa: ") for note in joined.notes)
+    with pytest.raises(ValueError, match="one suite on one device"):
+        results.join([old, dataclasses.replace(new, suite="train")])
+
+
+def test_a_readme_without_a_suite_to_compare_says_so():
+    host = evidence(some_results("host", batches=(1,), stages=(1,)))
+    assert "Not measured." in readme.render("peers", host)

@@ -13,6 +13,7 @@ from matplotlib.image import imread
 
 from sk_triton.bench import plots, results
 from sk_triton.bench.export import SAVING_INPUT
+from sk_triton.bench.measuring import forms
 from sk_triton.bench.plots import roofline, scaling, several, style
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
@@ -293,3 +294,10 @@ def test_an_objection_against_one_of_several_runs_ends_the_comparison():
     text = words(several.draw([sound, doubted], best))
     assert "No speed is claimed" in text
     assert "= 1x" not in text
+
+
+def test_every_form_has_a_look():
+    looks = {style.mode(key) for key in forms.BY_KEY}
+    for table in (style.MODE_HATCHES, style.MODE_MARKERS, style.MODE_DASHES):
+        assert looks <= {*table}
+        assert len({*table.values()}) == len(table)

@@ -187,3 +187,18 @@ def test_on_a_gpu_a_call_is_timed_cold_and_warm_and_what_occupies_the_device_is_
     assert fake_gpu == ["overwrite", "kernel", "kernel", "sleep", "kernel", "kernel"]
     assert (sample[COLD], sample[WARM]) == (2, 2)
     assert 0 <= sample[HOST] < 1000
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "DefaultCPUAllocator: can't allocate memory",
+    ],
+)
+def test_no_memory_is_told_from_other_failures_whoever_says_so(message):
+    assert protocol.failure(RuntimeError(message))[0] == results.OUT_OF_MEMORY
+    assert protocol.failure(RuntimeError("CUDA error: misaligned address"))[0] == results.FAILED

@@ -12,6 +12,7 @@ from rich.console import Console
 from sk_triton.bench.report import steps as report_steps
 from sk_triton.bench.report.file import DONE, FAILED, PARTIAL, Report
 from sk_triton.bench.report.steps import Ending
+from sk_triton.bench.tuning.flow import LEFT
 
 
 @pytest.fixture
@@ -22,9 +23,7 @@ def commands(monkeypatch):
     def start(command, env, **options):
         started.append((command[3:], env["SK_TRITON_CACHE_DIR"], options["timeout"]))
         Path(env["SK_TRITON_CACHE_DIR"], "tuned.json.lock").touch()
-        return subprocess.CompletedProcess(
-            command, 0, "gate: 5% faster; left for the\nnext run: the budget is spent", ""
-        )
+        return subprocess.CompletedProcess(command, 0, f"gate: 5% faster\n3 targets {LEFT}\n", "")
 
     monkeypatch.setattr(report_steps.subprocess, "run", start)
     return started

@@ -126,6 +126,21 @@ def test_without_resume_everything_is_measured_again(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny")
+def test_resume_measures_anew_where_others_compete(tmp_path, monkeypatch):
+    bench(tmp_path)
+    measured, run_case = [], session.run_case
+    monkeypatch.setattr(session, "run_case", lambda case, *a: (measured.append(case), run_case(case, *a)))
+    code, run = bench(tmp_path, "--resume", "--compare", "HEAD")
+    assert code == 0
+    assert len(measured) == 2
+    assert all(
+        any(record.source.startswith("rev-") for record in records)
+        and len({record.key for record in records}) == len(records)
+        for records in results.by_case(run.records).values()
+    )
+
+
+@pytest.mark.usefixtures("tiny")
 def test_another_revision_competes_as_a_peer(tmp_path):
     code, run = bench(tmp_path, "--compare", "HEAD")
     assert code == 0

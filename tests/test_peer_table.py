@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from sk_triton.bench.peer_table import WAYS, peer_table
@@ -53,3 +55,15 @@ def test_stages_that_nobody_timed_are_empty():
 def test_other_dtypes_and_batches_are_left_out():
     assert not rows(small(batches=(8,), dtypes=("fp16",)))
     assert not rows(small(batches=(128,), dtypes=("fp32",)))
+
+
+def test_other_suites_are_left_out():
+    run = small(batches=(128,), dtypes=("fp16",))
+    other = dataclasses.replace(
+        run,
+        records=tuple(
+            dataclasses.replace(record, case=dataclasses.replace(record.case, suite="grid"))
+            for record in run.records
+        ),
+    )
+    assert rows(run, slowed(other, 9, lambda record: record.role == "peer")) == rows(run)

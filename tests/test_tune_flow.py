@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from sk_triton.bench.tuning import tables
 from sk_triton.bench.tuning.flow import LEFT, DeviceLostError, tune
@@ -265,3 +266,33 @@ def test_predicted_and_measured_ranks_are_compared():
     outcomes, _ = run(FakeMachine(reverse))
     assert "-1.00" in tables.correlations(outcomes)[0]
     assert tables.correlations([]) == []
+
+
+def test_a_unit_that_cannot_be_judged_is_passed_over():
+    class Crowded(FakeMachine):
+        def begin(self, target, settled):
+            super().begin(target, settled)
+            if target == FIRST:
+                raise torch.OutOfMemoryError("no room for float64")
+
+    machine = Crowded()
+    (first, second), kept = run(machine, TARGETS[:2])
+    assert (first.entry, first.note) == (None, "cannot be judged: OutOfMemoryError")
+    assert {*kept} == {second.target.key}
+
+
+def test_a_device_lost_between_calls_is_a_failure_of_all_of_them(monkeypatch):
+    from sk_triton.bench.measuring import protocol
+    from sk_triton.bench.tuning.machine import Device
+
+    def lost(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nmore")
+
+    machine = Device(torch.device("cpu"))
+    machine._calls = {ANALYTIC: int, GOOD: int}
+    monkeypatch.setattr(protocol, "measure", lost)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        machine.times([ANALYTIC, GOOD])
+    monkeypatch.setattr(machine, "trouble", lambda: "lost")
+    message = "CUDA error: an illegal memory access was encountered"
+    assert machine.times([ANALYTIC, GOOD]) == {ANALYTIC: message, GOOD: message}

@@ -220,11 +220,15 @@ class _Competition:
                 continue
             try:
                 with provider.scope():
-                    bind = partial(self.entrants[provider.key].bind, *arranged.of(provider))
+                    inputs_of_call = arranged.of(provider)
+                    # What is timed may run otherwise than the part that was judged.
+                    runs = self.entrants[provider.key].runs(inputs_of_call[0])
+                    bind = partial(self.entrants[provider.key].bind, *inputs_of_call)
                     call, _ = provider.form.run(bind)
             except Exception as error:
                 self._settle(provider.key, *protocol.failure(error))
                 continue
+            self.outcome[provider.key] = replace(self.outcome[provider.key], runs=runs)
             contestants[provider.key] = Contestant(call, provider.scope, provider.form.run)
         return contestants
 

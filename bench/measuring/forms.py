@@ -163,4 +163,6 @@ EVERY = {
     form.key: form
     for form in (*EAGER, *COMPILED, *MAX_AUTOTUNED, *GRAPHS, *COMPILED_GRAPHS, *MAX_AUTOTUNED_GRAPHS)
 }
-"""Every form but those of `HEURISTIC`, by its key."""
+"""Every form but those of `HEURISTIC`, by its key: those of `--every-form`."""
+BY_KEY = EVERY | {form.key: form for form in HEURISTIC}
+"""Every form there is."""

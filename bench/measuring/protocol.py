@@ -189,10 +189,15 @@ def failure(error: Exception) -> tuple[str, str]:
     return (results.OUT_OF_MEMORY if cause else results.FAILED), message
 
 
+NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+"""What others than PyTorch's allocator for GPUs say: that for the CPU, the driver, Triton, cuDNN and cuBLAS."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the CPU had no memory left."""
-    # PyTorch's allocator for the CPU raises a plain RuntimeError.
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error) for text in NO_MEMORY
+    )
 
 
 def _progress(done: int, elapsed: float, budget: Budget) -> float:

@@ -99,7 +99,7 @@ def _gpu_forms(case: Case, quick: bool, every_form: bool) -> Sequence[Form]:
     if every_form:
         return tuple(forms.EVERY.values())
     if quick or case.axis is not None:
-        return (*forms.EAGER, *forms.COMPILED)
+        return (*forms.EAGER, *forms.COMPILED, *forms.GRAPHS)
     if case.is_network:
         return (*forms.EAGER, *forms.COMPILED, *forms.GRAPHS, forms.COMPILED_GRAPHS[1])
     return (*forms.EAGER, *forms.COMPILED, *forms.GRAPHS, *forms.COMPILED_GRAPHS)

@@ -115,8 +115,8 @@ def measure_suite(
 def reusable(path: Path, request: Request) -> results.Results | None:
     """What an earlier run of the same suite on the same machine, software and seed left at `path`."""
     try:
-        earlier = results.load(path)
-    except (OSError, ValueError):
+        earlier = results.read(path)
+    except ValueError:
         return None
     same_stamp = earlier.stamp.measures_like(take_stamp(request.device))
     return earlier if same_stamp and (earlier.suite, earlier.seed) == (request.suite, request.seed) else None
@@ -135,13 +135,19 @@ def _measure_host(course: _Course, console: Console) -> None:
 def _measure_cases(course: _Course, console: Console, checkpoint: Callable[[], object]) -> None:
     request = course.request
     every = list(SUITES[request.suite](request.choice))
-    known = {record.case for record in course.records}
-    cases = [case for case in every if case not in known]
-    course.ceilings = request.ceilings or (course.earlier.ceilings if course.earlier else None)
-    if cases and course.ceilings is None:
-        with console.status("copy bandwidth and matrix rate"):
-            course.ceilings = measure_ceilings(request.device, tuple(dict.fromkeys(c.dtype for c in every)))
     setting = _setting(course)
+    measured = {case: {r.key for r in records} for case, records in results.by_case(course.records).items()}
+    # Anew where others are to compete than did: further forms, another revision.
+    cases = [
+        case for case in every if not {p.key for p in setting.competitors(case)} <= measured.get(case, set())
+    ]
+    course.records = [record for record in course.records if record.case not in {*cases}]
+    course.ceilings = request.ceilings or (course.earlier.ceilings if course.earlier else None)
+    known = tuple(course.ceilings.matrix_flop_per_s) if course.ceilings else ()
+    wanted = tuple(dict.fromkeys((*known, *(case.dtype for case in every))))
+    if cases and set(wanted) != set(known):
+        with console.status("copy bandwidth and matrix rate"):
+            course.ceilings = measure_ceilings(request.device, wanted)
     start, slowest = time.monotonic(), 0.0
     with case_progress(console, len(cases)) as report:
         for index, case in enumerate(cases):
@@ -152,7 +158,7 @@ def _measure_cases(course: _Course, console: Console, checkpoint: Callable[[], o
             run_case(case, setting, course.records, partial(report, index, case.title))
             slowest = max(slowest, time.monotonic() - began)
             checkpoint()
-            trouble = _device_trouble(request.device)
+            trouble = device_trouble(request.device)
             if trouble:
                 course.notes.append(f"the GPU failed in {case.title}, which ends this process: {trouble}")
                 course.cases_left = len(cases) - index - 1
@@ -176,7 +182,7 @@ def _setting(course: _Course) -> Setting:
     )
 
 
-def _device_trouble(device: torch.device) -> str | None:
+def device_trouble(device: torch.device) -> str | None:
     """What a GPU says that can run nothing more in this process, as after an illegal access."""
     if device.type != "cuda":
         return None

@@ -65,7 +65,7 @@ def committed(gpu: Gpu, unit: str, dtype: str) -> Seconds:
     for path in sorted(RESULTS.glob(f"*/{unit_times.NAME}")):
         if _is(gpu, path.parent.name):
             seconds |= unit_times.schedule_seconds(unit_times.load(path), unit, dtype)
-    for found in sorted(map(results.load, RESULTS.glob(FILES)), key=lambda run: run.stamp.date):
+    for found in sorted(map(results.read, RESULTS.glob(FILES)), key=lambda run: run.stamp.date):
         if found.stamp.device_type == "cuda" and found.sound and _is(gpu, found.stamp.device):
             seconds |= seconds_of(found, unit, dtype)
     return seconds

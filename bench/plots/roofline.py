@@ -70,7 +70,7 @@ def draw(run: Results, groups: Groups) -> Figure:
         _draw_points(ax, panel, batches)
         roof = _draw_roof(ax, panel, run.ceilings)
         rates = [rate(record) for record in points]
-        ax.set_ylim(min(rates, default=roof) / 3, max(roof, *rates) * 2.2)
+        ax.set_ylim(min(rates, default=roof) / 3, max([roof, *rates]) * 2.2)
         scale_y(ax, lambda flop: f"{flop / size:g}")
         if run.sound:
             _label_shares(ax, panel, run.ceilings, batches[-1])

@@ -41,6 +41,8 @@ MODE_HATCHES = {
     "graph-compile": "...--",
     "max-autotune": "+++",
     "graph-max-autotune": "|||",
+    "heuristic": "xx",
+    "heuristic-graph": "xx--",
 }
 MODE_MARKERS = {
     "eager": "o",
@@ -49,6 +51,8 @@ MODE_MARKERS = {
     "graph-compile": "s",
     "max-autotune": "D",
     "graph-max-autotune": "P",
+    "heuristic": "X",
+    "heuristic-graph": "*",
 }
 MODE_DASHES = {
     "eager": (0, (5, 1.5)),
@@ -57,6 +61,8 @@ MODE_DASHES = {
     "compile": (0, (4, 1.5, 1, 1.5)),
     "max-autotune": (0, (2, 1)),
     "graph": (0, (4, 1.5, 1, 1.5, 1, 1.5)),
+    "heuristic": (0, (6, 2, 1, 2)),
+    "heuristic-graph": (0, (6, 2, 1, 2, 1, 2)),
 }
 
 INK = "#1f2328"

@@ -23,14 +23,23 @@ TITLES = {PAPER: "Paper's and timm's unit", CLASSIC: "Classic class: 3x3 and 5x5
 
 
 def draw(times: Sequence[UnitTime]) -> Figure:
-    """Inference: a panel for each unit, in it eager's and sk_triton's time of each stage that both were measured in."""
+    """Inference: a panel for each unit, in it eager's and sk_triton's time of each stage that both were measured in,
+    in one dtype at one batch.
+
+    Raises:
+        ValueError: no stage has both.
+    """
     chosen = {
         case: schedules
         for case, schedules in by_case(times).items()
         if case.direction == INFERENCE and EAGER in schedules and fastest(schedules)
     }
-    subjects = [subject for subject in TITLES if any(case.subject == subject for case in chosen)]
+    if not chosen:
+        raise ValueError("units must hold a case of inference that eager was measured in as well, found none")
     first = next(iter(chosen))
+    alike = (first.batch, first.dtype)
+    chosen = {case: times for case, times in chosen.items() if (case.batch, case.dtype) == alike}
+    subjects = [subject for subject in TITLES if any(case.subject == subject for case in chosen)]
     gpu = times[0].gpu.name
     text = Words(
         title=f"Inference of one unit on an {gpu}",

@@ -37,7 +37,7 @@ def against_measured(layer: Path, seconds: float) -> str:
     """
     if not layer.exists():
         raise NothingToCompareError("suite layer has not been measured")
-    measured = results.load(layer)
+    measured = results.read(layer)
     try:
         gpu = find_gpu(measured.stamp.device)
     except ValueError as error:

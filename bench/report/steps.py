@@ -149,6 +149,8 @@ def measure(course: Course, *, suite: str, dtype: str | None = None) -> Ending:
     table.show(measured, course.console)
     if measured.interrupted:
         raise KeyboardInterrupt
+    if trouble := session.device_trouble(course.device):
+        return Ending(FAILED, trouble)
     messages = [f"{left} cases left for the next run"] if left else []
     messages += [] if course.on_gpu else [f"{NO_GPU}small sizes, PyTorch's own operators"]
     messages += measured.objections[:1]
@@ -178,7 +180,7 @@ def tune(course: Course) -> Ending:
         return Ending(FAILED, trouble)
     if not course.on_gpu:
         return Ending(DONE, f"{NO_GPU}candidates of stage 4 ranked by prediction, none measured")
-    is_partial = LEFT in " ".join(course.report.evidence[title].split())
+    is_partial = LEFT in course.report.evidence[title]
     return Ending(
         PARTIAL if is_partial else DONE, f"sk-triton configs import {course.folder / cache.FILE_NAME}"
     )
@@ -196,7 +198,7 @@ def _gather(
         timeout=max(seconds, 1),
     )
     if done.returncode:
-        lines = done.stderr.strip().splitlines()
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         return f"{title}: {lines[-1] if lines else f'exit code {done.returncode}'}"
     course.report.evidence[title] = done.stdout
     return ""
@@ -273,7 +275,7 @@ STEPS: dict[str, Step] = {
 def load_runs(folder: Path) -> list[results.Results]:
     """The suites' results in a folder, in the steps' order."""
     paths = [folder / f"{suite}.json" for suite in suites.OPTIONS]
-    return [results.load(path) for path in paths if path.exists()]
+    return [results.read(path) for path in paths if path.exists()]
 
 
 def _judge_anew(course: Course) -> None:

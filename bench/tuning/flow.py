@@ -93,7 +93,12 @@ def tune(
 
 def _tune_one(target: Target, machine: Machine, trials: list[Trial], settled: Settled) -> Outcome:
     analytic = target.choices[0]
-    machine.begin(target, settled)
+    try:
+        machine.begin(target, settled)
+    except (RuntimeError, MemoryError) as error:  # float64 may not fit
+        if trouble := machine.trouble():
+            return _lost(target, trials, trouble)
+        return Outcome(target, None, f"cannot be judged: {type(error).__name__}")
     # The analytic choice is what runs today, spills or not: only a fault on the device takes it out.
     trials = [
         trial

@@ -54,7 +54,12 @@ class Device:
         chosen = list(choices)
         contestants = {str(i): protocol.Contestant(self._calls[c]) for i, c in enumerate(chosen)}
         measured = protocol.Measurement()
-        protocol.measure(contestants, self.timer, self.budget, measured)
+        try:
+            protocol.measure(contestants, self.timer, self.budget, measured)
+        except RuntimeError as error:  # a device that has failed refuses even to be waited for
+            if not self.trouble():
+                raise
+            return {choice: str(error).strip().splitlines()[0] for choice in chosen}
         found: dict[Choice, float | str] = {}
         for i, choice in enumerate(chosen):
             timing = measured.timing(str(i))
