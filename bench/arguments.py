@@ -1,8 +1,12 @@
-"""Types of options that several subcommands have."""
+"""Options that several subcommands have: their types, and what they may be."""
 
 from __future__ import annotations
 
 import argparse
+
+import torch
+
+DTYPE_NAMES = ("fp16", "bf16", "fp32")
 
 
 def positive(text: str) -> int:
@@ -25,3 +29,20 @@ def sizes(text: str) -> tuple[int, ...]:
     if len(found) != 4:
         raise argparse.ArgumentTypeError(f"must be N,C,H,W, as in 128,128,56,56, got {text!r}")
     return found
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of an option `--device`, a GPU with its index. Raises ValueError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device is {name!r}, but {torch.cuda.device_count()} GPUs are visible to PyTorch")
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())  # `torch.cuda.set_device` takes no other
+    return device

@@ -15,6 +15,7 @@ from sk_triton import plans, preference
 from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import CHIPS, Chip
 from sk_triton.environment import require
+from sk_triton.exit_codes import BAD_USAGE
 
 from .grid import paper_unit
 from .model import speed_of_light as sol
@@ -25,7 +26,6 @@ from .model.validation import problem_of as case_problem
 from .shapes import STAGES
 from .unit_arguments import add_unit_arguments, problem_of, unit_of
 
-BAD_USAGE = 2
 SHORT = {sol.MATRIX: "tensor", sol.SHARED: "shared", sol.ISSUE: "issue"}
 """Bounds as the table's head has them."""
 

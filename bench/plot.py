@@ -7,11 +7,10 @@ import sys
 from pathlib import Path
 
 from sk_triton.environment import require
+from sk_triton.exit_codes import BAD_USAGE
 
 from . import export, readme
 from .results import read
-
-BAD_USAGE = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from sk_triton.backend import SCHEDULES
 from sk_triton.environment import require
+from sk_triton.exit_codes import BAD_USAGE, FAILED
 
-from .arguments import positive
-from .run import DTYPE_NAMES, choose_device
+from .arguments import DTYPE_NAMES, choose_device, positive
 from .shapes import CLASSIC, DIRECTIONS, INFERENCE, PAPER, STAGES, Case, stage_shape
 from .unit_times import EAGER, SUITE
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from .measuring.kernel_times import CallTimes
 
 AUTO = "auto"
-FAILED, BAD_USAGE = 1, 2
 UNKNOWN_COMMIT, DIRTY = "unknown", "-dirty"
 
 

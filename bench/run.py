@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from sk_triton.environment import require
+from sk_triton.exit_codes import BAD_USAGE, FAILED, INTERRUPTED
 
-from .arguments import positive
+from .arguments import DTYPE_NAMES, choose_device, positive
 from .suites import HOST, LAYER, OPTIONS, SUITES, Choice
 
 if TYPE_CHECKING:
@@ -20,11 +21,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from .measuring.sources import Ours
-
-DTYPE_NAMES = ("fp16", "bf16", "fp32")
-INTERRUPTED = 130
-DEVICE_LOST = 1
-BAD_USAGE = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
                 break
             if trouble := device_trouble(device):
                 console.print(f"the GPU failed: {trouble}", markup=False, style="red", soft_wrap=True)
-                codes.append(DEVICE_LOST)
+                codes.append(FAILED)
                 break
     return max(codes)
 
@@ -141,20 +137,3 @@ def refuse_idle_options(args: argparse.Namespace) -> None:
         if getattr(args, option) and not any(option in OPTIONS[suite] for suite in args.suite):
             users = ", ".join(suite for suite, used in OPTIONS.items() if option in used)
             raise ValueError(f"--{option} acts on suites {users}, got --suite {' '.join(args.suite)}")
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of an option `--device`, a GPU with its index. Raises ValueError for one that is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device is {name!r}, but {torch.cuda.device_count()} GPUs are visible to PyTorch")
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())  # `torch.cuda.set_device` takes no other
-    return device

@@ -166,7 +166,7 @@ SUITES: dict[str, Callable[[Choice], Iterable[Case]]] = {
     SCALING: scaling,
     GRID: grid,
 }
-"""The suites that time calls; "host" measures other things and is in host.py."""
+"""The suites that time calls; "host" measures other things and is in `measuring/host.py`."""
 
 OPTIONS: dict[str, tuple[str, ...]] = {
     LAYER: ("stages", "batch", "dtype"),

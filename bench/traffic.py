@@ -16,6 +16,7 @@ from sk_triton import SKSpec
 from sk_triton.backend import SCHEDULES
 from sk_triton.chips import CHIPS
 from sk_triton.environment import require
+from sk_triton.exit_codes import BAD_USAGE
 from sk_triton.layout import empty_output
 from sk_triton.library import Convolution
 from sk_triton.plan import BranchLaunch
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 TRAIN = "train"
 DEFAULT_SAVE: Save = "branches"
-BAD_USAGE = 2
 
 
 @dataclass

@@ -17,17 +17,17 @@ import torch
 from sk_triton import dispatch
 from sk_triton.chips import CHIPS, Chip, chip_of
 from sk_triton.environment import require
+from sk_triton.exit_codes import BAD_USAGE, INTERRUPTED
 from sk_triton.tuning import cache
 from sk_triton.tuning.entries import Entry, Origin, Trial
 from sk_triton.tuning.keys import DIRECTIONS, FORWARD, stamp
 
-from .arguments import positive
+from .arguments import choose_device, positive
 from .compiled.processes import compiling_processes
 from .model.gpus import GPUS, Gpu, find_gpu
 from .model.speed_of_light import Problem
 from .model.validation import PRECISIONS
 from .progress import case_progress
-from .run import choose_device
 from .shapes import NETWORKS
 from .tuning import tables
 from .tuning.flow import LEFT, DeviceLostError, Outcome, tune
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BOTH = "both"
-BAD_USAGE = 2
-INTERRUPTED = 130
 CANDIDATES, DRY_CANDIDATES = 6, 3
 BUDGET_SECONDS, DRY_BUDGET_SECONDS = 300.0, 100.0
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sk_triton.environment import missing_message, version
+from sk_triton.exit_codes import CLOSED_OUTPUT, INTERRUPTED, MISSING_PACKAGE
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,6 @@ COMMANDS = {
     "traffic": Command("sk_triton.bench.traffic", "count each schedule's passes over memory"),
     "tune": Command("sk_triton.bench.tune", "measure configs on this GPU, and keep what is faster"),
 }
-CLOSED_OUTPUT = 1
-MISSING_PACKAGE = 2
-INTERRUPTED = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sk_triton import cli
-from sk_triton.bench import plots, results, run, shapes
+from sk_triton.bench import arguments, plots, results, shapes
 from sk_triton.bench.measuring import protocol, providers, session
 from sk_triton.bench.measuring.providers import Provider
 from sk_triton.bench.shapes import CLASSIC, PAPER
@@ -204,4 +204,4 @@ def test_a_gpu_has_its_index(monkeypatch, name):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    assert run.choose_device(name) == torch.device("cuda:1")
+    assert arguments.choose_device(name) == torch.device("cuda:1")

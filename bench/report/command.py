@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from sk_triton.environment import require
+from sk_triton.exit_codes import BAD_USAGE
+from sk_triton.exit_codes import INTERRUPTED as INTERRUPTED_CODE
 
-from ..run import BAD_USAGE, choose_device
-from ..run import INTERRUPTED as INTERRUPTED_CODE
+from ..arguments import choose_device
 from ..stamp import Stamp, take_stamp
 from . import file as report_file
 from .file import FAILED, INTERRUPTED, Report, StepState

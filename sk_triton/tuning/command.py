@@ -9,11 +9,10 @@ import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from ..exit_codes import BAD_USAGE, FAILED
 from . import cache
 from .entries import BrokenFileError, Entry, Origin, Sections, dump_config, dump_sections, load_sections
 from .keys import gpu_slug, stamp
-
-FAILED, BAD_USAGE = 1, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
