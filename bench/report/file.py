@@ -37,7 +37,7 @@ class StepState:
 class Report:
     """Everything but the suites' results, filled step by step.
 
-    environment: `sk-triton doctor`'s lines. evidence: what needs no GPU, as text by title.
+    environment: `sk-triton doctor`'s lines. evidence: what subcommands printed, by title.
     """
 
     seed: int = 0

@@ -89,7 +89,7 @@ def _parts(report: Report, runs: Sequence[Results], pictures: dict[str, str]) ->
     for run in runs:
         yield from _suite(run, pictures)
     for title, text in report.evidence.items():
-        yield f"<h2>{escape(title)}</h2><p class='soft'>Read off the kernels' code, not off a clock.</p>\n"
+        yield f"<h2>{escape(title)}</h2>\n"
         yield f"<pre>{escape(text)}</pre>\n"
     if report.environment:
         yield f"<h2>Environment</h2>\n<pre>{escape(chr(10).join(report.environment))}</pre>\n"

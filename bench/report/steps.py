@@ -197,17 +197,17 @@ def _gather(
         text=True,
         timeout=max(seconds, 1),
     )
+    course.report.evidence[title] = done.stdout
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         return f"{title}: {lines[-1] if lines else f'exit code {done.returncode}'}"
-    course.report.evidence[title] = done.stdout
     return ""
 
 
 def gather_evidence(course: Course) -> Ending:
     """Without a GPU: what compiled and interpreted kernels tell, of two stages."""
     commands = {
-        "Resources of compiled kernels": ["resources", "--chip", "sm_90", "--unit", "stage 1", "stage 4"],
+        "Resources of compiled kernels, off their code": ["resources", "--chip", "sm_90", "--unit", "stage 1", "stage 4"],
         "Traffic of interpreted kernels, stage 3": ["traffic", "--stage", "3"],
         "Traffic of interpreted kernels, stage 4": ["traffic", "--stage", "4"],
     }
