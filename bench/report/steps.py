@@ -207,7 +207,7 @@ def _gather(
 def gather_evidence(course: Course) -> Ending:
     """Without a GPU: what compiled and interpreted kernels tell, of two stages."""
     commands = {
-        "Resources of compiled kernels, off their code": ["resources", "--chip", "sm_90", "--unit", "stage 1", "stage 4"],
+        "Resources of compiled kernels": ["resources", "--chip", "sm_90", "--unit", "stage 1", "stage 4"],
         "Traffic of interpreted kernels, stage 3": ["traffic", "--stage", "3"],
         "Traffic of interpreted kernels, stage 4": ["traffic", "--stage", "4"],
     }
