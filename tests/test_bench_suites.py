@@ -308,7 +308,7 @@ def test_no_case_is_begun_that_would_pass_the_time_limit(counted, monkeypatch):
 def test_a_gpu_that_fails_ends_the_suite_and_the_results_say_so(counted, monkeypatch):
     measured, _ = counted
     monkeypatch.setattr(
-        session, "_device_trouble", lambda device: "an illegal memory access" if measured else None
+        session, "device_trouble", lambda device: "an illegal memory access" if measured else None
     )
     run, left = measure(request("layer", batches=(1,)))
     assert (len(measured), left) == (1, 3)
