@@ -63,7 +63,7 @@ class Watch:
         # allocated again.
         self._mark = _needs_gradient if has_gradients else _version
         self._filled = [
-            (own, name, t, t.data_ptr(), self._mark(t), t.dtype, t.dim() == 1, kept)
+            (own, name, t, t.data_ptr(), self._mark(t), t.dtype, t.dim() <= 1, kept)
             for (own, name, t), kept in zip(filled, self._kept, strict=True)
             if self.is_possible
         ]
