@@ -21,7 +21,7 @@ def peer_table(runs: Sequence[Results], dtype: str) -> str:
     """A row for each direction, peer and way that suites "layer" and "train" timed at batch `BATCH` on one device, a
     column for each stage of SKNet-50; "" where nothing was."""
     columns = list(STAGES.values())
-    peers: list[str] = []
+    peers: dict[str, int] = {}
     rows: dict[tuple[str, str, str], dict[tuple[int, int], str]] = {}
     for run in runs:
         for case, records in results.by_case(run.records).items():
@@ -31,12 +31,12 @@ def peer_table(runs: Sequence[Results], dtype: str) -> str:
                 continue
             for way in WAYS:
                 for peer, median in _fastest(records, way).items():
-                    peers += [peer] * (peer not in peers)
+                    peers.setdefault(peer, len(peers))
                     row = rows.setdefault((case.direction, peer, way), {})
                     row[size] = ratio(median / ours.timing.median_ms)
 
     def place(row: tuple[str, str, str]) -> tuple[int, int, int]:
-        return DIRECTIONS.index(row[0]), peers.index(row[1]), WAYS.index(row[2])
+        return DIRECTIONS.index(row[0]), peers[row[1]], WAYS.index(row[2])
 
     if not rows:
         return ""

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from .folding import fold
 from .params import Branch, Gate
-from .reasons import has_hooks, norm_reason
+from .reasons import hooks_of, norm_reason
 from .spec import BranchSpec
 
 Factory = Callable[..., nn.Module]
@@ -101,7 +101,7 @@ def unfoldable_reason(name: str, conv: nn.Module, norm: nn.Module) -> str:
         return f"the norm of {name} {reason}"
     if parametrize.is_parametrized(conv):
         return f"{name} is parametrized: call torch.nn.utils.parametrize.remove_parametrizations first"
-    if any(map(has_hooks, (conv, norm))):
+    if any((*hooks_of(conv), *hooks_of(norm))):
         return f"{name} or its norm has forward or backward hooks, which would see something else"
     return ""
 

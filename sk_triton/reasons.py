@@ -6,6 +6,7 @@ Each function returns the reason, or "". `who` is the subject of its sentence: "
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -83,18 +84,18 @@ def _part_reason(norm: object, act: object, who: str, is_training: bool) -> str:
     if norm is not None and (reason := norm_reason(norm, who, is_training=is_training)):
         return f"norm {reason}"
     for name, module in (("norm", norm), ("act", act)):
-        if isinstance(module, nn.Module) and has_hooks(module):
+        if isinstance(module, nn.Module) and any(hooks_of(module)):
             return f"{name} has forward or backward hooks, which {who} would not run"
     return ""
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks would run around a module's forward or backward pass."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The hooks that would run around a module's forward and backward pass, by kind."""
+    return (
+        module._forward_hooks,
+        module._forward_pre_hooks,
+        module._backward_hooks,
+        module._backward_pre_hooks,
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..reasons import PLAIN
+from ..reasons import PLAIN, hooks_of
 
 # What a part computes besides its tensors. Others compute the same whatever their settings: a unit with an activation
 # that has some is not run by kernels.
@@ -39,11 +39,7 @@ class Watch:
         which of them need gradients is a part of the state."""
         modules = list(layer.modules())
         # The layer's own hooks run around its forward; those of its parts never would.
-        self._hooks = [
-            hooks
-            for m in modules[1:]
-            for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._backward_pre_hooks)
-        ]
+        self._hooks = [hooks for m in modules[1:] for hooks in hooks_of(m)]
         self._children = [m._modules for m in modules]
         self._expected_children = [{**children} for children in self._children]
         settings = [(vars(m), names) for m in modules for kind, names in _SETTINGS if isinstance(m, kind)]
