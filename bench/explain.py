@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     show(problem, gpu, predictions, compared)
     if not compared:
-        print(_why_not_measured(gpu, len(measured)))
+        print(_why_not_measured(gpu, args.dtype, len(measured)))
     return 0
 
 
@@ -100,10 +100,10 @@ def _measured_here(
     ]
 
 
-def _why_not_measured(gpu: Gpu, cases: int) -> str:
+def _why_not_measured(gpu: Gpu, dtype: str, cases: int) -> str:
     if not cases:
-        return f"not measured: no results of {gpu.name} are committed"
-    return f"not measured: this input is not among the {cases} cases of {gpu.name}; --validate compares those"
+        return f"not measured: no results of {gpu.name} in {dtype} are committed"
+    return f"not measured: this input is not among the {cases} cases of {gpu.name} in {dtype}; --validate compares those"
 
 
 def rejected(problem: Problem, predictions: list[Prediction], chip: Chip) -> dict[str, str]:
@@ -266,7 +266,9 @@ def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: li
         console.print(f"  not {name}: {reason}", markup=False, highlight=False)
     if not compared:
         return
-    table = Table(title=f"Predicted and measured on {gpu.name}, in µs")
+    table = Table(
+        title=f"Predicted today and measured on {gpu.name} at the commits that bench/results names, in µs"
+    )
     for title in ("case", "schedule"):
         table.add_column(title)
     for title in ("predicted", "measured", "measured / predicted"):

@@ -145,9 +145,9 @@ def write_configs(rows: list[Row]) -> None:
 
 def clocks_of(used: Resources) -> list[str]:
     """What `--clocks` adds to a kernel's row."""
-    from .compiled.warps import PRODUCT_CLOCKS, clocks_per_trip, product_clocks, resident_warps
+    from .compiled.warps import TARGETS, clocks_per_trip, product_clocks, resident_warps
 
-    if not used.loop or used.target not in PRODUCT_CLOCKS:
+    if not used.loop or used.target not in TARGETS:
         return ["-"] * (2 + len(LATENCIES))
     warps = resident_warps(used.registers)
     found = [sum(step.stall for step in used.loop), warps * product_clocks(used.loop, used.target)]

@@ -1,5 +1,6 @@
 """Launchers of the branch convolutions: the config's type names the kernel."""
 
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .geometry import (
     can_run,
     cdiv,
     column_runs,
+    is_crossed,
     is_full,
     is_whole_height,
     known_stride,
@@ -37,6 +39,7 @@ from .geometry import (
 )
 from .launch import Launch
 from .prefetch import can_prefetch
+from .window_geometry import branch_points, partners, places
 
 # Columns of the product that pools a tile, one per position in a run: the fewest that Triton takes.
 BLOCK_POOL = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
@@ -194,9 +197,10 @@ def _launch(
     if isinstance(config, WindowConfig):
         if not can_run(task, shape, config) or x.element_size() != 2:
             raise ValueError(
-                f"config: a window of rows takes 16-bit inputs, stride 1 and branches of the same channels; got "
-                f"{x.dtype} and {shape}"
+                f"config: a window of rows takes 16-bit inputs, stride 1 and branches of the same channels, by sparse "
+                f"products groups of 1, 2, 4 or 8; got {x.dtype}, {shape} and SPARSE={config.SPARSE}"
             )
+        points = branch_points(shape)
         constexprs = {
             name: value
             for name, value in constexprs.items()
@@ -211,6 +215,9 @@ def _launch(
             "STRIDE_OW": known_stride(stride_ow, shape.c_out, extent),
             "BLOCKS": config.num_warps,
             "PREFETCH": config.PREFETCH and can_prefetch(x),
+            "IS_CROSSED": is_crossed(shape, config),
+            "PLACES": places(list(chain(*points)), shape, config.RUN_W),
+            "PARTNERS": tuple(chain(*(partners(own, shape) for own in points))),
         }
     if isinstance(config, StreamConfig | WindowConfig | ColumnConfig):
         arguments: tuple[Any, ...] = (

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from .norm import lane_moments, store_moments
+from .sparse_product import SPARSE_ENTRIES, accumulators, load_sparse_left, sparse_right, sparsity
 from .tiling import SIZES, branch_attention, fold_pool, locate_tile, relu, widen
 from .window import (
     block_channels,
@@ -24,30 +25,16 @@ from .window import (
     unpacked,
     without_first,
 )
+from .window_products import sparse_outputs, window_outputs
 
 
 @triton.jit
-def window_outputs(
-    operands, taps, start,
-    KERNEL: tl.constexpr, DILATION: tl.constexpr, REACH: tl.constexpr, RUN_W: tl.constexpr,
-):  # fmt: skip
-    """Every lane's RUN_W output pixels of one branch, before its activation: tensors `[BLOCKS, 16, lanes]`.
-
-    Tap by tap, so that products that wait for one another are RUN_W apart.
-    """
-    WIDTH: tl.constexpr = RUN_W + 2 * REACH
-    FIRST: tl.constexpr = (REACH - KERNEL // 2 * DILATION) * (WIDTH + 1)
-    outputs = ()
-    for _ in tl.static_range(RUN_W):
-        outputs = outputs + (start,)
-    for ky in tl.static_range(KERNEL):
-        for kx in tl.static_range(KERNEL):
-            added = ()
-            for s in tl.static_range(RUN_W):
-                operand = operands[FIRST + (ky * WIDTH + kx) * DILATION + s]
-                added = added + (tl.dot(taps[ky * KERNEL + kx], operand, outputs[s]),)
-            outputs = added
-    return outputs
+def load_tap(w_ptr, first, SPARSE: tl.constexpr):
+    """One tap's weights of every channel block, as products take them."""
+    if SPARSE:
+        return load_sparse_left(w_ptr, first)
+    else:
+        return load_taps(w_ptr, first)
 
 
 @triton.jit
@@ -56,13 +43,14 @@ def window_tile(
     first_block, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
     stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
     stride_partial_n, stride_partial_t,
-    TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr,
+    TASK: tl.constexpr, KERNELS: tl.constexpr, W_OFFSETS: tl.constexpr, PLACES: tl.constexpr, PARTNERS: tl.constexpr,
     REACH: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
     STRIDE_XW: tl.constexpr, STRIDE_OW: tl.constexpr,
     BLOCKS: tl.constexpr, CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     RUN_H: tl.constexpr, RUN_W: tl.constexpr, HOLD_WEIGHTS: tl.constexpr, PREFETCH: tl.constexpr,
+    SPARSE: tl.constexpr, IS_CROSSED: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """Every branch of one tile and BLOCKS channel blocks from `first_block` on; TASK, `tile` and `tag` as in
@@ -70,13 +58,18 @@ def window_tile(
 
     A tile is BLOCK_N samples x BLOCK_H strips of RUN_H rows x BLOCK_W lanes of RUN_W pixels. A channel block is
     CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO. Kernels reach REACH
-    pixels beyond their own. STRIDE_XW and STRIDE_OW: `stride_xw` and `stride_ow`, or 0 where a compilation is for any.
+    pixels beyond their own; PLACES and PARTNERS, of all branches' taps, are as in `window_products`. SPARSE: without
+    the zeros of groups of up to 8 channels, and a row is loaded a trip ahead, in the registers that this leaves;
+    IS_CROSSED is as in `sparse_product`. STRIDE_XW and STRIDE_OW: `stride_xw` and `stride_ow`, or 0 where a compilation
+    is for any.
     """
     M: tl.constexpr = len(KERNELS)
     BLOCK_P: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
     OUTPUTS: tl.constexpr = BLOCKS * BLOCK_CO
     WIDTH: tl.constexpr = RUN_W + 2 * REACH
     ROWS: tl.constexpr = 2 * REACH + 1
+    AHEAD: tl.constexpr = 1 if SPARSE else 0
+    TAP_ENTRIES: tl.constexpr = SPARSE_ENTRIES if SPARSE else BLOCK_CO * BLOCK_CI
     IS_STORED: tl.constexpr = TASK == "store" or TASK == "train"
     IS_MEASURED: tl.constexpr = TASK == "train" or TASK == "measure"
     dtype = x_ptr.dtype.element_ty
@@ -95,7 +88,7 @@ def window_tile(
     block = first_block + tl.arange(0, BLOCKS)
     co, mask_co = output_channels(first_block, BLOCKS, CHANNELS_CO, BLOCK_CO)
     mask_co &= co < C_OUT
-    ci, mask_ci = block_channels(block, CHANNELS_CI, BLOCK_CI)
+    ci, mask_ci = block_channels(block, CHANNELS_CI, BLOCK_CI, IS_CROSSED)
     # Where each lane reads, once; rows and pixels are offsets that all lanes add.
     x_ptr += n0 * stride_xn
     x_ptrs = x_ptr + (by_lane(sample * stride_xn + y0 * stride_xh + x0 * stride_xw) + ci)
@@ -114,19 +107,20 @@ def window_tile(
         )  # fmt: skip
 
     first = block * W_OFFSETS[M]
+    if SPARSE:
+        metadata = sparsity(BLOCKS)
     weights = ()
     starts = ()
     attention = ()
     for m in tl.static_range(M):
         if HOLD_WEIGHTS:
             for tap in tl.static_range(KERNELS[m] * KERNELS[m]):
-                tap_ptr = w_ptr + W_OFFSETS[m] + tap * (BLOCK_CO * BLOCK_CI)
-                weights = weights + (load_taps(tap_ptr, first),)
+                weights = weights + (load_tap(w_ptr + W_OFFSETS[m] + tap * TAP_ENTRIES, first, SPARSE),)
         start = tl.zeros([BLOCKS, BLOCK_CO, BLOCK_P], tl.float32)
         if HAS_SHIFT:
             shift = tl.load(shift_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
             start += tl.reshape(shift, [BLOCKS, BLOCK_CO, 1])
-        starts = starts + (start,)
+        starts = starts + (accumulators(start, IS_CROSSED) if SPARSE else start,)
         if TASK == "select":
             a = branch_attention(attention_ptr, n0, sample, n_left, m, 0, co, C_OUT, C_OUT, tag, M, BLOCK_N)
             attention = attention + (tl.reshape(a, [BLOCKS, BLOCK_CO, a.shape[1]]),)
@@ -141,18 +135,23 @@ def window_tile(
 
     # The first rows only fill the window. All in one loop: of each load Triton looks for all that depends on it, which
     # takes half a minute where there is one for every pixel of the window.
-    window = empty_window(2 * REACH * WIDTH, BLOCKS * BLOCK_P, BLOCK_CI)
-    for r in range(-2 * REACH, RUN_H):
+    window = empty_window((2 * REACH + AHEAD) * WIDTH, BLOCKS * BLOCK_P, BLOCK_CI)
+    for r in range(-2 * REACH - AHEAD, RUN_H):
         if PREFETCH:
-            prefetch_row(ahead, r, row_stride, H_IN, REACH, BLOCKS, BLOCK_N, RUN_H)
+            prefetch_row(ahead, r + AHEAD, row_stride, H_IN, REACH, BLOCKS, BLOCK_N, RUN_H)
+        loaded = r + AHEAD + REACH
+        mask_row = mask_x
+        if SPARSE:
+            mask_row = mask_x & (r + AHEAD < RUN_H)
         window = window + load_row(
-            x_ptrs, (r + REACH) * row_stride, stride_xw, by_lane(y0) + (r + REACH), by_lane(x0), mask_x, H_IN, W_IN,
+            x_ptrs, loaded * row_stride, stride_xw, by_lane(y0) + loaded, by_lane(x0), mask_row, H_IN, W_IN,
             REACH, RUN_W, IS_EVEN_W,
         )  # fmt: skip
         if r >= 0:
             operands = ()
             for i in tl.static_range(ROWS * WIDTH):
-                operands = operands + (unpacked(window[i], dtype, BLOCKS),)
+                operand = sparse_right(window[i]) if SPARSE else unpacked(window[i], dtype, BLOCKS)
+                operands = operands + (operand,)
             mask_r = mask_p
             if not IS_EVEN_H:
                 mask_r = mask_p & (y0 + r < H)
@@ -162,16 +161,23 @@ def window_tile(
                 taps = ()
                 for tap in tl.static_range(KERNELS[m] * KERNELS[m]):
                     if HOLD_WEIGHTS:
-                        taps = taps + (weights[W_OFFSETS[m] // (BLOCK_CO * BLOCK_CI) + tap],)
+                        taps = taps + (weights[W_OFFSETS[m] // TAP_ENTRIES + tap],)
                     else:
-                        tap_ptr = w_ptr + W_OFFSETS[m] + tap * (BLOCK_CO * BLOCK_CI)
-                        taps = taps + (load_taps(tap_ptr, first),)
+                        taps = taps + (load_tap(w_ptr + W_OFFSETS[m] + tap * TAP_ENTRIES, first, SPARSE),)
                 if IS_MEASURED:
                     pivot = sums[4 * m]
                     total = sums[4 * m + 1]
                     squares = sums[4 * m + 2]
                     count = sums[4 * m + 3]
-                outputs = window_outputs(operands, taps, starts[m], KERNELS[m], DILATIONS[m], REACH, RUN_W)
+                if SPARSE:
+                    outputs = sparse_outputs(
+                        operands, taps, starts[m], metadata, dtype, IS_CROSSED, PLACES, PARTNERS,
+                        W_OFFSETS[m] // TAP_ENTRIES, RUN_W,
+                    )  # fmt: skip
+                else:
+                    outputs = window_outputs(
+                        operands, taps, starts[m], PLACES, W_OFFSETS[m] // TAP_ENTRIES, RUN_W
+                    )
                 row = ()
                 for s in tl.static_range(RUN_W):
                     acc = outputs[s]
@@ -246,13 +252,14 @@ def branch_conv_window_fwd_kernel(
     N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
     stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
     stride_partial_n, stride_partial_t,
-    TASK: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr,
+    TASK: tl.constexpr, KERNELS: tl.constexpr, W_OFFSETS: tl.constexpr, PLACES: tl.constexpr, PARTNERS: tl.constexpr,
     REACH: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
     STRIDE_XW: tl.constexpr, STRIDE_OW: tl.constexpr,
     BLOCKS: tl.constexpr, CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     RUN_H: tl.constexpr, RUN_W: tl.constexpr, HOLD_WEIGHTS: tl.constexpr, PREFETCH: tl.constexpr,
+    SPARSE: tl.constexpr, IS_CROSSED: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCKS channel blocks, a warp each: `window_tile`."""
@@ -264,8 +271,8 @@ def branch_conv_window_fwd_kernel(
         program * BLOCKS, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
         stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
         stride_partial_n, stride_partial_t,
-        TASK, KERNELS, DILATIONS, W_OFFSETS, REACH, IS_EVEN_H, IS_EVEN_W, STRIDE_XW, STRIDE_OW,
+        TASK, KERNELS, W_OFFSETS, PLACES, PARTNERS, REACH, IS_EVEN_H, IS_EVEN_W, STRIDE_XW, STRIDE_OW,
         BLOCKS, CHANNELS_CI, CHANNELS_CO,
         BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, HOLD_WEIGHTS, PREFETCH,
-        HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE,
+        SPARSE, IS_CROSSED, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE,
     )  # fmt: skip

@@ -27,6 +27,7 @@ class WindowConfig:
     HOLD_WEIGHTS: all branches' weights stay in registers; else a branch's are read anew for each row.
     PREFETCH: rows are fetched ahead of their loads, by one warp into L2, by several into L1; only on NVIDIA, from sm_90
     on.
+    SPARSE: weights without the zeros of narrow groups (`geometry.is_sparse`), and a row is loaded ahead; on NVIDIA.
     """
 
     BLOCK_CI: int
@@ -38,6 +39,7 @@ class WindowConfig:
     BLOCK_N: int = 1
     HOLD_WEIGHTS: bool = True
     PREFETCH: bool = False
+    SPARSE: bool = False
     num_warps: int = 1
     num_stages: int = 1
 

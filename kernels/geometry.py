@@ -122,8 +122,9 @@ def blocking(shape: ConvShape, config: BranchConfig) -> Blocking:
     else:
         spans, taps_w = (1,) * len(steps), shape.kernels
     per_program = blocks_per_program(config)
+    density = 2 if isinstance(config, WindowConfig) and config.SPARSE else 1
     sizes = [
-        k * t * chunks * run_w * config.BLOCK_CO * span * config.BLOCK_CI
+        k * t * chunks * run_w * config.BLOCK_CO * span * config.BLOCK_CI // density
         for k, t, span in zip(shape.kernels, taps_w, spans, strict=True)
     ]
     return Blocking(
@@ -149,6 +150,17 @@ def is_full(shape: ConvShape, config: StreamConfig | WindowConfig | ColumnConfig
         and layout.channels_co == layout.blocks_per_group * config.BLOCK_CO
         and layout.blocks * layout.groups_per_block == layout.blocks_per_group * shape.groups
     )
+
+
+def is_sparse(shape: ConvShape) -> bool:
+    """Whether at least two of four weights in every row of a channel block are zero, in the order of `sparse_product`:
+    groups of 1, 2, 4 or 8 channels."""
+    return shape.c_in == shape.c_out and shape.c_in // shape.groups in (1, 2, 4, 8)
+
+
+def is_crossed(shape: ConvShape, config: BranchConfig) -> bool:
+    """Whether channels are in the order of `sparse_product.slot_channel`."""
+    return isinstance(config, WindowConfig) and config.SPARSE and shape.c_in // shape.groups == 8
 
 
 def lattice(shape: ConvShape) -> tuple[int, ...]:
@@ -236,7 +248,7 @@ def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
     branches, at stride 1.
     """
     if isinstance(config, WindowConfig):
-        return shape.stride == 1 and not shape.is_split
+        return shape.stride == 1 and not shape.is_split and (is_sparse(shape) or not config.SPARSE)
     if task == "store":
         return True
     if task == "train":

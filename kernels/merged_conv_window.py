@@ -8,10 +8,19 @@ import triton
 import triton.language as tl
 
 from .config import WindowConfig
-from .geometry import ConvShape, blocking, can_run, is_full, known_stride, reach, tiles
+from .geometry import ConvShape, blocking, can_run, is_crossed, is_full, known_stride, reach, tiles
 from .launch import Launch
 from .merging import lattice_points
 from .prefetch import can_prefetch
+from .sparse_product import (
+    SPARSE_ENTRIES,
+    accumulators,
+    load_sparse_left,
+    row_entries,
+    row_word,
+    sparse_right,
+    sparsity,
+)
 from .tiling import locate_tile, widen
 from .window import (
     block_channels,
@@ -26,17 +35,20 @@ from .window import (
     unpacked,
     without_first,
 )
+from .window_geometry import partners, places
+from .window_products import sparse_outputs, window_outputs
 
 
 @triton.jit
 def merged_taps(
     w_ptr, first, scale_ptr, shift_ptr, attention_ptr, co, mask_co, C_OUT,
     M: tl.constexpr, TAPS: tl.constexpr, W_OFFSETS: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_CI: tl.constexpr,
-    HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    SPARSE: tl.constexpr, IS_CROSSED: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
     """A sample's weights of the blocks that begin at `first [BLOCKS]`, output channels `co`: `[BLOCKS, BLOCK_CO,
-    BLOCK_CI]` for each lattice point of TAPS in x's dtype; what they are relative to, 1 unless they meet a norm's
-    scale, and the outputs' shift, `[BLOCKS, BLOCK_CO, 1]`. `TAPS[point * M + m]` is branch m's tap there, or -1.
+    BLOCK_CI]` for each lattice point of TAPS in x's dtype, or the words of `load_sparse_left`; what they are relative
+    to, 1 unless they meet a norm's scale, and the outputs' shift, `[BLOCKS, BLOCK_CO, 1]`. `TAPS[point * M + m]` is
+    branch m's tap there, or -1.
     """
     BLOCKS: tl.constexpr = first.shape[0]
     dtype = w_ptr.dtype.element_ty
@@ -59,12 +71,27 @@ def merged_taps(
         relative = relative + (tl.reshape(gain, [BLOCKS, BLOCK_CO, 1]),)
     weights = ()
     for point in tl.static_range(len(TAPS) // M):
-        merged = tl.zeros([BLOCKS, BLOCK_CO, BLOCK_CI], tl.float32)
-        for m in tl.static_range(M):
-            if TAPS[point * M + m] >= 0:
-                taps = load_taps(w_ptr + W_OFFSETS[m] + TAPS[point * M + m] * (BLOCK_CO * BLOCK_CI), first)
-                merged += relative[m] * taps.to(tl.float32)
-        weights = weights + (merged.to(dtype),)
+        if SPARSE:
+            upper = tl.zeros([BLOCKS * 32, 2], tl.float32)
+            lower = tl.zeros([BLOCKS * 32, 2], tl.float32)
+            for m in tl.static_range(M):
+                if TAPS[point * M + m] >= 0:
+                    words = load_sparse_left(
+                        w_ptr + W_OFFSETS[m] + TAPS[point * M + m] * SPARSE_ENTRIES, first
+                    )
+                    rows = accumulators(
+                        tl.broadcast_to(relative[m], [BLOCKS, BLOCK_CO, 8]), IS_CROSSED
+                    )  # of its output channels, the gains
+                    upper += rows[0][:, None] * row_entries(words[0], dtype)
+                    lower += rows[2][:, None] * row_entries(words[1], dtype)
+            weights = weights + ((row_word(upper.to(dtype)), row_word(lower.to(dtype))),)
+        else:
+            merged = tl.zeros([BLOCKS, BLOCK_CO, BLOCK_CI], tl.float32)
+            for m in tl.static_range(M):
+                if TAPS[point * M + m] >= 0:
+                    tap_ptr = w_ptr + W_OFFSETS[m] + TAPS[point * M + m] * (BLOCK_CO * BLOCK_CI)
+                    merged += relative[m] * load_taps(tap_ptr, first).to(tl.float32)
+            weights = weights + (merged.to(dtype),)
     shape: tl.constexpr = (BLOCKS, BLOCK_CO, 1)
     return weights, tl.reshape(factor, shape), tl.reshape(shift, shape)
 
@@ -74,22 +101,24 @@ def merged_conv_window_fwd_kernel(
     x_ptr, w_ptr, scale_ptr, shift_ptr, attention_ptr, v_ptr,
     H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
     stride_xn, stride_xh, stride_xw, stride_vn, stride_vc, stride_vh, stride_vw,
-    M: tl.constexpr, TAPS: tl.constexpr, POINTS: tl.constexpr, REACH: tl.constexpr, W_OFFSETS: tl.constexpr,
+    M: tl.constexpr, TAPS: tl.constexpr, PLACES: tl.constexpr, PARTNERS: tl.constexpr, REACH: tl.constexpr,
+    W_OFFSETS: tl.constexpr,
     IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr, STRIDE_XW: tl.constexpr, STRIDE_VW: tl.constexpr,
     BLOCKS: tl.constexpr, CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
     BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, RUN_H: tl.constexpr, RUN_W: tl.constexpr,
-    PREFETCH: tl.constexpr,
+    PREFETCH: tl.constexpr, SPARSE: tl.constexpr, IS_CROSSED: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCKS channel blocks of one sample; tiles and channel blocks as in `window_tile`.
 
-    `POINTS[2 * i]` and `POINTS[2 * i + 1]` are the rows and pixels from an output to the input that the i-th of the
-    weights multiplies. STRIDE_XW and STRIDE_VW as in `window_tile`.
+    PLACES and PARTNERS, of the points of TAPS, are as in `window_products`; SPARSE, IS_CROSSED, STRIDE_XW and STRIDE_VW
+    as in `window_tile`.
     """
     BLOCK_P: tl.constexpr = BLOCK_H * BLOCK_W
     WIDTH: tl.constexpr = RUN_W + 2 * REACH
     ROWS: tl.constexpr = 2 * REACH + 1
+    AHEAD: tl.constexpr = 1 if SPARSE else 0
     dtype = x_ptr.dtype.element_ty
     stride_xn, stride_xh, stride_xw = widen(stride_xn, stride_xh, stride_xw, IS_LARGE)
     stride_vc, stride_vh, stride_vw = widen(stride_vc, stride_vh, stride_vw, IS_LARGE)
@@ -104,7 +133,7 @@ def merged_conv_window_fwd_kernel(
     block = program * BLOCKS + tl.arange(0, BLOCKS)
     co, mask_co = output_channels(program * BLOCKS, BLOCKS, CHANNELS_CO, BLOCK_CO)
     mask_co &= co < C_OUT
-    ci, mask_ci = block_channels(block, CHANNELS_CI, BLOCK_CI)
+    ci, mask_ci = block_channels(block, CHANNELS_CI, BLOCK_CI, IS_CROSSED)
     x_ptr += n * stride_xn
     x_ptrs = x_ptr + (by_lane(y0 * stride_xh + x0 * stride_xw) + ci)
     mask_x = by_lane(mask_p)
@@ -123,32 +152,38 @@ def merged_conv_window_fwd_kernel(
 
     weights, factor, shift = merged_taps(
         w_ptr, block * W_OFFSETS[M], scale_ptr, shift_ptr, attention_ptr + n * (M * C_OUT), co, mask_co,
-        C_OUT, M, TAPS, W_OFFSETS, BLOCK_CO, BLOCK_CI, HAS_SCALE, HAS_SHIFT,
+        C_OUT, M, TAPS, W_OFFSETS, BLOCK_CO, BLOCK_CI, SPARSE, IS_CROSSED, HAS_SCALE, HAS_SHIFT,
     )  # fmt: skip
     factor = tl.broadcast_to(factor, [BLOCKS, BLOCK_CO, BLOCK_P])
     shift = tl.broadcast_to(shift, [BLOCKS, BLOCK_CO, BLOCK_P])
+    start = tl.zeros_like(shift) if HAS_SCALE else shift
+    if SPARSE:
+        metadata = sparsity(BLOCKS)
+        start = accumulators(start, IS_CROSSED)
 
-    window = empty_window(2 * REACH * WIDTH, BLOCKS * BLOCK_P, BLOCK_CI)
-    for r in range(-2 * REACH, RUN_H):
+    window = empty_window((2 * REACH + AHEAD) * WIDTH, BLOCKS * BLOCK_P, BLOCK_CI)
+    for r in range(-2 * REACH - AHEAD, RUN_H):
         if PREFETCH:
-            prefetch_row(ahead, r, row_stride, H_IN, REACH, BLOCKS, 1, RUN_H)
+            prefetch_row(ahead, r + AHEAD, row_stride, H_IN, REACH, BLOCKS, 1, RUN_H)
+        loaded = r + AHEAD + REACH
+        mask_row = mask_x
+        if SPARSE:
+            mask_row = mask_x & (r + AHEAD < RUN_H)
         window = window + load_row(
-            x_ptrs, (r + REACH) * row_stride, stride_xw, by_lane(y0) + (r + REACH), by_lane(x0), mask_x, H_IN, W_IN,
+            x_ptrs, loaded * row_stride, stride_xw, by_lane(y0) + loaded, by_lane(x0), mask_row, H_IN, W_IN,
             REACH, RUN_W, IS_EVEN_W,
         )  # fmt: skip
         if r >= 0:
             operands = ()
             for i in tl.static_range(ROWS * WIDTH):
-                operands = operands + (unpacked(window[i], dtype, BLOCKS),)
-            outputs = ()
-            for _s in tl.static_range(RUN_W):
-                outputs = outputs + (tl.zeros_like(shift) if HAS_SCALE else shift,)
-            for i in tl.static_range(len(weights)):
-                added = ()
-                for s in tl.static_range(RUN_W):
-                    operand = operands[(REACH + POINTS[2 * i]) * WIDTH + REACH + POINTS[2 * i + 1] + s]
-                    added = added + (tl.dot(weights[i], operand, outputs[s]),)
-                outputs = added
+                operand = sparse_right(window[i]) if SPARSE else unpacked(window[i], dtype, BLOCKS)
+                operands = operands + (operand,)
+            if SPARSE:
+                outputs = sparse_outputs(
+                    operands, weights, start, metadata, dtype, IS_CROSSED, PLACES, PARTNERS, 0, RUN_W
+                )
+            else:
+                outputs = window_outputs(operands, weights, start, PLACES, 0, RUN_W)
             row = ()
             for s in tl.static_range(RUN_W):
                 acc = outputs[s]
@@ -179,8 +214,8 @@ def merged_conv_window_fwd(
     """
     if not can_run("select", branches, config) or x.element_size() != 2 or config.BLOCK_N > 1:
         raise ValueError(
-            f"config: a window of rows merges 16-bit branches of stride 1, a sample a program; got {x.dtype}, "
-            f"{branches} and {config}"
+            f"config: a window of rows merges 16-bit branches of stride 1, a sample a program, by sparse products in "
+            f"groups of 1, 2, 4 or 8; got {x.dtype}, {branches} and {config}"
         )
     n, _, h_in, w_in = x.shape
     _, _, h, w_out = v.shape
@@ -199,7 +234,8 @@ def merged_conv_window_fwd(
     constexprs = {
         "M": len(branches.kernels),
         "TAPS": tuple(tap for _, taps in points for tap in taps),
-        "POINTS": tuple(offset for point, _ in points for offset in point),
+        "PLACES": places([point for point, _ in points], branches, config.RUN_W),
+        "PARTNERS": partners([point for point, _ in points], branches),
         "REACH": reach(branches),
         "W_OFFSETS": layout.offsets,
         "IS_EVEN_H": h % config.RUN_H == 0,
@@ -207,6 +243,8 @@ def merged_conv_window_fwd(
         "STRIDE_XW": known_stride(x.stride(3), branches.c_in, extent),
         "STRIDE_VW": known_stride(v.stride(3), branches.c_out, extent),
         "PREFETCH": config.PREFETCH and can_prefetch(x),
+        "SPARSE": config.SPARSE,
+        "IS_CROSSED": is_crossed(branches, config),
         "BLOCKS": config.num_warps,
         "CHANNELS_CI": layout.channels_ci,
         "CHANNELS_CO": layout.channels_co,

@@ -16,7 +16,7 @@ from .config import (
     StreamConfig,
     WindowConfig,
 )
-from .geometry import Blocking, ConvShape, blocking, row_run
+from .geometry import Blocking, ConvShape, blocking, is_crossed, row_run
 from .lasting import lasting
 from .merging import row_parts
 
@@ -30,8 +30,7 @@ def pack_branch_weights(
     for output `(o, co)` and input `(j, ci)` is the weight of kernel column `j - o * step`, zero where that is outside
     the kernel or co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups). Blocks
     that go straight into registers are in the order of `operand_order` (`is_operand`) or, under a `WindowConfig`, of
-    `window_order`; those that `merged_conv_fwd`
-    scales, in 16 bits, in that of `merging_order`.
+    `window_order` or `sparse_order`; those that `merged_conv_fwd` scales, in 16 bits, in that of `merging_order`.
     """
     first = weights[0]
     return gathered(weights, *branch_weight_order(shape, config, dtype, first.dtype, first.device), dtype)
@@ -114,6 +113,21 @@ def window_order(size: int) -> torch.Tensor:
     source = torch.arange(256, device="cpu").reshape(2, 8, 4, 2, 2).permute(1, 2, 3, 0, 4)
     blocks = torch.arange(size // 256, device="cpu")[:, None] * 256
     return (blocks + source.reshape(1, -1)).reshape(-1)
+
+
+def sparse_order(size: int, is_crossed: bool) -> torch.Tensor:
+    """As `operand_order`, for blocks `[16, 16]` of `sparse_product.load_sparse_left`, which leaves out what is zero: of
+    each row, for each thread of a four, two of the four columns that it stands for. [size / 2]
+    """
+    row_half, row, thread, parity = axes((2, 8, 4, 2))
+    column = thread % 2 * 8 + row // 4 * 4 + thread // 2 * 2 + parity
+    rows, columns = (
+        slot // 8 * 4 + slot // 4 % 2 * 8 + slot % 4 if is_crossed else slot
+        for slot in (row_half * 8 + row, column)
+    )
+    source = (rows * 16 + columns).permute(1, 2, 0, 3).reshape(-1)
+    blocks = torch.arange(size // 256, device="cpu")[:, None] * 256
+    return (blocks + source).reshape(-1)
 
 
 def operand_elements(block_k: int) -> torch.Tensor:
@@ -226,7 +240,11 @@ def _gather_index(
     block_m, block_k = row_run(config) * config.BLOCK_CO, layout.spans[m] * config.BLOCK_CI
     order = None
     if isinstance(config, WindowConfig):
-        order = window_order(index.shape[1])
+        order = (
+            sparse_order(index.shape[1], is_crossed(shape, config))
+            if config.SPARSE
+            else window_order(index.shape[1])
+        )
     elif is_operand(config, block_m, block_k, dtype):
         order = operand_order(index.shape[1], block_m, block_k)
     elif isinstance(config, MergedConfig) and dtype.itemsize == 2:

@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .channel_blocks import LAST_FIRST
 from .prefetch import prefetch_l1, prefetch_l2
+from .sparse_product import slot_channel
 from .tiling import packed, pairs
 
 # Up to 3.7, Triton gives a thread four adjacent elements along K of an operand that was joined; from 3.8 on, two.
@@ -29,12 +30,12 @@ def by_lane(values):
 
 
 @triton.jit
-def block_channels(block, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr):
+def block_channels(block, CHANNELS: tl.constexpr, BLOCK_C: tl.constexpr, IS_CROSSED: tl.constexpr):
     """Channels of the blocks `block [BLOCKS]`, CHANNELS each, padded to BLOCK_C: (channel, whether it is one of the
-    block's), broadcastable with what is read."""
+    block's), broadcastable with what is read; IS_CROSSED is as in `sparse_product`."""
     first = block * CHANNELS
     first = first[:, None, None] if LAST_FIRST else first[None, :, None]
-    c = tl.arange(0, BLOCK_C)[None, None, :]
+    c = slot_channel(tl.arange(0, BLOCK_C), IS_CROSSED)[None, None, :]
     return first + c, c < CHANNELS
 
 

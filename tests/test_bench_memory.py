@@ -29,6 +29,29 @@ class Products(torch.nn.Module):
         return x @ self.first @ self.second
 
 
+def test_the_peak_is_what_lives_at_once():
+    x = torch.randn(1000)
+
+    def call():
+        y = x + 1
+        y = y * 2  # two of three alive
+        return y.sum()
+
+    assert memory.measure_memory(call, CPU, [x], sees_saved=False).peak_bytes == pytest.approx(8000, abs=64)
+
+
+def test_the_peak_is_that_of_the_calls_of_users():
+    """Weights that a layer has put into oneDNN's layout: a mode that counts would make it leave them alone."""
+    layer = SelectiveKernel(512, groups=32, split_input=False).eval()
+    x = torch.randn(2, 512, 4, 4).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        layer(x)
+        layer(x)
+        peak = memory.measure_memory(lambda: layer(x), CPU, [x], sees_saved=False).peak_bytes
+    weights = max(p.nbytes for p in layer.parameters())
+    assert x.nbytes < peak < weights, "a call has put weights into another layout"
+
+
 @pytest.mark.parametrize("is_compiled", [False, True], ids=["eager", "compiled"])
 def test_what_is_kept_is_counted_to_the_byte(is_compiled):
     module, x = Products(), torch.randn(5, 7, requires_grad=True)

@@ -42,7 +42,7 @@ def test_explain_names_times_bounds_configs_and_the_choice(command):
     assert all(name in out for name in (*sol.BOUNDS, "store", "select", "eager", "torch.compile", "floor"))
     assert "StreamConfig(" in out
     assert "choice: recompute: predicted" in out
-    assert "not measured: no results of H100 SXM are committed" in out
+    assert "not measured: no results of H100 SXM in fp16 are committed" in out
     _, wide, _ = command("--shape", "8,256,14,14", "--gpu", "h100", "--groups", "1")
     assert "choice: library: predicted" in wide
     assert "the library's 3x3 d2" in wide

@@ -89,9 +89,10 @@ def test_tf32_is_used_where_pytorch_allows_it(monkeypatch):
     assert 1e-6 < error < 3e-3
 
 
-@pytest.mark.parametrize("schedule", ["store", "gated", "library"])
+@pytest.mark.parametrize("schedule", ["store", "gated", "library", "recompute", "merged"])
 def test_cuda_graph_replays_the_result(schedule):
-    layer = SelectiveKernel(64, groups=16, split_input=False).cuda().half().eval()
+    paper = SelectiveKernel(64, groups=16, split_input=False)
+    layer = (SKConv(64, M=2, G=16, r=16) if schedule == "merged" else paper).cuda().half().eval()
     x = torch.randn(2, 64, 14, 14, device="cuda", dtype=torch.half).to(memory_format=torch.channels_last)
     with torch.no_grad(), use_backend("triton", schedule=schedule):
         expected = layer(x)

@@ -72,6 +72,24 @@ CASES = {
         ConvShape(36, 36, 12, (3, 3), (1, 2)), WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=5, num_warps=4), 1, 5, 7,
     ),
     "window, channel multiplier": (ConvShape(8, 16, 4, (1, 3), (1, 2)), WindowConfig(16, 16, 2, 4, 4, 2), 2, 9, 6),
+    "window, sparse": (GROUPED, WindowConfig(16, 16, 2, 4, RUN_H=2, RUN_W=2, SPARSE=True), 2, 5, 9),
+    "window, sparse, even": (GROUPED, WindowConfig(16, 16, 1, 8, RUN_H=3, RUN_W=5, SPARSE=True), 1, 6, 40),
+    "window, sparse, groups of 8": (
+        ConvShape(48, 48, 6, (3, 3), (1, 2)), WindowConfig(16, 16, 2, 4, RUN_H=4, RUN_W=5, SPARSE=True), 2, 9, 13,
+    ),
+    "window, sparse, groups of 2, 1x1, 5x5, dilation 3": (
+        ConvShape(24, 24, 12, (1, 5, 3), (1, 1, 3)), WindowConfig(16, 16, 2, 4, 3, 2, SPARSE=True), 1, 5, 7,
+    ),
+    "window, sparse, depthwise, dilations 2 and 4": (
+        ConvShape(20, 20, 20, (3, 5), (4, 2)), WindowConfig(16, 16, 2, 4, 3, 2, SPARSE=True), 1, 5, 7,
+    ),
+    "window, sparse, weights read for each row, two warps": (
+        ConvShape(32, 32, 8, (3, 3), (1, 2)),
+        WindowConfig(16, 16, 1, 2, 3, 3, BLOCK_N=4, HOLD_WEIGHTS=False, SPARSE=True, num_warps=2), 5, 4, 5,
+    ),
+    "window, sparse, groups of 8, four warps": (
+        ConvShape(64, 64, 8, (3, 3), (1, 2)), WindowConfig(16, 16, 2, 4, 4, 7, SPARSE=True, num_warps=4), 1, 6, 30,
+    ),
     "column": (ConvShape(32, 32, 2, (3, 3), (1, 2)), ColumnConfig(16, 16, BLOCK_H=2, BLOCK_W=8, RUN_H=4), 2, 13, 17),
     "column, whole height": (ConvShape(32, 32, 2, (3, 3), (1, 2)), ColumnConfig(16, 16, 1, 8, RUN_H=7), 2, 7, 5),
     "column, unrolled, few rows at a time": (

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -59,6 +60,19 @@ CASES = {
     "stride 2, dilation 2": (ConvShape(16, 16, 4, (3, 1), (2, 1), stride=2), PAIRS, 1, 9, 13),
     "window": (CLASSIC, WINDOW, 2, 9, 11),
     "window, two warps": (CLASSIC, WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=3, num_warps=2), 2, 7, 11),
+    "window, sparse": (CLASSIC, replace(WINDOW, SPARSE=True), 2, 7, 11),
+    "window, sparse, groups of 8": (
+        ConvShape(48, 48, 6, (3, 5), (1, 1)),
+        replace(WINDOW, SPARSE=True),
+        2,
+        7,
+        11,
+    ),
+    "window, sparse, groups of 2, dilation 2, two warps, even": (
+        ConvShape(32, 32, 16, (3, 3), (1, 2)),
+        WindowConfig(16, 16, 1, 8, RUN_H=4, RUN_W=5, SPARSE=True, num_warps=2),
+        *(1, 8, 40),
+    ),
     "window, even": (CLASSIC, WindowConfig(16, 16, 1, 8, RUN_H=4, RUN_W=3), 1, 8, 24),
     "window, dilations 1 and 2": (ConvShape(32, 32, 4, (3, 3), (1, 2)), WINDOW, 2, 7, 9),
     "window, 1x1 and dilation 3": (ConvShape(32, 32, 2, (1, 3), (1, 3)), WINDOW, 1, 5, 7),

@@ -12,11 +12,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from .instructions import DENSE_CLOCKS, SPARSE_CLOCKS
 from .loops import Instruction, natural_loops
 
-PRODUCT_CLOCKS = {"sm_90": 6}
-"""Clocks that a product of 16 x 8 x 16 keeps a scheduler's tensor core busy: an H100's was busy 60 % of the time with
-0.104 of them a clock; ptxas places those of one warp so far apart. Other chips' are not measured."""
+TARGETS = ("sm_90",)
+"""Chips of which it is known how long a product keeps a scheduler's tensor core busy."""
 REGISTERS, SCHEDULERS, MAX_WARPS = 65536, 4, 16
 """Of a processor; warps that a scheduler holds at most."""
 OTHER_LATENCY = 30
@@ -65,12 +65,21 @@ def resident_warps(registers: int) -> int:
 
 
 def product_clocks(loop: Sequence[Step], target: str) -> int:
-    """Clocks a trip of one warp's products."""
-    return sum(PRODUCT_CLOCKS[target] for step in loop if _is_product(step))
+    """Clocks a trip of one warp's products.
+
+    Raises:
+        ValueError: a target of which that is not known.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    return sum(map(_product_clocks, loop))
 
 
-def _is_product(step: Step) -> bool:
-    return step.opcode.startswith("HMMA")
+def _product_clocks(step: Step) -> int:
+    """Clocks that a product keeps the tensor core busy, 0 for other instructions."""
+    if found := re.match(r"HMMA\.SP\.(\d+)", step.opcode):
+        return SPARSE_CLOCKS[found[1]]
+    return DENSE_CLOCKS if step.opcode.startswith("HMMA") else 0
 
 
 def clocks_per_trip(loop: Sequence[Step], target: str, warps: int, latency: int) -> float:
@@ -81,8 +90,8 @@ def clocks_per_trip(loop: Sequence[Step], target: str, warps: int, latency: int)
     Raises:
         ValueError: a target whose products were not measured, or an empty loop.
     """
-    if target not in PRODUCT_CLOCKS:
-        raise ValueError(f"target must be one of {', '.join(PRODUCT_CLOCKS)}, got {target!r}")
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
     if not loop:
         raise ValueError("loop must have instructions")
     place, ready, last = [0] * warps, [0] * warps, [-1] * warps
@@ -94,7 +103,7 @@ def clocks_per_trip(loop: Sequence[Step], target: str, warps: int, latency: int)
         for warp in range(warps):
             step = loop[place[warp] % len(loop)]
             at = max([ready[warp], *(barriers[warp][b] for b in range(6) if step.waits >> b & 1)])
-            if _is_product(step):
+            if _product_clocks(step):
                 at = max(at, tensor_free)
             soonest.append(at)
             if at <= clock:
@@ -105,8 +114,8 @@ def clocks_per_trip(loop: Sequence[Step], target: str, warps: int, latency: int)
         warp = min(able, key=lambda candidate: last[candidate])
         step = loop[place[warp] % len(loop)]
         last[warp], ready[warp] = clock, clock + max(1, step.stall)
-        if _is_product(step):
-            tensor_free = clock + PRODUCT_CLOCKS[target]
+        if product := _product_clocks(step):
+            tensor_free = clock + product
         is_load = step.opcode.startswith(("LDG", "LD.", "LDL"))
         for barrier, delay in (
             (step.written, latency if is_load else OTHER_LATENCY),

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.profiler import ProfilerActivity, profile
 
 from .. import results
 
@@ -20,8 +19,8 @@ def measure_memory(
 ) -> results.Memory:
     """Memory of one warmed-up `call` beyond `keep`, its input and parameters; of earlier calls nothing may be left.
 
-    On a GPU the allocator's own peak, workspaces of libraries included; on the CPU the storages of all tensors that
-    operators return. Without `sees_saved` it is not asked what autograd keeps.
+    The peak is the allocator's own, what libraries take of it for themselves included. Without `sees_saved` it is not
+    asked what autograd keeps.
     """
     saved = _Saved(keep) if sees_saved else contextlib.nullcontext(None)
     if device.type == "cuda":
@@ -33,10 +32,8 @@ def measure_memory(
         torch.cuda.synchronize(device)
         peak = torch.cuda.max_memory_allocated(device) - before
     else:
-        tracker = _Tracker(keep)
-        with tracker, saved:
-            call()
-        peak = tracker.peak
+        with saved:
+            peak = _allocated_peak(call)
     return results.Memory(peak, saved.bytes or None if isinstance(saved, _Saved) else None)
 
 
@@ -62,35 +59,23 @@ def kept_for_backward(v: Tensor, keep: list[Tensor]) -> int:
     return total
 
 
-class _Tracker(TorchDispatchMode):
-    """Adds up the storages that operators make while they live."""
+def _allocated_peak(call: Callable[[], object]) -> int:
+    """The most bytes that PyTorch's CPU allocator has given out at a time during `call`, beyond those before.
 
-    def __init__(self, keep: list[Tensor]) -> None:
-        super().__init__()
-        self.known = {tensor.untyped_storage().data_ptr() for tensor in keep}
-        self.alive = 0
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor)
-        return result
-
-    def _add(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        address, size = storage.data_ptr(), storage.nbytes()
-        if address in self.known or not size:
-            return
-        self.known.add(address)
-        self.alive += size
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._remove, address, size)
-
-    def _remove(self, address: int, size: int) -> None:
-        self.known.discard(address)
-        self.alive -= size
+    By its profiler: a dispatch mode would not see what operators allocate inside, and layers go other ways under one.
+    """
+    # Else it writes to stderr that it starts and stops, and that there is no GPU.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = call()
+    del result  # alive until all of the call's own are counted
+    kineto: Any = profiled.profiler
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak
 
 
 class _Saved(torch.autograd.graph.saved_tensors_hooks):

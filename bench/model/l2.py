@@ -85,8 +85,8 @@ def tile_bytes(launch: Launch) -> float | None:
         return _gated_select_tile_bytes(launch)
     if launch.kernel.fn.__name__ == "border_sums_fwd_kernel":
         return _border_tile_bytes(launch)
-    if launch.kernel.fn.__name__ == "merged_conv_window_fwd_kernel":
-        return _merged_tile_bytes(launch)
+    if "REACH" in launch.constexprs:
+        return _window_tile_bytes(launch)
     if "KERNELS" not in launch.constexprs or "CHANNEL_PROGRAMS" not in launch.kernel.arg_names:
         return None
     if has_phases(launch):
@@ -125,7 +125,7 @@ def _border_tile_bytes(launch: Launch) -> float:
     )
 
 
-def _merged_tile_bytes(launch: Launch) -> float:
+def _window_tile_bytes(launch: Launch) -> float:
     """Every program reads its channels of a tile, as far as the taps of any branch reach, and all its weights."""
     options = launch.constexprs
     named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))

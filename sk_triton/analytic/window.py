@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from math import prod
@@ -13,6 +14,7 @@ from ..environment import triton_version
 from ..kernels.config import BranchConfig, WindowConfig
 from ..kernels.geometry import ConvShape, blocking, cdiv, is_full, reach, tiles
 from ..kernels.merging import lattice_points
+from ..kernels.window_geometry import Point, branch_points, partners
 
 # Channels of a block: widest group, and what one product of 16-bit operands takes.
 BLOCK = 16
@@ -21,8 +23,8 @@ LANES = 8
 REGISTERS, OTHER_REGISTERS = 255, 40
 # Sums of one branch in training: four tensors of a lane's four outputs.
 MOMENT_REGISTERS = 16
-# What addresses of stored branches take beside the weights of more than one.
-STORE_REGISTERS = 16
+# What addresses of stored branches take beside the weights of more than one, by whether products are sparse.
+STORE_REGISTERS = {False: 16, True: 24}
 # Longest run whose selection from several branches does not spill in bf16, by whether weights are held; in fp16 none
 # does.
 MAX_BF16_SELECTED = {True: 6, False: 4}
@@ -46,6 +48,8 @@ WARPS = {"pool": 2, "select": 2, "train": 4, "store": 4}
 SEVERAL_WARPS_CHIPS = ("sm_90",)
 # Runs below which several warps pool and select no faster than one.
 LONG_RUN = 7
+# What a sparse product of two taps takes, of one of one tap, sparse or dense: as sm_90's compiler places them.
+PAIR_CLOCKS = 8 / 6
 # Triton from which on prefetch spills beside bf16 moments of more than two samples.
 SPILLING_MOMENTS = (3, 9)
 
@@ -58,19 +62,24 @@ def takes_window(shape: ConvShape, chip: Chip) -> bool:
 
 
 def window_candidates(
-    shape: ConvShape, h: int, dtype: torch.dtype, task: str, chip: Chip
+    shape: ConvShape, h: int, dtype: torch.dtype, task: str, chip: Chip, *, sparse: bool = False
 ) -> list[WindowConfig]:
-    """Configs that do `task` on outputs of `h` rows, as far as registers last."""
+    """Configs that do `task` on outputs of `h` rows, as far as registers last.
+
+    `sparse`: by sparse products. Those have never run on a GPU, so they are for tuning alone, which measures them.
+    """
     is_measured = task in ("train", "measure")
     # Sums of a branch take the registers of the other's weights.
-    holds = (False,) if is_measured or len(shape.kernels) > 2 else (True, False)
+    holds = (False,) if (is_measured and not sparse) or len(shape.kernels) > 2 else (True, False)
     found = []
     is_kept = task == "select" and dtype == torch.bfloat16 and len(shape.kernels) > 1
     for run_w in (7, 6, 5, 4, 3, 2):
-        hold = next((hold for hold in holds if _registers(shape, run_w, hold, task) <= REGISTERS), None)
-        if hold is None or (is_kept and run_w > MAX_BF16_SELECTED[hold]):
+        hold = next(
+            (hold for hold in holds if _registers(shape, run_w, hold, task, sparse) <= REGISTERS), None
+        )
+        if hold is None or (is_kept and not sparse and run_w > MAX_BF16_SELECTED[hold]):
             continue
-        if task == "store" and not hold and (chip.name, run_w) == SPILLING_STORE:
+        if task == "store" and not hold and not sparse and (chip.name, run_w) == SPILLING_STORE:
             continue
         found += [
             WindowConfig(
@@ -84,6 +93,7 @@ def window_candidates(
                 HOLD_WEIGHTS=hold,
                 # Beside moments one warp alone gained nothing by it at 128@56² on an H100, 3 and 4 % in smaller images.
                 PREFETCH=chip.name in PREFETCHING and not is_measured,
+                SPARSE=sparse,
             )
             for run_h, block_n, block_w in product(_heights(h), (1, 2, 4, 8), (1, 2, 4, 8))
             if block_n * block_w <= LANES
@@ -124,24 +134,35 @@ def _heights(h: int) -> list[int]:
     return sorted({height for height in (28, 16, 14, 8, 7, 4, 2, 1) if height < h} | {min(h, MAX_ROWS)})
 
 
-def _registers(shape: ConvShape, run_w: int, hold: bool, task: str) -> int:
-    """An estimate: two registers a pixel of the window, four a pixel of an output row, four a tap of the weights."""
+def _registers(shape: ConvShape, run_w: int, hold: bool, task: str, sparse: bool) -> int:
+    """An estimate: two registers a pixel of the window, four a pixel of an output row, four a tap of the weights; by
+    sparse products two a tap, and one more row."""
     far = reach(shape)
-    window = 2 * (2 * far + 1) * (run_w + 2 * far)
+    window = 2 * (2 * far + 1 + sparse) * (run_w + 2 * far)
     taps = [kernel * kernel for kernel in shape.kernels]
-    weights = 4 * (sum(taps) if hold else max(taps))
+    weights = (2 if sparse else 4) * (sum(taps) if hold else max(taps))
     sums = MOMENT_REGISTERS * len(taps) if task in ("train", "measure") else 0
-    stored = STORE_REGISTERS if task == "store" and hold and len(taps) > 1 else 0
+    stored = STORE_REGISTERS[sparse] if task == "store" and hold and len(taps) > 1 else 0
     return window + 4 * run_w + weights + sums + stored + OTHER_REGISTERS
 
 
 def window_cost(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
     """Relative time: products and loads of a program's rows, in waves of 8 programs a processor."""
-    return _cost(config, shape, n, h, w, chip, sum(kernel * kernel for kernel in shape.kernels), 0)
+    products = sum(_products(points, shape, config) for points in branch_points(shape))
+    return _cost(config, shape, n, h, w, chip, products, 0)
+
+
+def _products(points: Sequence[Point], shape: ConvShape, config: WindowConfig) -> float:
+    """How many dense products take as long as those of an output pixel with the taps that meet `points`."""
+    if not config.SPARSE:
+        return len(points)
+    shared = partners(points, shape)
+    pairs = sum(partner == i for i, partner in enumerate(shared))
+    return pairs * PAIR_CLOCKS + shared.count(-1)
 
 
 def _cost(
-    config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip, products: int, start: int
+    config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip, products: float, start: int
 ) -> float:
     far = reach(shape)
     loads = 4 * (config.RUN_W + 2 * far)
@@ -158,14 +179,18 @@ def _tiles(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int) -> in
     return cdiv(n, config.BLOCK_N) * prod(tiles(shape, config, h, w))
 
 
-def merged_window_candidates(branches: ConvShape, h: int, chip: Chip) -> list[WindowConfig]:
-    """Configs of the merged convolution of `branches` on outputs of `h` rows, as far as registers last."""
+def merged_window_candidates(
+    branches: ConvShape, h: int, chip: Chip, *, sparse: bool = False
+) -> list[WindowConfig]:
+    """Configs of the merged convolution of `branches` on outputs of `h` rows, as far as registers last; `sparse` is as
+    in `window_candidates`."""
     points = len(lattice_points(branches))
     far = reach(branches)
     found = []
     for run_w in (7, 6, 5, 4, 3, 2):
-        window = 2 * (2 * far + 1) * (run_w + 2 * far)
-        if window + 4 * run_w + 4 * points + OTHER_REGISTERS > REGISTERS:
+        window = 2 * (2 * far + 1 + sparse) * (run_w + 2 * far)
+        weights = (2 if sparse else 4) * points
+        if window + 4 * run_w + weights + OTHER_REGISTERS > REGISTERS:
             continue
         found += [
             WindowConfig(
@@ -176,6 +201,7 @@ def merged_window_candidates(branches: ConvShape, h: int, chip: Chip) -> list[Wi
                 RUN_H=run_h,
                 RUN_W=run_w,
                 PREFETCH=chip.name in PREFETCHING and run_h >= MIN_PREFETCHED_ROWS,
+                SPARSE=sparse,
             )
             for run_h, block_w in product(_heights(h), (1, 2, 4, 8))
         ]
@@ -186,4 +212,5 @@ def merged_window_cost(
     config: WindowConfig, branches: ConvShape, n: int, h: int, w: int, chip: Chip
 ) -> float:
     """As `window_cost`, of the merged convolution; a program builds its weights first."""
-    return _cost(config, branches, n, h, w, chip, len(lattice_points(branches)), BUILD_COST)
+    points = [point for point, _ in lattice_points(branches)]
+    return _cost(config, branches, n, h, w, chip, _products(points, branches, config), BUILD_COST)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..analytic import branch, gate, gated, merged, pixelwise
-from ..analytic.window import merged_window_candidates, takes_window
+from ..analytic.window import merged_window_candidates, takes_window, window_candidates
 from ..chips import PREFETCHING, Chip
 from ..kernels.config import (
     BorderConfig,
@@ -33,7 +33,7 @@ from ..kernels.config import (
     TapConfig,
     WindowConfig,
 )
-from ..kernels.geometry import ConvShape, blocking, can_run, cdiv, next_power_of_2, tiles
+from ..kernels.geometry import ConvShape, blocking, can_run, cdiv, is_sparse, next_power_of_2, tiles
 from ..kernels.grad_geometry import can_run_grad
 from ..kernels.merging import strips
 
@@ -47,8 +47,11 @@ _TILE_FIELDS = ("BLOCK_N", "BLOCK_H", "BLOCK_W", "RUN_H", "DATA_RUN_H")
 def branch_configs(
     shape: ConvShape, h: int, dtype: torch.dtype, allow_tf32: bool, chip: Chip, *, task: str
 ) -> list[BranchConfig]:
-    """Of branch convolutions: the analytic candidates, their variants, and the tap formulation where it can run."""
+    """Of branch convolutions: the analytic candidates, sparse products, variants of both, and the tap formulation where
+    it can run."""
     tiled = branch.branch_candidates(shape, h, dtype, allow_tf32, chip, task)
+    if dtype.itemsize == 2 and takes_window(shape, chip) and is_sparse(shape):
+        tiled += window_candidates(shape, h, dtype, task, chip, sparse=True)
     taps = branch.tap_candidates(shape, dtype == torch.float32 and not allow_tf32, dtype)
     variants = [variant for config in tiled for variant in _variants(shape, config, chip)]
     return [config for config in dict.fromkeys((*tiled, *variants, *taps)) if can_run(task, shape, config)]
@@ -68,13 +71,17 @@ def _variants(shape: ConvShape, config: BranchConfig, chip: Chip) -> list[Branch
     return []
 
 
-def _window_variants(shape: ConvShape, config: WindowConfig, chip: Chip) -> Iterable[WindowConfig]:
+def _window_variants(
+    shape: ConvShape, config: WindowConfig, chip: Chip, *, is_merged: bool = False
+) -> Iterable[WindowConfig]:
     """With and without prefetch, with one warp and with one for each of as many channel blocks, side by side, as fill
-    whole programs."""
+    whole programs; sparse weights held and not."""
     blocks = blocking(shape, config).blocks
     prefetches = (True, False) if chip.name in PREFETCHING else (False,)
-    for num_warps, prefetch in product((1, 2, 4), prefetches):
-        variant = replace(config, num_warps=num_warps, PREFETCH=prefetch)
+    # A merged convolution holds its weights whatever the config says.
+    holds = (True, False) if config.SPARSE and not is_merged else (config.HOLD_WEIGHTS,)
+    for num_warps, prefetch, hold in product((1, 2, 4), prefetches, holds):
+        variant = replace(config, num_warps=num_warps, PREFETCH=prefetch, HOLD_WEIGHTS=hold)
         if variant != config and blocks % num_warps == 0:
             yield variant
 
@@ -182,8 +189,12 @@ def merged_configs(
     found: list[MergedConfig | WindowConfig] = []
     if dtype.itemsize == 2 and takes_window(branches, chip):
         windows = merged_window_candidates(branches, h, chip)
+        if is_sparse(branches):
+            windows += merged_window_candidates(branches, h, chip, sparse=True)
         found += [
-            variant for config in windows for variant in (config, *_window_variants(branches, config, chip))
+            variant
+            for config in windows
+            for variant in (config, *_window_variants(branches, config, chip, is_merged=True))
         ]
     for config in merged.merged_candidates(shape, h, dtype, chip):
         count = math.prod(tiles(shape, config, h, w))
