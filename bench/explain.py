@@ -103,7 +103,8 @@ def _measured_here(
 def _why_not_measured(gpu: Gpu, dtype: str, cases: int) -> str:
     if not cases:
         return f"not measured: no results of {gpu.name} in {dtype} are committed"
-    return f"not measured: this input is not among the {cases} cases of {gpu.name} in {dtype}; --validate compares those"
+    among = f"the {cases} cases of {gpu.name} in {dtype}"
+    return f"not measured: this input is not among {among}; --validate compares those"
 
 
 def rejected(problem: Problem, predictions: list[Prediction], chip: Chip) -> dict[str, str]:
