@@ -105,7 +105,10 @@ def test_only_what_was_asked_for_is_predicted_and_compared(command, measured, pr
 
 def test_an_input_that_was_not_measured_is_compared_with_nothing(command, measured, predicted):
     _, out, _ = command("--stage", "1", "--batch", "9", "--gpu", "h100")
-    assert "not measured: this input is not among the 2 cases of H100 SXM in fp16; --validate compares those" in out
+    assert (
+        "not measured: this input is not among the 2 cases of H100 SXM in fp16; --validate compares those"
+        in out
+    )
     assert {n for n, _ in predicted} == {9}
 
 
