@@ -21,6 +21,12 @@ _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout,
 PLAIN = (Tensor, nn.Parameter)
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """Whether a tensor stands for a batch of others: of ``torch.func.vmap``, or of ``is_grads_batched=True``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def tracing_reason(who: str, *, is_operator: bool = False) -> str:
     """A transformation of PyTorch's is active; asked before sizes are looked at. `is_operator`: compiling is none."""
     # Before compiling, which may be of a function that transforms another.

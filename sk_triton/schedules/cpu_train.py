@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..cpu import differentiable
 from ..cpu.gate import affine_gate, attend_bwd
 from ..folding import FoldedGate, attend, sum_dtype
 from ..layout import branch_inputs, memory_format, with_own_strides
@@ -38,10 +38,14 @@ class _LinearUnit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, spec: SKSpec, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        m, x = spec.num_branches, with_own_strides(x)
+        m = spec.num_branches
         us = []
         for x_m, weight, bias, branch in zip(
-            branch_inputs(x, spec), parameters[:m], parameters[m : 2 * m], spec.branches, strict=True
+            branch_inputs(with_own_strides(x), spec),
+            parameters[:m],
+            parameters[m : 2 * m],
+            spec.branches,
+            strict=True,
         ):
             assert weight is not None
             us.append(
@@ -60,14 +64,18 @@ class _LinearUnit(torch.autograd.Function):
             # a_1 = 1 - a_0: the gradient by a_0 takes their difference, and that by a_1 is 0.
             us = [us[0].sub_(us[1])]
         ctx.spec = spec
-        ctx.save_for_backward(x, s, attention, *parameters[2 * m :], *parameters[:m], *us)
+        ctx.save_for_backward(x, s, attention, *parameters, *us)
         return v.contiguous(memory_format=memory_format(x))
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
+        spec, needs = ctx.spec, ctx.needs_input_grad[1:]
         # Autograd may run under an autocast that the forward pass did not.
         with torch.autocast("cpu", enabled=False):
+            if differentiable.are_asked(dv):
+                x, _, _, *rest = ctx.saved_tensors
+                parameters = rest[: 2 * spec.num_branches + 4]
+                return None, *differentiable.unit_grads(x, parameters, dv, needs, spec)
             return _backward(ctx, dv)
 
 
@@ -76,7 +84,7 @@ def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
     m = spec.num_branches
     needs = ctx.needs_input_grad
     x, s, a, *rest = ctx.saved_tensors
-    gate, weights, us = FoldedGate(*rest[:4]), rest[4 : 4 + m], rest[4 + m :]
+    weights, gate, us = rest[:m], FoldedGate(*rest[2 * m : 2 * m + 4]), rest[2 * m + 4 :]
     sums = sum_dtype(dv.dtype)
     scratch = torch.empty_like(us[0])
     da = torch.zeros_like(a)  # and so it stays where a difference stands for two branches
@@ -89,7 +97,7 @@ def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
     dxs: list[Tensor] = []
     weight_grads, bias_grads = [], []
     for i, (x_i, weight, branch) in enumerate(
-        zip(branch_inputs(x, spec), weights, spec.branches, strict=True)
+        zip(branch_inputs(with_own_strides(x), spec), weights, spec.branches, strict=True)
     ):
         du = torch.addcmul(g, a[:, i, :, None, None].to(dv.dtype), dv, out=scratch)
         dx_i, weight_grad, _ = torch.ops.aten.convolution_backward(

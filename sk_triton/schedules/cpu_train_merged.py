@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..cpu import differentiable
 from ..cpu.gate import affine_gate, attend_bwd
 from ..cpu.merging import (
     MergedKernels,
@@ -64,10 +64,13 @@ class _MergedUnit(torch.autograd.Function):
         return convolve(x, a, kernels, spec, merged, plan.samples)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
         # Autograd may run under an autocast that the forward pass did not.
         with torch.autocast("cpu", enabled=False):
+            if differentiable.are_asked(dv):
+                x, _, _, _, *parameters = ctx.saved_tensors
+                needs = ctx.needs_input_grad[2:]
+                return None, None, *differentiable.unit_grads(x, parameters, dv, needs, ctx.spec)
             return _backward(ctx, dv)
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from ..reasons import PLAIN
+from ..reasons import PLAIN, is_batched
 from ..save import Save
 from ..spec import SKSpec
 from .norms import NormSettings
@@ -58,7 +58,16 @@ def run_backward(
     needs: list[bool],
 ) -> list[Tensor]:
     """The gradients that `needs` names, by the operator where somebody watches: it says that it has no gradient, where
-    one is asked for."""
+    one is asked for.
+
+    Raises:
+        RuntimeError: `dv` stands for a batch of gradients.
+    """
+    if is_batched(dv):
+        raise RuntimeError(
+            "the kernels take no batch of gradients (torch.func.vmap, is_grads_batched=True): call the unit under "
+            'use_backend("reference") for those'
+        )
     if torch.is_grad_enabled() or is_watched(dv):
         return unit_bwd(dv, x, params, running, saved, call.has, call.spec.encoded, *call.norms, needs)
     from .passes import backward_pass, in_format_of, kernel_inputs
