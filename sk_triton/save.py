@@ -17,7 +17,8 @@ def save_for_backward(save: Save) -> contextlib._GeneratorContextManager[None]:
     """Choose what units in training save, in a ``with`` block, or in a function when used as a decorator.
 
     It goes before a layer's own choice (its attribute ``save``) and holds for the forward pass: the backward pass may
-    run outside of the block.
+    run outside of the block. ``torch.utils.checkpoint`` runs a forward pass again then, so the block stands inside of
+    the function that is checkpointed, or the layer has the choice; the block stands around a compiled function.
 
     Args:
         save: "branches" saves the branches' convolutions, the input and small tensors; "input" the input and small

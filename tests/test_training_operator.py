@@ -146,6 +146,30 @@ def test_checkpoint(reentrant):
     assert_all_same(gradients(layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant), x), expected)
 
 
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("is_own", [False, True], ids=["a block inside", "the layer's own choice"])
+def test_checkpoint_of_a_layer_that_saves_its_input(reentrant, is_own):
+    layer, x = paper(), torch.randn(2, 8, 5, 4)
+
+    def saving(x):
+        with save_for_backward("input"):
+            return layer(x)
+
+    expected = gradients(layer, saving, x)
+    if is_own:
+        layer.save = "input"
+    run = layer if is_own else saving
+    assert_all_same(gradients(layer, lambda x: checkpoint(run, x, use_reentrant=reentrant), x), expected)
+
+
+def test_batches_of_gradients_are_refused():
+    layer, x = paper(), torch.randn(2, 8, 5, 4, requires_grad=True)
+    with use_backend("triton"):
+        v = layer(x)
+    with pytest.raises(RuntimeError, match="the kernels take no batch of gradients"):
+        torch.autograd.grad(v, x, torch.ones(3, *v.shape), is_grads_batched=True)
+
+
 def test_saving_the_input_updates_the_running_statistics_once():
     layer, x = paper(), torch.randn(2, 8, 5, 4)
     other = copy.deepcopy(layer)

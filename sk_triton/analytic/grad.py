@@ -16,6 +16,8 @@ from ..kernels.grad_geometry import can_run_grad, grad_blocks, grad_tiles
 STREAM_RESIDENT, WIDE_RESIDENT = 16, 8
 # Warps of a program, each with 8 channels: two of them share sectors.
 STREAM_WARPS = 2
+# Chip whose compiler spills more than two rows of groups of fewer than 8 channels, and more than one warp.
+SPILLING_STREAM_CHIP = "sm_120"
 SEVEN_ROWS_CHIPS = ("sm_90",)
 
 
@@ -24,8 +26,7 @@ def grad_config(
 ) -> GradConfig | None:
     """Config for the gradients of `shape` on `n` images of `h` x `w` pixels; None where `can_run_grad` refuses all."""
     candidates: tuple[GradConfig, ...] = (
-        GradStreamConfig(4, 1, STREAM_WARPS),
-        GradStreamConfig(4, 1),
+        *_stream_configs(shape, chip),
         GradWideConfig(_weight_rows(h, chip), 1, _data_rows(shape), PREFETCH=chip.name in PREFETCHING),
     )
     for config in candidates:
@@ -37,6 +38,13 @@ def grad_config(
             strips = max(1, per_processor * chip.processors // pieces)
             return replace(config, TILES_PER_PROGRAM=cdiv(n * tiles_h * tiles_w, strips))
     return None
+
+
+def _stream_configs(shape: ConvShape, chip: Chip) -> tuple[GradStreamConfig, ...]:
+    """Of narrow groups, the better first."""
+    if chip.name == SPILLING_STREAM_CHIP and shape.c_out // shape.groups < 8:
+        return (GradStreamConfig(2, 1),)
+    return GradStreamConfig(4, 1, STREAM_WARPS), GradStreamConfig(4, 1)
 
 
 def _weight_rows(h: int, chip: Chip) -> int:
