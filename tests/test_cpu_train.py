@@ -198,7 +198,7 @@ def test_a_second_backward_needs_and_honours_retain_graph():
 SECOND = pytest.mark.parametrize(
     ("make", "size"),
     [(lambda: SKConv(8, 2, 2, 2), 5), (lambda: SKConv(8, 3, 2, 2), 5), (lambda: SKConv(8, 2, 2, 2), 40)],
-    ids=["two branches", "three branches", "merged"],
+    ids=["two branches", "three branches", "large"],
 )
 
 

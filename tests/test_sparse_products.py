@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from sk_triton import SelectiveKernel, SKConv, use_backend
-from sk_triton.analytic.branch import branch_config
+from sk_triton.analytic.branch import branch_config, branch_cost
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import WindowConfig
 from sk_triton.kernels.geometry import ConvShape
@@ -218,6 +218,23 @@ def test_only_tuning_takes_them():
         ConvShape(512, 512, 32, (3, 3), (1, 2)), 14, torch.float16, True, CHIPS["sm_90"], task="pool"
     )
     assert not any(config.SPARSE for config in wide if isinstance(config, WindowConfig))
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("task", ["pool", "select", "train"])
+def test_a_short_search_tries_dense_and_sparse_products(task):
+    numbers = torch.float16, True, CHIPS["sm_90"]
+    shape = ConvShape(128, 128, 32, (3, 3), (1, 2))
+    analytic = branch_config(shape, 128, 56, 56, *numbers, task=task)
+    found = space.shortlist(
+        space.branch_configs(shape, 56, *numbers, task=task),
+        analytic,
+        lambda config: branch_cost(config, shape, 128, 56, 56, CHIPS["sm_90"], task),
+        6,
+    )
+    assert found[0] == analytic
+    assert sum(config.SPARSE for config in found) in (2, 3)
+    assert any(config.SPARSE and config.num_warps == analytic.num_warps for config in found)
 
 
 @pytest.fixture(scope="module")

@@ -63,9 +63,10 @@ def _allocated_peak(call: Callable[[], object]) -> int:
     """The most bytes that PyTorch's CPU allocator has given out at a time during `call`, beyond those before.
 
     By its profiler: a dispatch mode would not see what operators allocate inside, and layers go other ways under one.
+    Memory of before that the call frees, and what other Python threads take, are not seen.
     """
     # Else it writes to stderr that it starts and stops, and that there is no GPU.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         result = call()
     del result  # alive until all of the call's own are counted

@@ -118,6 +118,15 @@ def in_warps(
     return replace(config, num_warps=warps, PREFETCH=not is_spilling or config.BLOCK_N <= 2)
 
 
+def in_usual_warps(config: WindowConfig, shape: ConvShape, task: str, chip: Chip) -> WindowConfig:
+    """`config` with the warps a program that :func:`in_warps` takes for large batches."""
+    warps = WARPS.get(task, 1)
+    is_taken = chip.name in SEVERAL_WARPS_CHIPS and is_full(shape, config)
+    if not is_taken or blocking(shape, config).blocks % warps:
+        return config
+    return replace(config, num_warps=warps, PREFETCH=chip.name in PREFETCHING)
+
+
 def without_large_spills(configs: list[BranchConfig], task: str) -> list[BranchConfig]:
     """Those of `configs` that do not spill where offsets into a sample are 64-bit."""
     if task not in ("store", "train"):

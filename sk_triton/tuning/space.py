@@ -8,13 +8,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
-from itertools import product
+from itertools import product, zip_longest
 from typing import Any
 
 import torch
 
 from ..analytic import branch, gate, gated, merged, pixelwise
-from ..analytic.window import merged_window_candidates, takes_window, window_candidates
+from ..analytic.window import in_usual_warps, merged_window_candidates, takes_window, window_candidates
 from ..chips import PREFETCHING, Chip
 from ..kernels.config import (
     BorderConfig,
@@ -51,7 +51,8 @@ def branch_configs(
     it can run."""
     tiled = branch.branch_candidates(shape, h, dtype, allow_tf32, chip, task)
     if dtype.itemsize == 2 and takes_window(shape, chip) and is_sparse(shape):
-        tiled += window_candidates(shape, h, dtype, task, chip, sparse=True)
+        sparse = window_candidates(shape, h, dtype, task, chip, sparse=True)
+        tiled += [in_usual_warps(config, shape, task, chip) for config in sparse]
     taps = branch.tap_candidates(shape, dtype == torch.float32 and not allow_tf32, dtype)
     variants = [variant for config in tiled for variant in _variants(shape, config, chip)]
     return [config for config in dict.fromkeys((*tiled, *variants, *taps)) if can_run(task, shape, config)]
@@ -218,10 +219,18 @@ def shortlist(
         families: dict[Any, list[Any]] = {_family(analytic_choice): []}
         for config in sorted(others, key=cost):
             families.setdefault(_family(config), []).append(config)
-        ranked = [
-            config for _, _, config in sorted(_in_turn(list(families.values())), key=lambda item: item[:2])
-        ]
+        in_turn = _in_turn(_dense_and_sparse(families.values()))
+        ranked = [config for _, _, config in sorted(in_turn, key=lambda item: item[:2])]
     return [analytic_choice, *ranked][:limit]
+
+
+def _dense_and_sparse(families: Iterable[list[Any]]) -> list[list[Any]]:
+    """Families of configs, those of sparse products and the others by turns: a model of products alone would try no
+    others."""
+    by_kind: tuple[list[list[Any]], list[list[Any]]] = ([], [])
+    for family in families:
+        by_kind[any(getattr(config, "SPARSE", False) for config in family)].append(family)
+    return [family for pair in zip_longest(*by_kind) for family in pair if family is not None]
 
 
 def _in_turn(families: list[list[Any]]) -> Iterable[tuple[int, int, Any]]:
