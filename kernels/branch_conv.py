@@ -198,7 +198,7 @@ def _launch(
         if not can_run(task, shape, config) or x.element_size() != 2:
             raise ValueError(
                 f"config: a window of rows takes 16-bit inputs, stride 1 and branches of the same channels, by sparse "
-                f"products groups of 1, 2, 4 or 8; got {x.dtype}, {shape} and SPARSE={config.SPARSE}"
+                f"products 8 lanes of groups of 1, 2, 4 or 8; got {x.dtype}, {shape} and {config}"
             )
         points = branch_points(shape)
         constexprs = {

@@ -248,7 +248,9 @@ def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
     branches, at stride 1.
     """
     if isinstance(config, WindowConfig):
-        return shape.stride == 1 and not shape.is_split and (is_sparse(shape) or not config.SPARSE)
+        lanes = config.BLOCK_N * config.BLOCK_H * config.BLOCK_W
+        takes_sparse = is_sparse(shape) and lanes == 8 and config.BLOCK_CI == config.BLOCK_CO == 16
+        return shape.stride == 1 and not shape.is_split and (takes_sparse or not config.SPARSE)
     if task == "store":
         return True
     if task == "train":

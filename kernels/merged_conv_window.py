@@ -214,8 +214,8 @@ def merged_conv_window_fwd(
     """
     if not can_run("select", branches, config) or x.element_size() != 2 or config.BLOCK_N > 1:
         raise ValueError(
-            f"config: a window of rows merges 16-bit branches of stride 1, a sample a program, by sparse products in "
-            f"groups of 1, 2, 4 or 8; got {x.dtype}, {branches} and {config}"
+            f"config: a window of rows merges 16-bit branches of stride 1, a sample a program, by sparse products 8 "
+            f"lanes of groups of 1, 2, 4 or 8; got {x.dtype}, {branches} and {config}"
         )
     n, _, h_in, w_in = x.shape
     _, _, h, w_out = v.shape

@@ -194,6 +194,15 @@ def test_other_groups_are_refused(channels, is_refused):
         launch()
 
 
+def test_other_lanes_are_refused():
+    from sk_triton.kernels.branch_conv import branch_pool_fwd
+
+    config = WindowConfig(16, 16, BLOCK_H=2, BLOCK_W=2, RUN_H=2, RUN_W=2, SPARSE=True)
+    x, partial = images(1, 64, 4, 4), torch.empty(1, 1, 64)
+    with pytest.raises(ValueError, match=r"config.* 8 lanes"):
+        branch_pool_fwd(x, x, None, partial, shape=TWO, has_relu=True, allow_tf32=False, config=config)
+
+
 def test_no_weight_is_lost_or_moved_into_another_place():
     """Every weight of a group stands once among what a program holds."""
     for group in (1, 2, 4, 8):

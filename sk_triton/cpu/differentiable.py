@@ -20,6 +20,21 @@ def are_asked(dv: Tensor) -> bool:
     return torch.is_grad_enabled() or is_batched(dv)
 
 
+def convolutions(x: Tensor, parameters: Sequence[Tensor | None], spec: SKSpec) -> list[Tensor]:
+    """The branches of x; `parameters` begin with M weights and M biases."""
+    m = spec.num_branches
+    return [
+        F.conv2d(x_m, weight, bias, spec.stride, branch.padding, branch.dilation, branch.groups)  # type: ignore[arg-type]
+        for x_m, weight, bias, branch in zip(
+            branch_inputs(with_own_strides(x), spec),
+            parameters[:m],
+            parameters[m : 2 * m],
+            spec.branches,
+            strict=True,
+        )
+    ]
+
+
 def unit_grads(
     x: Tensor, parameters: Sequence[Tensor | None], dv: Tensor, needs: Sequence[bool], spec: SKSpec
 ) -> list[Any]:
@@ -40,16 +55,7 @@ def unit_grads(
 def _unit(tensors: Sequence[Tensor | None], spec: SKSpec) -> Tensor:
     m, (x, *parameters) = spec.num_branches, tensors
     assert x is not None
-    us = [
-        F.conv2d(x_m, weight, bias, spec.stride, branch.padding, branch.dilation, branch.groups)  # type: ignore[arg-type]
-        for x_m, weight, bias, branch in zip(
-            branch_inputs(with_own_strides(x), spec),
-            parameters[:m],
-            parameters[m : 2 * m],
-            spec.branches,
-            strict=True,
-        )
-    ]
+    us = convolutions(x, parameters, spec)
     s = sum(u.mean((2, 3), dtype=sum_dtype(x.dtype)) for u in us)
     attention = attend(s, FoldedGate(*parameters[2 * m :]), spec.gate_act == "relu")  # type: ignore[arg-type]
     a = attention.to(x.dtype)[..., None, None]

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..cpu import differentiable
@@ -39,18 +38,7 @@ class _LinearUnit(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, spec: SKSpec, x: Tensor, *parameters: Tensor | None) -> Tensor:
         m = spec.num_branches
-        us = []
-        for x_m, weight, bias, branch in zip(
-            branch_inputs(with_own_strides(x), spec),
-            parameters[:m],
-            parameters[m : 2 * m],
-            spec.branches,
-            strict=True,
-        ):
-            assert weight is not None
-            us.append(
-                F.conv2d(x_m, weight, bias, spec.stride, branch.padding, branch.dilation, branch.groups)
-            )
+        us = differentiable.convolutions(x, parameters, spec)
         sums = sum_dtype(x.dtype)
         s = us[0].mean((2, 3), dtype=sums)
         for u in us[1:]:
