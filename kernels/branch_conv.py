@@ -59,7 +59,7 @@ def branch_conv_fwd(
 ) -> Launch:
     """All branches of `shape` in one launch: `u[m] = act(conv_m(x) + shift[m])` and its pooled sums.
 
-    `x [N, C, H_in, W_in]`, channels adjacent in memory (stride 1), other strides free; `w` from `pack_branch_weights`;
+    `x [N, C, H_in, W_in]`, channels adjacent in memory (stride 1), other strides free; `w` from `branch_weight_launch`;
     `shift [M, C_out]` fp32; `u [M, N, H, W, C_out]`, channels adjacent; `partial [N, tiles, C_out]` fp32, receives the
     sums over branches and each tile's pixels (`tiles` as `geometry.tiles`). Results are rounded to the dtype of `u`.
     """

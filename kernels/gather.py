@@ -1,4 +1,4 @@
-"""Weights in the order in which kernels read them, by one launch: where they change from call to call."""
+"""Weights in the order in which kernels read them, by one launch."""
 
 from collections.abc import Sequence
 
@@ -75,8 +75,9 @@ def branch_weight_launch(
     dtype: torch.dtype,
     scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Launch]:
-    """What `pack_branch_weights` returns, and the launch that fills it; the weights as `in_memory` takes them. `scale
-    [M, C]` fp32 multiplies the outputs' channels."""
+    """`weights[m] [c_out, c_in / groups, k, k]`, as `in_memory` takes them, packed for the kernel of `config` in
+    `dtype` (`packing.branch_weight_order`), and the launch that does it. `scale [M, C]` fp32 multiplies the outputs'
+    channels; a weight is rounded once."""
     first = weights[0]
     index, end = branch_weight_order(shape, config, dtype, first.dtype, first.device, in_memory(weights))
     packed = first.new_empty(index.shape, dtype=dtype)

@@ -276,8 +276,8 @@ def merged_conv_fwd(
     """Write `v [N, C_out, H, W]`, the sum over m of `attention[:, m] * (scale[m] * conv_m(x) + shift[m])`.
 
     `x [N, C_in, H_in, W_in]`, channels adjacent in memory (stride 1), other strides free; strides of `v` are free. `w`
-    from `pack_branch_weights` for `merged_shape(branches)`, or under a `WindowConfig` for `branches`; `scale` and
-    `shift [M, C_out]`, `attention [N, M, C_out]` fp32, contiguous. The merged weights are rounded to x's dtype.
+    from `branch_weight_launch`; `scale` and `shift [M, C_out]`, `attention [N, M, C_out]` fp32, contiguous. The merged
+    weights are rounded to x's dtype.
     """
     if isinstance(config, WindowConfig):
         return merged_conv_window_fwd(x, w, scale, shift, attention, v, branches, config)

@@ -25,13 +25,23 @@ def merged_shape(shape: ConvShape) -> ConvShape:
     )
 
 
-def widen_kernel(weight: torch.Tensor, dilation: int, kernel: int, pitch: int) -> torch.Tensor:
-    """`weight [C_out, C_in, k, k]` of a branch of `dilation` on the lattice of `kernel` taps of `pitch` pixels."""
-    step = dilation // pitch if weight.shape[-1] > 1 else 1
-    reach = step * (weight.shape[-1] // 2)
+@lru_cache(maxsize=1024)
+def lattice_taps(branches: ConvShape) -> tuple[tuple[int, ...], ...]:
+    """Where the taps of each branch stand along an axis of the merged lattice."""
+    shape = merged_shape(branches)
+    center, pitch = shape.kernels[0] // 2, shape.dilations[0]
+    found = []
+    for k, dilation in zip(branches.kernels, branches.dilations, strict=True):
+        spacing = dilation // pitch if k > 1 else 1
+        found.append(tuple(center + spacing * (i - k // 2) for i in range(k)))
+    return tuple(found)
+
+
+def widen_kernel(weight: torch.Tensor, taps: Sequence[int], kernel: int) -> torch.Tensor:
+    """`weight [C_out, C_in, k, k]` on a lattice of `kernel` points along an axis, of which it has `taps`."""
     wide = weight.new_zeros((*weight.shape[:2], kernel, kernel))
-    taps = slice(kernel // 2 - reach, kernel // 2 + reach + 1, step)
-    wide[:, :, taps, taps] = weight
+    points = torch.tensor(taps, device=weight.device)
+    wide[:, :, points[:, None], points] = weight
     return wide
 
 
@@ -85,24 +95,9 @@ def column_sections(shape: ConvShape, size: int) -> list[int]:
     return of
 
 
-def section_weights(weights: Sequence[torch.Tensor], shape: ConvShape, h: int, w: int) -> torch.Tensor:
-    """What a pixel of each pair of sections of an `h` x `w` input adds to the pooled sums of all branches.
-
-    `weights[m] [C_out, C_in / groups, k, k]` are fp32, on the merged lattice (`widen_kernel`); the result is
-    `[sections_h, sections_w, C_out / groups, C_in]`: at ci, the weight to the j-th output of ci's group.
-    """
-    total = sum(weights[1:], weights[0]).double()
-    k = total.shape[-1]
-
-    def incidence(size: int) -> torch.Tensor:
-        rows = [[float(t in section.taps) for t in range(k)] for section in sections(shape, size)]
-        return torch.tensor(rows, dtype=torch.float64, device=total.device)
-
-    met = torch.einsum("ap,bq,oipq->aboi", incidence(h), incidence(w), total)
-    met = met.unflatten(2, (shape.groups, -1)).permute(
-        0, 1, 3, 2, 4
-    )  # [a, b, C_out / groups, groups, C_in / groups]
-    return met.flatten(3).float().contiguous()
+def met_taps(shape: ConvShape, size: int) -> list[int]:
+    """The taps of each section of `size` rows (or columns), bit t for tap t of the merged lattice."""
+    return [sum(1 << tap for tap in section.taps) for section in sections(shape, size)]
 
 
 def row_parts(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) -> tuple[int, ...]:
@@ -142,15 +137,10 @@ def branch_blocks(branches: ConvShape, config: MergedConfig, dtype: torch.dtype)
     of the weights that a branch does not have.
     """
     shape = merged_shape(branches)
-    kernel, pitch = shape.kernels[0], shape.dilations[0]
-    step, parts = blocking(shape, config).steps[0], row_parts(shape, config, dtype)
-    taps_of = []
-    for k, dilation in zip(branches.kernels, branches.dilations, strict=True):
-        spacing = dilation // pitch if k > 1 else 1
-        taps_of.append([kernel // 2 + spacing * (i - k // 2) for i in range(k)])
+    kernel, step, parts = shape.kernels[0], blocking(shape, config).steps[0], row_parts(shape, config, dtype)
     return tuple(
         row in taps and any(start <= tap + o * step < stop for tap in taps for o in range(config.RUN_W))
         for row in range(kernel)
         for start, stop in pairwise(parts)
-        for taps in taps_of
+        for taps in lattice_taps(branches)
     )

@@ -1,6 +1,7 @@
-"""What the training kernels read of the branches' norms and biases, from parameters of any dtype, each by itself."""
+"""What the kernels read of norms and biases, from parameters of any dtype, each by itself."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,6 +11,21 @@ from .geometry import cdiv
 from .launch import Launch
 
 BLOCK_C = 128
+
+
+class Affine(NamedTuple):
+    """A bias `[width]`, then a norm by running statistics, or either, or neither.
+
+    `mean` and `var` are None without a norm; `gamma` and `beta` where it is not affine.
+    """
+
+    width: int
+    bias: torch.Tensor | None
+    mean: torch.Tensor | None = None
+    var: torch.Tensor | None = None
+    gamma: torch.Tensor | None = None
+    beta: torch.Tensor | None = None
+    eps: float = 0.0
 
 
 @triton.jit
@@ -47,6 +63,40 @@ def norm_scale_shift_kernel(
     tl.store(shift_ptr + c, beta - scale * mean, mask=mask)
 
 
+@triton.jit
+def fold_norms_kernel(
+    bias_ptrs, mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, scale_ptr, shift_ptr,
+    STARTS: tl.constexpr, WIDTHS: tl.constexpr, EPSILONS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_C entries; map p has WIDTHS[p] from STARTS[p] on. In float64, rounded once."""
+    i = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    scale = tl.full([BLOCK_C], 1.0, tl.float64)
+    shift = tl.zeros([BLOCK_C], tl.float64)
+    end = 0
+    for p in tl.static_range(len(WIDTHS)):
+        c = i - STARTS[p]
+        mask = (c >= 0) & (c < WIDTHS[p])
+        own_shift = tl.zeros([BLOCK_C], tl.float64)
+        if HAS_BIAS[p]:
+            own_shift = tl.load(bias_ptrs[p] + c, mask=mask, other=0.0).to(tl.float64)
+        if HAS_NORM[p]:
+            var = tl.load(var_ptrs[p] + c, mask=mask, other=1.0).to(tl.float64)
+            own_scale = 1.0 / tl.sqrt(var + EPSILONS[p])
+            if HAS_GAMMA[p]:
+                own_scale *= tl.load(gamma_ptrs[p] + c, mask=mask, other=0.0).to(tl.float64)
+            own_shift -= tl.load(mean_ptrs[p] + c, mask=mask, other=0.0).to(tl.float64)
+            own_shift *= own_scale
+            if HAS_BETA[p]:
+                own_shift += tl.load(beta_ptrs[p] + c, mask=mask, other=0.0).to(tl.float64)
+            scale = tl.where(mask, own_scale, scale)
+        shift = tl.where(mask, own_shift, shift)
+        end = STARTS[p] + WIDTHS[p]
+    tl.store(scale_ptr + i, scale.to(tl.float32), mask=i < end)
+    tl.store(shift_ptr + i, shift.to(tl.float32), mask=i < end)
+
+
 def stack_vectors(
     vectors: Sequence[torch.Tensor | None], defaults: Sequence[float], stacked: torch.Tensor
 ) -> Launch:
@@ -78,3 +128,28 @@ def norm_scale_shift(
     arguments = (mean, rstd, affine, mean if biases is None else biases, scale, shift, count)
     constexprs = {"BLOCK_C": BLOCK_C, "HAS_BIAS": biases is not None}
     return Launch(norm_scale_shift_kernel, (cdiv(count, BLOCK_C),), arguments, constexprs, {"num_warps": 1})
+
+
+def fold_norms(
+    maps: Sequence[Affine], starts: Sequence[int], scale: torch.Tensor, shift: torch.Tensor
+) -> Launch:
+    """Write `scale` and `shift` fp32, with which `norm(y + bias) = scale * y + shift` of map p, from `starts[p]` on.
+
+    Where they hold entries of no map in between, these become 1 and 0.
+    """
+    vectors = [
+        tuple(scale if vector is None else vector for vector in of_all)
+        for of_all in zip(*(own[1:6] for own in maps), strict=True)
+    ]
+    constexprs = {
+        "STARTS": tuple(starts),
+        "WIDTHS": tuple(own.width for own in maps),
+        "EPSILONS": tuple(own.eps for own in maps),
+        "HAS_BIAS": tuple(own.bias is not None for own in maps),
+        "HAS_NORM": tuple(own.var is not None for own in maps),
+        "HAS_GAMMA": tuple(own.gamma is not None for own in maps),
+        "HAS_BETA": tuple(own.beta is not None for own in maps),
+        "BLOCK_C": BLOCK_C,
+    }
+    grid = (cdiv(starts[-1] + maps[-1].width, BLOCK_C),)
+    return Launch(fold_norms_kernel, grid, (*vectors, scale, shift), constexprs, {"num_warps": 1})

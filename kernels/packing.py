@@ -18,30 +18,7 @@ from .config import (
 )
 from .geometry import Blocking, ConvShape, blocking, is_crossed, row_run
 from .lasting import lasting
-from .merging import row_parts
-
-
-def pack_branch_weights(
-    weights: Sequence[torch.Tensor], shape: ConvShape, config: BranchConfig, dtype: torch.dtype
-) -> torch.Tensor:
-    """Pack `weights[m] [c_out, c_in / groups, k, k]` for `branch_conv_fwd` under `config`, rounded to `dtype`.
-
-    Depthwise: `[M][k * k][C]`. Otherwise `[blocks][M][k][taps_w][chunks][RUN_W * BLOCK_CO][span * BLOCK_CI]`: the entry
-    for output `(o, co)` and input `(j, ci)` is the weight of kernel column `j - o * step`, zero where that is outside
-    the kernel or co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups). Blocks
-    that go straight into registers are in the order of `operand_order` (`is_operand`) or, under a `WindowConfig`, of
-    `window_order` or `sparse_order`; those that `merged_conv_fwd` scales, in 16 bits, in that of `merging_order`.
-    """
-    first = weights[0]
-    return gathered(weights, *branch_weight_order(shape, config, dtype, first.dtype, first.device), dtype)
-
-
-def gathered(
-    weights: Sequence[torch.Tensor], index: torch.Tensor, end: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Entries of `weights`, flat one after another with `end` behind them, rounded to `dtype`. [entries of `index`]"""
-    source = torch.cat([*(weight.reshape(-1) for weight in weights), end])
-    return source.to(dtype).index_select(0, index)
+from .merging import lattice_taps, merged_shape, row_parts, widen_kernel
 
 
 def in_memory(weights: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...] | None:
@@ -181,18 +158,34 @@ def branch_weight_order(
     device: torch.device,
     strides: tuple[tuple[int, ...], ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where each entry that `pack_branch_weights` returns comes from, in the weights, one after another as `in_memory`,
-    and behind them the second tensor, a zero of dtype `source`."""
-    sizes = [shape.c_out * (shape.c_in // shape.groups) * kernel * kernel for kernel in shape.kernels]
+    """Where each entry comes from that `gather.branch_weight_launch` packs for `config`: in the weights `[c_out, c_in /
+    groups, k, k]`, one after another as `in_memory`, and behind them the second tensor, a zero of dtype `source`.
+
+    Depthwise: `[M][k * k][C]`. Otherwise `[blocks][M][k][taps_w][chunks][RUN_W * BLOCK_CO][span * BLOCK_CI]`: the entry
+    for output `(o, co)` and input `(j, ci)` is the weight of kernel column `j - o * step`, zero where that is outside
+    the kernel or co and ci are in different groups (block-Toeplitz over pixels, block-diagonal over groups). Blocks
+    that go straight into registers are in the order of `operand_order` (`is_operand`) or, under a `WindowConfig`, of
+    `window_order` or `sparse_order`. For a `MergedConfig` kernels stand on the branches' common lattice, in 16 bits in
+    the order of `merging_order`.
+    """
+    fan_in = shape.c_in // shape.groups
+    sizes = [shape.c_out * fan_in * kernel * kernel for kernel in shape.kernels]
+    packed = merged_shape(shape) if isinstance(config, MergedConfig) else shape
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:
         indices = []
-        for m in range(len(sizes)):
+        for m, kernel in enumerate(shape.kernels):
             if isinstance(config, DepthwiseConfig):
                 index = torch.arange(sizes[m], device="cpu").view(shape.c_out, -1).t()
                 is_empty = torch.zeros(1, dtype=torch.bool, device="cpu")
             else:
-                index, is_empty = _gather_index(shape, config, blocking(shape, config), m, dtype)
+                index, is_empty = _gather_index(packed, config, blocking(packed, config), m, dtype)
+            if packed is not shape:
+                # Entries count from 1, so that taps which the branch lacks are 0.
+                own = torch.arange(1, sizes[m] + 1, device="cpu").view(shape.c_out, fan_in, kernel, kernel)
+                wide = widen_kernel(own, lattice_taps(shape)[m], packed.kernels[m])
+                index = wide.reshape(-1)[index] - 1
+                is_empty = is_empty | (index < 0)
             indices.append(torch.where(is_empty, sum(sizes), index + sum(sizes[:m])))
         # Depthwise, one branch after another; else all branches of a block of channels.
         axis = 0 if isinstance(config, DepthwiseConfig) else 1
@@ -205,7 +198,7 @@ def branch_weight_order(
 def _gather_index(
     shape: ConvShape, config: BranchConfig, layout: Blocking, m: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where in `weight.reshape(-1)` each packed entry comes from, and which are zero. [blocks, entries]"""
+    """Where in the flat weight of branch m each packed entry comes from, and which are zero. [blocks, entries]"""
     assert not isinstance(config, DepthwiseConfig)
     k, taps_w, step = shape.kernels[m], layout.taps_w[m], layout.steps[m]
     sizes = (

@@ -16,7 +16,7 @@ from .chips import CHIPS, chip_of
 from .cpu import choice as cpu
 from .environment import triton_version
 from .layout import memory_format
-from .packing import PackCache
+from .pack_cache import PackCache
 from .params import Branch, Gate
 from .plan import Plan
 from .plans import eager_passes

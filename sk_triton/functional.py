@@ -10,7 +10,7 @@ from torch import Tensor
 from . import dispatch, reference
 from .backend import current_backend
 from .checks import check_input, check_params
-from .packing import PackCache
+from .pack_cache import PackCache
 from .params import Branch, Gate
 from .plan import Plan
 from .replay.calls import Recorder

@@ -2,7 +2,8 @@
 
 An operator sees tensors and knows no layer: packed weights are shared by all calls on the same parameters and
 statistics. They are made anew at every call where one of the former is no ``nn.Parameter``: compiled code computes in
-memory that it uses again without counting versions.
+memory that it uses again without counting versions. A CUDA graph packs them at every replay: nobody asks by then
+whether they have changed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .layout import empty_output
-from .packing import PackCache, pack, shared_cache
+from .pack_cache import PackCache, is_capturing, shared_cache
 from .params import Branch, FrozenNorm, Gate, norms_of
 from .preference import inference_plan
 from .replay.calls import kind_of
@@ -44,8 +45,7 @@ def run_unit(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) ->
     return unit_inference(x, tensors, [t is not None for t in flat], epsilons, spec.encoded)
 
 
-# A CUDA graph of the compiler's would keep the weights that it was captured with.
-@torch.library.custom_op("sk_triton::unit_inference", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("sk_triton::unit_inference", mutates_args=())
 def unit_inference(
     x: Tensor, tensors: Sequence[Tensor], has: Sequence[bool], epsilons: Sequence[float], spec: str
 ) -> Tensor:
@@ -65,13 +65,14 @@ def unit_inference(
         RuntimeError: ``use_backend("triton", schedule=…)`` asks for one that cannot run the unit.
     """
     from . import launching
+    from .packing import pack
 
     unit = SKSpec.decode(spec)
     remaining = iter(tensors)
     branches, gate = _unit([next(remaining) if present else None for present in has], epsilons)
     with undisturbed(x):
         plan = inference_plan(x, unit)
-        cache = _cache_of(branches, gate, tensors)
+        cache = None if is_capturing(x) else _cache_of(branches, gate, tensors)
         packed = pack(plan, x.shape[2], x.shape[3], branches, gate, cache)
         kind = kind_of(x)
         start = packed.calls.get((kind, unit))

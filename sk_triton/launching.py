@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from .layout import empty_output, with_adjacent_channels
-from .packing import PackCache, Packed, pack
+from .pack_cache import PackCache
+from .packing import Packed, pack
 from .params import Branch, Gate
 from .plan import Plan
 from .replay.calls import InferenceCall, Recorder

@@ -1,216 +1,97 @@
-"""Parameters in the form a schedule reads, and the cache that never serves a stale copy of them."""
+"""Parameters in the form that a schedule of the kernels reads: norms folded, weights in the order of a launch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
-from .folding import fold_norm
 from .kernels.config import WindowConfig
-from .kernels.geometry import blocking
+from .kernels.gather import branch_weight_launch
+from .kernels.geometry import ConvShape, blocking
 from .kernels.lasting import lasting
-from .kernels.merging import column_sections, section_weights, strips, widen_kernel
-from .kernels.packing import pack_branch_weights
-from .params import Branch, Gate, norms_of, tensors_of
+from .kernels.merging import column_sections, met_taps, strips
+from .kernels.norm_params import Affine, fold_norms
+from .kernels.section_weights import section_weights
+from .pack_cache import PackCache, remember
+from .params import Branch, Gate
 from .plan import BranchLaunch, MergedLaunch, Plan
+from .steps import Step
 
-T = TypeVar("T")
+
+class PackedGate(NamedTuple):
+    """The gate's parameters, in the order in which kernels take them: ``z = act((W1 s) * scale + shift)``, then ``W2 z
+    + select_bias``.
+
+    Attributes:
+        reduce_weight: W1 ``[d, C]``.
+        scale, shift: ``[d]`` fp32.
+        select_weight: W2 ``[M, C, d]``.
+        select_bias: ``[M, C]`` fp32 or None.
+    """
+
+    reduce_weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    select_weight: Tensor
+    select_bias: Tensor | None
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A unit's parameters, packed for one plan.
+    """A unit's parameters, packed for one plan: without values until the steps of :func:`prepare_packed` have run.
 
     Attributes:
         weights: one flat tensor for each branch launch of the plan, norms folded in; for schedule "library" one for
             each branch, ``[C, C_branch_in / groups, k, k]`` in channels_last.
         shifts: ``[M, C]`` fp32 for each branch launch, or None where nothing is added; for "library" one for all.
-        reduce_weight, gate_scale, gate_shift: ``[d, C]``, ``[d]``, ``[d]``: ``z = act((W1 s) * scale + shift)``.
-        select_weight, select_bias: ``[M, C, d]``, and ``[M, C]`` fp32 or None.
+        gate: the gate's.
         calls: what starts the kernels of operators' calls on these parameters again, by kind of call.
     """
 
     weights: tuple[Tensor, ...]
     shifts: tuple[Tensor | None, ...]
-    reduce_weight: Tensor
-    gate_scale: Tensor
-    gate_shift: Tensor
-    select_weight: Tensor
-    select_bias: Tensor | None
+    gate: PackedGate
     calls: dict[Hashable, Callable[[Tensor], Tensor]] = field(
         init=False, default_factory=dict, compare=False, repr=False
     )
-
-    @property
-    def gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-        """The gate's parameters, in the order in which kernels take them."""
-        return self.reduce_weight, self.gate_scale, self.gate_shift, self.select_weight, self.select_bias
 
     def tensors(self) -> list[Tensor]:
         """All of them, without the absent ones."""
         return [t for t in (*self.weights, *self.shifts, *self.gate) if t is not None]
 
 
-Fingerprint = list[tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]]
-
-
-def fingerprint(tensors: Sequence[Tensor]) -> Fingerprint:
-    """Tells these tensors, as long as their memory is alive, from all others and from themselves after a change.
-
-    Only of tensors with a version counter, which inference tensors lack.
-    """
-    return [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors]
-
-
-class _Entry(NamedTuple):
-    fingerprint: Fingerprint
-    sources: tuple[Tensor, ...]
-    packed: Any
-    stream: torch.cuda.Stream | None
-
-
-class PackCache:
-    """What a layer's parameters were packed into, with the means to tell that they have changed since.
-
-    An entry is used only while every source tensor has the address, version counter, dtype, shape and strides it was
-    packed from; the entry keeps the sources' memory alive, so that an address cannot be reused. In-place updates,
-    ``load_state_dict``, ``.to()`` and assignments to ``.data`` are all seen. A write that PyTorch itself does not count
-    (``p.data.add_(1)``, a NumPy view, a replayed CUDA graph, another process) is not: switch the layer to ``train()``
-    and back after it.
-
-    A CUDA graph keeps the packed weights it was captured with, and those stay alive as long as the cache.
-
-    A deep copy or a pickle of a cache is empty.
-
-    Args:
-        keeps_sources: False where whoever owns the cache sees to it that addresses are not reused.
-    """
-
-    def __init__(self, keeps_sources: bool = True) -> None:
-        self._keeps_sources = keeps_sources
-        self._entries: dict[Hashable, _Entry] = {}
-        self._captured: list[Packed] = []
-
-    def clear(self) -> None:
-        """Forget everything but what a CUDA graph has captured."""
-        self._entries = {}
-
-    @property
-    def is_captured(self) -> bool:
-        """Whether a CUDA graph has captured packed weights."""
-        return bool(self._captured)
-
-    def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
-        """The entry under `key` if `sources` are unchanged, else a new one from `build`.
-
-        Raises:
-            RuntimeError: a CUDA graph is being captured and there is no entry to capture.
-        """
-        # Inference tensors have no version counter.
-        is_counted = not any(t.is_inference() for t in sources)
-        found: Fingerprint = []
-        if is_counted:
-            found = fingerprint(sources)
-            entry = self._entries.get(key)
-            if entry is not None and entry.fingerprint == found:
-                if sources[0].is_cuda:
-                    self._use_on_current_stream(entry)
-                return entry.packed
-        if _is_capturing(sources[0]):
-            raise RuntimeError(
-                "a CUDA graph is being captured and the layer's weights are not packed: "
-                "call the layer once on such an input before the capture"
-            )
-        if not is_counted:
-            return build()
-        packed = lasting(build, sources[0].device)
-        stream = None
-        if sources[0].is_cuda:
-            stream = torch.cuda.current_stream(sources[0].device)
-            stream.synchronize()  # once per update: later calls may come from any stream
-        fresh = {k: e for k, e in self._entries.items() if e.fingerprint == found}
-        kept = tuple(t.detach() for t in sources) if self._keeps_sources else ()
-        fresh[key] = _Entry(found, kept, packed, stream)
-        self._entries = fresh
-        return packed
-
-    def _use_on_current_stream(self, entry: _Entry) -> None:
-        """Keep the entry's memory from being reused while this stream, or a graph captured on it, still reads it."""
-        stream = torch.cuda.current_stream(entry.packed.gate_scale.device)
-        if _is_capturing(entry.packed.gate_scale):
-            if not any(packed is entry.packed for packed in self._captured):
-                self._captured.append(entry.packed)
-        elif stream != entry.stream:
-            for tensor in entry.packed.tensors():
-                tensor.record_stream(stream)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> PackCache:
-        return PackCache()
-
-    def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
-        return PackCache, ()
-
-
-_shared: dict[Hashable, tuple[list[StorageWeakRef], PackCache]] = {}
-
-
-def shared_cache(tensors: Sequence[Tensor]) -> PackCache:
-    """The cache of the unit with these parameters and buffers, for operators, which know no layer.
-
-    It lives until another unit comes after their memory has gone; what a CUDA graph has captured of it lives for good.
-    """
-    storages = [t.untyped_storage() for t in tensors]
-    key = tuple([(storage._cdata, t.storage_offset()) for storage, t in zip(storages, tensors, strict=True)])
-    entry = _shared.get(key)
-    if entry is None:
-        for other, (references, cache) in list(_shared.items()):
-            if not cache.is_captured and any(reference.expired() for reference in references):
-                _shared.pop(other, None)
-        # A weak reference keeps a storage's number, not its memory: no other storage gets that number.
-        entry = [StorageWeakRef(storage) for storage in storages], PackCache(keeps_sources=False)
-        _shared[key] = entry
-    return entry[1]
-
-
-def forget_shared() -> None:
-    """Clear all shared caches."""
-    for _, cache in list(_shared.values()):
-        cache.clear()
-
-
 def pack(
     plan: Plan, h: int, w: int, branches: Sequence[Branch], gate: Gate, cache: PackCache | None
 ) -> Packed:
     """Parameters packed for `plan` on inputs of `h` x `w` pixels, from `cache` where they are unchanged."""
+
+    def build() -> Packed:
+        packed, steps = prepare_packed(plan, h, w, branches, gate)
+        with torch.no_grad():
+            for step in steps:
+                step()
+        return packed
+
+    return remember(cache, _key(plan, h, w), branches, gate, build)
+
+
+def _key(plan: Plan, h: int, w: int) -> Hashable:
+    """What packed parameters depend on besides the parameters."""
     merged = plan.merged_launch
     if merged is not None:
         conv = merged.conv
         shape = merged.branches if isinstance(conv, WindowConfig) else merged.shape
         blocks = blocking(shape, conv).blocks
-        fields = (type(conv), conv.BLOCK_CI, conv.BLOCK_CO, conv.RUN_W, blocks, merged.border.ROWS)
-        key = (plan.dtype, merged.branches, fields, h, w)
-        return remember(cache, key, branches, gate, lambda: _pack_merged(plan, merged, h, w, branches, gate))
+        layout = (type(conv), conv.BLOCK_CI, conv.BLOCK_CO, conv.RUN_W, blocks, merged.border.ROWS)
+        return plan.dtype, merged.branches, layout, h, w
     if plan.schedule == "library":
-        whole = (plan.dtype, plan.schedule)
-        return remember(cache, whole, branches, gate, lambda: _pack_library(plan, branches, gate))
-    layouts = tuple([_layout(launch) for launch in plan.branch_launches])
-    return remember(cache, (plan.dtype, layouts), branches, gate, lambda: _pack(plan, branches, gate))
-
-
-def remember(
-    cache: PackCache | None, key: Hashable, branches: Sequence[Branch], gate: Gate, build: Callable[[], T]
-) -> T:
-    """What `build` makes of a unit's parameters, from `cache` where they are unchanged; without one, made anew."""
-    if cache is None:
-        return build()
-    epsilons = tuple([getattr(norm, "eps", None) for norm in norms_of(branches, gate)])
-    return cache.get((key, epsilons), tensors_of(branches, gate), build)
+        return plan.dtype, plan.schedule
+    return plan.dtype, tuple([_layout(launch) for launch in plan.branch_launches])
 
 
 # The fields of a config that decide where a weight is packed; batch and image size only change the others.
@@ -225,9 +106,100 @@ def _layout(launch: BranchLaunch) -> Hashable:
 
 
 @torch.no_grad()
-def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
+def prepare_packed(
+    plan: Plan, h: int, w: int, branches: Sequence[Branch], gate: Gate
+) -> tuple[Packed, list[Step]]:
+    """Parameters for `plan` on inputs of `h` x `w` pixels, and the steps that fill them: few, since compiled CUDA
+    graphs run them at every replay."""
+    folded, steps = _fold(branches, gate)
+    if plan.merged_launch is not None:
+        packed, own = _merged(plan, plan.merged_launch, h, w, branches, gate, folded)
+    elif plan.schedule == "library":
+        packed, own = _library(plan, branches, gate, folded)
+    else:
+        packed, own = _by_launches(plan, branches, gate, folded)
+    return packed, [*steps, *own]
+
+
+class _Folded(NamedTuple):
+    """Biases and norms as affine maps, fp32.
+
+    Attributes:
+        scale, shift: the branches' ``[M, C]``; None where they have no norms, and nothing to add.
+        gate_scale, gate_shift: ``[d]``, of the gate's first layer.
+        select_bias: ``[M, C]``, of its second, or None.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+    gate_scale: Tensor
+    gate_shift: Tensor
+    select_bias: Tensor | None
+
+
+def _fold(branches: Sequence[Branch], gate: Gate) -> tuple[_Folded, list[Step]]:
+    m, c, width = len(branches), branches[0].weight.shape[0], gate.reduce_weight.shape[0]
+    maps = [_affine(c, branch.bias, branch.norm) for branch in branches]
+    maps.append(_affine(width, gate.reduce_bias, gate.norm))
+    maps += [_affine(bias.shape[0], bias, None) for bias in gate.select_bias or ()]
+    # Each of the three begins at a multiple of 16 bytes, as the kernels' loads like it.
+    first_gate = -(-m * c // 4) * 4
+    first_select = first_gate - (-width // 4) * 4
+    starts = [*range(0, m * c, c), first_gate]
+    end = first_select
+    for own in maps[m + 1 :]:
+        starts.append(end)
+        end += own.width
+    scale, shift = branches[0].weight.new_empty((2, end), dtype=torch.float32).unbind(0)
+    has_norm = any(branch.norm is not None for branch in branches)
+    has_shift = has_norm or any(branch.bias is not None for branch in branches)
+    of_branches, of_gate = slice(0, m * c), slice(first_gate, first_gate + width)
+    folded = _Folded(
+        scale=scale[of_branches].view(m, c) if has_norm else None,
+        shift=shift[of_branches].view(m, c) if has_shift else None,
+        gate_scale=scale[of_gate],
+        gate_shift=shift[of_gate],
+        select_bias=None if gate.select_bias is None else shift[first_select:].view(m, c),
+    )
+    return folded, [fold_norms(maps, starts, scale, shift)]
+
+
+def _affine(width: int, bias: Tensor | None, norm: Any) -> Affine:
+    if norm is None:
+        return Affine(width, _contiguous(bias))
+    vectors = (bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    return Affine(width, *map(_contiguous, vectors), norm.eps)
+
+
+def _contiguous(vector: Tensor | None) -> Tensor | None:
+    return None if vector is None else vector.detach().contiguous()
+
+
+def _filling_memory(branch: Branch) -> Tensor:
+    """A branch's weight, copied where it is neither contiguous nor channels_last."""
+    weight = branch.weight.detach()
+    return weight if weight.is_contiguous(memory_format=torch.channels_last) else weight.contiguous()
+
+
+def _packed_gate(plan: Plan, gate: Gate, folded: _Folded) -> PackedGate:
+    select_weights = [weight.detach().flatten(1) for weight in gate.select_weight]
+    select_weight = select_weights[0] if len(select_weights) == 1 else torch.cat(select_weights)
+    width, c = gate.reduce_weight.shape[:2]
+    return PackedGate(
+        gate.reduce_weight.detach().flatten(1).to(plan.dtype).contiguous(),
+        folded.gate_scale,
+        folded.gate_shift,
+        select_weight.to(plan.dtype).contiguous().view(-1, c, width),
+        folded.select_bias,
+    )
+
+
+def _by_launches(
+    plan: Plan, branches: Sequence[Branch], gate: Gate, folded: _Folded
+) -> tuple[Packed, list[Step]]:
     weights: list[Tensor] = []
     shifts: list[Tensor | None] = []
+    steps: list[Step] = []
     by_layout: dict[Hashable, int] = {}
     for launch in plan.branch_launches:
         index = by_layout.setdefault(_layout(launch), len(weights))
@@ -235,42 +207,34 @@ def _pack(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
             weights.append(weights[index])
             shifts.append(shifts[index])
             continue
-        scaled, shift = _fold(branches[launch.start : launch.stop])
-        weights.append(pack_branch_weights(scaled, launch.shape, launch.config, plan.dtype))
-        shifts.append(shift)
-    width = gate.reduce_weight.shape[0]
-    gate_scale, gate_shift = fold_norm(gate.norm, gate.reduce_bias, width, gate.reduce_weight)
-    select_weight = torch.cat([w.flatten(1) for w in gate.select_weight])
-    select_bias = None
-    if gate.select_bias is not None:
-        select_bias = torch.cat([b.float() for b in gate.select_bias])
-    return Packed(
-        weights=tuple(weights),
-        shifts=tuple(shifts),
-        reduce_weight=gate.reduce_weight.flatten(1).to(plan.dtype).contiguous(),
-        gate_scale=gate_scale,
-        gate_shift=gate_shift,
-        select_weight=select_weight.to(plan.dtype).reshape(len(branches), -1, width),
-        select_bias=select_bias,
-    )
+        members = slice(launch.start, launch.stop)
+        packed, gather = branch_weight_launch(
+            [_filling_memory(branch) for branch in branches[members]],
+            launch.shape,
+            launch.config,
+            plan.dtype,
+            None if folded.scale is None else folded.scale[members],
+        )
+        weights.append(packed)
+        shifts.append(None if folded.shift is None else folded.shift[members])
+        steps.append(gather)
+    return Packed(tuple(weights), tuple(shifts), _packed_gate(plan, gate, folded)), steps
 
 
-def _fold(branches: Sequence[Branch]) -> tuple[list[Tensor], Tensor | None]:
-    """Weights in fp32 with the norms' scales in them, and the shifts ``[M, C]``, None where nothing is added."""
-    scaled, shifts, has_shift = [], [], False
-    for branch in branches:
-        scale, shift = fold_norm(branch.norm, branch.bias, branch.weight.shape[0], branch.weight)
-        scaled.append(branch.weight.float() * scale[:, None, None, None])
-        shifts.append(shift)
-        has_shift |= branch.norm is not None or branch.bias is not None
-    return scaled, torch.stack(shifts) if has_shift else None
-
-
-@torch.no_grad()
-def _pack_library(plan: Plan, branches: Sequence[Branch], gate: Gate) -> Packed:
-    scaled, shift = _fold(branches)
-    weights = [weight.to(plan.dtype, memory_format=torch.channels_last) for weight in scaled]
-    return replace(_pack(plan, branches, gate), weights=tuple(weights), shifts=(shift,))
+def _library(
+    plan: Plan, branches: Sequence[Branch], gate: Gate, folded: _Folded
+) -> tuple[Packed, list[Step]]:
+    weights: list[Tensor] = []
+    steps: list[Step] = []
+    for m, branch in enumerate(branches):
+        weight = branch.weight.detach()
+        packed = torch.empty_like(weight, dtype=plan.dtype, memory_format=torch.channels_last)
+        if folded.scale is None:
+            steps.append(partial(packed.copy_, weight))
+        else:
+            steps.append(partial(torch.mul, weight, folded.scale[m].view(-1, 1, 1, 1), out=packed))
+        weights.append(packed)
+    return Packed(tuple(weights), (folded.shift,), _packed_gate(plan, gate, folded)), steps
 
 
 @dataclass(frozen=True)
@@ -278,60 +242,73 @@ class MergedPacked(Packed):
     """A unit's parameters, packed for a plan of schedule "merged" on inputs of one size.
 
     Attributes:
-        weights, shifts: one tensor of all branches on their common lattice, norms left out, and their shifts.
+        weights, shifts: one tensor of all branches, norms left out, and their shifts.
         scale: ``[M, C]`` fp32, the norms' scales, or None without norms.
         section_weights, pooled_shift: what a pixel of x, and a pixel of the output, add to the pooled sums.
-        strips, columns: int32 tables of the rows and columns of x, see `border_sums_fwd`.
+        sections: of the image.
     """
 
     scale: Tensor | None
     section_weights: Tensor
     pooled_shift: Tensor | None
-    strips: Tensor
-    columns: Tensor
+    sections: SectionTables
 
     def tensors(self) -> list[Tensor]:
-        own = (self.scale, self.section_weights, self.pooled_shift, self.strips, self.columns)
+        own = (self.scale, self.section_weights, self.pooled_shift, *self.sections)
         return [*super().tensors(), *(t for t in own if t is not None)]
 
 
-@torch.no_grad()
-def _pack_merged(
-    plan: Plan, launch: MergedLaunch, h: int, w: int, branches: Sequence[Branch], gate: Gate
-) -> MergedPacked:
-    kernel, pitch = launch.shape.kernels[0], launch.shape.dilations[0]
-    wide, scaled, scales, shifts = [], [], [], []
-    for branch, dilation in zip(branches, launch.branches.dilations, strict=True):
-        scale, shift = fold_norm(branch.norm, branch.bias, branch.weight.shape[0], branch.weight)
-        weight = widen_kernel(branch.weight.to(plan.dtype).float(), dilation, kernel, pitch)
-        wide.append(weight)
-        scaled.append(weight * scale[:, None, None, None])
-        scales.append(scale)
-        shifts.append(shift)
-    has_norm = any(branch.norm is not None for branch in branches)
-    has_shift = has_norm or any(branch.bias is not None for branch in branches)
-    rest = _pack(plan, branches, gate)
-    device = branches[0].weight.device
-    if isinstance(launch.conv, WindowConfig):
-        own = [branch.weight.to(plan.dtype).float() for branch in branches]
-        packed = pack_branch_weights(own, launch.branches, launch.conv, plan.dtype)
-    else:
-        packed = pack_branch_weights(wide, launch.shape, launch.conv, plan.dtype)
-    return MergedPacked(
-        weights=(packed,),
-        shifts=(torch.stack(shifts) if has_shift else None,),
-        reduce_weight=rest.reduce_weight,
-        gate_scale=rest.gate_scale,
-        gate_shift=rest.gate_shift,
-        select_weight=rest.select_weight,
-        select_bias=rest.select_bias,
-        scale=torch.stack(scales) if has_norm else None,
-        section_weights=section_weights(scaled, launch.shape, h, w),
-        pooled_shift=torch.stack(shifts).sum(0) if has_shift else None,
-        strips=torch.tensor(strips(launch.shape, h, launch.border.ROWS), dtype=torch.int32, device=device),
-        columns=torch.tensor(column_sections(launch.shape, w), dtype=torch.int32, device=device),
+class SectionTables(NamedTuple):
+    """The sections of an image's rows and columns (:mod:`.kernels.merging`), int32.
+
+    Attributes:
+        strips, columns: which rows and columns are whose, see ``border_sums_fwd``.
+        met_h, met_w: which taps meet them, see ``section_weights``.
+    """
+
+    strips: Tensor
+    columns: Tensor
+    met_h: Tensor
+    met_w: Tensor
+
+
+@lru_cache(maxsize=256)
+def _section_tables(shape: ConvShape, h: int, w: int, rows: int, device: torch.device) -> SectionTables:
+    tables = strips(shape, h, rows), column_sections(shape, w), met_taps(shape, h), met_taps(shape, w)
+    return lasting(
+        lambda: SectionTables(*(torch.tensor(t, dtype=torch.int32, device=device) for t in tables)), device
     )
 
 
-def _is_capturing(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def _merged(
+    plan: Plan,
+    launch: MergedLaunch,
+    h: int,
+    w: int,
+    branches: Sequence[Branch],
+    gate: Gate,
+    folded: _Folded,
+) -> tuple[MergedPacked, list[Step]]:
+    shape, c = launch.branches, launch.branches.c_out
+    weights = [_filling_memory(branch).to(plan.dtype) for branch in branches]
+    packed, gather = branch_weight_launch(weights, shape, launch.conv, plan.dtype)
+    tables = _section_tables(launch.shape, h, w, launch.border.ROWS, packed.device)
+    size = (len(tables.met_h), len(tables.met_w), c // shape.groups, shape.c_in)
+    of_sections = packed.new_empty(size, dtype=torch.float32)
+    steps: list[Step] = [
+        gather,
+        section_weights(weights, folded.scale, tables.met_h, tables.met_w, of_sections, branches=shape),
+    ]
+    pooled_shift = None
+    if folded.shift is not None:
+        pooled_shift = torch.empty_like(folded.shift[0])
+        steps.append(partial(torch.sum, folded.shift, 0, out=pooled_shift))
+    return MergedPacked(
+        (packed,),
+        (folded.shift,),
+        _packed_gate(plan, gate, folded),
+        scale=folded.scale,
+        section_weights=of_sections,
+        pooled_shift=pooled_shift,
+        sections=tables,
+    ), steps

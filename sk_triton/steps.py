@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +14,11 @@ from .kernels.branch_conv import branch_conv_fwd
 from .kernels.gate import gate_fwd
 from .kernels.geometry import tiles
 from .kernels.launch import Launch
-from .packing import Packed
 from .plan import MAX_GATE_TILES, Plan
 from .spec import SKSpec
+
+if TYPE_CHECKING:
+    from .packing import Packed
 
 Step = Launch | Callable[[], object]
 """One thing to run, mostly a kernel launch."""

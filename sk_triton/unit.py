@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from . import functional
-from .packing import PackCache, forget_shared
+from .pack_cache import PackCache, forget_shared
 from .params import UnitModule
 from .replay.calls import Replays
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from sk_triton import SelectiveKernel, inference_op, launching, packing, use_backend
+from sk_triton import SelectiveKernel, inference_op, launching, pack_cache, packing, use_backend
 from sk_triton.functional import sk_conv
 from sk_triton.inference_op import unit_inference
 from sk_triton.kernels.lasting import lasting
@@ -43,8 +43,8 @@ def x():
 @pytest.fixture
 def packs(monkeypatch):
     """A list with an entry for each time that parameters are packed."""
-    found, pack = [], packing._pack
-    monkeypatch.setattr(packing, "_pack", lambda *args: found.append(None) or pack(*args))
+    found, prepare = [], packing.prepare_packed
+    monkeypatch.setattr(packing, "prepare_packed", lambda *args: found.append(None) or prepare(*args))
     return found
 
 
@@ -212,16 +212,16 @@ def test_packed_weights_go_after_their_parameters(x):
         with torch.no_grad(), use_backend("triton"):
             compiled(layer)(x)
 
-    packing._shared.clear()
+    pack_cache._shared.clear()
     layer = paper()
     ran(layer)
-    (kept,) = packing._shared
+    (kept,) = pack_cache._shared
     del layer
     torch._dynamo.reset()
     gc.collect()
     ran(paper())
-    assert kept not in packing._shared
-    assert len(packing._shared) == 1
+    assert kept not in pack_cache._shared
+    assert len(pack_cache._shared) == 1
 
 
 def test_a_training_layer_and_gradients_take_the_training_operator(x):

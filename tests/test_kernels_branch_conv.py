@@ -19,6 +19,7 @@ from sk_triton.kernels.config import (
 from sk_triton.kernels.geometry import ConvShape, tiles
 
 from .interpreter import exact_bfloat16
+from .packed import pack_branch_weights
 from .tolerances import assert_errs_like_eager
 
 pytestmark = pytest.mark.interpret
@@ -156,7 +157,6 @@ def make(shape, n, h, w, dtype):
 def run(x, weights, shift, shape, config, *, has_relu):
     """`u [M, N, C, H, W]` and pooled sums `[N, C]` from a launch into NaN-filled buffers with guards around them."""
     from sk_triton.kernels.branch_conv import branch_conv_fwd
-    from sk_triton.kernels.packing import pack_branch_weights
 
     n, m, c = x.shape[0], len(shape.kernels), shape.c_out
     h, w = shape.output_size(*x.shape[2:])
@@ -228,7 +228,6 @@ def test_matches_float64(name, dtype):
 @pytest.mark.parametrize("name", [name for name in CASES if name.startswith("held")])
 def test_held_weights_pool_what_is_stored(name):
     from sk_triton.kernels.branch_conv import branch_pool_fwd, branch_select_fwd
-    from sk_triton.kernels.packing import pack_branch_weights
 
     shape, config, *size = CASES[name]
     x, weights, shift = make(shape, *size, torch.float16)
@@ -255,7 +254,6 @@ def recompute(
 ):
     """Pooled sums `[N, C]` and `v [N, C, H, W]` in each format from the launches that do not write the branches."""
     from sk_triton.kernels.branch_conv import branch_pool_fwd, branch_select_fwd
-    from sk_triton.kernels.packing import pack_branch_weights
 
     n, c = x.shape[0], shape.c_out
     h, w = shape.output_size(*x.shape[2:])

@@ -14,15 +14,16 @@ from sk_triton.kernels.geometry import ConvShape, cdiv
 from sk_triton.kernels.merging import (
     branch_blocks,
     column_sections,
+    lattice_taps,
     merged_shape,
     row_parts,
-    section_weights,
     sections,
     strips,
     widen_kernel,
 )
 
 from .interpreter import exact_bfloat16
+from .packed import pack_branch_weights, sum_by_sections
 from .tolerances import assert_errs_like_eager
 
 pytestmark = pytest.mark.interpret
@@ -94,12 +95,6 @@ def make(shape, n, h, w, dtype):
     return x, weights, scale, shift, torch.randn(n, m, shape.c_out).softmax(1)
 
 
-def wide_weights(weights, shape):
-    merged = merged_shape(shape)
-    kernel, pitch = merged.kernels[0], merged.dilations[0]
-    return [widen_kernel(w, d, kernel, pitch) for w, d in zip(weights, shape.dilations, strict=True)]
-
-
 def launch_watched(launch, x):
     """Run a launch; an access outside of its tensors raises, where they are small enough to watch."""
     tensors = [t for t in launch.arguments if isinstance(t, torch.Tensor)]
@@ -117,14 +112,11 @@ def pool(x, weights, scale, shift, shape, config=BORDER):
 
     n, _, h, w = x.shape
     merged = merged_shape(shape)
-    scaled = [
-        v.float() * s[:, None, None, None] for v, s in zip(wide_weights(weights, shape), scale, strict=True)
-    ]
     table = torch.tensor(strips(merged, h, config.ROWS), dtype=torch.int32)
     tiles = cdiv(len(table), config.STRIPS_PER_PROGRAM) * cdiv(w, config.BLOCK_W)
     partial = torch.full((n + 2, tiles + 2, shape.c_out), math.nan)
     launch = border_sums_fwd(
-        x, section_weights(scaled, merged, h, w), shift.sum(0), table,
+        x, sum_by_sections(weights, scale, shape, h, w), shift.sum(0), table,
         torch.tensor(column_sections(merged, w), dtype=torch.int32), partial[1:-1, 1:-1],
         shape=merged, pixels=math.prod(shape.output_size(h, w)), config=config,
     )  # fmt: skip
@@ -136,19 +128,14 @@ def pool(x, weights, scale, shift, shape, config=BORDER):
 def convolve(x, weights, scale, shift, attention, shape, config, memory_format=torch.channels_last):
     """`v [N, C, H, W]` from a launch into NaN-filled memory with guards around it."""
     from sk_triton.kernels.merged_conv import merged_conv_fwd
-    from sk_triton.kernels.packing import pack_branch_weights
 
-    merged = merged_shape(shape)
     n, c = x.shape[0], shape.c_out
     h, w = shape.output_size(*x.shape[2:])
     guarded = torch.full((n + 2, c, h + 2, w + 2), math.nan, dtype=x.dtype).contiguous(
         memory_format=memory_format
     )
     v = guarded[1:-1, :, 1:-1, 1:-1]
-    if isinstance(config, WindowConfig):
-        packed = pack_branch_weights(weights, shape, config, x.dtype)
-    else:
-        packed = pack_branch_weights(wide_weights(weights, shape), merged, config, x.dtype)
+    packed = pack_branch_weights(weights, shape, config, x.dtype)
     launch = merged_conv_fwd(
         x, packed, scale, shift, attention, v, branches=shape, allow_tf32=True, config=config
     )
@@ -369,9 +356,11 @@ def test_sections_cover_what_the_taps_meet(kernels, dilations, size, stride):
 def test_branches_widen_to_their_common_lattice():
     assert merged_shape(ConvShape(8, 8, 2, (3, 3, 1), (2, 4, 1))) == ConvShape(8, 8, 2, (5, 5, 5), (2, 2, 2))
     assert merged_shape(ConvShape(8, 8, 2, (1, 1), (1, 3), stride=2)) == ConvShape(8, 8, 2, (1, 1), (1, 1), 2)
+    assert lattice_taps(ConvShape(8, 8, 2, (3, 3, 1), (2, 4, 1))) == ((1, 2, 3), (0, 2, 4), (2,))
     weight = torch.arange(1.0, 10).reshape(1, 1, 3, 3)
-    assert torch.equal(widen_kernel(weight, 4, 5, 2)[0, 0, ::2, ::2], weight[0, 0])
-    assert widen_kernel(weight, 2, 5, 2)[0, 0].count_nonzero() == 9
+    wide = widen_kernel(weight, (0, 2, 4), 5)
+    assert torch.equal(wide[0, 0, ::2, ::2], weight[0, 0])
+    assert wide.count_nonzero() == 9
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,8 @@ from sk_triton.kernels.config import (
     TapConfig,
 )
 from sk_triton.kernels.geometry import ConvShape, blocking
-from sk_triton.kernels.packing import pack_branch_weights
 
-from .packed import pack_grad_weights
+from .packed import pack_branch_weights, pack_grad_weights
 
 PACKED = pytest.mark.parametrize(
     ("shape", "config"),

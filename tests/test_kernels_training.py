@@ -12,6 +12,7 @@ from sk_triton.kernels.geometry import tiles
 from sk_triton.kernels.running import Running
 
 from .interpreter import exact_bfloat16
+from .packed import pack_branch_weights
 from .test_kernels_branch_conv import CASES, make
 from .tolerances import assert_same
 
@@ -257,7 +258,6 @@ def test_convolutions_take_the_moments_of_what_they_store(name):
     from sk_triton.kernels.batch_stats import combine_moments_fwd
     from sk_triton.kernels.branch_conv import branch_conv_fwd, branch_measure_fwd, branch_train_fwd
     from sk_triton.kernels.config import TapConfig
-    from sk_triton.kernels.packing import pack_branch_weights
 
     shape, config, n, h_in, w_in = CASES[name]
     dtype = torch.float16

@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, SKSpec, use_backend
 from sk_triton.functional import sk_conv
-from sk_triton.packing import PackCache
+from sk_triton.pack_cache import PackCache
 from sk_triton.params import Branch, Gate
 
 

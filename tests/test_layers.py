@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, use_backend
-from sk_triton.packing import PackCache
+from sk_triton.pack_cache import PackCache
 
 from .peers import ClassicSKConv, NormedClassicSKConv, WrappedClassicSKConv
 from .tolerances import assert_same

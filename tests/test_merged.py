@@ -19,7 +19,8 @@ from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.traffic import Meter
 from sk_triton.chips import CHIPS
 from sk_triton.layout import empty_output
-from sk_triton.packing import PackCache, pack
+from sk_triton.pack_cache import PackCache
+from sk_triton.packing import pack
 from sk_triton.spec import BranchSpec
 from sk_triton.workload import Workload
 
@@ -177,6 +178,7 @@ def test_runs_through_dispatch():
         )
 
 
+@pytest.mark.interpret
 def test_packed_weights_follow_parameters_and_size():
     branches, gate = random_unit(CLASSIC, torch.float32)
     cache = PackCache()

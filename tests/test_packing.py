@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-import sk_triton.packing
-from sk_triton import SelectiveKernel, SKConv, preference, use_backend
+from sk_triton import SelectiveKernel, SKConv, pack_cache, preference, use_backend
 from sk_triton.folding import fold_norm
 from sk_triton.kernels.config import StreamConfig
-from sk_triton.packing import PackCache
+from sk_triton.pack_cache import PackCache
 from sk_triton.tuning.lookup import Found, Source
 
 from .units import random_norm, randomize_norms
@@ -144,9 +143,8 @@ def test_unchanged_parameters_are_packed_once():
     cache, sources, built = PackCache(), [torch.ones(2), torch.zeros(3)], []
 
     def build():
-        packed = type("Packed", (), {"gate_scale": torch.ones(1)})()
-        built.append(packed)
-        return packed
+        built.append(object())
+        return built[-1]
 
     first = cache.get("plan", sources, build)
     assert cache.get("plan", sources, build) is first
@@ -169,8 +167,10 @@ def test_another_batch_or_image_size_packs_nothing_new(monkeypatch):
         chosen = StreamConfig(8, 8, BLOCK_H=16 // width, BLOCK_W=width, RUN_H=workload.n, RUN_W=2)
         return Found(chosen, Source(f"branch_{task}", "a test", "a key"))
 
-    pack = sk_triton.packing._pack
-    monkeypatch.setattr("sk_triton.packing._pack", lambda *args: packed.append(args) or pack(*args))
+    from sk_triton import packing
+
+    prepare = packing.prepare_packed
+    monkeypatch.setattr(packing, "prepare_packed", lambda *args: packed.append(args) or prepare(*args))
     monkeypatch.setattr("sk_triton.tuning.launches.branch_config", config)
     preference.fastest_plan.cache_clear()
     for size in ((1, 8, 5, 4), (2, 8, 5, 4), (1, 8, 5, 7)):
@@ -181,7 +181,7 @@ def test_another_batch_or_image_size_packs_nothing_new(monkeypatch):
 
 
 def test_an_address_is_not_reused_while_it_is_a_key():
-    packed = type("Packed", (), {"gate_scale": torch.ones(1)})()
+    packed = object()
     for _ in range(20):  # without the cache the allocator reuses it about every other time
         cache, source = PackCache(), torch.rand(1000)
         address = source.data_ptr()
@@ -192,13 +192,13 @@ def test_an_address_is_not_reused_while_it_is_a_key():
 
 
 def test_a_capture_takes_what_is_packed_and_packs_nothing(monkeypatch):
-    cache, source, packed = PackCache(), torch.ones(2), type("Packed", (), {"gate_scale": torch.ones(1)})()
-    monkeypatch.setattr("sk_triton.packing._is_capturing", lambda tensor: True)
+    cache, source, packed = PackCache(), torch.ones(2), object()
+    monkeypatch.setattr(pack_cache, "is_capturing", lambda tensor: True)
     with pytest.raises(RuntimeError, match="call the layer once on such an input before the capture"):
         cache.get("plan", [source], lambda: packed)
-    monkeypatch.setattr("sk_triton.packing._is_capturing", lambda tensor: False)
+    monkeypatch.setattr(pack_cache, "is_capturing", lambda tensor: False)
     cache.get("plan", [source], lambda: packed)
-    monkeypatch.setattr("sk_triton.packing._is_capturing", lambda tensor: True)
+    monkeypatch.setattr(pack_cache, "is_capturing", lambda tensor: True)
     assert cache.get("plan", [source], lambda: pytest.fail("packed during a capture")) is packed
 
 

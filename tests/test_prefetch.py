@@ -14,6 +14,7 @@ from sk_triton.chips import CHIPS, PREFETCHING
 from sk_triton.kernels.config import GradWideConfig, WindowConfig
 from sk_triton.kernels.geometry import ConvShape
 
+from .packed import pack_branch_weights
 from .test_kernels_branch_grad import make, terms_of
 
 TWO = ConvShape(128, 128, 32, (3, 3), (1, 2))
@@ -129,7 +130,6 @@ def test_a_window_of_rows_prefetches_all_that_it_loads(name):
     from sk_triton.kernels import window
     from sk_triton.kernels.branch_conv import branch_pool_fwd
     from sk_triton.kernels.geometry import tiles
-    from sk_triton.kernels.packing import pack_branch_weights
 
     shape, config, n, h, w = WINDOWS[name]
     x = images(n, h, w, shape.c_in)
@@ -156,7 +156,6 @@ def test_a_window_of_rows_prefetches_all_that_it_loads(name):
 def test_the_merged_convolution_prefetches_all_that_it_loads(num_warps):
     from sk_triton.kernels import window
     from sk_triton.kernels.merged_conv import merged_conv_fwd
-    from sk_triton.kernels.packing import pack_branch_weights
 
     shape = ConvShape(128, 128, 32, (3, 5), (1, 1))
     config = WindowConfig(16, 16, 2, 4, RUN_H=3, RUN_W=2, num_warps=num_warps)

@@ -19,10 +19,10 @@ from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import WindowConfig
 from sk_triton.kernels.geometry import ConvShape
 from sk_triton.kernels.merging import lattice_points
-from sk_triton.kernels.packing import pack_branch_weights
 from sk_triton.kernels.window_geometry import branch_points, partners, places
 from sk_triton.tuning import cache, launches, space
 
+from .packed import pack_branch_weights
 from .tolerances import assert_errs_like_eager, assert_typical_errors_like_eager
 from .units import randomize_norms
 from .versions import needs_configured_compiler, needs_narrow_products

@@ -19,7 +19,8 @@ from sk_triton.chips import chip_of
 from sk_triton.kernels.config import WindowConfig
 from sk_triton.kernels.geometry import ConvShape
 from sk_triton.launching import run_packed
-from sk_triton.packing import PackCache, pack
+from sk_triton.pack_cache import PackCache
+from sk_triton.packing import pack
 from sk_triton.workload import Workload
 
 from .versions import needs_narrow_products

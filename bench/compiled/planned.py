@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from sk_triton import plans
 from sk_triton.backend import Schedule
 from sk_triton.layout import empty_output
-from sk_triton.packing import pack
 from sk_triton.params import Branch, Gate
 from sk_triton.plan import Plan
 from sk_triton.spec import SKSpec
@@ -38,11 +37,15 @@ def planned_steps(schedule: Schedule, workload: Workload) -> tuple[Plan, list[St
 def prepared_steps(
     plan: Plan, x: Tensor, branches: list[Branch], gate: Gate, spec: SKSpec
 ) -> tuple[list[Step], Tensor]:
-    """The steps of a plan for `x`, whose channels are adjacent in memory, and its output."""
+    """The steps of a plan for `x`, whose channels are adjacent in memory, and its output. But on "meta", parameters are
+    packed by then."""
     from sk_triton.launching import prepare
+    from sk_triton.packing import pack, prepare_packed
 
     v = empty_output(x, spec)
-    return prepare(plan, x, v, pack(plan, x.shape[2], x.shape[3], branches, gate, None), spec), v
+    arguments = (plan, x.shape[2], x.shape[3], branches, gate)
+    packed = prepare_packed(*arguments)[0] if x.is_meta else pack(*arguments, None)
+    return prepare(plan, x, v, packed, spec), v
 
 
 def unit_parameters(spec: SKSpec, empty: Callable[..., Tensor]) -> tuple[list[Branch], Gate]:

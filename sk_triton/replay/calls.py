@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..backend import current_backend, current_schedule
 from ..layout import with_adjacent_channels
-from ..packing import Packed
 from ..params import UnitModule, tensors_of
 from ..precision import allows_tf32
 from ..reasons import tracing_reason
@@ -30,6 +29,7 @@ from .watch import Watch
 from .workspace import Stream, borrow, give_back, stream_of
 
 if TYPE_CHECKING:
+    from ..packing import Packed
     from ..steps import Step  # imports Triton
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..cpu.convolution import convolution
 from ..folding import FoldedGate, attend, fold_unit, sum_dtype
 from ..layout import branch_inputs, empty_output, memory_format
-from ..packing import PackCache, remember
+from ..pack_cache import PackCache, remember
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec

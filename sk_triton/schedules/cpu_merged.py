@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..cpu.merging import MergedKernels, convolve, merge, pooled, window_sums
 from ..folding import FoldedGate, attend, fold_unit, sum_dtype
-from ..packing import PackCache, remember
+from ..pack_cache import PackCache, remember
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import BranchSpec, SKSpec

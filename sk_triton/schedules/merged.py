@@ -24,7 +24,7 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: MergedPacked, spec: SKSpec
     h, w = spec.output_size(h_in, w_in)
     c, m = spec.out_channels, spec.num_branches
     border = plan.merged_launch.border
-    tiles = cdiv(len(packed.strips), border.STRIPS_PER_PROGRAM) * cdiv(w_in, border.BLOCK_W)
+    tiles = cdiv(len(packed.sections.strips), border.STRIPS_PER_PROGRAM) * cdiv(w_in, border.BLOCK_W)
     partial = x.new_empty((n, tiles, c), dtype=torch.float32)
     attention = x.new_empty((n, m, c), dtype=torch.float32)
     steps: list[Step] = [
@@ -32,8 +32,8 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: MergedPacked, spec: SKSpec
             x,
             packed.section_weights,
             packed.pooled_shift,
-            packed.strips,
-            packed.columns,
+            packed.sections.strips,
+            packed.sections.columns,
             partial,
             shape=plan.merged_launch.shape,
             pixels=h * w,
