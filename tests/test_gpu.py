@@ -207,15 +207,18 @@ def test_the_benchmark_takes_the_gpu_by_itself(tmp_path):
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compiled_without_breaks(mode):
-    """What one call keeps for the next must not lie in the memory of the compiler's CUDA graphs."""
+    """What one call keeps for the next must not lie in the memory of the compiler's CUDA graphs, and these pack weights
+    as they are at every replay."""
     layers = [SelectiveKernel(64, groups=16, split_input=False), SKConv(64, M=2, G=16, r=16)]
     network = torch.nn.Sequential(*layers).cuda().half().eval()
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     compiled = torch.compile(network, fullgraph=True, mode=mode)
     with torch.no_grad():
         for _ in range(4):
             x = torch.randn(4, 64, 14, 14, device="cuda", dtype=torch.half)
             found = compiled(x).clone()
             torch.testing.assert_close(found, network(x), rtol=0, atol=0)
-            for parameter in network.parameters():  # which a replayed graph would not notice
+            for parameter in network.parameters():
                 parameter.mul_(1.01)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0

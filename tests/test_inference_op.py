@@ -11,8 +11,10 @@ import torch
 from sk_triton import SelectiveKernel, inference_op, launching, pack_cache, packing, use_backend
 from sk_triton.functional import sk_conv
 from sk_triton.inference_op import unit_inference
+from sk_triton.kernels import packing as kernels_packing
 from sk_triton.kernels.lasting import lasting
 
+from .played_graph import PlayedGraph
 from .units import randomize_norms
 from .whole_units import LAYERS
 
@@ -146,6 +148,51 @@ def test_weights_that_compiled_code_changes_are_noticed(x):
         function = compiled(step, backend="inductor")
         for _ in range(3):
             torch.testing.assert_close(function(layer, x), step(other, x))
+
+
+PACKING = {
+    ("paper", "gated"): ["fold_norms", "gather"],
+    ("paper", "store"): ["fold_norms", "gather"],
+    ("paper", "recompute"): ["fold_norms", "gather"],
+    ("paper", "library"): ["fold_norms", "mul.out", "mul.out"],
+    ("classic", "gated"): ["cat.default", "fold_norms", "gather"],
+    ("classic", "merged"): ["cat.default", "fold_norms", "gather", "section_weights", "sum.IntList_out"],
+    ("classic", "library"): ["cat.default", "fold_norms", "copy_.default", "copy_.default"],
+    ("16 channels per group", "recompute"): ["fold_norms", "gather"],
+    ("split, groups", "store"): ["fold_norms", "gather"],
+    ("depthwise", "gated"): ["fold_norms", "gather"],
+}
+"""What packs the parameters of a layer in a schedule."""
+
+
+@pytest.mark.parametrize(("name", "schedule"), PACKING)
+def test_a_cuda_graph_of_the_compiler_packs_anew_at_every_replay(name, schedule, monkeypatch):
+    """By what a graph can hold: few kernels, nothing from the host, all of it from the parameters as they are then."""
+    layer = LAYERS[name]().eval().half()
+    randomize_norms(layer)
+    x = torch.randn(2, layer.spec.in_channels, 9, 8).half().to(memory_format=torch.channels_last)
+
+    def call():
+        return inference_op.run_unit(x, layer.branches(), layer.gate(), layer.spec)
+
+    with torch.no_grad(), use_backend("triton", schedule=schedule):
+        expected = call()  # as the compiler warms up
+        with monkeypatch.context() as capturing, PlayedGraph(monkeypatch) as graph:
+            capturing.setattr(inference_op, "is_capturing", lambda tensor: True)
+            capturing.setattr(inference_op, "unit_inference", unit_inference._init_fn)
+            for module in (packing, kernels_packing, pack_cache):
+                capturing.setattr(module, "lasting", lambda *_: pytest.fail("copied from the host"))
+            v = call()
+        assert torch.equal(v, expected)
+        for tensor in (x, *layer.parameters(), *layer.buffers()):
+            if tensor.is_floating_point():
+                tensor.copy_(torch.rand_like(tensor))
+        graph.replay()
+        changed = layer(x)
+    assert torch.equal(v, changed)
+    assert not torch.allclose(changed, expected)
+    packs = PACKING[name, schedule]
+    assert sorted(graph.kernels[: len(packs)]) == sorted(packs)
 
 
 def test_alike_layers_share_a_graph_and_nothing_else(x, packs):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from sk_triton.folding import fold_norm
 from sk_triton.kernels.config import (
     DepthwiseConfig,
     GradStreamConfig,
@@ -13,8 +14,10 @@ from sk_triton.kernels.config import (
     TapConfig,
 )
 from sk_triton.kernels.geometry import ConvShape, blocking
+from sk_triton.kernels.merging import merged_shape
 
-from .packed import pack_branch_weights, pack_grad_weights
+from .packed import pack_branch_weights, pack_grad_weights, sum_by_sections
+from .units import random_norm
 
 PACKED = pytest.mark.parametrize(
     ("shape", "config"),
@@ -110,3 +113,76 @@ def test_vectors_are_stacked_and_norms_folded():
         scale, shift = torch.full((3, 50), math.nan), torch.full((3, 50), math.nan)
         norm_scale_shift(mean, rstd, affine, own, scale, shift)()
         torch.testing.assert_close(scale * conv + shift, affine[1] * (moved - mean) * rstd + affine[0])
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("norm_dtype", [torch.float32, torch.float16])
+def test_norms_and_biases_are_folded_as_in_float64(norm_dtype):
+    """Maps of other widths, with and without each part, at places of their own."""
+    from sk_triton.kernels.norm_params import Affine, fold_norms
+
+    def map_of(width, has_bias, has_norm, is_affine):
+        bias = torch.randn(width).half() if has_bias else None
+        if not has_norm:
+            return Affine(width, bias), None
+        norm = random_norm(width, norm_dtype)
+        if not is_affine:
+            norm.weight = norm.bias = None
+        vectors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return Affine(width, bias, *vectors, norm.eps), norm
+
+    cases = [(200, True, True, True), (200, False, True, True), (33, True, True, False), (7, True, False, False),
+             (130, False, False, False)]  # fmt: skip
+    maps, norms = zip(*(map_of(*case) for case in cases), strict=True)
+    starts = [0, 200, 404, 440, 500]
+    scale, shift = torch.full((2, 632), math.nan).unbind(0)
+    fold_norms(maps, starts, scale[:-2], shift[:-2])()
+    assert scale[630:].isnan().all()
+    assert shift[630:].isnan().all()
+    belongs = torch.zeros(630, dtype=torch.bool)
+    for own, norm, start in zip(maps, norms, starts, strict=True):
+        place = slice(start, start + own.width)
+        belongs[place] = True
+        expected = fold_norm(norm, own.bias, own.width, torch.empty(0))
+        torch.testing.assert_close(torch.stack([scale[place], shift[place]]), torch.stack(expected))
+    assert (scale[:630][~belongs] == 1).all()
+    assert (shift[:630][~belongs] == 0).all()
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("has_scale", [False, True])
+@pytest.mark.parametrize(
+    ("branches", "h", "w"),
+    [
+        (ConvShape(16, 16, 4, (3, 5), (1, 1)), 7, 5),
+        (ConvShape(16, 24, 4, (3, 3), (1, 2)), 1, 9),
+        (ConvShape(15, 10, 5, (1, 3), (3, 2), stride=2), 8, 6),
+        (ConvShape(40, 40, 40, (7, 3, 5), (1, 1, 1)), 6, 3),
+    ],
+    ids=str,
+)
+def test_weights_are_summed_by_sections(branches, h, w, has_scale):
+    from sk_triton.kernels.merging import met_taps
+    from sk_triton.kernels.section_weights import section_weights
+
+    fan_in = branches.c_in // branches.groups
+    weights = [torch.randn(branches.c_out, fan_in, k, k) for k in branches.kernels]
+    weights[0] = weights[0].contiguous(memory_format=torch.channels_last)
+    scale = torch.randn(len(weights), branches.c_out) if has_scale else None
+    shape = merged_shape(branches)
+    met_h, met_w = (torch.tensor(met_taps(shape, size), dtype=torch.int32) for size in (h, w))
+    out = torch.full((len(met_h), len(met_w), branches.c_out // branches.groups, branches.c_in), math.nan)
+    section_weights(weights, scale, met_h, met_w, out, branches=branches)()
+    factors = torch.ones(len(weights), branches.c_out) if scale is None else scale
+    torch.testing.assert_close(out, sum_by_sections(weights, factors, branches, h, w))
+
+
+def test_a_lattice_that_no_word_holds_is_refused():
+    from sk_triton.kernels.section_weights import section_weights
+
+    branches, met = ConvShape(8, 8, 8, (3, 3), (1, 16)), torch.zeros(1, dtype=torch.int32)
+    weights = [torch.empty(8, 1, 3, 3)] * 2
+    with pytest.raises(
+        ValueError, match="branches: taps must stand on a lattice of at most 31 points an axis, got 33"
+    ):
+        section_weights(weights, None, met, met, torch.empty(1, 1, 1, 8), branches=branches)
