@@ -15,26 +15,27 @@ from .packing import branch_weight_order, in_memory
 BLOCK = 1024
 
 
-@triton.jit(do_not_specialize=("ENTRIES",))
+@triton.jit(do_not_specialize=("ENTRIES", "C", "FAN_IN"))
 def gather_fwd_kernel(
     weight_ptrs, scale_ptr, rest_ptr, index_ptr, packed_ptr,
-    ENTRIES, C,
-    STARTS: tl.constexpr, FAN_INS: tl.constexpr, BLOCK: tl.constexpr, HAS_SCALE: tl.constexpr,
+    ENTRIES, C, FAN_IN,
+    KERNELS: tl.constexpr, BLOCK: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK entries; weight m holds elements from `STARTS[m]` on, `rest` those behind the last weight."""
-    M: tl.constexpr = len(FAN_INS)
+    """BLOCK entries, from weights `[C, FAN_IN, KERNELS[m], KERNELS[m]]` one after another; `rest` comes last."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = i < ENTRIES
-    element = tl.load(index_ptr + i, mask=mask, other=0)
-    is_rest = mask & (element >= STARTS[M])
-    value = tl.load(rest_ptr + (element - STARTS[M]), mask=is_rest, other=0.0).to(tl.float32)
-    for m in tl.static_range(M):
-        own = mask & (element >= STARTS[m]) & (element < STARTS[m + 1])
-        offs = element - STARTS[m]
+    offs = tl.load(index_ptr + i, mask=mask, other=0)
+    value = tl.zeros([BLOCK], tl.float32)
+    for m in tl.static_range(len(KERNELS)):
+        size = FAN_IN * (KERNELS[m] * KERNELS[m])
+        own = mask & (offs >= 0) & (offs < C * size)
         weight = tl.load(weight_ptrs[m] + offs, mask=own, other=0.0).to(tl.float32)
         if HAS_SCALE:
-            weight *= tl.load(scale_ptr + m * C + offs // FAN_INS[m], mask=own, other=0.0)
+            weight *= tl.load(scale_ptr + m * C + offs // size, mask=own, other=0.0)
         value = tl.where(own, weight, value)
+        offs -= C * size
+    is_rest = mask & (offs >= 0)
+    value = tl.where(is_rest, tl.load(rest_ptr + offs, mask=is_rest, other=0.0).to(tl.float32), value)
     tl.store(packed_ptr + i, value.to(packed_ptr.dtype.element_ty), mask=mask)
 
 
@@ -45,26 +46,21 @@ def gather_fwd(
     rest: torch.Tensor,
     packed: torch.Tensor,
 ) -> Launch:
-    """Write `packed [entries]`: the elements that `index [entries]` names of the `weights [C, …]`, as they lie in
-    memory one weight after another, and of `rest` behind them.
+    """Write `packed [entries]`: the elements that `index [entries]` names of the `weights [C, fan_in, k, k]`, as they
+    lie in memory one weight after another, and of `rest` behind them.
 
     The weights fill their memory without gaps, their first axis outermost; `scale [M, C]` fp32 multiplies it.
     """
-    starts, fan_ins = [0], []
-    for weight in weights:
-        starts.append(starts[-1] + weight.numel())
-        fan_ins.append(weight.numel() // weight.shape[0])
-    entries = index.numel()
+    c, fan_in = weights[0].shape[:2]
     arguments = (
-        tuple(weights), rest if scale is None else scale, rest, index, packed, entries, weights[0].shape[0],
+        tuple(weights), rest if scale is None else scale, rest, index, packed, index.numel(), c, fan_in,
     )  # fmt: skip
     constexprs = {
-        "STARTS": tuple(starts),
-        "FAN_INS": tuple(fan_ins),
+        "KERNELS": tuple(weight.shape[-1] for weight in weights),
         "BLOCK": BLOCK,
         "HAS_SCALE": scale is not None,
     }
-    grid, options = (cdiv(entries, BLOCK),), {"num_warps": 4}
+    grid, options = (cdiv(index.numel(), BLOCK),), {"num_warps": 4}
     return Launch(gather_fwd_kernel, grid, arguments, constexprs, options, kept=(index, rest))
 
 

@@ -1,6 +1,7 @@
 """What the kernels read of norms and biases, from parameters of any dtype, each by itself."""
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .geometry import cdiv
+from .lasting import lasting
 from .launch import Launch
 
 BLOCK_C = 128
@@ -63,21 +65,20 @@ def norm_scale_shift_kernel(
     tl.store(shift_ptr + c, beta - scale * mean, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("ENTRIES",))
 def fold_norms_kernel(
-    bias_ptrs, mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, scale_ptr, shift_ptr,
-    STARTS: tl.constexpr, WIDTHS: tl.constexpr, EPSILONS: tl.constexpr,
+    bias_ptrs, mean_ptrs, var_ptrs, gamma_ptrs, beta_ptrs, places_ptr, scale_ptr, shift_ptr,
+    ENTRIES,
+    EPSILONS: tl.constexpr, BLOCK_C: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_NORM: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_C entries; map p has WIDTHS[p] from STARTS[p] on. In float64, rounded once."""
+    """BLOCK_C entries; map p has a start and a width of `places`. In float64, rounded once."""
     i = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     scale = tl.full([BLOCK_C], 1.0, tl.float64)
     shift = tl.zeros([BLOCK_C], tl.float64)
-    end = 0
-    for p in tl.static_range(len(WIDTHS)):
-        c = i - STARTS[p]
-        mask = (c >= 0) & (c < WIDTHS[p])
+    for p in tl.static_range(len(EPSILONS)):
+        c = i - tl.load(places_ptr + 2 * p)
+        mask = (c >= 0) & (c < tl.load(places_ptr + 2 * p + 1))
         own_shift = tl.zeros([BLOCK_C], tl.float64)
         if HAS_BIAS[p]:
             own_shift = tl.load(bias_ptrs[p] + c, mask=mask, other=0.0).to(tl.float64)
@@ -92,9 +93,8 @@ def fold_norms_kernel(
                 own_shift += tl.load(beta_ptrs[p] + c, mask=mask, other=0.0).to(tl.float64)
             scale = tl.where(mask, own_scale, scale)
         shift = tl.where(mask, own_shift, shift)
-        end = STARTS[p] + WIDTHS[p]
-    tl.store(scale_ptr + i, scale.to(tl.float32), mask=i < end)
-    tl.store(shift_ptr + i, shift.to(tl.float32), mask=i < end)
+    tl.store(scale_ptr + i, scale.to(tl.float32), mask=i < ENTRIES)
+    tl.store(shift_ptr + i, shift.to(tl.float32), mask=i < ENTRIES)
 
 
 def stack_vectors(
@@ -141,9 +141,9 @@ def fold_norms(
         tuple(scale if vector is None else vector for vector in of_all)
         for of_all in zip(*(own[1:6] for own in maps), strict=True)
     ]
+    places = _places(tuple((start, own.width) for start, own in zip(starts, maps, strict=True)), scale.device)
+    entries = starts[-1] + maps[-1].width
     constexprs = {
-        "STARTS": tuple(starts),
-        "WIDTHS": tuple(own.width for own in maps),
         "EPSILONS": tuple(own.eps for own in maps),
         "HAS_BIAS": tuple(own.bias is not None for own in maps),
         "HAS_NORM": tuple(own.var is not None for own in maps),
@@ -151,5 +151,10 @@ def fold_norms(
         "HAS_BETA": tuple(own.beta is not None for own in maps),
         "BLOCK_C": BLOCK_C,
     }
-    grid = (cdiv(starts[-1] + maps[-1].width, BLOCK_C),)
-    return Launch(fold_norms_kernel, grid, (*vectors, scale, shift), constexprs, {"num_warps": 1})
+    arguments = (*vectors, places, scale, shift, entries)
+    return Launch(fold_norms_kernel, (cdiv(entries, BLOCK_C),), arguments, constexprs, {"num_warps": 1})
+
+
+@lru_cache(maxsize=256)
+def _places(places: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
+    return lasting(lambda: torch.tensor(places, dtype=torch.int32, device=device), device)

@@ -10,15 +10,14 @@ from .geometry import ConvShape, cdiv
 from .launch import Launch
 from .merging import lattice_taps, merged_shape
 
-BLOCK = 256
+BLOCK = 128
 
 
-@triton.jit(do_not_specialize=("SECTIONS_W",))
+@triton.jit(do_not_specialize=("SECTIONS_W", "C_IN", "C_OUT", "GROUP_CI", "GROUP_CO"))
 def section_weights_kernel(
     weight_ptrs, scale_ptr, met_h_ptr, met_w_ptr, out_ptr,
-    SECTIONS_W, C_IN, C_OUT,
-    TAPS: tl.constexpr, STRIDES: tl.constexpr,
-    GROUP_CI: tl.constexpr, GROUP_CO: tl.constexpr, BLOCK: tl.constexpr, HAS_SCALE: tl.constexpr,
+    SECTIONS_W, C_IN, C_OUT, GROUP_CI, GROUP_CO,
+    TAPS: tl.constexpr, IS_CHANNELS_LAST: tl.constexpr, BLOCK: tl.constexpr, HAS_SCALE: tl.constexpr,
 ):  # fmt: skip
     """BLOCK weights of one pair of sections: the sum over branches and those taps that meet both, in float64.
 
@@ -33,12 +32,15 @@ def section_weights_kernel(
     co = ci // GROUP_CI * GROUP_CO + i // C_IN
     total = tl.zeros([BLOCK], tl.float64)
     for m in tl.static_range(len(TAPS)):
-        offs = co * STRIDES[m][0] + ci % GROUP_CI * STRIDES[m][1]
+        taps = len(TAPS[m]) * len(TAPS[m])
+        stride_tap = GROUP_CI if IS_CHANNELS_LAST[m] else 1
+        stride_ci = 1 if IS_CHANNELS_LAST[m] else taps
+        weight_ptr = weight_ptrs[m] + co * (taps * GROUP_CI) + ci % GROUP_CI * stride_ci
         own = tl.zeros([BLOCK], tl.float64)
         for ky in tl.static_range(len(TAPS[m])):
             for kx in tl.static_range(len(TAPS[m])):
                 is_met = (met_h >> TAPS[m][ky]) & (met_w >> TAPS[m][kx]) & 1
-                tap = weight_ptrs[m] + offs + (ky * STRIDES[m][2] + kx * STRIDES[m][3])
+                tap = weight_ptr + (ky * len(TAPS[m]) + kx) * stride_tap
                 own += tl.load(tap, mask=mask & (is_met == 1), other=0.0).to(tl.float64)
         if HAS_SCALE:
             own *= tl.load(scale_ptr + m * C_OUT + co, mask=mask, other=0.0).to(tl.float64)
@@ -59,21 +61,20 @@ def section_weights(
     """Write `out [sections_h, sections_w, C_out / groups, C_in]` fp32: at ci, what a pixel of a pair of sections of x
     adds to the j-th output of ci's group, summed over pixels and branches.
 
-    `weights[m] [C_out, C_in / groups, k, k]` of any strides; `scale [M, C_out]` fp32 multiplies them. `met_h` and
-    `met_w` int32 from `merging.met_taps`.
+    `weights[m] [C_out, C_in / groups, k, k]` as `packing.in_memory` takes them; `scale [M, C_out]` fp32 multiplies
+    them. `met_h` and `met_w` int32 from `merging.met_taps`.
     """
     points = merged_shape(branches).kernels[0]
     if points > 31:
         raise ValueError(f"branches: taps must stand on a lattice of at most 31 points an axis, got {points}")
     group_ci, group_co = branches.c_in // branches.groups, branches.c_out // branches.groups
     arguments = (
-        tuple(weights), out if scale is None else scale, met_h, met_w, out, len(met_w), branches.c_in, branches.c_out,
+        tuple(weights), out if scale is None else scale, met_h, met_w, out,
+        len(met_w), branches.c_in, branches.c_out, group_ci, group_co,
     )  # fmt: skip
     constexprs = {
         "TAPS": lattice_taps(branches),
-        "STRIDES": tuple(tuple(weight.stride()) for weight in weights),
-        "GROUP_CI": group_ci,
-        "GROUP_CO": group_co,
+        "IS_CHANNELS_LAST": tuple(not weight.is_contiguous() for weight in weights),
         "BLOCK": BLOCK,
         "HAS_SCALE": scale is not None,
     }

@@ -13,6 +13,7 @@ from triton.runtime import driver
 
 from sk_triton.bench.compiled import resources, training_resources
 from sk_triton.bench.compiled.compile import jit_compiled
+from sk_triton.bench.compiled.planned import packing_steps
 from sk_triton.bench.grid import CASES
 from sk_triton.kernels.branch_grad import branch_grad, reduce_weight_grad
 from sk_triton.kernels.config import GradStreamConfig, GradWideConfig
@@ -20,6 +21,7 @@ from sk_triton.kernels.gather import grad_weight_launch
 from sk_triton.kernels.geometry import ConvShape
 from sk_triton.kernels.grad_geometry import partial_shape
 from sk_triton.kernels.grad_terms import grad_terms
+from sk_triton.kernels.launch import Launch
 
 
 class Starting:
@@ -64,6 +66,8 @@ def inference_launches():
         if (case.name, case.precision) in CHOSEN:
             small = dataclasses.replace(case, n=2, size=8)
             for schedule in resources.schedules(small, "sm_90"):
+                workload = resources.workload_of(small, "sm_90")
+                yield from (step for step in packing_steps(schedule, workload) if isinstance(step, Launch))
                 yield from resources.launches(small, "sm_90", schedule)[1]
             if case.name == "stage 4":  # many tiles: weights are held
                 yield from resources.launches(case, "sm_90", "store")[1]

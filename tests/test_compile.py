@@ -187,6 +187,14 @@ def test_kernels_short_of_registers_have_no_fault():
     assert not [row for row in rows if row["faults"]]
 
 
+def test_kernels_that_pack_parameters_have_no_fault():
+    rows = [json.loads(line) for line in output_of("packing_resources.py").splitlines()]
+    assert {(row["chip"], row["kernel"]) for row in rows} == set(
+        product(TARGETS, ("fold_norms", "gather", "section_weights"))
+    )
+    assert not [row for row in rows if row["faults"]]
+
+
 def output_of(name, *arguments):
     """What a script beside this file prints, given arguments, in a process that compiles kernels."""
     script = Path(__file__).with_name(name)
@@ -202,12 +210,14 @@ def test_launches_pass_the_jit():
     expected = {
         "branch_conv_stream", "branch_conv_tap", "branch_conv_depthwise",
         "border_sums", "merged_conv", "gate", "select", "pooled_sums", "gated_select",
+        "fold_norms", "gather", "section_weights",
     }  # fmt: skip
     if HAS_NARROW_PRODUCTS:
         expected |= {"branch_conv_window", "branch_conv_column", "branch_conv_held", "merged_conv_window"}
     if HAS_UNHOISTED_LOOPS:
         expected.add("unit_resident")
-    assert {line.removesuffix("_fwd_kernel") for line in output_of("jit_path.py").split()} == expected
+    started = output_of("jit_path.py").split()
+    assert {line.removesuffix("_kernel").removesuffix("_fwd") for line in started} == expected
 
 
 @needs_narrow_products

@@ -30,8 +30,27 @@ def planned_steps(schedule: Schedule, workload: Workload) -> tuple[Plan, list[St
     plan = plans.plan_schedule(schedule, workload)
     spec, dtype = workload.spec, workload.dtype
     x = torch.empty((workload.n, spec.in_channels, workload.h_in, workload.w_in), dtype=dtype, device="meta")
-    branches, gate = unit_parameters(spec, lambda *shape: torch.empty(shape, dtype=dtype, device="meta"))
-    return plan, *prepared_steps(plan, x.to(memory_format=torch.channels_last), branches, gate, spec)
+    x = x.to(memory_format=torch.channels_last)
+    return plan, *prepared_steps(plan, x, *_meta_parameters(workload), spec)
+
+
+def packing_steps(schedule: Schedule, workload: Workload) -> list[Step]:
+    """The steps that pack a unit's parameters for a schedule, all on "meta".
+
+    Raises:
+        RuntimeError: the schedule cannot run the unit.
+    """
+    from sk_triton.packing import prepare_packed
+
+    plan = plans.plan_schedule(schedule, workload)
+    branches, gate = _meta_parameters(workload)
+    return prepare_packed(plan, workload.h_in, workload.w_in, branches, gate)[1]
+
+
+def _meta_parameters(workload: Workload) -> tuple[list[Branch], Gate]:
+    return unit_parameters(
+        workload.spec, lambda *shape: torch.empty(shape, dtype=workload.dtype, device="meta")
+    )
 
 
 def prepared_steps(
