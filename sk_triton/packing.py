@@ -111,14 +111,15 @@ def prepare_packed(
 ) -> tuple[Packed, list[Step]]:
     """Parameters for `plan` on inputs of `h` x `w` pixels, and the steps that fill them: few, since compiled CUDA
     graphs run them at every replay."""
-    folded, steps = _fold(branches, gate)
+    folded, fold = _fold(branches, gate)
+    packed: Packed
     if plan.merged_launch is not None:
-        packed, own = _merged(plan, plan.merged_launch, h, w, branches, gate, folded)
+        packed, steps = _merged(plan, plan.merged_launch, h, w, branches, gate, folded)
     elif plan.schedule == "library":
-        packed, own = _library(plan, branches, gate, folded)
+        packed, steps = _library(plan, branches, gate, folded)
     else:
-        packed, own = _by_launches(plan, branches, gate, folded)
-    return packed, [*steps, *own]
+        packed, steps = _by_launches(plan, branches, gate, folded)
+    return packed, [fold, *steps]
 
 
 class _Folded(NamedTuple):
@@ -137,20 +138,19 @@ class _Folded(NamedTuple):
     select_bias: Tensor | None
 
 
-def _fold(branches: Sequence[Branch], gate: Gate) -> tuple[_Folded, list[Step]]:
+def _fold(branches: Sequence[Branch], gate: Gate) -> tuple[_Folded, Step]:
     m, c, width = len(branches), branches[0].weight.shape[0], gate.reduce_weight.shape[0]
     maps = [_affine(c, branch.bias, branch.norm) for branch in branches]
     maps.append(_affine(width, gate.reduce_bias, gate.norm))
     maps += [_affine(bias.shape[0], bias, None) for bias in gate.select_bias or ()]
-    # Each of the three begins at a multiple of 16 bytes, as the kernels' loads like it.
-    first_gate = -(-m * c // 4) * 4
-    first_select = first_gate - (-width // 4) * 4
+    first_gate = _aligned(m * c)
+    first_select = _aligned(first_gate + width)
     starts = [*range(0, m * c, c), first_gate]
     end = first_select
     for own in maps[m + 1 :]:
         starts.append(end)
         end += own.width
-    scale, shift = branches[0].weight.new_empty((2, end), dtype=torch.float32).unbind(0)
+    scale, shift = branches[0].weight.new_empty((2, _aligned(end)), dtype=torch.float32).unbind(0)
     has_norm = any(branch.norm is not None for branch in branches)
     has_shift = has_norm or any(branch.bias is not None for branch in branches)
     of_branches, of_gate = slice(0, m * c), slice(first_gate, first_gate + width)
@@ -161,14 +161,20 @@ def _fold(branches: Sequence[Branch], gate: Gate) -> tuple[_Folded, list[Step]]:
         gate_shift=shift[of_gate],
         select_bias=None if gate.select_bias is None else shift[first_select:].view(m, c),
     )
-    return folded, [fold_norms(maps, starts, scale, shift)]
+    return folded, fold_norms(maps, starts, scale, shift)
+
+
+def _aligned(entries: int) -> int:
+    """So many fp32 entries, or up to three more, that what follows begins at a multiple of 16 bytes."""
+    return (entries + 3) // 4 * 4
 
 
 def _affine(width: int, bias: Tensor | None, norm: Any) -> Affine:
     if norm is None:
         return Affine(width, _contiguous(bias))
-    vectors = (bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    return Affine(width, *map(_contiguous, vectors), norm.eps)
+    parts = (bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    bias, mean, var, gamma, beta = map(_contiguous, parts)
+    return Affine(width, bias, mean, var, gamma, beta, norm.eps)
 
 
 def _contiguous(vector: Tensor | None) -> Tensor | None:
