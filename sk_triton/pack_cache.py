@@ -62,11 +62,6 @@ class PackCache:
         """Forget everything but what a CUDA graph has captured."""
         self._entries = {}
 
-    @property
-    def is_captured(self) -> bool:
-        """Whether a CUDA graph has captured packed weights."""
-        return bool(self._captured)
-
     def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
         """The entry under `key` if `sources` are unchanged, else a new one from `build`.
 
@@ -124,14 +119,14 @@ _shared: dict[Hashable, tuple[list[StorageWeakRef], PackCache]] = {}
 def shared_cache(tensors: Sequence[Tensor]) -> PackCache:
     """The cache of the unit with these parameters and buffers, for operators, which know no layer.
 
-    It lives until another unit comes after their memory has gone; what a CUDA graph has captured of it lives for good.
+    It lives until another unit comes after their memory has gone, so no CUDA graph may capture what it holds.
     """
     storages = [t.untyped_storage() for t in tensors]
     key = tuple([(storage._cdata, t.storage_offset()) for storage, t in zip(storages, tensors, strict=True)])
     entry = _shared.get(key)
     if entry is None:
-        for other, (references, cache) in list(_shared.items()):
-            if not cache.is_captured and any(reference.expired() for reference in references):
+        for other, (references, _) in list(_shared.items()):
+            if any(reference.expired() for reference in references):
                 _shared.pop(other, None)
         # A weak reference keeps a storage's number, not its memory: no other storage gets that number.
         entry = [StorageWeakRef(storage) for storage in storages], PackCache(keeps_sources=False)

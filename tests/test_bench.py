@@ -56,6 +56,12 @@ def test_on_a_gpu_peers_get_every_form_that_sk_triton_gets_and_compilation(unit,
         assert {form.key for form in compiled} < own
 
 
+def test_networks_with_our_units_are_compiled_too():
+    chosen = competitors(Case("model", SKNET50, network_shape(64), 1, "fp16"), "cuda", quick=False)
+    forms_of = {source: {p.form.key for p in chosen if p.source.key == source} for source in ("ours", "timm")}
+    assert {"compile-channels_last", "graph-compile-channels_last"} < forms_of["ours"] < forms_of["timm"]
+
+
 def test_in_a_hurry_a_peer_is_still_compiled_in_both_memory_formats():
     chosen = competitors(small_case(), "cuda", quick=True)
     assert {("timm", form.key) for form in forms.COMPILED} < keys(chosen)

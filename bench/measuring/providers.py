@@ -80,7 +80,10 @@ def competitors(
     if device_type == "cpu":
         peer_forms = (*forms.EAGER, *forms.COMPILED, *forms.MAX_AUTOTUNED) if every_form else forms.EAGER
         return _pairs(peers, peer_forms) + _pairs(ours, forms.EAGER)
-    chosen = _pairs(peers, _gpu_forms(case, quick, every_form)) + _pairs(ours, (*forms.EAGER, *forms.GRAPHS))
+    our_forms = [*forms.EAGER, *forms.GRAPHS]
+    if case.is_network and not quick:
+        our_forms += (forms.COMPILED[1], forms.COMPILED_GRAPHS[1])  # around our units there is much to fuse
+    chosen = _pairs(peers, _gpu_forms(case, quick, every_form)) + _pairs(ours, our_forms)
     if case.direction != TRAINING and case.axis is None and not quick and not torch.version.hip:
         chosen += _pairs(peers, forms.HEURISTIC)
     if case.direction == TRAINING:
