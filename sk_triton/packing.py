@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.config import WindowConfig
+from .kernels.config import BranchConfig, WindowConfig
 from .kernels.gather import branch_weight_launch
 from .kernels.geometry import ConvShape, blocking
 from .kernels.lasting import lasting
@@ -84,25 +84,26 @@ def _key(plan: Plan, h: int, w: int) -> Hashable:
     """What packed parameters depend on besides the parameters."""
     merged = plan.merged_launch
     if merged is not None:
-        conv = merged.conv
-        shape = merged.branches if isinstance(conv, WindowConfig) else merged.shape
-        blocks = blocking(shape, conv).blocks
-        layout = (type(conv), conv.BLOCK_CI, conv.BLOCK_CO, conv.RUN_W, blocks, merged.border.ROWS)
-        return plan.dtype, merged.branches, layout, h, w
+        shape = merged.branches if isinstance(merged.conv, WindowConfig) else merged.shape
+        return plan.dtype, merged.branches, _order(shape, merged.conv), merged.border.ROWS, h, w
     if plan.schedule == "library":
         return plan.dtype, plan.schedule
     return plan.dtype, tuple([_layout(launch) for launch in plan.branch_launches])
 
 
-# The fields of a config that decide where a weight is packed; batch and image size only change the others.
-_PACKED_FIELDS = ("BLOCK_CI", "BLOCK_CO", "RUN_W")
-
-
 @lru_cache(maxsize=1024)
 def _layout(launch: BranchLaunch) -> Hashable:
-    fields = tuple(getattr(launch.config, field, None) for field in _PACKED_FIELDS)
-    blocks = blocking(launch.shape, launch.config).blocks
-    return launch.start, launch.stop, launch.shape, type(launch.config), fields, blocks
+    return launch.start, launch.stop, launch.shape, _order(launch.shape, launch.config)
+
+
+# The fields of a config that decide where a weight is packed; batch and image size only change the others.
+_PACKED_FIELDS = ("BLOCK_CI", "BLOCK_CO", "RUN_W", "SPARSE")
+
+
+def _order(shape: ConvShape, config: BranchConfig) -> Hashable:
+    """What the order of a launch's weights depends on besides their own shape."""
+    fields = tuple(getattr(config, name, None) for name in _PACKED_FIELDS)
+    return type(config), fields, blocking(shape, config).blocks
 
 
 @torch.no_grad()

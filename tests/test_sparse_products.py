@@ -31,26 +31,31 @@ TWO = ConvShape(64, 64, 16, (3, 3), (1, 2))
 TARGETS = ("sm_80", "sm_90", "sm_120")
 
 
+def make_sparse(monkeypatch, tasks=("pool", "select", "store", "train", "measure", "merged")):
+    """The window configs that are looked up from now on, sparse for these tasks alone."""
+    found = []
+
+    def patch(name, task_of):
+        original = getattr(launches, name)
+
+        def lookup(*arguments):
+            looked_up = original(*arguments)
+            assert isinstance(looked_up.config, WindowConfig)
+            found.append(replace(looked_up.config, SPARSE=task_of(*arguments) in tasks))
+            return looked_up._replace(config=found[-1])
+
+        monkeypatch.setattr(launches, name, lookup)
+
+    patch("branch_config", lambda workload, shape, task: task)
+    patch("merged_config", lambda *_: "merged")
+    cache.changed()
+    return found
+
+
 @pytest.fixture
 def chosen(monkeypatch):
     """The window configs that units ran by, made sparse."""
-    found = []
-
-    def patch(name):
-        original = getattr(launches, name)
-
-        def sparse(*args):
-            looked_up = original(*args)
-            assert isinstance(looked_up.config, WindowConfig)
-            found.append(replace(looked_up.config, SPARSE=True))
-            return looked_up._replace(config=found[-1])
-
-        monkeypatch.setattr(launches, name, sparse)
-
-    patch("branch_config")
-    patch("merged_config")
-    cache.changed()
-    yield found
+    yield make_sparse(monkeypatch)
     monkeypatch.undo()
     cache.changed()
 
@@ -110,6 +115,22 @@ UNITS = pytest.mark.parametrize(
 def test_units_err_like_eager(chosen, unit, schedule, group_channels):
     compare_inference(unit(32, group_channels), images(2, 32, 6, 9), schedule)
     assert chosen
+
+
+@pytest.mark.interpret
+@UNITS
+def test_a_layer_packs_weights_for_each_kind_of_products(unit, schedule):
+    """As a GPU may take other kinds for other batches: what was packed for one must not serve the other."""
+    layer, x, found = unit(32, 4).eval(), images(2, 32, 6, 9), []
+    for tasks in ((), ("pool", "store", "merged"), ("select",), ("pool", "select"), ()):
+        with pytest.MonkeyPatch.context() as patched:
+            make_sparse(patched, tasks)
+            with torch.no_grad(), use_backend("triton", schedule=schedule):
+                found.append(layer(x))
+        cache.changed()
+    for v in found[1:]:
+        torch.testing.assert_close(v, found[0], rtol=2e-3, atol=2e-3)
+    assert torch.equal(found[-1], found[0])
 
 
 @pytest.mark.interpret
