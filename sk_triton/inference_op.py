@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kernels.lasting import is_capturing
 from .layout import empty_output
-from .pack_cache import PackCache, is_capturing, shared_cache
+from .pack_cache import PackCache, shared_cache
 from .params import Branch, FrozenNorm, Gate, norms_of
 from .preference import inference_plan
 from .replay.calls import kind_of
@@ -72,7 +73,7 @@ def unit_inference(
     branches, gate = _unit([next(remaining) if present else None for present in has], epsilons)
     with undisturbed(x):
         plan = inference_plan(x, unit)
-        cache = None if is_capturing(x) else _cache_of(branches, gate, tensors)
+        cache = None if is_capturing(x.device) else _cache_of(branches, gate, tensors)
         packed = pack(plan, x.shape[2], x.shape[3], branches, gate, cache)
         kind = kind_of(x)
         start = packed.calls.get((kind, unit))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .kernels.lasting import lasting
+from .kernels.lasting import is_capturing, lasting
 from .params import Branch, Gate, norms_of, tensors_of
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ class PackCache:
         """The entry under `key` if `sources` are unchanged, else a new one from `build`.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured and there is no entry to capture.
+            RuntimeError: a CUDA graph is being captured and there is no entry to capture; but inference tensors, which
+                are packed anew, are so at every replay.
         """
         # Inference tensors have no version counter.
         is_counted = not any(t.is_inference() for t in sources)
@@ -76,13 +77,8 @@ class PackCache:
             entry = self._entries.get(key)
             if entry is not None and entry.fingerprint == found:
                 if sources[0].is_cuda:
-                    self._use_on_current_stream(entry, sources[0])
+                    self._use_on_current_stream(entry, sources[0].device)
                 return entry.packed
-        if is_capturing(sources[0]):
-            raise RuntimeError(
-                "a CUDA graph is being captured and the layer's weights are not packed: "
-                "call the layer once on such an input before the capture"
-            )
         if not is_counted:
             return build()
         packed = lasting(build, sources[0].device)
@@ -96,10 +92,10 @@ class PackCache:
         self._entries = fresh
         return packed
 
-    def _use_on_current_stream(self, entry: _Entry, source: Tensor) -> None:
+    def _use_on_current_stream(self, entry: _Entry, device: torch.device) -> None:
         """Keep the entry's memory from being reused while this stream, or a graph captured on it, still reads it."""
-        stream = torch.cuda.current_stream(source.device)
-        if is_capturing(source):
+        stream = torch.cuda.current_stream(device)
+        if is_capturing(device):
             if not any(packed is entry.packed for packed in self._captured):
                 self._captured.append(entry.packed)
         elif stream != entry.stream:
@@ -148,8 +144,3 @@ def remember(
         return build()
     epsilons = tuple([getattr(norm, "eps", None) for norm in norms_of(branches, gate)])
     return cache.get((key, epsilons), tensors_of(branches, gate), build)
-
-
-def is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured on the current stream of a tensor's device."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from sk_triton import SelectiveKernel, SKConv, pack_cache, preference, use_backend
+from sk_triton import SelectiveKernel, SKConv, preference, use_backend
 from sk_triton.folding import fold_norm
+from sk_triton.kernels import lasting as kernels_lasting
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.pack_cache import PackCache
 from sk_triton.tuning.lookup import Found, Source
@@ -193,12 +194,12 @@ def test_an_address_is_not_reused_while_it_is_a_key():
 
 def test_a_capture_takes_what_is_packed_and_packs_nothing(monkeypatch):
     cache, source, packed = PackCache(), torch.ones(2), object()
-    monkeypatch.setattr(pack_cache, "is_capturing", lambda tensor: True)
+    monkeypatch.setattr(kernels_lasting, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="call the layer once on such an input before the capture"):
         cache.get("plan", [source], lambda: packed)
-    monkeypatch.setattr(pack_cache, "is_capturing", lambda tensor: False)
+    monkeypatch.setattr(kernels_lasting, "is_capturing", lambda device: False)
     cache.get("plan", [source], lambda: packed)
-    monkeypatch.setattr(pack_cache, "is_capturing", lambda tensor: True)
+    monkeypatch.setattr(kernels_lasting, "is_capturing", lambda device: True)
     assert cache.get("plan", [source], lambda: pytest.fail("packed during a capture")) is packed
 
 

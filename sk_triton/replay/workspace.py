@@ -8,7 +8,7 @@ import threading
 import torch
 from torch import Tensor
 
-from ..kernels.lasting import lasting
+from ..kernels.lasting import is_capturing, lasting
 
 Stream = tuple[torch.device, int]
 """A device and the handle of a stream there, 0 where there are none."""
@@ -29,7 +29,7 @@ def kept_exchange(counters: int, words: int, device: torch.device) -> tuple[Tens
     count the launches that the counters have seen. A CUDA graph may be replayed on any stream: while one is captured,
     and where there are no streams, the pair is new, and the graph clears it at every replay.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or is_capturing(device):
         return _zeros(counters, words, device)
     stream = stream_of(device)
     with _lock:
