@@ -73,7 +73,7 @@ def branch_weight_launch(
 ) -> tuple[torch.Tensor, Launch]:
     """`weights[m] [c_out, c_in / groups, k, k]`, as `in_memory` takes them, packed for the kernel of `config` in
     `dtype` (`packing.branch_weight_order`), and the launch that does it. `scale [M, C]` fp32 multiplies the outputs'
-    channels; a weight is rounded once."""
+    channels, in fp32."""
     first = weights[0]
     index, end = branch_weight_order(shape, config, dtype, first.dtype, first.device, in_memory(weights))
     packed = first.new_empty(index.shape, dtype=dtype)

@@ -1,7 +1,7 @@
 """How the backward kernels cut images and channels, which shapes they take, and the order of their weights."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -102,7 +102,7 @@ def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) 
     return summands, blocks.count * blocks.chunks_co, taps, blocks.size, shape.c_in // shape.groups
 
 
-@lru_cache(maxsize=256)
+@cache
 def grad_weight_order(
     shape: ConvShape,
     config: GradConfig,
@@ -111,7 +111,8 @@ def grad_weight_order(
     strides: tuple[tuple[int, ...], ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each entry that `gather.grad_weight_launch` packs comes from, in the weights, one after another as
-    `in_memory`, and behind them the second tensor, of `dtype`: what is no weight."""
+    `in_memory`, and behind them the second tensor, of `dtype`: what is no weight. Both are kept for good: CUDA graphs
+    go on reading them."""
     sizes = [shape.c_out * (shape.c_in // shape.groups) * kernel * kernel for kernel in shape.kernels]
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:

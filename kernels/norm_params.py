@@ -1,7 +1,7 @@
 """What the kernels read of norms and biases, from parameters of any dtype, each by itself."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -133,13 +133,14 @@ def norm_scale_shift(
 def fold_norms(
     maps: Sequence[Affine], starts: Sequence[int], scale: torch.Tensor, shift: torch.Tensor
 ) -> Launch:
-    """Write `scale` and `shift` fp32, with which `norm(y + bias) = scale * y + shift` of map p, from `starts[p]` on.
+    """Write `scale` and `shift` fp32, with which `norm(y + bias) = scale * y + shift` of map p, from `starts[p]` on,
+    ascending.
 
     Where they hold entries of no map in between, these become 1 and 0.
     """
     vectors = [
-        tuple(scale if vector is None else vector for vector in of_all)
-        for of_all in zip(*(own[1:6] for own in maps), strict=True)
+        tuple(scale if (vector := getattr(own, part)) is None else vector for own in maps)
+        for part in ("bias", "mean", "var", "gamma", "beta")
     ]
     places = _places(tuple((start, own.width) for start, own in zip(starts, maps, strict=True)), scale.device)
     entries = starts[-1] + maps[-1].width
@@ -152,9 +153,10 @@ def fold_norms(
         "BLOCK_C": BLOCK_C,
     }
     arguments = (*vectors, places, scale, shift, entries)
-    return Launch(fold_norms_kernel, (cdiv(entries, BLOCK_C),), arguments, constexprs, {"num_warps": 1})
+    grid, options = (cdiv(entries, BLOCK_C),), {"num_warps": 1}
+    return Launch(fold_norms_kernel, grid, arguments, constexprs, options, kept=(places,))
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: CUDA graphs go on reading it
 def _places(places: tuple[tuple[int, int], ...], device: torch.device) -> torch.Tensor:
     return lasting(lambda: torch.tensor(places, dtype=torch.int32, device=device), device)

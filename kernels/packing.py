@@ -1,7 +1,7 @@
 """Convolution weights in the order the kernels read them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import lru_cache
 from itertools import pairwise
 
@@ -149,7 +149,21 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
     return (rows + torch.cat(moved)).reshape(-1)
 
 
-@lru_cache(maxsize=256)
+# The fields of a config that decide where a weight is packed; batch and image size only change the others.
+_PACKED_FIELDS = ("BLOCK_CI", "BLOCK_CO", "RUN_W", "SPARSE")
+
+
+@lru_cache(maxsize=1024)
+def weight_order(shape: ConvShape, config: BranchConfig) -> Hashable:
+    """What the order of packed weights depends on besides their dtypes: equal for configs that read the same."""
+    packed = merged_shape(shape) if isinstance(config, MergedConfig) else shape
+    fields = tuple(getattr(config, name, None) for name in _PACKED_FIELDS)
+    return shape, type(config), fields, blocking(packed, config).blocks
+
+
+_tables: dict[Hashable, tuple[torch.Tensor, torch.Tensor]] = {}
+
+
 def branch_weight_order(
     shape: ConvShape,
     config: BranchConfig,
@@ -159,7 +173,8 @@ def branch_weight_order(
     strides: tuple[tuple[int, ...], ...] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Where each entry comes from that `gather.branch_weight_launch` packs for `config`: in the weights `[c_out, c_in /
-    groups, k, k]`, one after another as `in_memory`, and behind them the second tensor, a zero of dtype `source`.
+    groups, k, k]`, one after another as `in_memory`, and behind them the second tensor, a zero of dtype `source`. Both
+    are kept for good: CUDA graphs go on reading them.
 
     Depthwise: `[M][k * k][C]`. Otherwise `[blocks][M][k][taps_w][chunks][RUN_W * BLOCK_CO][span * BLOCK_CI]`: the entry
     for output `(o, co)` and input `(j, ci)` is the weight of kernel column `j - o * step`, zero where that is outside
@@ -168,6 +183,9 @@ def branch_weight_order(
     `window_order` or `sparse_order`. For a `MergedConfig` kernels stand on the branches' common lattice, in 16 bits in
     the order of `merging_order`.
     """
+    key = weight_order(shape, config), dtype, source, device, strides
+    if key in _tables:
+        return _tables[key]
     fan_in = shape.c_in // shape.groups
     sizes = [shape.c_out * fan_in * kernel * kernel for kernel in shape.kernels]
     packed = merged_shape(shape) if isinstance(config, MergedConfig) else shape
@@ -192,7 +210,8 @@ def branch_weight_order(
         index = moved(torch.cat(indices, axis).reshape(-1), shape, strides)
         return index.to(device), torch.zeros(1, dtype=source, device="cpu").to(device)
 
-    return lasting(build, device)
+    _tables[key] = lasting(build, device)
+    return _tables[key]
 
 
 def _gather_index(

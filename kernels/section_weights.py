@@ -79,4 +79,4 @@ def section_weights(
         "HAS_SCALE": scale is not None,
     }
     grid = (cdiv(group_co * branches.c_in, BLOCK), len(met_h) * len(met_w))
-    return Launch(section_weights_kernel, grid, arguments, constexprs, {"num_warps": 4})
+    return Launch(section_weights_kernel, grid, arguments, constexprs, {"num_warps": 4}, kept=(met_h, met_w))

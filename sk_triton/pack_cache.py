@@ -66,8 +66,8 @@ class PackCache:
         """The entry under `key` if `sources` are unchanged, else a new one from `build`.
 
         Raises:
-            RuntimeError: a CUDA graph is being captured and there is no entry to capture; but inference tensors, which
-                are packed anew, are so at every replay.
+            RuntimeError: a CUDA graph is being captured and there is no entry for it. Of inference tensors there never
+                is; the graph packs them, at every replay.
         """
         # Inference tensors have no version counter.
         is_counted = not any(t.is_inference() for t in sources)

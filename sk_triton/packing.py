@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernels.config import BranchConfig, WindowConfig
 from .kernels.gather import branch_weight_launch
-from .kernels.geometry import ConvShape, blocking
+from .kernels.geometry import ConvShape
 from .kernels.lasting import lasting
 from .kernels.merging import column_sections, met_taps, strips
 from .kernels.norm_params import Affine, fold_norms
+from .kernels.packing import weight_order
 from .kernels.section_weights import section_weights
 from .pack_cache import PackCache, remember
 from .params import Branch, Gate
@@ -43,7 +43,7 @@ class PackedGate(NamedTuple):
 
 @dataclass(frozen=True)
 class Packed:
-    """A unit's parameters, packed for one plan: without values until the steps of :func:`prepare_packed` have run.
+    """A unit's parameters, packed for one plan. Some may be the parameters themselves.
 
     Attributes:
         weights: one flat tensor for each branch launch of the plan, norms folded in; for schedule "library" one for
@@ -60,6 +60,14 @@ class Packed:
         init=False, default_factory=dict, compare=False, repr=False
     )
 
+    def without_parameters(self) -> Packed:
+        """The same in memory of its own, which stays as it is when parameters change."""
+        gate = self.gate
+        own = gate._replace(
+            reduce_weight=gate.reduce_weight.clone(), select_weight=gate.select_weight.clone()
+        )
+        return replace(self, gate=own)
+
     def tensors(self) -> list[Tensor]:
         """All of them, without the absent ones."""
         return [t for t in (*self.weights, *self.shifts, *self.gate) if t is not None]
@@ -70,12 +78,12 @@ def pack(
 ) -> Packed:
     """Parameters packed for `plan` on inputs of `h` x `w` pixels, from `cache` where they are unchanged."""
 
+    @torch.no_grad()
     def build() -> Packed:
         packed, steps = prepare_packed(plan, h, w, branches, gate)
-        with torch.no_grad():
-            for step in steps:
-                step()
-        return packed
+        for step in steps:
+            step()
+        return packed if cache is None else packed.without_parameters()
 
     return remember(cache, _key(plan, h, w), branches, gate, build)
 
@@ -84,34 +92,22 @@ def _key(plan: Plan, h: int, w: int) -> Hashable:
     """What packed parameters depend on besides the parameters."""
     merged = plan.merged_launch
     if merged is not None:
-        shape = merged.branches if isinstance(merged.conv, WindowConfig) else merged.shape
-        return plan.dtype, merged.branches, _order(shape, merged.conv), merged.border.ROWS, h, w
+        return plan.dtype, weight_order(merged.branches, merged.conv), merged.border.ROWS, h, w
     if plan.schedule == "library":
         return plan.dtype, plan.schedule
     return plan.dtype, tuple([_layout(launch) for launch in plan.branch_launches])
 
 
-@lru_cache(maxsize=1024)
 def _layout(launch: BranchLaunch) -> Hashable:
-    return launch.start, launch.stop, launch.shape, _order(launch.shape, launch.config)
-
-
-# The fields of a config that decide where a weight is packed; batch and image size only change the others.
-_PACKED_FIELDS = ("BLOCK_CI", "BLOCK_CO", "RUN_W", "SPARSE")
-
-
-def _order(shape: ConvShape, config: BranchConfig) -> Hashable:
-    """What the order of a launch's weights depends on besides their own shape."""
-    fields = tuple(getattr(config, name, None) for name in _PACKED_FIELDS)
-    return type(config), fields, blocking(shape, config).blocks
+    return launch.start, launch.stop, weight_order(launch.shape, launch.config)
 
 
 @torch.no_grad()
 def prepare_packed(
     plan: Plan, h: int, w: int, branches: Sequence[Branch], gate: Gate
 ) -> tuple[Packed, list[Step]]:
-    """Parameters for `plan` on inputs of `h` x `w` pixels, and the steps that fill them: few, since compiled CUDA
-    graphs run them at every replay."""
+    """Parameters for `plan` on inputs of `h` x `w` pixels, and the steps that fill in what is not there yet: few, since
+    CUDA graphs of compiled code run them at every replay."""
     folded, fold = _fold(branches, gate)
     packed: Packed
     if plan.merged_launch is not None:
@@ -160,7 +156,7 @@ def _fold(branches: Sequence[Branch], gate: Gate) -> tuple[_Folded, Step]:
         shift=shift[of_branches].view(m, c) if has_shift else None,
         gate_scale=scale[of_gate],
         gate_shift=shift[of_gate],
-        select_bias=None if gate.select_bias is None else shift[first_select:].view(m, c),
+        select_bias=None if gate.select_bias is None else shift[first_select:end].view(m, c),
     )
     return folded, fold_norms(maps, starts, scale, shift)
 
@@ -279,7 +275,7 @@ class SectionTables(NamedTuple):
     met_w: Tensor
 
 
-@lru_cache(maxsize=256)
+@cache  # for good: CUDA graphs go on reading them
 def _section_tables(shape: ConvShape, h: int, w: int, rows: int, device: torch.device) -> SectionTables:
     tables = strips(shape, h, rows), column_sections(shape, w), met_taps(shape, h), met_taps(shape, w)
     return lasting(

@@ -163,6 +163,8 @@ PACKING = {
     ("depthwise", "gated"): ["fold_norms", "gather"],
 }
 """What packs the parameters of a layer in a schedule."""
+COMPUTING = ("branch_conv", "border_sums", "convolution")
+"""How the names begin of what computes first, from the input."""
 
 
 @pytest.mark.parametrize(("name", "schedule"), PACKING)
@@ -190,8 +192,8 @@ def test_a_cuda_graph_of_the_compiler_packs_anew_at_every_replay(name, schedule,
         changed = layer(x)
     assert torch.equal(v, changed)
     assert not torch.allclose(changed, expected)
-    packs = PACKING[name, schedule]
-    assert sorted(graph.kernels[: len(packs)]) == sorted(packs)
+    computes = next(i for i, kernel in enumerate(graph.kernels) if kernel.startswith(COMPUTING))
+    assert sorted(graph.kernels[:computes]) == sorted(PACKING[name, schedule])
 
 
 def test_alike_layers_share_a_graph_and_nothing_else(x, packs):

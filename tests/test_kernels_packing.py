@@ -1,6 +1,7 @@
 """The order of packed weights, by PyTorch's operators and by launches; and what a launch makes of norms."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from sk_triton.kernels.config import (
     GradWideConfig,
     StreamConfig,
     TapConfig,
+    WindowConfig,
 )
 from sk_triton.kernels.geometry import ConvShape, blocking
 from sk_triton.kernels.merging import merged_shape
+from sk_triton.kernels.packing import branch_weight_order
 
 from .packed import pack_branch_weights, pack_grad_weights, sum_by_sections
 from .units import random_norm
@@ -81,6 +84,18 @@ def test_a_launch_packs_the_same_for_gradients(config):
     packed, launch = grad_weight_launch(weights, shape, config, torch.float16)
     launch()
     assert torch.equal(packed, pack_grad_weights(weights, shape, config, torch.float16))
+
+
+def test_one_table_serves_all_configs_of_one_order():
+    """A CUDA graph of another batch, whose packed weights were there already, needs no table that is not."""
+    shape, config = ConvShape(16, 16, 4, (3, 3), (1, 2)), WindowConfig(16, 16, 1, 8, RUN_H=4, RUN_W=7)
+
+    def table(config):
+        return branch_weight_order(shape, config, torch.half, torch.half, torch.device("cpu"))
+
+    assert table(replace(config, RUN_H=8, BLOCK_H=2, BLOCK_W=4)) is table(config)
+    assert table(replace(config, SPARSE=True)) is not table(config)
+    assert table(replace(config, num_warps=4)) is not table(config)  # three more blocks to fill its programs
 
 
 def test_weights_with_gaps_are_not_packed_where_they_lie():

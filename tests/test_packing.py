@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from sk_triton import SelectiveKernel, SKConv, preference, use_backend
+from sk_triton import SelectiveKernel, SKConv, packing, preference, use_backend
 from sk_triton.folding import fold_norm
 from sk_triton.kernels import lasting as kernels_lasting
 from sk_triton.kernels.config import StreamConfig
@@ -160,6 +160,20 @@ def test_unchanged_parameters_are_packed_once():
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("make", [classic_layer, paper_layer])
+def test_what_is_kept_is_not_the_parameters_themselves(make, monkeypatch):
+    """A CUDA graph of a layer's call keeps the weights that it was captured with, all of them."""
+    layer, found = make(), []
+    remember = packing.remember
+    monkeypatch.setattr(packing, "remember", lambda *args: found.append(remember(*args)) or found[-1])
+    outputs(layer, torch.randn(1, 8, 5, 4))
+    (packed,) = found
+    before = [tensor.clone() for tensor in packed.tensors()]
+    in_place(layer)
+    assert all(map(torch.equal, packed.tensors(), before))
+
+
+@pytest.mark.interpret
 def test_another_batch_or_image_size_packs_nothing_new(monkeypatch):
     layer, packed = paper_layer(), []
 
@@ -167,8 +181,6 @@ def test_another_batch_or_image_size_packs_nothing_new(monkeypatch):
         width = 2 if workload.w_in < 6 else 8
         chosen = StreamConfig(8, 8, BLOCK_H=16 // width, BLOCK_W=width, RUN_H=workload.n, RUN_W=2)
         return Found(chosen, Source(f"branch_{task}", "a test", "a key"))
-
-    from sk_triton import packing
 
     prepare = packing.prepare_packed
     monkeypatch.setattr(packing, "prepare_packed", lambda *args: packed.append(args) or prepare(*args))

@@ -13,6 +13,7 @@ LAYERS = {
     "classic": lambda: SKConv(16, M=2, G=4, r=4, L=8),
     "classic, one branch": lambda: SKConv(16, M=1, G=4, r=4, L=8),
     "classic, three branches, stride 2": lambda: SKConv(16, M=3, G=4, r=4, stride=2, L=8),
+    "classic, odd channels": lambda: SKConv(15, M=1, G=3, r=4, L=6),
     "paper": lambda: SelectiveKernel(16, groups=4, split_input=False),
     "paper, stride 2": lambda: SelectiveKernel(16, groups=4, split_input=False, stride=2),
     "timm's default": lambda: SelectiveKernel(16),

@@ -35,7 +35,7 @@ def planned_steps(schedule: Schedule, workload: Workload) -> tuple[Plan, list[St
 
 
 def packing_steps(schedule: Schedule, workload: Workload) -> list[Step]:
-    """The steps that pack a unit's parameters for a schedule, all on "meta".
+    """The kernels, and operators that write for others, that pack a unit's parameters for a schedule, all on "meta".
 
     Raises:
         RuntimeError: the schedule cannot run the unit.
