@@ -213,10 +213,10 @@ def test_compiled_without_breaks(mode):
     network = torch.nn.Sequential(*layers).cuda().half().eval()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = torch.compile(network, fullgraph=True, mode=mode)
+    compiled = torch.compile(network, fullgraph=True, dynamic=False, mode=mode)
     with torch.no_grad():
-        for _ in range(4):
-            x = torch.randn(4, 64, 14, 14, device="cuda", dtype=torch.half)
+        for n in (4, 4, 4, 4, 64, 64, 64):
+            x = torch.randn(n, 64, 14, 14, device="cuda", dtype=torch.half)
             found = compiled(x).clone()
             torch.testing.assert_close(found, network(x), rtol=0, atol=0)
             for parameter in network.parameters():
