@@ -164,4 +164,4 @@ def border_sums_fwd(
         # Eight programs a processor: the compiler would take up to 155 without spilling less.
         options["maxnreg"] = 128
     grid = (n * programs_h * tiles_w * blocks,)
-    return Launch(border_sums_fwd_kernel, grid, arguments, constexprs, options)
+    return Launch(border_sums_fwd_kernel, grid, arguments, constexprs, options, kept=(strips, columns))

@@ -9,7 +9,7 @@ from .branch_grad_reduce import branch_grad_reduce_kernel
 from .branch_grad_stream import branch_grad_stream_kernel
 from .branch_grad_wide import branch_grad_data_kernel, branch_grad_weight_kernel
 from .config import GradConfig, GradStreamConfig, GradWideConfig
-from .geometry import ConvShape, cdiv
+from .geometry import ConvShape, cdiv, next_power_of_2
 from .grad_geometry import (
     HALO,
     PIXELS,
@@ -23,6 +23,9 @@ from .grad_geometry import (
 from .launch import Launch
 from .prefetch import can_prefetch
 
+MAX_GRID_Y = (
+    65535  # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications
+)
 # Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size. The gradients of
 # linear branches take fewer registers.
 ROWS_KY = {1: 1, 3: 3, 5: 2, 7: 1}
@@ -123,11 +126,13 @@ def _wide(
     for kernel in shape.kernels:
         offsets.append(offsets[-1] + blocks.chunks_co * kernel * kernel * 256)
     pieces = blocks.count * blocks.chunks_ci
+    tiles = n * data_tiles_h * data_tiles_w
+    tiles_x = next_power_of_2(cdiv(tiles, MAX_GRID_Y))
     data = _prepared(
         branch_grad_data_kernel,
-        (pieces, n * data_tiles_h * data_tiles_w),
+        (pieces * tiles_x, cdiv(tiles, tiles_x)),
         (
-            dv, y, w, terms, dx, h, width, shape.c_in, shape.c_out, data_tiles_h, data_tiles_w,
+            dv, y, w, terms, dx, h, width, shape.c_in, shape.c_out, tiles, data_tiles_h, data_tiles_w,
             dv.stride(0), dv.stride(2), dv.stride(3), y.stride(0), y.stride(1), y.stride(2), y.stride(3),
             dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3),
         ),
@@ -139,6 +144,7 @@ def _wide(
             "W_OFFSETS": tuple(offsets),
             "HALO": halo,
             "IS_WHOLE_H": h <= config.DATA_RUN_H,
+            "TILES_X": tiles_x,
         },
         config,
         (blocks.chunks_co,) * len(shape.kernels),

@@ -23,30 +23,33 @@ from .prefetch import prefetch_pixels
 from .tiling import load_weight_operand, part_elements, right_operand, widen
 
 
-@triton.jit(do_not_specialize=("H", "W", "TILES_H", "TILES_W"))
+@triton.jit(do_not_specialize=("H", "W", "TILES", "TILES_H", "TILES_W"))
 def branch_grad_data_kernel(
     dv_ptr, y_ptr, w_ptr, terms_ptr, dx_ptr,
-    H, W, C_IN, C_OUT, TILES_H, TILES_W,
+    H, W, C_IN, C_OUT, TILES, TILES_H, TILES_W,
     stride_dvn, stride_dvh, stride_dvw, stride_ym, stride_yn, stride_yh, stride_yw,
     stride_dxn, stride_dxc, stride_dxh, stride_dxw,
     KERNELS: tl.constexpr, DILATIONS: tl.constexpr, W_OFFSETS: tl.constexpr, HALO: tl.constexpr,
     RUN_H: tl.constexpr, IS_WHOLE_H: tl.constexpr, CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
-    CHUNKS_CI: tl.constexpr, CHUNKS_CO: tl.constexpr,
+    CHUNKS_CI: tl.constexpr, CHUNKS_CO: tl.constexpr, TILES_X: tl.constexpr,
     HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """`dx` of 16 input channels of a tile: RUN_H rows x (16 - 2 * HALO) columns, read with HALO columns on either side.
 
     A channel block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), in CHUNKS_CI and CHUNKS_CO pieces.
-    IS_WHOLE_H: a tile has all rows of the image.
+    IS_WHOLE_H: a tile has all rows of the image. TILES_X tiles lie along the grid's first axis, beside the pieces.
     """
     M: tl.constexpr = len(KERNELS)
     dtype: tl.constexpr = dv_ptr.dtype.element_ty
     stride_dvn, stride_dvh, stride_dvw = widen(stride_dvn, stride_dvh, stride_dvw, IS_LARGE)
     stride_yn, stride_yh, stride_yw = widen(stride_yn, stride_yh, stride_yw, IS_LARGE)
     stride_dxc, stride_dxh, stride_dxw = widen(stride_dxc, stride_dxh, stride_dxw, IS_LARGE)
-    piece = tl.program_id(0)
+    piece, tile = tl.program_id(0), tl.program_id(1)
+    if TILES_X > 1:  # programs beyond the last tile compute it again
+        pieces = tl.num_programs(0) // TILES_X
+        tile = tl.minimum(tile * TILES_X + piece // pieces, TILES - 1)
+        piece %= pieces
     block = piece // CHUNKS_CI
-    tile = tl.program_id(1)
     n = (tile // (TILES_H * TILES_W)).to(tl.int64)
     y_first = tile // TILES_W % TILES_H * RUN_H
     x_start = tile % TILES_W * (16 - 2 * HALO)

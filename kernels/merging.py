@@ -95,9 +95,10 @@ def column_sections(shape: ConvShape, size: int) -> list[int]:
     return of
 
 
-def met_taps(shape: ConvShape, size: int) -> list[int]:
+@lru_cache(maxsize=1024)
+def met_taps(shape: ConvShape, size: int) -> tuple[int, ...]:
     """The taps of each section of `size` rows (or columns), bit t for tap t of the merged lattice."""
-    return [sum(1 << tap for tap in section.taps) for section in sections(shape, size)]
+    return tuple(sum(1 << tap for tap in section.taps) for section in sections(shape, size))
 
 
 def row_parts(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) -> tuple[int, ...]:

@@ -6,6 +6,7 @@ from .backend import use_backend
 from .dispatch import can_run_triton
 from .explanation import explain
 from .layers import SelectiveKernel, SKConv
+from .params import Branch, Gate
 from .save import save_for_backward
 from .spec import BranchSpec, SKSpec
 from .tuning.ranks import sync_configs
@@ -13,7 +14,9 @@ from .tuning.ranks import sync_configs
 __version__ = version("sk-triton")
 
 __all__ = [
+    "Branch",
     "BranchSpec",
+    "Gate",
     "SKConv",
     "SKSpec",
     "SelectiveKernel",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +24,10 @@ class FoldedNorm(nn.Identity):
 
 
 class ConvPath(nn.Module):
-    """One branch: ``conv`` without bias, ``bn``, ``bn.drop``, ``bn.act``, ``aa``; the last three optional.
+    """One branch: ``conv`` without bias, ``bn``, ``drop``, ``act``, ``aa``; the last three optional.
+
+    A drop or an activation with tensors of its own, such as PReLU, stands below the norm, where timm keeps them:
+    ``bn.act.weight``. Others do not, since what replaces a norm (timm's ``freeze``) may leave out what is below it.
 
     With ``aa_layer`` and a stride above 1, the convolution has stride 1 and ``aa`` does the striding.
     """
@@ -53,13 +57,23 @@ class ConvPath(nn.Module):
             **placement,
         )
         self.bn = make_norm(norm_layer, out_channels, placement)
-        # Below the norm, where timm keeps the parameters of an activation such as PReLU: bn.act.weight.
-        _attach(self.bn, "drop", make_drop(drop_layer, placement))
-        _attach(self.bn, "act", make_act(act_layer, placement))
+        self._attach("drop", make_drop(drop_layer, placement))
+        self._attach("act", make_act(act_layer, placement))
         self.aa: nn.Module | None = None
         if aa_layer is not None and stride > 1:
             self.aa = make_aa(aa_layer, out_channels, stride, placement)
         self._built = conv_settings(self.conv)
+
+    def _attach(self, name: str, module: nn.Module | None) -> None:
+        if module is None:
+            return
+        if hasattr(self.bn, name):
+            raise ValueError(
+                f"norm_layer must return a norm without a {name!r} of its own, got {type(self.bn).__name__}: "
+                f"pass the plain norm, and {name}_layer beside it"
+            )
+        has_tensors = any(True for _ in (*module.parameters(), *module.buffers()))
+        (self.bn if has_tensors else self).add_module(name, module)
 
     def branch(self) -> Branch:
         """The parameters as they are now.
@@ -71,9 +85,10 @@ class ConvPath(nn.Module):
         check_conv_settings("conv", modules["conv"], self._built)
         weight, bias = weight_and_bias(modules["conv"])  # type: ignore[arg-type]
         bn: Any = modules["bn"]
-        below = bn._modules
+        drop, act = (bn._modules.get(name, modules.get(name)) for name in ("drop", "act"))
         norm = None if type(bn) is FoldedNorm else bn
-        return Branch(weight, bias, norm, below.get("drop"), below.get("act"), self.aa)
+        warn_of_hooks(self)
+        return Branch(weight, bias, norm, drop, act, self.aa)
 
 
 class GateLayers(nn.Module):
@@ -92,6 +107,7 @@ class GateLayers(nn.Module):
         weight, bias = weight_and_bias(self.fc_select)
         select_bias = None if bias is None else (bias,)
         norm = None if isinstance(self.bn, FoldedNorm) else self.bn
+        warn_of_hooks(self)
         return Gate(reduce_weight, reduce_bias, norm, self.act, (weight,), select_bias)
 
 
@@ -151,8 +167,16 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     Raises:
         RuntimeError: a hook of ``torch.nn.utils`` (pruning, the old weight and spectral norm) would compute them, or
             the module computes something else than its base class (an adapter, a quantized layer).
+
+    Warns:
+        RuntimeWarning: it has other hooks, which do not run.
     """
     kind = type(module)
+    if "forward" in module.__dict__:
+        raise RuntimeError(
+            f"the forward of a {kind.__name__} has been replaced, by an adapter or a quantizer; it does not run here: "
+            "merge or remove it, or leave this layer out"
+        )
     if kind not in _PLAIN_KINDS and not _computes_plainly(kind):
         raise RuntimeError(
             f"{kind.__name__} stands where a Conv2d or a Linear was built; its own forward does not run here: merge "
@@ -164,11 +188,23 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
                 f"{type(hook).__name__} recomputes a weight in a forward hook, which does not run here: "
                 "use torch.nn.utils.parametrizations, or make the change permanent"
             )
+    warn_of_hooks(module)
     # Plain attribute access costs about 1 us each through nn.Module.__getattr__, which shows at batch 1.
     own = module._parameters
     if "weight" in own and "bias" in own:
         return own["weight"], own["bias"]  # type: ignore[return-value]
     return module.weight, module.bias  # type: ignore[return-value]
+
+
+def warn_of_hooks(module: nn.Module) -> None:
+    """Warn of hooks on a part whose forward the layer does not call."""
+    if any(hooks_of(module)):
+        warnings.warn(
+            f"hooks of this {type(module).__name__} never run: a selective-kernel layer takes its parameters and "
+            "does not call it; register them on the layer itself",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def make_norm(norm_layer: Factory, channels: int, placement: Placement) -> nn.Module:
@@ -235,14 +271,3 @@ def _placed(name: str, factory: Factory, placement: Placement, *args: Any, **kwa
         returned = f", which returns {type(module).__name__}" if callable(factory) else ""
         raise TypeError(f"{name} must be a callable that returns an nn.Module, got {factory!r}{returned}")
     return module.to(**placement) if any(v is not None for v in placement.values()) else module
-
-
-def _attach(norm: nn.Module, name: str, module: nn.Module | None) -> None:
-    if module is None:
-        return
-    if hasattr(norm, name):
-        raise ValueError(
-            f"norm_layer must return a norm without a {name!r} of its own, got {type(norm).__name__}: "
-            f"pass the plain norm, and {name}_layer beside it"
-        )
-    norm.add_module(name, module)

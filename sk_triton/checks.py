@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .params import Branch, Gate, Map
+from .reasons import FOLDABLE_NORMS
 from .spec import SKSpec
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -22,7 +23,9 @@ def act_name(act: Map | None) -> str:
         return "relu"
     if act is None or type(act) is nn.Identity:
         return "identity"
-    return type(act).__name__ if isinstance(act, nn.Module) else getattr(act, "__name__", type(act).__name__)
+    kind: Any = type(act) if isinstance(act, nn.Module) or not hasattr(act, "__name__") else act
+    # Another one may bear the name of these two.
+    return f"{kind.__module__}.{kind.__name__}" if kind.__name__ in ("relu", "identity") else kind.__name__
 
 
 def check_input(x: Tensor, spec: SKSpec) -> None:
@@ -75,7 +78,7 @@ def check_params(
             _refuse_part(f"branches[{m}].bias", bias, "branch_bias", spec.branch_bias)
         if (norm is not None) is not spec.branch_norm:
             _refuse_part(f"branches[{m}].norm", norm, "branch_norm", spec.branch_norm)
-        if isinstance(norm, _BatchNorm):
+        if type(norm) in FOLDABLE_NORMS:
             _check_norm(norm, channels, like, f"branches[{m}].norm")
         if act_name(act) != spec.branch_act:
             _refuse_act(f"branches[{m}].act", act, "branch_act", spec.branch_act)
@@ -89,7 +92,7 @@ def check_params(
         _refuse_part("gate.reduce_bias", gate.reduce_bias, "gate_bias", spec.gate_bias)
     if (gate.norm is not None) is not spec.gate_norm:
         _refuse_part("gate.norm", gate.norm, "gate_norm", spec.gate_norm)
-    if isinstance(gate.norm, _BatchNorm):
+    if type(gate.norm) in FOLDABLE_NORMS:
         _check_norm(gate.norm, width, like, "gate.norm")
     if act_name(gate.act) != spec.gate_act:
         _refuse_act("gate.act", gate.act, "gate_act", spec.gate_act)
@@ -122,11 +125,15 @@ def _check_tensor(
         raise TypeError(f"{name.format(index)} must have the dtype of x, {dtype}, got {tensor.dtype}")
 
 
-def _check_norm(norm: nn.Module, size: int, like: _Like, name: str) -> None:
+def _check_norm(norm: Any, size: int, like: _Like, name: str) -> None:
     """Check what a batch norm holds for each channel; its dtype may be another than the input's."""
-    for own in (norm._parameters, norm._buffers):
-        for key, tensor in own.items():
-            if tensor is not None and key != "num_batches_tracked":
+    for own, keys in (
+        (norm._parameters, ("weight", "bias")),
+        (norm._buffers, ("running_mean", "running_var")),
+    ):
+        for key in keys:
+            tensor = own.get(key)
+            if tensor is not None:
                 if tensor.shape != (size,):
                     raise ValueError(f"{name}.{key} must have shape {[size]}, got {list(tensor.shape)}")
                 if tensor.device != like[0]:

@@ -2,8 +2,8 @@
 
 An operator sees tensors and knows no layer: packed weights are shared by all calls on the same parameters and
 statistics. They are made anew at every call where one of the former is no ``nn.Parameter``: compiled code computes in
-memory that it uses again without counting versions. A CUDA graph packs them at every replay: nobody asks by then
-whether they have changed.
+memory that it uses again without counting versions (so may it statistics, which is not seen). A CUDA graph packs them
+at every replay: nobody asks by then whether they have changed.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .kernels.lasting import is_capturing
 from .layout import empty_output
-from .pack_cache import PackCache, shared_cache
-from .params import Branch, FrozenNorm, Gate, norms_of
+from .pack_cache import shared_cache
+from .params import Branch, FrozenNorm, Gate, are_kept, norms_of
 from .preference import inference_plan
 from .replay.calls import kind_of
 from .replay.recording import MAX_RECORDINGS
@@ -30,7 +30,6 @@ _PART = 2 + len(FrozenNorm._fields[:-1])
 
 def run_unit(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
-    select_bias = gate.select_bias or (None,) * len(gate.select_weight)
     flat: list[Tensor | None] = []
     for branch in branches:
         flat += [branch.weight, branch.bias, *_norm_tensors(branch.norm)]
@@ -39,7 +38,7 @@ def run_unit(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) ->
         gate.reduce_bias,
         *_norm_tensors(gate.norm),
         *gate.select_weight,
-        *select_bias,
+        *(gate.select_bias or ()),
     ]
     epsilons = [0.0 if norm is None else norm.eps for norm in norms_of(branches, gate)]
     tensors = [t for t in flat if t is not None]
@@ -73,7 +72,8 @@ def unit_inference(
     branches, gate = _unit([next(remaining) if present else None for present in has], epsilons)
     with undisturbed(x):
         plan = inference_plan(x, unit)
-        cache = None if is_capturing(x.device) else _cache_of(branches, gate, tensors)
+        may_keep = are_kept(branches, gate) and not is_capturing(x.device)
+        cache = shared_cache(tensors) if may_keep else None
         packed = pack(plan, x.shape[2], x.shape[3], branches, gate, cache)
         kind = kind_of(x)
         start = packed.calls.get((kind, unit))
@@ -102,16 +102,7 @@ def _unit(flat: Sequence[Any], epsilons: Sequence[float]) -> tuple[tuple[Branch,
     for i, eps in enumerate(epsilons):
         weight, bias, *norm = flat[_PART * i : _PART * (i + 1)]
         parts.append((weight, bias, None if norm[0] is None else FrozenNorm._make([*norm, eps])))
-    select = tuple(flat[_PART * len(parts) :])
-    count = len(select) // 2
-    biases = None if select[-1] is None else select[count:]
-    gate = Gate._make([*parts[-1], None, select[:count], biases])
+    select = [t for t in flat[_PART * len(parts) :] if t is not None]  # each stack in any number of pieces
+    weights, biases = (tuple(t for t in select if (t.dim() == 1) == is_bias) for is_bias in (False, True))
+    gate = Gate._make([*parts[-1], None, weights, biases or None])
     return tuple(Branch(*part) for part in parts[:-1]), gate
-
-
-def _cache_of(branches: Sequence[Branch], gate: Gate, tensors: Sequence[Tensor]) -> PackCache | None:
-    norms = norms_of(branches, gate)
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
-    statistics = {id(getattr(norm, name)) for norm in norms if norm is not None for name in buffers}
-    are_kept = all(isinstance(t, nn.Parameter) or id(t) in statistics for t in tensors)
-    return shared_cache(tensors) if are_kept else None

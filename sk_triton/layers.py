@@ -34,6 +34,8 @@ from .spec import (
 from .spec import gate_width as paper_gate_width
 from .unit import SKUnit
 
+_MOST_KERNELS = 8
+
 
 class SKConv(SKUnit):
     """Selective-kernel convolution with bare branches: kernels 3, 5, 7, ... with bias, no norm or activation.
@@ -44,7 +46,7 @@ class SKConv(SKUnit):
 
     Args:
         features: channels of input and output.
-        M: number of branches.
+        M: number of branches, at most 8.
         G: groups of every branch's convolution.
         r: reduction of the gate's width, ``d = max(int(features / r), L)``.
         stride: stride of the branches.
@@ -75,6 +77,11 @@ class SKConv(SKUnit):
     ) -> None:
         for name, value in {"features": features, "M": M, "G": G, "stride": stride, "L": L}.items():
             require_int(name, value)
+        if M > _MOST_KERNELS:
+            raise ValueError(
+                f"M must be at most {_MOST_KERNELS} (kernels 3, 5, ... {3 + 2 * (_MOST_KERNELS - 1)}), got {M}: other "
+                "classes of this name take WH, the image's size, before M; here it is left out"
+            )
         require_divides("G", G, "features", features)
         require_positive("r", r)
         if gate_width is None:
@@ -269,6 +276,8 @@ class SelectiveKernel(SKUnit):
         paths = enumerate(cast("Iterable[ConvPath]", self.paths))
         parts: list[tuple[str, Any, nn.Conv2d]] = [(f"paths.{i}.conv", path, path.conv) for i, path in paths]
         parts.append(("attn.fc_reduce", self.attn, self.attn.fc_reduce))
+        if len({id(conv) for _, _, conv in parts}) < len(parts):
+            raise ValueError("cannot fuse: branches share a convolution, but not what their norms make of it")
         for name, part, conv in parts:
             if part.bn.training:
                 raise RuntimeError(f"fuse() is for inference, but the norm of {name} is in training mode")
@@ -320,12 +329,12 @@ def _kernel_sizes(kernel_size: int | Sequence[int] | None) -> tuple[int, ...]:
     if not kernel_size:
         raise ValueError(f"kernel_size must hold at least one kernel, got {kernel_size!r}")
     for k in kernel_size:
-        require_odd_kernel("kernel_size", k)
         if k == 1:
             raise ValueError(
                 f"kernel_size must be odd and >= 3 for every branch, got {kernel_size}: a 1x1 branch has "
                 "no dilated 3x3 form (sk_triton.functional.sk_conv runs one, by BranchSpec(1) in its SKSpec)"
             )
+        require_odd_kernel("kernel_size", k, minimum=3)
     return tuple(kernel_size)
 
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .kernels.lasting import is_capturing, lasting
-from .params import Branch, Gate, norms_of, tensors_of
+from .optimizer_steps import steps_of
+from .params import Branch, Gate, norms_of, slots_of
 
 if TYPE_CHECKING:
     from .packing import Packed  # imports Triton
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-Fingerprint = list[tuple[int, int, torch.dtype, torch.Size, tuple[int, ...]]]
+Fingerprint = list[Hashable]
 
 
 def fingerprint(tensors: Sequence[Tensor]) -> Fingerprint:
@@ -26,7 +27,8 @@ def fingerprint(tensors: Sequence[Tensor]) -> Fingerprint:
 
     Only of tensors with a version counter, which inference tensors lack.
     """
-    return [(t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors]
+    own = [(t.data_ptr(), t._version, t.requires_grad, t.dtype, t.shape, t.stride()) for t in tensors]
+    return [*own, steps_of(tensors)]
 
 
 class _Entry(NamedTuple):
@@ -40,10 +42,11 @@ class PackCache:
     """What a layer's parameters were packed into, with the means to tell that they have changed since.
 
     An entry is used only while every source tensor has the address, version counter, dtype, shape and strides it was
-    packed from; the entry keeps the sources' memory alive, so that an address cannot be reused. In-place updates,
-    ``load_state_dict``, ``.to()`` and assignments to ``.data`` are all seen. A write that PyTorch itself does not count
-    (``p.data.add_(1)``, a NumPy view, a replayed CUDA graph, another process) is not: switch the layer to ``train()``
-    and back after it.
+    packed from, and, where one needs gradients, until an optimizer takes a step; the entry keeps the sources' memory
+    alive, so that an address cannot be reused. In-place updates, optimizers, ``load_state_dict``, ``.to()`` and
+    assignments to ``.data`` are all seen. Another write that PyTorch itself does not count (``p.data.add_(1)``, a
+    collective, a NumPy view, a replayed CUDA graph, another process) is not: switch the layer to ``train()`` and back
+    after it.
 
     A CUDA graph keeps the packed weights it was captured with, and those stay alive as long as the cache.
 
@@ -69,18 +72,17 @@ class PackCache:
             RuntimeError: a CUDA graph is being captured and there is no entry for it. Of inference tensors there never
                 is; the graph packs them, at every replay.
         """
-        # Inference tensors have no version counter.
-        is_counted = not any(t.is_inference() for t in sources)
-        found: Fingerprint = []
-        if is_counted:
-            found = fingerprint(sources)
-            entry = self._entries.get(key)
-            if entry is not None and entry.fingerprint == found:
-                if sources[0].is_cuda:
-                    self._use_on_current_stream(entry, sources[0].device)
-                return entry.packed
-        if not is_counted:
+        if any(t.is_inference() for t in sources):  # they have no version counter
             return build()
+        found = fingerprint(sources)
+        entry = self._entries.get(key)
+        if entry is None or entry.fingerprint != found:
+            return self._add(key, sources, found, build)
+        if sources[0].is_cuda:
+            self._use_on_current_stream(entry, sources[0].device)
+        return entry.packed
+
+    def _add(self, key: Hashable, sources: Sequence[Tensor], found: Fingerprint, build: Callable[[], T]) -> T:
         packed = lasting(build, sources[0].device)
         stream = None
         if sources[0].is_cuda:
@@ -143,4 +145,6 @@ def remember(
     if cache is None:
         return build()
     epsilons = tuple([getattr(norm, "eps", None) for norm in norms_of(branches, gate)])
-    return cache.get((key, epsilons), tensors_of(branches, gate), build)
+    slots = slots_of(branches, gate)
+    filled = tuple([tensor is not None for tensor in slots])
+    return cache.get((key, epsilons, filled), [tensor for tensor in slots if tensor is not None], build)

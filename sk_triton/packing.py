@@ -4,22 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels.gather import branch_weight_launch
-from .kernels.geometry import ConvShape
-from .kernels.lasting import lasting
-from .kernels.merging import column_sections, met_taps, strips
+from .kernels.merging import met_taps
 from .kernels.norm_params import Affine, fold_norms
 from .kernels.packing import weight_order
 from .kernels.section_weights import section_weights
 from .pack_cache import PackCache, remember
 from .params import Branch, Gate
 from .plan import BranchLaunch, MergedLaunch, Plan
+from .section_tables import tap_table
 from .steps import Step
 
 
@@ -92,7 +91,8 @@ def _key(plan: Plan, h: int, w: int) -> Hashable:
     """What packed parameters depend on besides the parameters."""
     merged = plan.merged_launch
     if merged is not None:
-        return plan.dtype, weight_order(merged.branches, merged.conv), merged.border.ROWS, h, w
+        met = met_taps(merged.shape, h), met_taps(merged.shape, w)
+        return plan.dtype, weight_order(merged.branches, merged.conv), met
     if plan.schedule == "library":
         return plan.dtype, plan.schedule
     return plan.dtype, tuple([_layout(launch) for launch in plan.branch_launches])
@@ -242,45 +242,21 @@ def _library(
 
 @dataclass(frozen=True)
 class MergedPacked(Packed):
-    """A unit's parameters, packed for a plan of schedule "merged" on inputs of one size.
+    """A unit's parameters, packed for a plan of schedule "merged" on inputs whose sections meet the same taps.
 
     Attributes:
         weights, shifts: one tensor of all branches, norms left out, and their shifts.
         scale: ``[M, C]`` fp32, the norms' scales, or None without norms.
         section_weights, pooled_shift: what a pixel of x, and a pixel of the output, add to the pooled sums.
-        sections: of the image.
     """
 
     scale: Tensor | None
     section_weights: Tensor
     pooled_shift: Tensor | None
-    sections: SectionTables
 
     def tensors(self) -> list[Tensor]:
-        own = (self.scale, self.section_weights, self.pooled_shift, *self.sections)
+        own = (self.scale, self.section_weights, self.pooled_shift)
         return [*super().tensors(), *(t for t in own if t is not None)]
-
-
-class SectionTables(NamedTuple):
-    """The sections of an image's rows and columns (:mod:`.kernels.merging`), int32.
-
-    Attributes:
-        strips, columns: which rows and columns are whose, see ``border_sums_fwd``.
-        met_h, met_w: which taps meet them, see ``section_weights``.
-    """
-
-    strips: Tensor
-    columns: Tensor
-    met_h: Tensor
-    met_w: Tensor
-
-
-@cache  # for good: CUDA graphs go on reading them
-def _section_tables(shape: ConvShape, h: int, w: int, rows: int, device: torch.device) -> SectionTables:
-    tables = strips(shape, h, rows), column_sections(shape, w), met_taps(shape, h), met_taps(shape, w)
-    return lasting(
-        lambda: SectionTables(*(torch.tensor(t, dtype=torch.int32, device=device) for t in tables)), device
-    )
 
 
 def _merged(
@@ -295,12 +271,12 @@ def _merged(
     shape, c = launch.branches, launch.branches.c_out
     weights = [_filling_memory(branch).to(plan.dtype) for branch in branches]
     packed, gather = branch_weight_launch(weights, shape, launch.conv, plan.dtype)
-    tables = _section_tables(launch.shape, h, w, launch.border.ROWS, packed.device)
-    size = (len(tables.met_h), len(tables.met_w), c // shape.groups, shape.c_in)
+    met_h, met_w = (tap_table(met_taps(launch.shape, pixels), packed.device) for pixels in (h, w))
+    size = (len(met_h), len(met_w), c // shape.groups, shape.c_in)
     of_sections = packed.new_empty(size, dtype=torch.float32)
     steps: list[Step] = [
         gather,
-        section_weights(weights, folded.scale, tables.met_h, tables.met_w, of_sections, branches=shape),
+        section_weights(weights, folded.scale, met_h, met_w, of_sections, branches=shape),
     ]
     pooled_shift = None
     if folded.shift is not None:
@@ -313,5 +289,4 @@ def _merged(
         scale=folded.scale,
         section_weights=of_sections,
         pooled_shift=pooled_shift,
-        sections=tables,
     ), steps

@@ -69,13 +69,34 @@ def norms_of(branches: Sequence[Branch], gate: Gate) -> list[Any]:
     return [*[branch.norm for branch in branches], gate.norm]
 
 
+def are_kept(branches: Sequence[Branch], gate: Gate) -> bool:
+    """Whether all tensors of a unit are parameters, or statistics of its norms, which stay from call to call: others,
+    as of parametrized modules, may be computed anew for each."""
+    buffers = ("running_mean", "running_var", "num_batches_tracked")
+    norms = [norm for norm in norms_of(branches, gate) if norm is not None]
+    statistics = {id(getattr(norm, name, None)) for norm in norms for name in buffers}
+    return all(
+        isinstance(t, nn.Parameter) or t is None or id(t) in statistics for t in slots_of(branches, gate)
+    )
+
+
 def tensors_of(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
-    """Every parameter and buffer of a unit.
+    """Every parameter and buffer of a unit."""
+    return [tensor for tensor in slots_of(branches, gate) if tensor is not None]
+
+
+def slots_of(branches: Sequence[Branch], gate: Gate) -> list[Tensor | None]:
+    """Every parameter and buffer of a unit, None for one that it lacks, always in one order.
 
     The norms' counters of batches among them: PyTorch's batch norm updates running statistics without counting
     versions.
     """
-    found = [gate.reduce_weight, gate.reduce_bias, *gate.select_weight, *(gate.select_bias or ())]
+    found: list[Tensor | None] = [
+        gate.reduce_weight,
+        gate.reduce_bias,
+        *gate.select_weight,
+        *(gate.select_bias or ()),
+    ]
     for branch in branches:
         found += (branch.weight, branch.bias)
     for norm in norms_of(branches, gate):
@@ -89,7 +110,7 @@ def tensors_of(branches: Sequence[Branch], gate: Gate) -> list[Tensor]:
             else:
                 found += (getattr(norm, "weight", None), getattr(norm, "bias", None))
             found += norm._buffers.values()
-    return [tensor for tensor in found if tensor is not None]
+    return found
 
 
 class UnitModule(nn.Module):

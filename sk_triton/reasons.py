@@ -90,8 +90,11 @@ def _part_reason(norm: object, act: object, who: str, is_training: bool) -> str:
     if norm is not None and (reason := norm_reason(norm, who, is_training=is_training)):
         return f"norm {reason}"
     for name, module in (("norm", norm), ("act", act)):
-        if isinstance(module, nn.Module) and any(hooks_of(module)):
-            return f"{name} has forward or backward hooks, which {who} would not run"
+        if isinstance(module, nn.Module):
+            if any(hooks_of(module)):
+                return f"{name} has forward or backward hooks, which {who} would not run"
+            if "forward" in module.__dict__:
+                return f"{name} has had its forward replaced, which {who} would not run"
     return ""
 
 

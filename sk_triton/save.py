@@ -24,8 +24,8 @@ def save_for_backward(save: Save) -> contextlib._GeneratorContextManager[None]:
         save: "branches" saves the branches' convolutions, the input and small tensors; "input" the input and small
             tensors alone, and convolves again in the backward pass. In 16 bits and groups of up to 16 channels the
             forward pass then writes no branch either: it convolves three times, in 4 passes over memory instead of 8,
-            and results differ from those of "branches" by rounding, as those of inference do. On a CPU the branches are
-            always saved.
+            and results differ from those of "branches" by rounding, as those of inference do. On a CPU it has
+            no effect.
 
     Raises:
         ValueError: an unknown name.

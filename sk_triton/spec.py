@@ -54,7 +54,7 @@ def require_odd_kernel(name: str, value: object, minimum: int = 1) -> None:
     require_int(name, value, minimum)
     if value % 2 == 0:  # type: ignore[operator]
         raise ValueError(
-            f"{name} must be odd (1, 3, 5, ...), got {value}: the padding of an even kernel is ambiguous"
+            f"{name} must be odd and >= {minimum}, got {value}: the padding of an even kernel is ambiguous"
         )
 
 

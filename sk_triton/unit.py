@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from . import functional
 from .pack_cache import PackCache, forget_shared
-from .params import UnitModule
+from .params import UnitModule, are_kept
 from .replay.calls import Replays
 
 Unit = TypeVar("Unit", bound="SKUnit")
@@ -28,9 +28,14 @@ class SKUnit(UnitModule):
         v = self._replays.run(x, self.save)
         if v is not None:
             return v
+        if isinstance(x, fx.Proxy):  # for a tracer the layer is one call, as PyTorch's own modules are
+            tracer = x.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
         recorder = self._replays.recorder(self, x)
+        branches, gate = self.branches(), self.gate()
+        cache = self._cache if are_kept(branches, gate) else None
         return functional.sk_conv(
-            x, self.branches(), self.gate(), self.spec, cache=self._cache, recorder=recorder, save=self.save
+            x, branches, gate, self.spec, cache=cache, recorder=recorder, save=self.save
         )
 
     def fuse(self: Unit) -> Unit:
@@ -63,6 +68,10 @@ class SKUnit(UnitModule):
     def _fuse(self) -> None:
         """Fold every norm; the default has none."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # Also of a shallow copy, whose parameters may become its own.
+        super().__setstate__({**state, "_cache": PackCache(), "_replays": Replays()})
+
     def _replicate_for_data_parallel(self) -> SKUnit:
         replica: SKUnit = super()._replicate_for_data_parallel()
         # A replica has parameters of its own and runs in a thread of its own.
@@ -74,6 +83,11 @@ class SKUnit(UnitModule):
         self._forget()
         result: SKUnit = super()._apply(fn, recurse)
         return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        # Where FSDP owns the parameters, nothing else tells.
+        self._forget()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def train(self, mode: bool = True) -> SKUnit:
         if mode != self.training:

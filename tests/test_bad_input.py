@@ -265,6 +265,7 @@ SKCONV = [
     ({"features": 8.0}, TypeError, r"features must be an int >= 1, got 8\.0 of type float"),
     ({"M": 0}, ValueError, "M must be an int >= 1, got 0"),
     ({"M": -2}, ValueError, "M must be an int >= 1, got -2"),
+    ({"M": 32}, ValueError, r"M must be at most 8 .*, got 32: other classes of this name take WH"),
     ({"M": 2.0}, TypeError, r"M must be an int >= 1, got 2\.0 of type float"),
     ({"G": 0}, ValueError, "G must be an int >= 1, got 0"),
     ({"G": 3}, ValueError, "G must divide features = 8, got 3"),
@@ -301,10 +302,10 @@ TIMM = [
     ),
     ({"kernel_size": 4}, ValueError, "kernel_size must be odd .* got 4: the padding .* ambiguous"),
     ({"kernel_size": [3, 6]}, ValueError, "kernel_size must be odd .* got 6: the padding .* ambiguous"),
-    ({"kernel_size": -3}, ValueError, "kernel_size must be an int >= 1, got -3"),
+    ({"kernel_size": -3}, ValueError, "kernel_size must be an int >= 3, got -3"),
     ({"kernel_size": []}, ValueError, r"kernel_size must hold at least one kernel, got \[\]"),
     ({"kernel_size": 3.0}, TypeError, r"kernel_size must be an int or a list or tuple of ints, got 3\.0"),
-    ({"kernel_size": [(3, 3)]}, TypeError, r"kernel_size must be an int >= 1, got \(3, 3\)"),
+    ({"kernel_size": [(3, 3)]}, TypeError, r"kernel_size must be an int >= 3, got \(3, 3\)"),
     ({"stride": 0}, ValueError, "stride must be an int >= 1, got 0"),
     ({"stride": 3}, ValueError, "stride must be 1 or 2, or more together with aa_layer, got 3"),
     ({"dilation": 0}, ValueError, "dilation must be an int >= 1, got 0"),
@@ -379,8 +380,8 @@ def test_nan_and_inf_propagate_as_in_eager(layer, value):
 
 
 def test_a_norm_replaced_by_one_without_the_activation_is_noticed():
-    """A fused or swapped norm loses the activation below it; better an error than a unit without ReLU."""
-    layer = SelectiveKernel(8)
+    """An activation with parameters stands below its norm; better an error than a unit without one."""
+    layer = SelectiveKernel(8, act_layer=nn.PReLU)
     layer.paths[0].bn = nn.BatchNorm2d(8)
-    with pytest.raises(ValueError, match=r"branches\[0\]\.act must be 'relu' .* got 'identity'"):
+    with pytest.raises(ValueError, match=r"branches\[0\]\.act must be 'PReLU' .* got 'identity'"):
         layer(real(2, 8, 5, 5))

@@ -80,7 +80,7 @@ def test_active_drop_is_refused(x):
     module = layer(drop_layer=nn.Dropout)
     with torch.no_grad():
         assert "drop" not in reason(module, x)
-        module.paths[1].bn.drop.train()
+        module.paths[1].drop.train()
         if dispatch.is_interpreted():
             assert (
                 reason(module, x)

@@ -97,6 +97,18 @@ def parametrized():
     return layer
 
 
+def shared(part):
+    def build():
+        layer = make()
+        if part == "path":
+            layer.paths[1] = layer.paths[0]
+        else:
+            layer.paths[1].conv = layer.paths[0].conv
+        return layer
+
+    return build
+
+
 def hooked():
     layer = make()
     layer.paths[1].bn.register_forward_hook(lambda *args: None)
@@ -112,6 +124,8 @@ def hooked():
             "paths.1.conv is parametrized: call torch.nn.utils.parametrize.remove_parametrizations",
         ),
         (hooked, "paths.1.conv or its norm has forward or backward hooks"),
+        (shared("conv"), "branches share a convolution, but not what their norms make of it"),
+        (shared("path"), "branches share a convolution"),
     ],
 )
 def test_what_does_not_fold_is_refused_and_nothing_is_changed(build, why):

@@ -219,6 +219,17 @@ def test_repeated_runs_are_equal_to_the_bit(name):
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
 
 
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_more_tiles_than_a_grid_has_rows(most, monkeypatch):
+    shape, config, *size = CASES["wide, halos of each branch"]
+    x, dv, y, weights, *rest = make(shape, *size, torch.float16)
+    terms = terms_of(*rest, has_norm=True)
+    expected, _ = run(x, dv, y, weights, terms, shape, config, has_relu=True)
+    monkeypatch.setattr("sk_triton.kernels.branch_grad.MAX_GRID_Y", most)
+    dx, _ = run(x, dv, y, weights, terms, shape, config, has_relu=True)
+    assert torch.equal(dx, expected)
+
+
 @pytest.mark.parametrize("name", ["stream", "wide, 16 channels per group"])
 def test_a_bad_gradient_stays_in_its_sample(name):
     shape, config, *size = CASES[name]

@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import prune
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, SKSpec, use_backend
+from sk_triton.checks import act_name
 from sk_triton.functional import sk_conv
 from sk_triton.pack_cache import PackCache
 from sk_triton.params import Branch, Gate
@@ -75,6 +76,67 @@ def test_layers_that_compute_something_else_are_refused(make):
     linear.fc = Adapter(linear.fc)
     with pytest.raises(RuntimeError, match="Adapter stands where"):
         linear(torch.randn(2, 16, 5, 5))
+
+
+def test_replaced_forwards_are_refused_where_they_would_not_run(make):
+    """As adapters, quantizers and offloading attach themselves."""
+    layer, x = make(), torch.randn(2, 16, 5, 5)
+    conv = next(m for m in layer.modules() if isinstance(m, nn.Conv2d))
+    conv.forward = lambda x: 2 * type(conv).forward(conv, x)
+    with pytest.raises(RuntimeError, match="the forward of a Conv2d has been replaced"):
+        layer(x)
+
+
+@pytest.mark.parametrize("part", ["bn", "act"])
+def test_replaced_forwards_run_in_the_reference(part):
+    layer, x = SelectiveKernel(16).eval(), torch.randn(2, 16, 5, 5)
+    module = getattr(layer.paths[0], part)
+    with torch.no_grad():
+        for _ in range(2):
+            before = layer(x)
+        module.forward = lambda x: 2 * type(module).forward(module, x)
+        assert not torch.allclose(layer(x), before)
+        with use_backend("torch"), pytest.raises(RuntimeError, match="has had its forward replaced"):
+            layer(x)
+
+
+@pytest.mark.parametrize("name", ["paths.0", "paths.0.conv", "attn", "attn.fc_select"])
+def test_hooks_that_never_run_are_warned_of(name):
+    layer, x = SelectiveKernel(16).eval(), torch.randn(2, 16, 5, 5)
+    part = layer.get_submodule(name)
+    part.register_forward_hook(lambda *_: pytest.fail("ran"))
+    with pytest.warns(RuntimeWarning, match=f"hooks of this {type(part).__name__} never run"):
+        layer(x)
+
+
+class relu(nn.Module):  # noqa: N801
+    def forward(self, x):
+        return nn.functional.leaky_relu(x)
+
+
+def identity(x):
+    return 2 * x
+
+
+def test_activations_are_not_told_by_their_names():
+    assert act_name(relu()) == f"{__name__}.relu"
+    assert act_name(identity) == f"{__name__}.identity"
+    assert act_name(nn.ReLU()) == act_name(torch.relu) == act_name(nn.functional.relu) == "relu"
+    layer, x = SelectiveKernel(16, act_layer=relu).eval(), torch.randn(2, 16, 5, 5)
+    with torch.no_grad(), use_backend("reference"):
+        expected = layer(x)
+    with torch.no_grad():
+        assert torch.equal(layer(x), expected)
+
+
+class CountingNorm(nn.BatchNorm2d):
+    def __init__(self, channels):
+        super().__init__(channels)
+        self.register_buffer("steps", torch.zeros(()))
+
+
+def test_norms_of_ones_own_may_hold_what_they_like():
+    SelectiveKernel(16, norm_layer=CountingNorm)(torch.randn(2, 16, 5, 5))
 
 
 def norms_of(layer):
@@ -151,7 +213,7 @@ def test_a_child_that_a_leaf_gets_is_noticed():
     with torch.no_grad():
         for _ in range(2):
             layer(x)
-        layer.paths[0].bn.add_module("act", nn.ReLU())
+        layer.paths[0].act = nn.ReLU()
         with pytest.raises(ValueError, match="act must be"):
             layer(x)
 

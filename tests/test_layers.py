@@ -6,7 +6,6 @@ import io
 import pickle
 
 import pytest
-import timm.layers
 import torch
 from timm.layers.selective_kernel import SelectiveKernel as TimmSelectiveKernel
 from torch import nn
@@ -374,24 +373,3 @@ def test_running_statistics_move_in_training_only():
     layer.train()(x)
     assert layer.paths[0].bn.num_batches_tracked == layer.attn.bn.num_batches_tracked == 1
     assert layer.attn.bn.running_mean.abs().sum() > 0
-
-
-def test_replaces_timms_module_in_a_network():
-    model = timm.create_model("skresnet18", pretrained=False, num_classes=3).eval()
-    randomize_norms(model)
-    x = torch.randn(1, 3, 64, 64)
-    expected = model(x)
-    with torch.no_grad():
-        for name, module in list(model.named_modules()):
-            if isinstance(module, TimmSelectiveKernel):
-                conv = module.paths[0].conv
-                ours = SelectiveKernel(
-                    module.in_channels,
-                    module.out_channels,
-                    stride=conv.stride[0],
-                    rd_channels=module.attn.fc_reduce.out_channels,
-                )
-                ours.load_state_dict(module.state_dict())
-                model.set_submodule(name, ours.eval())
-    assert not any(isinstance(m, TimmSelectiveKernel) for m in model.modules())
-    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)

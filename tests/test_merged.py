@@ -185,8 +185,10 @@ def test_packed_weights_follow_parameters_and_size():
     plan = plans.plan_schedule("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True))
     first = pack(plan, 6, 5, branches, gate, cache)
     assert pack(plan, 6, 5, branches, gate, cache) is first
-    assert pack(plan, 5, 6, branches, gate, cache) is not first
+    assert pack(plan, 2, 5, branches, gate, cache) is not first
     assert pack(plan, 6, 5, branches, gate, cache) is first
+    # The sections of larger images meet the same taps.
+    assert pack(plan, 60, 31, branches, gate, cache) is first
     with torch.no_grad():
         branches[1].weight.add_(1)
     second = pack(plan, 6, 5, branches, gate, cache)

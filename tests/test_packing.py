@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from sk_triton import SelectiveKernel, SKConv, packing, preference, use_backend
 from sk_triton.folding import fold_norm
@@ -35,6 +36,14 @@ def in_place(layer):
 
 def optimizer_step(layer):
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
+    for parameter in layer.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+
+
+def fused_optimizer_step(layer):
+    """Of which PyTorch counts no version."""
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
     for parameter in layer.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -84,8 +93,8 @@ def uncounted_write_then_train(layer):
 
 
 CHANGES = [
-    in_place, optimizer_step, load_state_dict, swapped_data, swapped_data_twice, swapped_parameter,
-    running_statistics, epsilon, uncounted_write_then_train,
+    in_place, optimizer_step, fused_optimizer_step, load_state_dict, swapped_data, swapped_data_twice,
+    swapped_parameter, running_statistics, epsilon, uncounted_write_then_train,
 ]  # fmt: skip
 
 
@@ -132,8 +141,13 @@ def test_to_is_seen(move):
 def test_copies_share_nothing():
     layer, x = paper_layer(), torch.randn(1, 8, 5, 4)
     before, _ = outputs(layer, x)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+    for twin in (copy.copy(layer), copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert twin._cache is not layer._cache
+        assert twin._replays is not layer._replays
+        if (
+            twin._modules is layer._modules
+        ):  # a shallow copy is a layer of its own once it has modules of its own
+            twin._modules = copy.deepcopy(layer._modules)
         in_place(twin)
         after, expected = outputs(twin, x)
         torch.testing.assert_close(after, expected)
@@ -213,6 +227,53 @@ def test_a_capture_takes_what_is_packed_and_packs_nothing(monkeypatch):
     cache.get("plan", [source], lambda: packed)
     monkeypatch.setattr(kernels_lasting, "is_capturing", lambda device: True)
     assert cache.get("plan", [source], lambda: pytest.fail("packed during a capture")) is packed
+
+
+def test_a_step_of_any_optimizer_counts_where_a_gradient_is_wanted():
+    cache, built = PackCache(), []
+    trained, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)
+    for source, times in ((trained, 2), (frozen, 1)):
+        built.clear()
+        for _ in range(2):
+            cache.get(id(source), [source], lambda: built.append(1))
+            torch.optim.SGD([nn.Parameter(torch.ones(1))]).step()
+        assert len(built) == times
+
+
+@pytest.mark.parametrize("make", [classic_layer, paper_layer])
+def test_loading_forgets_what_was_packed_before(make):
+    """FSDP fills parameters again in the same memory, and counts no version."""
+    layer, x = make(), torch.randn(1, 8, 5, 4)
+    with torch.no_grad():
+        layer(x)
+        state = layer.state_dict()
+        for parameter in layer.parameters():
+            parameter.data.mul_(1.5)
+        layer.load_state_dict(state)
+        with use_backend("reference"):
+            expected = layer(x)
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_a_tensor_is_told_by_what_it_is_for():
+    layer, x = paper_layer(), torch.randn(1, 8, 5, 4)
+    with torch.no_grad():
+        layer(x)
+        norm = layer.paths[0].bn
+        norm.weight, norm.bias = None, norm.weight
+        with use_backend("reference"):
+            expected = layer(x)
+        torch.testing.assert_close(layer(x), expected)
+
+
+@pytest.mark.interpret
+def test_computed_weights_are_not_kept(monkeypatch):
+    """Those of a parametrization are other tensors at every call: a capture packs them in its graph."""
+    layer, x = paper_layer(), torch.randn(1, 8, 5, 4)
+    parametrize.register_parametrization(layer.paths[0].conv, "weight", nn.Tanh())
+    monkeypatch.setattr(PackCache, "get", lambda *args: pytest.fail("kept"))
+    ours, expected = outputs(layer, x)
+    torch.testing.assert_close(ours, expected)
 
 
 def test_inference_tensors_are_never_cached():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from sk_triton import SelectiveKernel, SKConv, use_backend
+from sk_triton import SelectiveKernel, SKConv, launching, use_backend
 from sk_triton.replay.calls import kind_of
 from sk_triton.replay.recording import MAX_RECORDINGS
 from sk_triton.replay.watch import Watch
@@ -157,12 +157,48 @@ def test_a_tensor_of_another_kind_in_a_parameters_place_is_asked_nothing():
     assert not watch.holds()
 
 
+def test_a_parameter_that_changes_during_the_first_call_is_seen_in_the_next(direct, monkeypatch):
+    """By another thread, while the first call compiles its kernels."""
+    layer, x = paper_layer(), image(2, 5, 5)
+    prepare = launching.prepare
+
+    def change(*args):
+        monkeypatch.setattr(launching, "prepare", prepare)
+        layer.paths[0].conv.weight.mul_(2)
+        return prepare(*args)
+
+    monkeypatch.setattr(launching, "prepare", change)
+    before = layer(x)
+    for _ in range(3):
+        after = layer(x)
+        assert torch.equal(after, expected(layer, x))
+    assert not torch.equal(after, before)
+    assert direct
+
+
+@pytest.mark.parametrize("needs_gradient", [True, False], ids=["unfrozen", "frozen"])
+def test_a_step_of_an_optimizer_is_a_change(needs_gradient):
+    layer = paper_layer().requires_grad_(False)
+    before = Watch(layer, has_gradients=False)
+    layer.requires_grad_(needs_gradient)
+    watch = Watch(layer, has_gradients=False)
+    assert before.holds() is not needs_gradient
+    assert watch.holds()
+    torch.optim.SGD([nn.Parameter(torch.ones(1))]).step()
+    assert watch.holds() is not needs_gradient
+
+
 def test_changes_that_no_kernel_runs_raise_as_in_a_planned_call(direct):
     for change, error, reason in (
         (
             lambda layer: layer.paths[0].bn.register_forward_hook(print),
             RuntimeError,
             "forward or backward hooks",
+        ),
+        (
+            lambda layer: setattr(layer.paths[0].bn, "forward", print),
+            RuntimeError,
+            "has had its forward replaced",
         ),
         (lambda layer: setattr(layer.paths[0].conv, "dilation", (2, 2)), ValueError, "must stay as built"),
         (lambda layer: delattr(layer.attn.fc_reduce, "weight"), AttributeError, "weight"),

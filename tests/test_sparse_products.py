@@ -109,6 +109,7 @@ UNITS = pytest.mark.parametrize(
 )
 
 
+@needs_narrow_products
 @pytest.mark.interpret
 @UNITS
 @pytest.mark.parametrize("group_channels", [4, 8])
@@ -117,6 +118,7 @@ def test_units_err_like_eager(chosen, unit, schedule, group_channels):
     assert chosen
 
 
+@needs_narrow_products
 @pytest.mark.interpret
 @UNITS
 def test_a_layer_packs_weights_for_each_kind_of_products(unit, schedule):
@@ -133,6 +135,7 @@ def test_a_layer_packs_weights_for_each_kind_of_products(unit, schedule):
     assert torch.equal(found[-1], found[0])
 
 
+@needs_narrow_products
 @pytest.mark.interpret
 @pytest.mark.parametrize("unit", [paper, classic])
 def test_training_errs_like_eager(chosen, unit):
@@ -140,6 +143,7 @@ def test_training_errs_like_eager(chosen, unit):
     assert chosen
 
 
+@needs_narrow_products
 @pytest.mark.gpu
 @UNITS
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -150,6 +154,7 @@ def test_units_err_like_eager_on_a_gpu(chosen, unit, schedule, dtype, channels, 
     assert chosen
 
 
+@needs_narrow_products
 @pytest.mark.gpu
 @pytest.mark.parametrize("unit", [paper, classic])
 @pytest.mark.parametrize(("channels", "size"), [(128, 56), (256, 28)])

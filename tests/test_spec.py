@@ -135,7 +135,7 @@ def test_bad_spec(change, error, message):
 @pytest.mark.parametrize(
     ("args", "error", "message"),
     [
-        ((4,), ValueError, r"kernel_size must be odd \(1, 3, 5, ...\), got 4: .* even kernel is ambiguous"),
+        ((4,), ValueError, r"kernel_size must be odd and >= 1, got 4: .* even kernel is ambiguous"),
         ((0,), ValueError, "kernel_size must be an int >= 1, got 0"),
         ((-3,), ValueError, "kernel_size must be an int >= 1, got -3"),
         (((3, 3),), TypeError, r"kernel_size must be an int >= 1, got \(3, 3\)"),

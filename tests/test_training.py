@@ -9,9 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sk_triton import SelectiveKernel, SKConv, functional, save_for_backward, use_backend
+from sk_triton import BranchSpec, SelectiveKernel, SKConv, SKSpec, functional, save_for_backward, use_backend
 from sk_triton.chips import CHIPS
+from sk_triton.inference_op import run_unit
 from sk_triton.training import plan as training_plan
+from sk_triton.training.norms import norm_settings, updates_by_kernels
 from sk_triton.workload import Workload
 
 from .tolerances import assert_same, assert_typical_errors_like_eager
@@ -147,6 +149,53 @@ def compare_unit(spec, size, dtype, layout, save):
         ours, eager = run(x, weight, dtype, "triton"), run(x, weight, dtype, "reference")
         samples += zip(ours, eager, run(x, weight, torch.float64, "reference"), strict=True)
     assert_typical_errors_like_eager(samples)
+
+
+@pytest.mark.parametrize("biases", [(16,), (8, 8), (12, 4), (4, 4, 8)], ids=str)
+@pytest.mark.parametrize("weights", [(16,), (8, 8), (12, 4), (4, 4, 8)], ids=str)
+def test_a_gate_in_pieces(weights, biases):
+    """Its second layer's rows may be cut anywhere."""
+    kinds = (BranchSpec(3, 1, 2), BranchSpec(3, 2, 2))
+    spec = SKSpec(8, 8, kinds, gate_width=4, branch_norm=False, gate_norm=False, select_bias=True)
+    branches, gate = random_unit(spec, torch.float32)
+    rows = torch.cat(gate.select_weight).detach(), torch.cat(gate.select_bias).detach()
+
+    def run(backend):
+        leaves = [part.clone().requires_grad_() for part in rows]
+        pieces = [part.split(list(cut)) for part, cut in zip(leaves, (weights, biases), strict=True)]
+        cut_gate = gate._replace(select_weight=pieces[0], select_bias=pieces[1])
+        with use_backend(backend):
+            v = functional.sk_conv(x, branches, cut_gate, spec)
+            with torch.no_grad():
+                inferred = functional.sk_conv(x, branches, cut_gate, spec)
+                operator = run_unit(x, branches, cut_gate, spec)
+        return [v, inferred, operator, *torch.autograd.grad(v.square().sum(), leaves)]
+
+    x = torch.randn(2, 8, 5, 4)
+    for ours, expected in zip(run("triton"), run("reference"), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", ["running_mean", "num_batches_tracked"])
+def test_norms_that_share_statistics_take_their_updates_in_turn(shared):
+    layer = SelectiveKernel(8, groups=2, split_input=False)
+    first, second = (path.bn for path in layer.paths)
+    setattr(second, shared, getattr(first, shared))
+    ours, eager = clone(layer), clone(layer)
+    norms = [ours.paths[0].bn, ours.paths[1].bn, ours.attn.bn]
+    assert updates_by_kernels(norms, norm_settings(norms)) is None
+    for module, backend in ((ours, "triton"), (eager, "reference")):
+        with use_backend(backend):
+            module(torch.linspace(-1, 2, 2 * 8 * 4 * 3).view(2, 8, 4, 3)).sum().backward()
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_a_counter_elsewhere_is_updated_by_pytorch():
+    norm = nn.BatchNorm2d(4, device="meta")
+    assert updates_by_kernels([norm], norm_settings([norm])) is not None
+    norm.num_batches_tracked = torch.tensor(0)
+    assert updates_by_kernels([norm], norm_settings([norm])) is None
 
 
 @pytest.mark.parametrize(

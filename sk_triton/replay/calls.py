@@ -74,23 +74,30 @@ class Replays:
     def recorder(self, layer: UnitModule, x: Tensor) -> Recorder | None:
         """What takes note of the layer's call on x, None where such a call is planned each time."""
         kind = kind_of(x, layer.save)
-        return None if kind is None else Recorder(self, layer, kind, torch.is_grad_enabled())
+        if kind is None:
+            return None
+        # Before the call, while which a parameter may change.
+        has_gradients = torch.is_grad_enabled()
+        watch = self._watch(layer, has_gradients)
+        return Recorder(self, layer, kind, watch, has_gradients) if watch.is_possible else None
 
-    def add(
-        self, layer: UnitModule, kind: Hashable, start: Callable[[Tensor], Tensor], has_gradients: bool
-    ) -> None:
-        """Take `start` for the layer's calls of a kind."""
+    def _watch(self, layer: UnitModule, has_gradients: bool) -> Watch:
+        """The one that holds, or a new one."""
+        watch = self._watches.get(has_gradients)
+        if watch is not None:
+            if watch.holds():
+                return watch
+            self._forget(watch)
+        self._watches[has_gradients] = watch = Watch(layer, has_gradients=has_gradients)
+        return watch
+
+    def add(self, layer: UnitModule, kind: Hashable, watch: Watch, start: Callable[[Tensor], Tensor]) -> None:
+        """Take `start` for the layer's calls of a kind, if nothing has changed since it was watched first."""
         if len(self._recordings) >= MAX_RECORDINGS:
             self.clear()
-        watch = self._watches.get(has_gradients)
-        if watch is not None and not watch.holds():
-            self._forget(watch)
-            watch = None
-        if watch is None:
-            self._watches[has_gradients] = watch = Watch(layer, has_gradients=has_gradients)
         # A subclass may compute its branches from whatever it likes.
         is_ours = all(method.__module__.startswith(_PACKAGE) for method in (layer.branches, layer.gate))
-        if watch.is_possible and is_ours and watch.covers(tensors_of(layer.branches(), layer.gate())):
+        if is_ours and watch.holds() and watch.covers(tensors_of(layer.branches(), layer.gate())):
             self._recordings[kind] = watch, start
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Replays:
@@ -104,17 +111,19 @@ class Recorder(NamedTuple):
     """Takes note of one call of a layer.
 
     Attributes:
+        watch: the layer as it was before the call.
         has_gradients: whether gradients are enabled: a call without them is of another kind.
     """
 
     replays: Replays
     layer: UnitModule
     kind: Hashable
+    watch: Watch
     has_gradients: bool
 
     def add(self, start: Callable[[Tensor], Tensor]) -> None:
         """The call may be computed again by this."""
-        self.replays.add(self.layer, self.kind, start, self.has_gradients)
+        self.replays.add(self.layer, self.kind, self.watch, start)
 
 
 def kind_of(x: Any, save: Save | None = None) -> Hashable | None:

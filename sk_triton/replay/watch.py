@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
+from ..optimizer_steps import steps_of, steps_taken
 from ..reasons import PLAIN, hooks_of
 
 # What a part computes besides its tensors. Others compute the same whatever their settings: a unit with an activation
@@ -20,6 +21,7 @@ _SETTINGS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 
 _version, _needs_gradient = attrgetter("_version"), attrgetter("requires_grad")
+_both = attrgetter("_version", "requires_grad")
 
 
 class Watch:
@@ -30,8 +32,8 @@ class Watch:
     half as long as all the rest.
 
     Attributes:
-        is_possible: False where changes would go unseen: parametrized parameters, inference tensors, hooks, settings
-            that are no plain attributes.
+        is_possible: False where changes would go unseen: parametrized parameters, inference tensors, hooks, replaced
+            forwards, settings that are no plain attributes.
     """
 
     def __init__(self, layer: nn.Module, *, has_gradients: bool) -> None:
@@ -40,6 +42,7 @@ class Watch:
         modules = list(layer.modules())
         # The layer's own hooks run around its forward; those of its parts never would.
         self._hooks = [hooks for m in modules[1:] for hooks in hooks_of(m)]
+        self._attributes = [vars(m) for m in modules[1:] if type(m).forward is not nn.Module.forward]
         self._children = [m._modules for m in modules]
         self._expected_children = [{**children} for children in self._children]
         settings = [(vars(m), names) for m in modules for kind, names in _SETTINGS if isinstance(m, kind)]
@@ -51,13 +54,18 @@ class Watch:
         filled = [(own, name, t) for own, name in slots if (t := own[name]) is not None]
         tensors = [t for _, _, t in filled]
         self.is_possible = are_plain and not (
-            any(t.is_inference() for t in tensors) or any(self._hooks) or any(map(is_parametrized, modules))
+            any(t.is_inference() for t in tensors)
+            or any(self._hooks)
+            or any(map(is_parametrized, modules))
+            or any("forward" in attributes for attributes in self._attributes)
         )
         # They keep the memory alive, which a tensor may leave: an address tells no longer than that.
         self._kept = [t.detach() for t in tensors]
         # A tensor may move while it stays the same object: by `.data`, or, as FSDP's, as its storage is freed and
         # allocated again.
-        self._mark = _needs_gradient if has_gradients else _version
+        self._steps = None if has_gradients else steps_of(tensors)
+        # Optimizers, which may change parameters unseen, leave those alone that need no gradient, while they don't.
+        self._mark = _needs_gradient if has_gradients else _both if self._steps is None else _version
         self._filled = [
             (own, name, t, t.data_ptr(), self._mark(t), t.dtype, t.dim() <= 1, kept)
             for (own, name, t), kept in zip(filled, self._kept, strict=True)
@@ -70,6 +78,11 @@ class Watch:
             return False
         if self._list_settings() != self._expected_settings:
             return False
+        if self._steps is not None and self._steps != steps_taken():
+            return False
+        for attributes in self._attributes:
+            if "forward" in attributes:
+                return False
         mark = self._mark
         try:
             for own, name, tensor, address, expected_mark, dtype, is_vector, kept in self._filled:

@@ -13,6 +13,7 @@ from ..kernels.geometry import cdiv
 from ..kernels.merged_conv import merged_conv_fwd
 from ..packing import MergedPacked
 from ..plan import Plan
+from ..section_tables import column_table, strip_table
 from ..spec import SKSpec
 from ..steps import Step, gate_steps
 
@@ -23,8 +24,9 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: MergedPacked, spec: SKSpec
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
     c, m = spec.out_channels, spec.num_branches
-    border = plan.merged_launch.border
-    tiles = cdiv(len(packed.sections.strips), border.STRIPS_PER_PROGRAM) * cdiv(w_in, border.BLOCK_W)
+    shape, border = plan.merged_launch.shape, plan.merged_launch.border
+    strips = strip_table(shape, h_in, border.ROWS, x.device)
+    tiles = cdiv(len(strips), border.STRIPS_PER_PROGRAM) * cdiv(w_in, border.BLOCK_W)
     partial = x.new_empty((n, tiles, c), dtype=torch.float32)
     attention = x.new_empty((n, m, c), dtype=torch.float32)
     steps: list[Step] = [
@@ -32,10 +34,10 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: MergedPacked, spec: SKSpec
             x,
             packed.section_weights,
             packed.pooled_shift,
-            packed.sections.strips,
-            packed.sections.columns,
+            strips,
+            column_table(shape, w_in, x.device),
             partial,
-            shape=plan.merged_launch.shape,
+            shape=shape,
             pixels=h * w,
             config=border,
         ),

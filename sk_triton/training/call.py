@@ -57,8 +57,7 @@ def run_backward(
     saved: Sequence[Tensor],
     needs: list[bool],
 ) -> list[Tensor]:
-    """The gradients that `needs` names, by the operator where somebody watches: it says that it has no gradient, where
-    one is asked for.
+    """The gradients that `needs` names, by the operator where somebody watches: it refuses a second derivative.
 
     Raises:
         RuntimeError: `dv` stands for a batch of gradients.

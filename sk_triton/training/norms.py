@@ -78,10 +78,11 @@ def updates_by_kernels(norms: Sequence[Any], settings: NormSettings) -> tuple[Ru
     updating = [norm for norm in norms if keeps_statistics(norm)]
     is_plain = (
         not settings.groups.strip(",")
-        and len({*map(id, updating)}) == len(updating)  # else one takes its updates one after another
+        and _are_apart(updating)
         and len({norm.momentum for norm in norms[:-1] if keeps_statistics(norm)}) <= 1
         and all(norm.momentum is not None and norm.num_batches_tracked is not None for norm in updating)
         and all(t.is_contiguous() for norm in updating for t in (norm.running_mean, norm.running_var))
+        and all(norm.num_batches_tracked.device == norm.running_mean.device for norm in updating)
     )
     if not is_plain:
         return None
@@ -93,14 +94,23 @@ def updates_by_kernels(norms: Sequence[Any], settings: NormSettings) -> tuple[Ru
     )
 
 
+def _are_apart(norms: Sequence[Any]) -> bool:
+    """Whether no two norms have running statistics in common, else these take their updates one after another."""
+    names = ("running_mean", "running_var", "num_batches_tracked")
+    # Tensors without memory, on the meta device, are all at 0.
+    held = [
+        t.data_ptr() or id(t) for norm in norms for name in names if (t := getattr(norm, name)) is not None
+    ]
+    return len({*held}) == len(held)
+
+
 @torch.no_grad()
 def update_statistics(updates: Sequence[tuple[Any, Tensor, Tensor]]) -> None:
     """The update of ``nn.BatchNorm2d`` for each norm, from the mean and the unbiased variance ``[C]`` of a batch."""
     counters = [norm.num_batches_tracked for norm, _, _ in updates if norm.num_batches_tracked is not None]
     momenta = [norm.momentum for norm, _, _ in updates]
     kinds = {(norm.running_mean.dtype, norm.running_var.dtype) for norm, _, _ in updates}
-    # One norm of several branches takes its updates one after another.
-    is_joint = len({id(norm) for norm, _, _ in updates}) == len(updates) == len(counters)
+    is_joint = _are_apart([norm for norm, _, _ in updates]) and len(counters) == len(updates)
     if len(updates) > 1 and is_joint and len({*momenta}) == 1 and momenta[0] is not None and len(kinds) == 1:
         running = [s for norm, _, _ in updates for s in (norm.running_mean, norm.running_var)]
         batch = [s.to(running[0].dtype) for _, mean, var in updates for s in (mean, var)]

@@ -56,7 +56,7 @@ def backward_pass(
     """The outputs of :func:`.operators.unit_bwd`, and what computed them.
 
     Args:
-        dv, x: as :func:`kernel_inputs` gives them; so is the gradient of x.
+        dv, x: as :func:`kernel_inputs` gives them. The gradient of x has the strides of this x.
     """
     tape = Tape()
     with undisturbed(x):

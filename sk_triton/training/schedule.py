@@ -67,8 +67,8 @@ def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, 
 def backward(
     dv: Tensor, x: Tensor, unit: TrainingUnit, plan: Plan, saved: Saved, needs: list[bool], tape: Tape
 ) -> list[Tensor]:
-    """The outputs of :func:`.operators.unit_bwd`, for x with adjacent channels and dv with equally spaced pixels,
-    and so is the gradient of x."""
+    """The outputs of :func:`.operators.unit_bwd`, for x with adjacent channels and dv with equally spaced pixels. The
+    gradient of x has the strides of x."""
     spec, m = unit.spec, unit.spec.num_branches
     y, sums = saved.y, saved.sums
     vectors = BranchVectors.of(saved.vectors, unit)

@@ -84,7 +84,7 @@ def unit_tensors(branches: Sequence[Branch], gate: Gate) -> UnitTensors:
 
     select_weights = gate.select_weight
     select_biases: tuple[Tensor | None, ...] = gate.select_bias or (None,) * len(select_weights)
-    if len(select_weights) not in (1, len(branches)):
+    if not _are_by_branch(select_weights, select_biases, len(branches)):
         select_weights = (torch.cat([weight.flatten(1) for weight in select_weights]),)
         select_biases = (None if gate.select_bias is None else torch.cat(gate.select_bias),)
     return UnitTensors(
@@ -99,3 +99,9 @@ def unit_tensors(branches: Sequence[Branch], gate: Gate) -> UnitTensors:
         select_weights,
         select_biases,
     )
+
+
+def _are_by_branch(weights: Sequence[Tensor], biases: Sequence[Tensor | None], m: int) -> bool:
+    """Whether the gate's stacks are one tensor each, or one of equal rows for each of `m` branches."""
+    rows = {part.shape[0] for part in (*weights, *biases) if part is not None}
+    return len(weights) == len(biases) and (len(weights) == 1 or (len(weights) == m and len(rows) == 1))

@@ -1,0 +1,62 @@
+"""The layer in timm's networks, as timm builds, freezes and traces them."""
+
+import pytest
+import timm
+import torch
+from timm.layers.selective_kernel import SelectiveKernel as TimmSelectiveKernel
+
+from sk_triton import SelectiveKernel
+
+from .units import randomize_norms
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """timm's networks with our layer, on 32 x 32 pixels."""
+    monkeypatch.setattr("timm.models.sknet.SelectiveKernel", SelectiveKernel)
+    return lambda **settings: timm.create_model("skresnet18", pretrained=False, **settings).eval()
+
+
+def test_replaces_timms_module_in_a_network():
+    model = timm.create_model("skresnet18", pretrained=False, num_classes=3).eval()
+    randomize_norms(model)
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    with torch.no_grad():
+        for name, module in list(model.named_modules()):
+            if isinstance(module, TimmSelectiveKernel):
+                conv = module.paths[0].conv
+                ours = SelectiveKernel(
+                    module.in_channels,
+                    module.out_channels,
+                    stride=conv.stride[0],
+                    rd_channels=module.attn.fc_reduce.out_channels,
+                )
+                ours.load_state_dict(module.state_dict())
+                model.set_submodule(name, ours.eval())
+    assert not any(isinstance(m, TimmSelectiveKernel) for m in model.modules())
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("freeze", [timm.utils.freeze, timm.utils.model.freeze_batch_norm_2d])
+def test_timm_freezes_a_network(ours, freeze):
+    """It puts another norm in the place of each, and leaves out what is below a plain one."""
+    model, x = ours(num_classes=3), torch.randn(1, 3, 32, 32)
+    randomize_norms(model)
+    with torch.no_grad():
+        expected = model(x)
+        freeze(model)
+        assert not any(type(m) is torch.nn.BatchNorm2d for m in model.modules())
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tracer_meets_the_layer_as_one_module(ours):
+    x = torch.randn(1, 3, 32, 32)
+    features = ours(features_only=True, feature_cls="fx")
+    assert [f.shape[1] for f in features(x)] == [64, 64, 128, 256, 512]
+    model = ours(num_classes=3)
+    traced = torch.fx.symbolic_trace(model)
+    called = [traced.get_submodule(n.target) for n in traced.graph.nodes if n.op == "call_module"]
+    count = sum(isinstance(m, SelectiveKernel) for m in model.modules())
+    assert sum(isinstance(m, SelectiveKernel) for m in called) == count > 0
+    torch.testing.assert_close(traced(x), model(x))
