@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -13,13 +12,13 @@ import torch
 
 from sk_triton import plans, preference
 from sk_triton.backend import SCHEDULES, Schedule
-from sk_triton.chips import CHIPS, Chip
+from sk_triton.chips import Chip
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE
 
 from .grid import paper_unit
 from .model import speed_of_light as sol
-from .model.gpus import Gpu, find_gpu
+from .model.gpus import Gpu, chip_for, find_gpu, refuse_precision
 from .model.speed_of_light import Prediction, Problem
 from .model.validation import Compared, Seconds, beside, committed, compare, rank_correlation
 from .model.validation import problem_of as case_problem
@@ -51,9 +50,10 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         gpu = find_gpu(args.gpu)
+        refuse_precision(gpu, args.dtype)
         problem = problem_of(args)
         measured = committed(gpu, unit_of(args), args.dtype)
-        names = plans.possible_schedules(problem.on(CHIPS[gpu.chip]))
+        names = plans.possible_schedules(problem.on(chip_for(gpu)))
         steps = len(names) + (len(measured) if args.validate else 0)
         # On stderr: the output may be JSON.
         console = Console(stderr=True, quiet=not sys.stderr.isatty())
@@ -128,7 +128,7 @@ def choice(problem: Problem, predictions: list[Prediction], chip: Chip) -> tuple
 
 
 def predicted_markdown(gpu: str = "H100 SXM", batch: int = 128) -> str:
-    """The README's table of what is known without a GPU: SKNet-50's stages in fp16, as "auto" runs them.
+    """A report's table of what is known without a GPU: SKNet-50's stages in fp16, as "auto" runs them.
 
     Raises:
         ValueError: the GPU is unknown.
@@ -142,7 +142,7 @@ def predicted_markdown(gpu: str = "H100 SXM", batch: int = 128) -> str:
     ]
     for problem, predictions in zip(problems, sol.predict_all(problems, product), strict=True):
         by_name = {prediction.schedule: prediction for prediction in predictions}
-        chosen = by_name[choice(problem, predictions, CHIPS[product.chip])[0]]
+        chosen = by_name[choice(problem, predictions, chip_for(product))[0]]
         counts = [
             step.work.warp_instructions * product.warp / problem.outputs / problem.spec.num_branches
             for step in chosen.steps
@@ -167,7 +167,7 @@ def as_json(
     problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: list[Compared]
 ) -> dict[str, Any]:
     """Everything the command knows, times in microseconds."""
-    chip = CHIPS[gpu.chip]
+    chip = chip_for(gpu)
     chosen, reason = choice(problem, predictions, chip)
     return {
         "gpu": gpu.name,
@@ -205,7 +205,15 @@ def as_json(
             }
             for prediction in predictions
         ],
-        "measured": [dataclasses.asdict(found) for found in compared] or "not measured",
+        "measured": [
+            {
+                "case": found.case,
+                "schedule": found.schedule,
+                "predicted_us": found.predicted * 1e6,
+                "measured_us": found.measured * 1e6,
+            }
+            for found in compared
+        ],
         "rank_correlation": rank_correlation(compared),
     }
 
@@ -217,7 +225,7 @@ def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: li
     from rich.table import Table
 
     console = Console()
-    spec, chip = problem.spec, CHIPS[gpu.chip]
+    spec, chip = problem.spec, chip_for(gpu)
     # Narrow: nine columns have to fit into 80.
     table = Table(
         box=box.SIMPLE_HEAD,
@@ -252,7 +260,7 @@ def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: li
     console.print(
         f"Each launch takes its largest bound and {_us(gpu.launch_seconds)} µs to start. {heads}; warps: resident on a "
         "processor, of those that fit. ≥: loops that the compiler unrolled count once. Latency is not modelled: "
-        "these are bounds, not measurements.\n"
+        "these are predictions, mostly too short, not measurements.\n"
     )
     for prediction in predictions:
         tasks = {task for task, *_ in prediction.configs}

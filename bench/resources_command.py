@@ -5,17 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sk_triton.chips import CHIPS
 from sk_triton.environment import installed_triton, require
+from sk_triton.exit_codes import BAD_USAGE
 from sk_triton.tuning import shipped
 from sk_triton.tuning.launches import branch_key
+from sk_triton.tuning.lookup import analytic_only
 
 from .arguments import positive
 from .compiled import training_resources
 from .compiled.resources import Row, compilable_chips, measure, measure_all, workload_of
-from .grid import CASES, UNITS
+from .grid import CASES, UNITS, Case
 
 if TYPE_CHECKING:
     from .compiled.compile import Resources
@@ -68,8 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table; returns 1 if a kernel spills, exceeds shared memory or misses the tensor cores."""
+    """Prints the table; returns 1 if a kernel spills, exceeds shared memory or misses the tensor cores, 2 for options
+    that exclude each other."""
     require("rich")
+    if args.training and args.write_configs:
+        print(
+            "sk-triton resources: --write-configs does not act on --training: what is shipped are configs of inference",
+            file=sys.stderr,
+        )
+        return BAD_USAGE
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
     from rich.table import Table
@@ -87,7 +98,9 @@ def run(args: argparse.Namespace) -> int:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("compiling", total=len(cases) * len(chips))
-        chosen = training_resources.measure if args.training else measure
+        chosen: Callable[[Case, str], list[Row]] = measure_analytic if args.write_configs else measure
+        if args.training:
+            chosen = training_resources.measure
         for found in measure_all([(case, chip) for chip in chips for case in cases], args.workers, chosen):
             rows.extend(found)
             progress.advance(task)
@@ -127,15 +140,27 @@ def run(args: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
+def measure_analytic(case: Case, target: str) -> list[Row]:
+    """:func:`measure` with the analytic configs, not with what is shipped today; for a process that does nothing else,
+    since its plans are remembered."""
+    with analytic_only():
+        return measure(case, target)
+
+
 def write_configs(rows: list[Row]) -> None:
     """Put the configs of the branch launches in `rows` that have no fault into their chips' shipped files.
 
     Entries for other launches stay if they were made for the kernels as they are.
+
+    Raises:
+        ValueError: a batch that no lookup asks for.
     """
     by_chip = {row.resources.target: dict(shipped.shipped(row.resources.target)) for row in rows}
     for row in rows:
         if row.branch_launch is not None and not row.faults:
             case, launch = row.case, row.branch_launch
+            if case.n & (case.n - 1):  # see `lookup`: what is shipped is looked up for these alone
+                raise ValueError(f"a batch that is shipped for must be a power of two, got {case.n}")
             key = branch_key(workload_of(case, row.resources.target), launch.shape, launch.task)
             by_chip[row.resources.target][key] = launch.config
     for chip, entries in by_chip.items():

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ from sk_triton import SKSpec
 from sk_triton.backend import SCHEDULES
 from sk_triton.chips import CHIPS
 from sk_triton.environment import require
-from sk_triton.exit_codes import BAD_USAGE
+from sk_triton.exit_codes import BAD_USAGE, FAILED
 from sk_triton.layout import empty_output
 from sk_triton.library import Convolution
 from sk_triton.plan import BranchLaunch
@@ -28,6 +30,8 @@ from .grid import classic_unit, paper_unit
 from .shapes import CLASSIC, PAPER
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from sk_triton.kernels.launch import Launch  # imports Triton
 
 
@@ -97,6 +101,8 @@ class Meter:
         result.extend(row for row in self._rows.values() if row.requested)
 
     def _count(self, ptrs: Any, mask: Any, *, is_write: bool) -> None:
+        import numpy as np
+
         size = ptrs.get_element_ty().primitive_bitwidth // 8
         # A mask and a scalar condition make integers of it, which would count as indices.
         wanted = mask.data.astype(bool)
@@ -296,10 +302,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the table of one unit; returns 2 for a schedule that cannot run it, or an option without effect."""
-    import os
-    import sys
-
-    require("rich")
+    require("rich", "numpy", "triton")
     from sk_triton import dispatch
 
     try:
@@ -308,9 +311,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"sk-triton traffic: {error}", file=sys.stderr)
         return BAD_USAGE
     if not dispatch.is_interpreted():
-        # Triton reads the switch when a kernel is defined, so it must be set before the process starts.
-        os.environ["TRITON_INTERPRET"] = "1"
-        os.execv(sys.executable, [sys.executable, "-m", "sk_triton", *sys.argv[1:]])
+        return _interpreted(args)
     from rich.console import Console
     from rich.table import Table
 
@@ -335,7 +336,24 @@ def run(args: argparse.Namespace) -> int:
         f"activations {passes(rows, unit):.2f} T, sums by tile or sample {passes(rows, unit, SUMS):.2f} T, all "
         "distinct bytes"
     )
+    console.print(
+        f"counted on {n} sample of {spec.out_channels} of {full.out_channels} channels, as many a group: weights weigh "
+        "more than in a batch"
+    )
     return 0
+
+
+def _interpreted(args: argparse.Namespace) -> int:
+    """Runs the command in a process of its own: Triton reads the switch when a kernel is defined."""
+    options = ("stage", "schedule", "unit", "save")
+    given = [f"--{name}={getattr(args, name)}" for name in options if getattr(args, name) is not None]
+    sys.stdout.flush()
+    done = subprocess.run(
+        [sys.executable, "-m", "sk_triton", "traffic", *given],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=False,
+    )
+    return done.returncode if done.returncode >= 0 else FAILED  # below 0: a signal ended it
 
 
 def refuse(args: argparse.Namespace) -> None:

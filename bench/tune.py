@@ -23,16 +23,16 @@ from sk_triton.tuning.entries import Entry, Origin, Trial
 from sk_triton.tuning.keys import DIRECTIONS, FORWARD, stamp
 
 from .arguments import choose_device, positive
-from .compiled.processes import compiling_processes
-from .model.gpus import GPUS, Gpu, find_gpu
+from .model.gpus import GPUS, Gpu, chip_for, find_gpu, refuse_precision
 from .model.speed_of_light import Problem
 from .model.validation import PRECISIONS
 from .progress import case_progress
 from .shapes import NETWORKS
 from .tuning import tables
+from .tuning.assessing import Assessor
 from .tuning.flow import LEFT, DeviceLostError, Outcome, tune
 from .tuning.ranking import failures, rank
-from .tuning.targets import Settled, Target, assess, refusal, targets_of
+from .tuning.targets import Settled, Target, refusal, targets_of
 from .tuning.units import network_problems, title
 from .unit_arguments import add_unit_arguments, batch_of, problem_of, refuse_unit_options
 
@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="60s, 5m: nothing is begun after this; what is left is for the next run (default 5m, in a dry run 100s)",
     )
     parser.add_argument("--again", action="store_true", help="measure anew what was tuned before")
-    parser.add_argument("--device", default="auto", help="auto (default), cuda or cuda:N")
+    parser.add_argument("--device", help="auto (default), cuda or cuda:N")
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -106,8 +106,10 @@ def run(args: argparse.Namespace) -> int:
         _refuse(args)
         device = None if args.gpu else _gpu_device(args)
         chip, gpu = _product(args.gpu) if device is None else _present(device)
+        refuse_precision(gpu, args.dtype)
         problems = _problems(args)
-    except ValueError as error:
+        cache.path()  # not to find out after the measurements
+    except (ValueError, OSError) as error:
         print(f"sk-triton tune: {error}", file=sys.stderr)
         return BAD_USAGE
     limit = args.candidates or (DRY_CANDIDATES if args.dry_run else CANDIDATES)
@@ -200,37 +202,32 @@ def _assessing(
     targets: list[Target], earlier: dict[str, Entry], request: Request
 ) -> Iterator[Callable[[Target, Settled], list[Trial]]]:
     """Compiles ahead in other processes while this one measures."""
-    pool = compiling_processes(request.workers)
-    ahead = {
-        (target.key, choice): pool.submit(assess, target, choice, {}, request.gpu)
-        for target in targets
-        if not target.is_schedule and not (target.key in earlier and target.takes(earlier[target.key]))
-        for choice in target.choices
-    }
+    assessor = Assessor(request.gpu, request.workers)
+    for target in targets:
+        if not target.is_schedule and not (target.key in earlier and target.takes(earlier[target.key])):
+            for choice in target.choices:
+                assessor.begin(target, choice, {})
 
     def assessed(target: Target, settled: Settled) -> list[Trial]:
-        futures = [
-            ahead.get((target.key, choice)) or pool.submit(assess, target, choice, dict(settled), request.gpu)
-            for choice in target.choices
-        ]
-        return [future.result() for future in futures]
+        for choice in target.choices:
+            assessor.begin(target, choice, dict(settled))
+        return [assessor.trial(target, choice, settled) for choice in target.choices]
 
     try:
         yield assessed
     finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+        assessor.close()
 
 
 def dry_run(targets: list[Target], gpu: Gpu, seconds: float, workers: int, console: Console) -> int:
     """Compiles and ranks the candidates of each target; returns 1 if an analytic choice is out."""
     start = time.monotonic()
     candidates = sum(len(target.choices) for target in targets)
-    with compiling_processes(workers) as pool, case_progress(console, candidates) as report:
+    with case_progress(console, candidates) as report:
         ranked = rank(
             targets,
             gpu,
             seconds,
-            pool,
             workers,
             lambda done, target: report(done, f"{target.unit}: {target.kind}", 0.0),
         )
@@ -256,12 +253,18 @@ def show(outcomes: list[Outcome], console: Console) -> None:
 def _refuse(args: argparse.Namespace) -> None:
     if args.gpu and not args.dry_run:
         raise ValueError("--gpu is for --dry-run: only the GPU of this machine can be measured")
+    if args.gpu and args.device:
+        raise ValueError(f"--device does not act on --gpu {args.gpu}, which need not be here")
+    if args.again and args.dry_run:
+        raise ValueError(
+            "--again does not act on --dry-run, which measures nothing and looks at no earlier entry"
+        )
     if args.model:
         refuse_unit_options(args, f"--model {args.model}")
 
 
 def _gpu_device(args: argparse.Namespace) -> torch.device:
-    device = choose_device(args.device)
+    device = choose_device(args.device or "auto")
     if device.type != "cuda":
         raise ValueError("there is no GPU here to tune on; --dry-run --gpu h100 ranks candidates for one")
     if dispatch.is_interpreted():
@@ -272,7 +275,7 @@ def _gpu_device(args: argparse.Namespace) -> torch.device:
 
 def _product(name: str) -> tuple[Chip, Gpu]:
     gpu = find_gpu(name)
-    return replace(CHIPS[gpu.chip], processors=gpu.processors), gpu
+    return chip_for(gpu), gpu
 
 
 def _present(device: torch.device) -> tuple[Chip, Gpu]:

@@ -23,7 +23,7 @@ class Chip:
     Attributes:
         name: of the architecture: "sm_90", "gfx942", …
         processors: streaming multiprocessors or compute units.
-        l2_mib: L2 that all processors share; 0 where dies have each their own.
+        l2_mib: L2 that all processors share, in whole MiB; 0 where dies have each their own.
         gpu: the product as its driver names it, "NVIDIA H100 80GB HBM3"; "" for a typical one, for which nothing is
             tuned.
         is_pinned: only what the package itself ships may be looked up for it, nothing that a user tuned.
@@ -63,7 +63,15 @@ def chip_of(device: torch.device) -> Chip | None:
     typical = CHIPS.get(_RELATIVES.get(name, name))
     if typical is None:
         return None
-    return replace(typical, processors=properties.multi_processor_count, gpu=properties.name)
+    return product_of(
+        typical, properties.multi_processor_count, properties.L2_cache_size, gpu=properties.name
+    )
+
+
+def product_of(typical: Chip, processors: int, l2_bytes: int, gpu: str = "") -> Chip:
+    """A product with a chip: with its own processors and, where dies do not have each their own, its own L2."""
+    l2_mib = l2_bytes >> 20 if typical.l2_mib else 0
+    return replace(typical, processors=processors, l2_mib=l2_mib, gpu=gpu)
 
 
 @lru_cache

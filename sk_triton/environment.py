@@ -6,6 +6,7 @@ not to be had.
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -35,6 +36,7 @@ class OptionalPackage:
 OPTIONAL_PACKAGES = (
     OptionalPackage("triton", "triton", None, "the GPU kernels"),
     OptionalPackage("rich", "rich", "bench", "the benchmark's progress bar and tables"),
+    OptionalPackage("numpy", "numpy", "bench", "Triton's interpreter, and the benchmark's plots"),
     OptionalPackage("matplotlib", "matplotlib", "bench", "the benchmark's plots"),
     OptionalPackage("sklearn", "scikit-learn", "bench", "the photographs of the benchmark's real input"),
     OptionalPackage(
@@ -89,15 +91,30 @@ def version(distribution: str) -> str | None:
 
 
 def installed_triton() -> str | None:
-    """Version of the installed Triton, under either name of its distribution, or None."""
-    return version("triton") or version("pytorch-triton-rocm")
+    """Version of the installed Triton, whatever its distribution is called, or None."""
+    known = version("triton") or version("pytorch-triton-rocm")
+    if known or importlib.util.find_spec("triton") is None:
+        return known
+    # triton-rocm, triton-windows, …: every distribution is looked through, which takes a while.
+    for distribution in importlib.metadata.packages_distributions().get("triton", ()):
+        if found := version(distribution):
+            return found
+    return _module_version("triton")
+
+
+def _module_version(name: str) -> str | None:
+    """What a module says of itself; None if it cannot be imported or says nothing."""
+    try:
+        return getattr(importlib.import_module(name), "__version__", None)
+    except Exception:  # a package that is there may fail in any way when imported
+        return None
 
 
 @lru_cache
 def triton_version() -> tuple[int, int]:
-    """Major and minor version of the installed Triton; (0, 0) without one."""
-    major, minor = (installed_triton() or "0.0").split(".")[:2]
-    return int(major), int(minor)
+    """Major and minor version of the installed Triton, of a pre-release as of its release; (0, 0) without one."""
+    numbers = re.match(r"(\d+)(?:\.(\d+))?", installed_triton() or "")
+    return (int(numbers[1]), int(numbers[2] or 0)) if numbers else (0, 0)
 
 
 def required_version(package: OptionalPackage) -> str | None:

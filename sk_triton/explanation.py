@@ -30,8 +30,8 @@ def explain(layer: SKUnit, x: Tensor) -> Explanation:
     """
     if not isinstance(layer, SKUnit):
         raise TypeError(
-            f"layer must be an SKConv or a SelectiveKernel, got {type(layer).__name__}: "
-            "of a model, name one of its units"
+            f"layer must be an SKConv or a SelectiveKernel, got {type(layer).__name__}: of a model take one unit and "
+            "its input, as in explain(model.layer1[0].conv1, x)"
         )
     save = chosen_save(layer.save)
     x, plan, _ = planned(x, layer.branches(), layer.gate(), layer.spec, save)
@@ -81,7 +81,7 @@ class Explanation:
         return (self.plan.backend, self.plan.schedule) == ("triton", "train")
 
     def _launch_lines(self) -> list[str]:
-        """What the kernels compute, in the order in which they run, with their configs."""
+        """What the kernels compute, with their configs: the launches of the branches, then the others."""
         plan, lines = self.plan, []
         if self._is_kernel_training:
             lines.append(f"saves     {self.save}")

@@ -11,6 +11,7 @@ def allows_tf32() -> bool:
         return False
     conv = getattr(torch.backends.cudnn, "conv", None)
     precision = getattr(conv, "fp32_precision", None)
-    if precision is None or precision == "none":
+    if precision is None:  # torch before 2.9
         return torch.backends.cudnn.allow_tf32
-    return precision == "tf32"
+    # Once precisions were set by this switch, reading `allow_tf32` may raise.
+    return bool(precision == "tf32")

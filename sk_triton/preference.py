@@ -6,13 +6,14 @@ import functools
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from .analytic.gated import gated_reason
 from .analytic.resident import has_short_columns
-from .backend import SCHEDULES, current_schedule
+from .backend import SCHEDULES, Schedule, current_schedule
 from .chips import chip_of, pinned
 from .kernels.config import ColumnConfig, TapConfig
 from .kernels.geometry import tiles
@@ -30,14 +31,14 @@ from .plans import (
 from .precision import allows_tf32
 from .spec import SKSpec
 from .tuning import cache, launches
-from .tuning.lookup import tuned
+from .tuning.lookup import analytic_only, tuned
 from .tuning.ranks import pinning_reason
 from .workload import Workload
 
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays; above, it is the library's.
 MAX_KERNEL_CHANNELS = 64
-# Channels per group from which kernels above 3x3, multiplied tap by tap, lose to the library's convolution: 145 against
-# 77 µs for 3x3 and 5x5 branches of 32, 1024 @ 7², batch 128, on an H100 (bench/results/h100/launches.csv).
+# Channels per group from which kernels above 3x3, multiplied tap by tap, lose to the library's convolution: on an H100
+# 145 µs against 77 for 3x3 and 5x5 branches of 32, 1024 @ 7², batch 128 (bench/results/h100/launches.csv).
 MIN_LIBRARY_TAP_CHANNELS = 32
 
 
@@ -58,7 +59,8 @@ def workload_of(x: Tensor, spec: SKSpec) -> Workload:
     assert chip is not None
     if chip.gpu and pinning_reason():
         chip = pinned(chip)
-    return Workload(spec, n, h_in, w_in, x.dtype, chip, allows_tf32(), x.stride(1) != 1)
+    allow_tf32 = x.dtype == torch.float32 and allows_tf32()
+    return Workload(spec, n, h_in, w_in, x.dtype, chip, allow_tf32, x.stride(1) != 1)
 
 
 @lru_cache(maxsize=1024)
@@ -68,7 +70,7 @@ def fastest_plan(workload: Workload) -> Plan:
 
     @functools.cache
     def expected_at(n: int) -> str:
-        return expected.schedule if n == workload.n else expected_plan(replace(workload, n=n)).schedule
+        return expected.schedule if n == workload.n else expected_schedule(replace(workload, n=n))
 
     request = launches.schedule_request(workload, lambda: possible_schedules(workload), expected_at)
     found = tuned(request, workload.chip)
@@ -84,10 +86,42 @@ def fastest_plan(workload: Workload) -> Plan:
 
 
 def expected_plan(workload: Workload) -> Plan:
-    """The plan that is expected to be fastest: the library in wide groups, else for few samples that of the fewest
-    launches, for many that of the fewest passes."""
+    """The plan that is expected to be fastest, with the configs that are looked up for it.
+
+    Which schedule that is depends on the workload alone, not on what was tuned for some of its launches.
+    """
+    with analytic_only():
+        expected = _expectation(workload)
+    return replace(make_plan(cast(Schedule, expected.schedule), workload), rejected=expected.rejected)
+
+
+def expected_schedule(workload: Workload) -> Schedule:
+    """The schedule of :func:`expected_plan`."""
+    with analytic_only():
+        return cast(Schedule, _expectation(workload).schedule)
+
+
+def library_reason(workload: Workload) -> str:
+    """Why the library's convolution is expected to be faster than the kernels'; "" if it is not."""
+    with analytic_only():
+        return _library_reason(workload)
+
+
+def recompute_reason(workload: Workload) -> str:
+    """Why convolving again is expected to cost more than writing the branches, or cannot be done; "" if neither."""
+    with analytic_only():
+        recompute = _worthwhile_recompute(workload)
+    return recompute if isinstance(recompute, str) else ""
+
+
+# What follows takes the analytic configs: it runs under `analytic_only`.
+
+
+def _expectation(workload: Workload) -> Plan:
+    """The library in wide groups, else for few samples the plan of the fewest launches, for many that of the fewest
+    passes."""
     library = plan_library(workload)
-    slower = library_reason(workload)
+    slower = _library_reason(workload)
     if not slower:
         plan = _expected_kernels(workload)
         return plan.rejecting(
@@ -100,8 +134,7 @@ def expected_plan(workload: Workload) -> Plan:
     return library
 
 
-def library_reason(workload: Workload) -> str:
-    """Why the library's convolution is expected to be faster than the kernels'; "" if it is not."""
+def _library_reason(workload: Workload) -> str:
     widest = workload.spec.group_channels
     if widest > MAX_KERNEL_CHANNELS:
         return (
@@ -114,8 +147,7 @@ def library_reason(workload: Workload) -> str:
             if isinstance(launch.config, TapConfig) and max(launch.shape.kernels) > 3:
                 return (
                     f"a branch above 3x3 has {widest} channels per group: only one kernel takes it, tap by tap; "
-                    f"from {MIN_LIBRARY_TAP_CHANNELS} the library's convolution was faster (77 µs against 145 on an "
-                    "H100 at 1024 @ 7²)"
+                    f"from {MIN_LIBRARY_TAP_CHANNELS} the library's convolution is expected to be faster"
                 )
     return ""
 
@@ -126,7 +158,7 @@ def _expected_kernels(workload: Workload) -> Plan:
     reason = _gated_reason(workload, gated)
     if reason:
         return _fewest_passes(workload).rejecting("gated", reason)
-    recompute = worthwhile_recompute(workload)
+    recompute = _worthwhile_recompute(workload)
     more = (
         f"more launches than {len(gated.branch_launches) + 1}: for so few samples their starts are the time"
     )
@@ -149,25 +181,29 @@ def _fewest_passes(workload: Workload) -> Plan:
     """Of the schedules that convolve by kernels, the plan of the fewest passes among those that memory binds."""
     store = plan_store(workload)
     merged = plan_or_refusal("merged", workload)
-    if not isinstance(merged, str):
+    if not isinstance(merged, str) and merged.passes < store.passes:
         return (
-            merged.rejecting("store", f"{store.passes:g} passes over memory, against {merged.passes:g}")
+            merged.rejecting("store", _more_passes(store, merged))
             .rejecting("recompute", "as many passes as merged, and every branch convolved twice")
             .rejecting("resident", "every branch convolved twice, where merged convolves once for all")
         )
-    store = store.rejecting("merged", merged)
-    recompute = worthwhile_recompute(workload)
+    unmerged = merged if isinstance(merged, str) else _more_passes(merged, store)
+    store = store.rejecting("merged", unmerged)
+    recompute = _worthwhile_recompute(workload)
     if isinstance(recompute, str):
         return store.rejecting("recompute", recompute)
     if recompute.passes >= store.passes:
-        return store.rejecting(
-            "recompute", f"{recompute.passes:g} passes over memory, against {store.passes:g}"
-        )
+        return store.rejecting("recompute", _more_passes(recompute, store))
     return (
         recompute.rejecting("resident", _unmeasured_reason(workload))
-        .rejecting("merged", merged)
-        .rejecting("store", f"{store.passes:g} passes over memory, against {recompute.passes:g}")
+        .rejecting("merged", unmerged)
+        .rejecting("store", _more_passes(store, recompute))
     )
+
+
+def _more_passes(plan: Plan, other: Plan) -> str:
+    """Why `other` is taken before `plan`."""
+    return f"{plan.passes:g} passes over memory, against {other.passes:g}"
 
 
 def _unmeasured_reason(workload: Workload) -> str:
@@ -187,7 +223,7 @@ def _unmeasured_reason(workload: Workload) -> str:
     )
 
 
-def worthwhile_recompute(workload: Workload) -> Plan | str:
+def _worthwhile_recompute(workload: Workload) -> Plan | str:
     """The plan of schedule "recompute" where convolving again is expected to cost less than writing the branches;
     elsewhere, or where it cannot run, the reason."""
     plan = plan_or_refusal("recompute", workload)

@@ -124,3 +124,16 @@ def test_optional_packages_are_imported_only_by_the_subcommand_that_needs_them()
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["explain", "tune", "traffic"])
+def test_the_options_are_told_without_numpy(command):
+    code = (
+        "import sys; sys.modules['numpy'] = None; from sk_triton import cli; "
+        f"sys.exit(cli.main([{command!r}, '--help']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"usage: sk-triton {command}" in done.stdout

@@ -9,7 +9,7 @@ import pytest
 
 from sk_triton import cli
 from sk_triton.tuning import cache, shipped
-from sk_triton.tuning.entries import SCHEMA, dump_sections
+from sk_triton.tuning.entries import SCHEMA, Entry, dump_sections
 
 from .tuned import H100, entry, origin, other_choice, requests, workload
 
@@ -20,7 +20,7 @@ ENTRY = entry(CHOICE)
 
 @pytest.fixture
 def filled(folder):
-    cache.save(origin(), {KEY: ENTRY, KEY.replace("/n7", "/n0"): entry(None)})
+    cache.save(origin(), {KEY: ENTRY, KEY.replace("/n7", "/n0"): entry(None, 1)})
     cache.save(origin(triton="3.0.0"), {KEY: ENTRY})
     return folder
 
@@ -57,6 +57,21 @@ def test_show_tells_each_entry_and_what_was_tried(filled, capsys):
     assert "80.00 µs against 100.00" in out
     assert "predicted 50.00, measured 80.00 µs" in out
     assert "out: 3 spills" in out
+
+
+def test_show_says_so_where_there_is_nothing(folder, capsys):
+    assert run("show", capsys=capsys)[:2] == (0, "no entries; `sk-triton tune` makes them\n")
+    failed = Entry(None, 128, 0.0, 0.0, (), "the GPU failed: unspecified launch failure")
+    cache.save(origin(), {KEY: failed})
+    assert "  not measured at a batch of 128: the GPU failed: unspecified" in run("show", capsys=capsys)[1]
+    assert "no entry whose key contains '/n3'" in run("show", "--key", "/n3", capsys=capsys)[1]
+
+
+def test_export_of_stale_entries_names_the_option_that_takes_them(folder, tmp_path, capsys):
+    cache.save(origin(triton="3.0.0"), {KEY: ENTRY})
+    code, _, err = run("export", tmp_path / "mine.json", capsys=capsys)
+    assert code == 1
+    assert "no entries to export; 1 are for other versions of the kernels, --all exports these" in err
 
 
 def test_an_exported_file_is_imported_elsewhere_and_can_be_shipped(filled, tmp_path, capsys, monkeypatch):
@@ -100,7 +115,7 @@ def test_export_without_entries_says_so(folder, tmp_path, capsys):
         (json.dumps({"schema": SCHEMA + 1, "sections": []}), "its schema is 2"),
         (json.dumps({"schema": SCHEMA, "sections": []}), "holds no entry to import"),
         (
-            re.sub(r'"BLOCK_CI": \d+', '"BLOCK_CI": -8', dump_sections({origin(): {KEY: ENTRY}})),
+            re.sub(r'"BLOCK_CI":\d+', '"BLOCK_CI":-8', dump_sections({origin(): {KEY: ENTRY}})),
             "BLOCK_CI must be between 1 and",
         ),
     ],
@@ -130,7 +145,7 @@ def test_a_damaged_file_is_reported_in_one_line(action, folder, tmp_path, capsys
 
 def test_an_entry_that_is_not_used_is_reported_beside_the_others(filled, capsys, recwarn):
     file = filled / "tuned.json"
-    file.write_text(re.sub(r'"BLOCK_CI": \d+', '"BLOCK_CI": -8', file.read_text(), count=1))
+    file.write_text(re.sub(r'"BLOCK_CI":\d+', '"BLOCK_CI":-8', file.read_text(), count=1))
     code, out, err = run("list", capsys=capsys)
     assert code == 0
     assert "1 entries, 0 faster than the analytic choice" in out
@@ -154,6 +169,14 @@ def test_import_of_a_file_that_is_not_there(folder, tmp_path, capsys):
     code, _, err = run("import", tmp_path / "nowhere.json", capsys=capsys)
     assert code == 1
     assert "nowhere.json" in err
+
+
+@pytest.mark.parametrize("action", ["list", "show", "clear"])
+def test_a_folder_that_there_is_not_is_one_line(action, monkeypatch, capsys):
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, "~nosuchuser/x")
+    code, _, err = run(action, capsys=capsys)
+    assert code == 1
+    assert err.splitlines()[-1].startswith("sk-triton configs: SK_TRITON_CACHE_DIR must name a folder")
 
 
 def test_clear_of_nothing_leaves_nothing(folder, capsys):

@@ -13,6 +13,7 @@ from sk_triton.bench.model import speed_of_light as sol
 from sk_triton.bench.model import validation
 from sk_triton.bench.model.gpus import find_gpu
 from sk_triton.bench.shapes import CLASSIC, PAPER
+from sk_triton.chips import Chip
 
 from .synthetic_results import some_results
 from .versions import needs_narrow_products
@@ -54,7 +55,7 @@ def test_explain_in_json(command):
     assert code == 0
     assert (data["gpu"], data["shape"]) == ("A100 80GB", [4, 256, 28, 28])
     assert data["branches"] == ["3x3 g32", "5x5 g32"]
-    assert data["measured"] == "not measured"
+    assert data["measured"] == []
     store = data["schedules"][0]
     assert store["total_us"] == pytest.approx(sum(step["total_us"] for step in store["steps"]))
     assert set(store["bounds_us"]) == set(sol.BOUNDS)
@@ -99,6 +100,10 @@ def test_only_what_was_asked_for_is_predicted_and_compared(command, measured, pr
     data = json.loads(out)
     assert {each["case"] for each in data["measured"]} == {case.title}
     assert {each["schedule"] for each in data["measured"]} <= set(measured[case])
+    by_name = {each["schedule"]: each["total_us"] for each in data["schedules"]}
+    for each in data["measured"]:
+        assert each["predicted_us"] == by_name[each["schedule"]]
+        assert each["measured_us"] == pytest.approx(measured[case][each["schedule"]] * 1e6)
     assert len(predicted) == len(set(predicted))
     assert {n for n, _ in predicted} == {8}
 
@@ -118,6 +123,14 @@ def test_all_that_was_measured_is_compared_on_demand(command, measured):
     assert {each["case"] for each in found} == {case.title for case in measured}
     every = validation.compare(measured, H100, "fp16")
     assert [(each["case"], each["schedule"]) for each in found] == [(c.case, c.schedule) for c in every]
+
+
+def test_plans_are_made_for_the_product_and_not_for_a_typical_one(command, monkeypatch):
+    asked, on = set(), sol.Problem.on
+    monkeypatch.setattr(sol.Problem, "on", lambda problem, chip: asked.add(chip) or on(problem, chip))
+    for options in ((), ("--json",)):
+        assert command("--stage", "4", "--batch", "8", "--gpu", "h100 pcie", *options)[0] == 0
+    assert asked == {Chip("sm_90", 114, 50)}
 
 
 def test_progress_names_each_schedule_and_each_case(command, measured, monkeypatch):
@@ -179,6 +192,10 @@ def test_what_is_not_taken_comes_with_the_dispatchers_words(command):
         (
             ["--shape", "8,128,7,7", "--gpu", "h100", "--batch", "3"],
             "--batch does not act on --shape, whose first size is the batch, 8",
+        ),
+        (
+            ["--stage", "1", "--gpu", "mi300x", "--dtype", "tf32"],
+            "dtype must be fp16, bf16 or fp32 on MI300X, got tf32: on AMD fp32 is never rounded to it",
         ),
         (["--gpu", "h100"], "--shape"),
         (["--stage", "1"], "--gpu"),

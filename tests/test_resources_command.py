@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
-from sk_triton import environment
+import pytest
+
+from sk_triton import cli, environment, plans
 from sk_triton.bench import resources_command
 from sk_triton.bench.compiled import resources
 from sk_triton.bench.grid import CASES
-from sk_triton.tuning import shipped
+from sk_triton.tuning import lookup, shipped
 
 from . import fake_code
 
@@ -21,3 +24,41 @@ def test_shipped_configs_name_the_triton_that_amds_pytorch_brings(monkeypatch, t
     used = dataclasses.replace(fake_code.resources({}), target="gfx942")
     resources_command.write_configs([resources.Row(CASES[0], "select", "", used, None, None)])
     assert json.loads((tmp_path / "gfx942.json").read_text())["triton"] == "3.5.0+rocm"
+
+
+def test_what_is_written_is_analytic_whatever_is_shipped_today(monkeypatch):
+    """Else a file would be written anew from itself once the analytic rules have changed."""
+    case = next(case for case in CASES if case.name == "stage 4" and case.precision == "fp16")
+
+    def measure(case, target):
+        return [plans.make_plan("store", resources.workload_of(case, target)).branch_launches[0].config]
+
+    with lookup.analytic_only():
+        (analytic,) = measure(case, "sm_90")
+    other = dataclasses.replace(analytic, num_warps=2 * analytic.num_warps)
+    monkeypatch.setattr(lookup, "shipped", lambda chip: SimpleNamespace(get=lambda key: other))
+    assert measure(case, "sm_90") == [other]
+    monkeypatch.setattr(resources_command, "measure", measure)
+    assert resources_command.measure_analytic(case, "sm_90") == [analytic]
+
+
+def test_configs_are_written_from_analytic_plans_of_inference_alone(monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(
+        resources_command, "measure_all", lambda pairs, workers, how: measured.append(how) or []
+    )
+    monkeypatch.setattr(resources_command, "write_configs", lambda rows: None)
+    assert cli.main(["resources", "--unit", "stage 4", "--write-configs"]) == 0
+    assert measured == [resources_command.measure_analytic]
+    assert cli.main(["resources", "--unit", "stage 4", "--training", "--write-configs"]) == 2
+    assert "--write-configs does not act on --training" in capsys.readouterr().err
+
+
+def test_a_batch_that_is_no_power_of_two_is_not_shipped(monkeypatch, tmp_path):
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path)
+    monkeypatch.setattr(shipped, "shipped", lambda chip: {})
+    case = dataclasses.replace(CASES[0], n=100)
+    (launch,) = plans.make_plan("store", resources.workload_of(case, "sm_90")).branch_launches
+    used = dataclasses.replace(fake_code.resources({"HMMA.16816.F32": 1}), target="sm_90")
+    with pytest.raises(ValueError, match="a batch that is shipped for must be a power of two, got 100"):
+        resources_command.write_configs([resources.Row(case, "branch_conv_window", "", used, None, launch)])

@@ -1,9 +1,12 @@
 """Passes over memory, counted by the interpreter."""
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from sk_triton import cli, launching, plans
+from sk_triton import cli, dispatch, launching, plans
 from sk_triton.bench import traffic
 from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.shapes import CLASSIC
@@ -163,6 +166,7 @@ def test_the_command_counts_the_unit_that_it_is_given(capsys):
     out = " ".join(capsys.readouterr().out.split())
     assert "Schedule store, classic unit, stage 4" in out
     assert "activations 6.00 T" in out
+    assert "counted on 1 sample of 64 of 1024 channels" in out
 
 
 @pytest.mark.parametrize(
@@ -195,3 +199,20 @@ def test_what_cannot_be_counted_is_refused_in_one_line(options, message, capsys)
     assert err.startswith("sk-triton traffic: ")
     assert message in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("ended", "code"), [(0, 0), (2, 2), (-9, 1)])
+def test_where_kernels_are_compiled_the_command_counts_in_another_process(ended, code, monkeypatch):
+    """This one may be a program that calls `main`: it goes on, with the options that it gave."""
+    run = []
+
+    def child(command, env, check):
+        run.append((command[1:], env["TRITON_INTERPRET"]))
+        return SimpleNamespace(returncode=ended)
+
+    monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
+    monkeypatch.setattr(traffic.subprocess, "run", child)
+    monkeypatch.setattr(sys, "argv", ["another program", "its option"])
+    assert cli.main(["traffic", "--stage", "2", "--schedule", "train", "--save", "input"]) == code
+    options = ["--stage=2", "--schedule=train", "--unit=paper", "--save=input"]
+    assert run == [(["-m", "sk_triton", "traffic", *options], "1")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import Executor, Future
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sk_triton import cli
 from sk_triton.bench import tune
 from sk_triton.bench.model.gpus import find_gpu
 from sk_triton.bench.tuning import machine, ranking
+from sk_triton.bench.tuning.assessing import Assessor
 from sk_triton.bench.tuning.flow import LEFT
 from sk_triton.chips import CHIPS, Chip
 from sk_triton.tuning import cache, keys
@@ -43,6 +45,15 @@ def run(*options, capsys) -> tuple[int, str, str]:
     ("options", "reason"),
     [
         (("--stage", "1", "--gpu", "h100"), "--gpu is for --dry-run"),
+        (
+            ("--stage", "1", "--dry-run", "--gpu", "h100", "--device", "cuda:0"),
+            "--device does not act on --gpu h100",
+        ),
+        (("--stage", "1", "--dry-run", "--gpu", "h100", "--again"), "--again does not act on --dry-run"),
+        (
+            ("--stage", "1", "--dry-run", "--gpu", "mi300x", "--dtype", "tf32"),
+            "dtype must be fp16, bf16 or fp32 on MI300X, got tf32",
+        ),
         (("--stage", "1", "--dry-run", "--gpu", "voodoo"), "gpu must be one of H100 SXM"),
         (("--stage", "1", "--direction", "sideways"), "invalid choice: 'sideways'"),
         (("--stage", "1", "--budget", "soon"), "must be a time such as 60s or 5m, got 'soon'"),
@@ -85,6 +96,14 @@ def test_without_a_gpu_it_says_what_to_do(options, capsys):
 @pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("5m", 300), ("90", 90), ("0.5m", 30)])
 def test_budgets(text, seconds):
     assert tune._seconds(text) == seconds
+
+
+def test_a_folder_that_there_is_not_is_refused_before_anything_is_measured(gpu, monkeypatch, capsys):
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, "~nosuchuser/x")
+    code, _, err = run(*SMALL, capsys=capsys)
+    assert code == 2
+    assert "SK_TRITON_CACHE_DIR must name a folder, got '~nosuchuser/x'" in err
+    assert gpu == []
 
 
 def test_predictions_take_the_figures_of_the_product_or_of_a_relative(monkeypatch):
@@ -139,7 +158,7 @@ def test_a_dry_run_ranks_within_its_budget(monkeypatch, capsys):
     """Of how many candidates there are and what becomes of them, `test_tune_ranking.py` tells more."""
     asked = {}
 
-    def left_out(targets, gpu, seconds, pool, workers, report):
+    def left_out(targets, gpu, seconds, workers, report):
         asked.update(targets=len(targets), seconds=seconds, workers=workers)
         return {t.key: [Trial(choice, None, None, ranking.LEFT_OUT) for choice in t.choices] for t in targets}
 
@@ -174,7 +193,7 @@ def gpu(monkeypatch, folder):
 
 def test_a_run_whose_configs_cannot_be_kept_says_so(gpu, folder, monkeypatch, capsys):
     folder.write_text("a file where the folder should be")
-    monkeypatch.setattr(tune, "compiling_processes", Instant)
+    monkeypatch.setattr(tune, "Assessor", partial(Assessor, make_pool=Instant))
     with pytest.warns(RuntimeWarning, match="tuned configs are not kept"):
         code, out, _ = run(*SMALL, capsys=capsys)
     assert code == 1
@@ -186,12 +205,12 @@ def test_a_run_whose_configs_cannot_be_kept_says_so(gpu, folder, monkeypatch, ca
 @pytest.mark.parametrize(
     ("direction", "kinds"),
     [
-        ("backward", {"branch_train", "reduction", "branch_grad"}),
+        ("backward", {"select", "branch_train", "reduction", "branch_grad"}),
         ("both", set(keys.KINDS) - {"border_sums", "merged_conv"}),
     ],
 )
 def test_a_direction_is_tuned_and_kept_under_its_own_kinds(direction, kinds, gpu, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "compiling_processes", Instant)
+    monkeypatch.setattr(tune, "Assessor", partial(Assessor, make_pool=Instant))
     code, out, _ = run(*SMALL, "--direction", direction, capsys=capsys)
     assert code == 0
     ((_, entries),) = cache.read().items()
@@ -202,7 +221,7 @@ def test_a_direction_is_tuned_and_kept_under_its_own_kinds(direction, kinds, gpu
 
 def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu, folder, monkeypatch, capsys):
     """Candidates are compiled in `test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing`."""
-    monkeypatch.setattr(tune, "compiling_processes", Instant)
+    monkeypatch.setattr(tune, "Assessor", partial(Assessor, make_pool=Instant))
     code, out, _ = run(*SMALL, "--budget", "2s", capsys=capsys)
     assert code == 0
     assert re.search(rf"^\d+ targets {LEFT}$", out, re.MULTILINE)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sk_triton.bench.tuning import tables
-from sk_triton.bench.tuning.flow import LEFT, DeviceLostError, tune
+from sk_triton.bench.tuning.flow import LEFT, DeviceLostError, Outcome, tune
 from sk_triton.bench.tuning.targets import targets_of
 from sk_triton.tuning import cache
 from sk_triton.tuning.entries import Entry, Trial
@@ -123,7 +123,7 @@ def test_candidates_that_fail_are_out_and_the_others_go_on():
 
 def test_an_earlier_entry_that_is_no_candidate_is_never_run():
     """As one from a file that was imported: what nobody compiled and checked here does not reach the device."""
-    strange = Entry(replace(ANALYTIC, BLOCK_W=512), 1e-4, 1e-5)
+    strange = Entry(replace(ANALYTIC, BLOCK_W=512), 128, 1e-4, 1e-5)
     machine = FakeMachine()
     outcomes, kept = run(machine, TARGETS[:2], known={FIRST.key: strange})
     assert machine.begun == [target.key for target in TARGETS[:2]]
@@ -172,6 +172,17 @@ def test_a_schedule_is_measured_with_the_configs_that_won_before():
     assert [outcome.target for outcome in outcomes] == TARGETS
 
 
+def test_a_schedule_that_stays_is_kept_by_its_name():
+    """Which one is expected may be another one day; what was measured stays."""
+    schedule = TARGETS[-1]
+    outcomes, kept = run(FakeMachine(), (schedule,))
+    assert (kept[schedule.key].choice, kept[schedule.key].n) == (schedule.choices[0], 128)
+    assert not kept[schedule.key].is_tuned
+    assert "%" not in rendered(tables.gained(outcomes))
+    assert not schedule.takes(Entry(None, 128, 1e-4, 1e-4))
+    assert schedule.takes(Entry(None, 128, 0.0, 0.0, (), "the GPU failed"))
+
+
 def test_nothing_is_begun_after_the_budget_and_the_next_run_does_the_rest():
     machine = FakeMachine()
     outcomes, kept = run(machine, TARGETS, seconds=2)
@@ -218,6 +229,7 @@ def test_a_lost_device_ends_the_run_and_the_next_one_gets_past_what_lost_it():
     assert kept[FIRST.key].choice is None
     assert "illegal memory access" in kept[FIRST.key].trials[2].dropped
     assert kept[FIRST.key].trials[3].dropped.startswith("not tried")
+    assert kept[FIRST.key].failure == "the GPU failed: an illegal memory access was encountered"
     again = FakeMachine()
     run(again, TARGETS, known=kept)
     assert again.begun == [target.key for target in TARGETS[1:]]
@@ -255,6 +267,19 @@ def test_the_table_says_what_was_gained():
     assert LEFT in text
 
 
+def test_what_compilers_and_drivers_say_in_brackets_is_shown_as_it_is():
+    said = "PTXASError: ptxas failed, log in [/tmp/x.log] [bold]"
+    assert said in rendered(tables.predicted(FIRST, [Trial(ANALYTIC, None, None, said)]))
+    assert said in rendered(tables.gained([Outcome(FIRST, None, said)]))
+
+
+def test_an_entry_of_another_batch_says_so_in_the_table():
+    known = {FIRST.key: Entry(None, 100, 1e-4, 1e-4)}
+    assert "(measured before, at a batch of 100)" in rendered(
+        tables.gained(run(FakeMachine(), known=known)[0])
+    )
+
+
 def test_predicted_and_measured_ranks_are_compared():
     in_order = {choice: (60 + i) * 1e-6 for i, choice in enumerate(FIRST.choices)}
     outcomes, _ = run(FakeMachine(in_order))
@@ -277,7 +302,7 @@ def test_a_unit_that_cannot_be_judged_is_passed_over():
 
     machine = Crowded()
     (first, second), kept = run(machine, TARGETS[:2])
-    assert (first.entry, first.note) == (None, "cannot be judged: OutOfMemoryError")
+    assert (first.entry, first.note) == (None, "cannot be judged: OutOfMemoryError: no room for float64")
     assert {*kept} == {second.target.key}
 
 

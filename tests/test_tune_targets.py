@@ -46,7 +46,7 @@ def test_every_launch_of_every_schedule_once_then_the_schedule():
     assert {"border_sums", "merged_conv"} <= set(kinds(linear))
     assert linear[-1].choices[0] == "merged"
     training = targets_of("a unit", workload(), 3, BACKWARD)
-    assert kinds(training) == ["branch_train", "reduction", "branch_grad"]
+    assert kinds(training) == ["select", "branch_train", "reduction", "branch_grad"]
     assert {target.schedule for target in training} == {"train"}
     assert {kind for found in (found, linear, training) for kind in kinds(found)} == set(KINDS)
 
@@ -54,7 +54,17 @@ def test_every_launch_of_every_schedule_once_then_the_schedule():
 def test_gradients_that_the_library_computes_are_not_tuned():
     strided = replace(paper_unit(128), stride=2)
     found = targets_of("a unit", workload(spec=strided), 3, BACKWARD)
-    assert kinds(found) == ["branch_train", "reduction"]
+    assert kinds(found) == ["select", "branch_train", "reduction"]
+
+
+@needs_narrow_products
+def test_a_training_step_is_tuned_with_the_launches_that_inference_has_too():
+    linear = targets_of("a unit", workload(spec=classic_unit(128)), 3, BACKWARD)
+    assert kinds(linear) == ["branch_store", "select", "reduction", "branch_grad"]
+    for target in linear[:2]:
+        (own,) = target.steps(_steps_on_meta(target, target.choices[1], {}))
+        assert own.kernel.fn.__name__.endswith("_fwd_kernel")
+        assert own.constexprs.get("TASK", "store") == "store"
 
 
 @needs_narrow_products

@@ -32,7 +32,7 @@ OTHER_KEY = KEY.replace("/n7", "/n0")
 
 
 def save(key=KEY, choice=CHOICE, **changes) -> bool:
-    return cache.save(origin(**changes), {key: entry(choice)})
+    return cache.save(origin(**changes), {key: entry(choice, 1 if key == OTHER_KEY else 128)})
 
 
 def content(folder) -> dict:
@@ -61,7 +61,7 @@ def test_what_is_saved_is_read_back_and_the_rest_stays(folder):
     assert save(OTHER_KEY, None)
     assert save(triton="3.0.0")
     assert cache.read() == {
-        origin(): {KEY: entry(CHOICE), OTHER_KEY: entry(None)},
+        origin(): {KEY: entry(CHOICE), OTHER_KEY: entry(None, 1)},
         origin(triton="3.0.0"): {KEY: entry(CHOICE)},
     }
     assert [path.name for path in folder.iterdir() if not path.name.endswith(".lock")] == ["tuned.json"]
@@ -94,7 +94,7 @@ first, text = int(sys.argv[1]), sys.stdin.read()
 ((key, entry),) = entries.items()
 prefix = key.rpartition("n")[0]
 for n in range(first, first + 20):
-    assert cache.save(origin, {f"{prefix}n{n}": entry})
+    assert cache.save(origin, {f"{prefix}n{n}": replace(entry, n=1 << n)})
 """
 
 
@@ -249,6 +249,15 @@ def config(**changes) -> dict:
         with_entry(tuned_us=-1),
         with_entry(tuned_us=1e999).replace("Infinity", "1e999"),
         with_entry(tuned_us="fast"),
+        with_entry(analytic_us=10**400),
+        with_entry(analytic_us=-(10**400)),
+        with_entry(n=0),
+        with_entry(n=64),
+        with_entry(n=129),
+        with_entry(n=128.0),
+        with_entry(failure=None),
+        with_entry(failure="\x1b[2J"),
+        with_entry(failure="the GPU failed"),
         with_entry(trials={}),
         with_entry(trials=[3]),
         with_entry(trials=[{"choice": config(), "predicted_us": 1, "measured_us": 1, "dropped": "\x1b[2J"}]),
@@ -259,15 +268,16 @@ def config(**changes) -> dict:
         SOUND.replace(KEY, KEY + "/../x"),
         SOUND.replace(KEY, "forward/branch_store/float16/" + "a" * 10_000 + "/1x1/n0"),
         SOUND.replace(KEY, "forward/schedule/float16/c1/1x1/n0"),
+        with_entry(choice=None).replace(KEY, "forward/schedule/float16/c1/1x1/n7"),
     ],
 )  # fmt: skip
 def test_a_hostile_entry_is_ignored_and_the_others_serve(folder, raw):
     both = json.loads(raw, parse_constant=float)
-    both["sections"][0]["entries"][OTHER_KEY] = dump_entry(entry(None))
+    both["sections"][0]["entries"][OTHER_KEY] = dump_entry(entry(None, 1))
     folder.mkdir()
     (folder / "tuned.json").write_text(json.dumps(both).replace("Infinity", "1e999"))
     with pytest.warns(RuntimeWarning, match="1 entries of .* are not used; the first: "):
-        assert cache.read() == {origin(): {OTHER_KEY: entry(None)}}
+        assert cache.read() == {origin(): {OTHER_KEY: entry(None, 1)}}
 
 
 def test_a_file_that_is_no_file_does_not_block(folder):
@@ -294,6 +304,58 @@ def test_a_broken_file_is_put_aside_when_new_entries_come(folder):
     assert cache.read() == {origin(): {KEY: entry(CHOICE)}}
 
 
+def test_what_was_put_aside_before_stays(folder):
+    folder.mkdir()
+    (folder / "tuned.broken").write_text("precious")
+    (folder / "tuned.json").write_text("{ torn")
+    with pytest.warns(RuntimeWarning, match="put aside as tuned.broken1"):
+        assert save()
+    assert (folder / "tuned.broken").read_text() == "precious"
+    assert (folder / "tuned.broken1").read_text() == "{ torn"
+
+
+def test_a_home_that_there_is_not_is_warned_of_and_the_run_goes_on(monkeypatch):
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, "~nosuchuser/x")
+    with pytest.warns(RuntimeWarning, match="SK_TRITON_CACHE_DIR must name a folder, got '~nosuchuser/x'"):
+        assert (cache.read(), save()) == ({}, False)
+    with pytest.raises(OSError, match="nosuchuser"):
+        cache.path()
+
+
+def test_the_file_never_grows_larger_than_can_be_read(folder, monkeypatch):
+    """Entries for other versions make room; those of this one are not given up for new ones."""
+    save(triton="3.0.0")
+    save()
+    size = len(cache.to_json(content(folder)))
+    monkeypatch.setattr(cache, "MAX_BYTES", size)
+    with pytest.warns(RuntimeWarning, match="for other versions of the kernels is dropped"):
+        assert save(OTHER_KEY)
+    kept = {origin(): {KEY: entry(CHOICE), OTHER_KEY: entry(CHOICE, 1)}}
+    assert cache.read() == kept
+    monkeypatch.setattr(cache, "MAX_BYTES", len((folder / "tuned.json").read_text()))
+    with pytest.warns(
+        RuntimeWarning, match="it would be larger than 0 MiB; `sk-triton configs clear` empties it"
+    ):
+        assert not cache.save(origin(), {KEY.replace("/n7", "/n6"): entry(CHOICE, 64)})
+    assert cache.read() == kept
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640])
+def test_who_may_read_the_file_stays_and_a_link_stays_one(folder, tmp_path, mode):
+    save()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (folder / "tuned.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    elsewhere = tmp_path / "elsewhere.json"
+    (folder / "tuned.json").rename(elsewhere)
+    elsewhere.chmod(mode)
+    (folder / "tuned.json").symlink_to(elsewhere)
+    save(OTHER_KEY)
+    assert (folder / "tuned.json").is_symlink()
+    assert elsewhere.stat().st_mode & 0o777 == mode
+    assert set(json.loads(elsewhere.read_text())["sections"][0]["entries"]) == {KEY, OTHER_KEY}
+
+
 def test_a_newer_versions_file_is_never_changed(folder):
     folder.mkdir()
     newer = json.dumps({"schema": SCHEMA + 1, "sections": [], "more": 1})
@@ -316,7 +378,7 @@ def test_entries_that_this_version_does_not_understand_stay_in_the_file(folder):
 
 def test_what_a_driver_says_in_colours_and_lines_can_be_read_back(folder):
     noisy = Trial(CHOICE, None, None, "\x1b[31mfailed\x1b[0m\nat line 1" + "!" * 1000)
-    cache.save(origin(), {KEY: Entry(None, 1e-4, 1e-4, (noisy,))})
+    cache.save(origin(), {KEY: Entry(None, 128, 1e-4, 1e-4, (noisy,))})
     (trial,) = cache.read()[origin()][KEY].trials
     assert trial.dropped.startswith(" [31mfailed [0m at line 1!!!")
 

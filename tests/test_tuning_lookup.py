@@ -37,7 +37,7 @@ def request_(folder, monkeypatch):
 
 
 def tune(request, choice, chip=H100, **changes):
-    assert cache.save(origin(chip, **changes), {request.key: entry(choice)})
+    assert cache.save(origin(chip, **changes), {request.key: entry(choice, request.n)})
 
 
 def store(work):
@@ -67,7 +67,7 @@ def test_the_four_levels_in_their_order(request_, monkeypatch):
     tune(request_, tuned)
     assert store(workload(n=300)) == (
         tuned,
-        "tuned for NVIDIA H100 80GB HBM3 (132 SMs) at batches of 65 to 128",
+        "tuned for NVIDIA H100 80GB HBM3 (132 SMs) at a batch of 128",
     )
     assert store(workload()) == (tuned, "tuned for NVIDIA H100 80GB HBM3 (132 SMs)")
 
@@ -100,7 +100,7 @@ def test_an_unknown_gpu_takes_its_architectures_configs_and_says_so(request_, mo
     unknown = Chip("sm_90", 132, 50, "NVIDIA H100 NVL")
     tune(request_, other_choice(request_))
     assert lookup.describe(unknown) == (
-        "NVIDIA H100 NVL (132 SMs), sm_90: nothing is tuned for it, the configs of sm_90 serve"
+        "NVIDIA H100 NVL (132 SMs), sm_90: nothing is tuned for it, the choices for sm_90 serve"
     )
     assert lookup.describe(H100) == "NVIDIA H100 80GB HBM3 (132 SMs), sm_90: 1 launches are tuned for it"
 
@@ -162,7 +162,7 @@ def test_a_training_plan_is_made_anew_after_tuning_in_the_same_process(folder, m
 )
 def test_training_takes_what_was_tuned_for_it(kind, field, folder):
     work = workload()
-    with lookup.experiment({}) as asked:
+    with lookup.recorded_requests() as asked:
         make_training_plan(work, "branches")
     request = next(request for request in asked if request.kind == kind)
     assert request.key.startswith(f"backward/{kind}/")
@@ -186,6 +186,16 @@ def test_a_measured_schedule_comes_before_the_expected_one(folder):
     assert "linear" in dict(plan.rejected)["merged"]
 
 
+def test_where_the_device_failed_nothing_is_confirmed(request_):
+    failed = Entry(None, 128, 0.0, 0.0, (), "the GPU failed: unspecified launch failure")
+    stayed = Entry(None, 128, 100e-6, 100e-6)
+    cache.save(origin(), {request_.key: failed, requests("store", workload())["select"].key: stayed})
+    text = "analytic (sm_90), not tuned on NVIDIA H100 80GB HBM3 (132 SMs): the GPU failed: unspecified launch failure"
+    assert store(workload()) == (request_.analytic(), text)
+    assert store(workload(64))[1] == "analytic (sm_90)"
+    assert lookup.describe(H100).endswith("0 launches are tuned for it, 2 keep the analytic choice")
+
+
 def test_a_measured_schedule_that_cannot_run_is_not_used(folder):
     work = workload()
     cache.save(origin(), {launches.schedule_key(work): entry("merged")})
@@ -206,23 +216,25 @@ def test_a_measured_schedule_that_cannot_run_is_not_used(folder):
 def test_a_measured_schedule_serves_batches_that_the_same_is_expected_for(
     chosen, measured, asked, expected, folder
 ):
-    cache.save(origin(), {launches.schedule_key(workload(n=measured)): entry(chosen)})
+    cache.save(origin(), {launches.schedule_key(workload(n=measured)): entry(chosen, measured)})
     assert fastest_plan(workload(n=asked)).schedule == expected
 
 
 def test_an_entry_that_does_not_serve_lets_another_one(folder):
     confirmed, near = (launches.schedule_key(workload(n=n)) for n in (1, 8))
-    cache.save(origin(), {confirmed: Entry(None, 100e-6, 100e-6), near: entry("store")})
+    cache.save(origin(), {confirmed: Entry("gated", 1, 100e-6, 100e-6), near: entry("store", 8)})
     assert fastest_plan(workload(n=2)).schedule == "store"
 
 
 def test_an_experiment_sees_its_own_choices_only_and_leaves_nothing_behind(request_):
     chosen = other_choice(request_)
     tune(request_, chosen)
-    with lookup.experiment({}):
+    with lookup.analytic_only():
         assert make_plan("store", workload()).branch_launches[0].config == request_.analytic()
-    with lookup.experiment({request_.key: request_.candidates()[-1]}) as asked:
+    with lookup.experiment({request_.key: request_.candidates()[-1]}):
         assert make_plan("store", workload()).branch_launches[0].config == request_.candidates()[-1]
+    with lookup.recorded_requests() as asked:
+        make_plan("store", workload())
     assert [request.kind for request in asked] == ["branch_store", "gate", "select"]
     assert store(workload())[0] == chosen
 
@@ -285,7 +297,7 @@ def test_explain_shows_level_and_key(folder, monkeypatch):
             "gate"
         ]
         assert request.key == key
-        cache.save(origin(), {key: entry(other_choice(request))})
+        cache.save(origin(), {key: entry(other_choice(request), 1)})
         text = str(explain(layer, x))
     assert "gpu       NVIDIA H100 80GB HBM3 (132 SMs), sm_90: 1 launches are tuned for it" in text
     assert "source    gate: tuned for NVIDIA H100 80GB HBM3 (132 SMs)" in text
@@ -298,8 +310,18 @@ def test_a_shipped_entry_is_found_by_its_key(monkeypatch):
     request = requests("store", work)["branch_store"]
     other = other_choice(request)
     monkeypatch.setattr(lookup, "shipped", lambda chip: {request.key: other} if chip == "sm_90" else {})
-    assert store(replace(work, n=100)) == (other, "configs/sm_90.json (predicted)")
+    assert store(work) == (other, "configs/sm_90.json (predicted)")
     assert store(replace(work, chip=CHIPS["sm_80"]))[1] == "analytic (sm_80)"
+
+
+@pytest.mark.parametrize("changes", [{"n": 100}, {"chip": Chip("sm_90", 114, 50, "NVIDIA H100 PCIe")}])
+def test_a_prediction_for_another_batch_or_product_does_not_serve(changes, monkeypatch):
+    work = workload(chip=CHIPS["sm_90"])
+    request = requests("store", work)["branch_store"]
+    monkeypatch.setattr(lookup, "shipped", lambda chip: {request.key: other_choice(request)})
+    assert store(work)[1] == "configs/sm_90.json (predicted)"
+    other = replace(work, **changes)
+    assert store(other) == (requests("store", other)["branch_store"].analytic(), "analytic (sm_90)")
 
 
 @needs_narrow_products
@@ -356,11 +378,17 @@ def test_recorded_calls_are_planned_anew_once_the_configs_change_or_are_pinned(f
 
 
 def test_a_device_counts_by_its_own_name_and_processors(monkeypatch):
-    facts = SimpleNamespace(major=9, minor=0, multi_processor_count=114, name="NVIDIA H100 PCIe")
+    facts = SimpleNamespace(
+        major=9, minor=0, multi_processor_count=114, name="NVIDIA H100 PCIe", L2_cache_size=50 << 20
+    )
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: facts)
     chip_of.cache_clear()
     assert chip_of(torch.device("cuda", 0)) == Chip("sm_90", 114, 50, "NVIDIA H100 PCIe")
+    chip_of.cache_clear()
+    # An L4 has a third less than the largest product with its chip.
+    facts.major, facts.minor, facts.L2_cache_size = 8, 9, 48 << 20
+    assert chip_of(torch.device("cuda", 0)).l2_mib == 48
     chip_of.cache_clear()
     facts.major = 5
     assert chip_of(torch.device("cuda", 0)) is None

@@ -79,6 +79,42 @@ def test_all_ranks_use_the_configs_of_rank_0(tmp_path):
     assert found == [[before, after]] * 2
 
 
+class Ranks:
+    """A distributed run as one of its ranks sees it: `sent` is what rank 0 sends."""
+
+    def __init__(self, rank, sent=None):
+        self.rank, self.sent = rank, sent
+
+    def is_available(self):
+        return True
+
+    is_initialized = is_available
+
+    def get_rank(self):
+        return self.rank
+
+    def broadcast_object_list(self, objects, src, group):
+        if self.rank == src:
+            (self.sent,) = objects
+        objects[:] = [self.sent]
+
+
+def test_where_rank_0_cannot_read_its_configs_no_rank_waits_for_it(monkeypatch):
+    def fail():
+        raise RuntimeWarning("tuned configs are not used")
+
+    monkeypatch.setattr(cache, "read", fail)
+    first = Ranks(0)
+    for run in (first, Ranks(1, "RuntimeWarning: tuned configs are not used")):
+        monkeypatch.setattr(ranks, "dist", run)
+        with pytest.raises(
+            RuntimeError, match="no tuned configs on rank 0: RuntimeWarning: tuned configs are not"
+        ):
+            sync_configs()
+    assert first.sent == "RuntimeWarning: tuned configs are not used"
+    assert ranks._agreed is None
+
+
 def test_outside_of_a_distributed_run_there_is_nothing_to_agree_on():
     assert ranks.pinning_reason() == ""
     with pytest.raises(RuntimeError, match="init_process_group"):

@@ -12,7 +12,7 @@ from sk_triton.chips import Chip
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.tuning.entries import Entry, Origin, Trial
 from sk_triton.tuning.keys import stamp
-from sk_triton.tuning.lookup import experiment
+from sk_triton.tuning.lookup import recorded_requests
 from sk_triton.workload import Workload
 
 H100 = Chip("sm_90", 132, 50, "NVIDIA H100 80GB HBM3")
@@ -30,7 +30,7 @@ def origin(chip: Chip = H100, **changes) -> Origin:
 
 def requests(schedule: str, work: Workload) -> dict:
     """The lookups of a schedule by the kind of launch."""
-    with experiment({}) as asked:
+    with recorded_requests() as asked:
         plans.make_plan(schedule, work)
     return {request.kind: request for request in asked}
 
@@ -40,6 +40,7 @@ def other_choice(request):
     return next(config for config in request.candidates() if config != request.analytic())
 
 
-def entry(choice, analytic: float = 100e-6, tuned: float = 80e-6) -> Entry:
+def entry(choice, n: int = 128, analytic: float = 100e-6, tuned: float = 80e-6) -> Entry:
     shown = StreamConfig(8, 8, 4, 4, RUN_H=1, RUN_W=2) if choice is None else choice
-    return Entry(choice, analytic, tuned, (Trial(shown, 50e-6, tuned), Trial(shown, None, None, "3 spills")))
+    trials = Trial(shown, 50e-6, tuned), Trial(shown, None, None, "3 spills")
+    return Entry(choice, n, analytic, tuned, trials)

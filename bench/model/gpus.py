@@ -7,6 +7,8 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from sk_triton.chips import CHIPS, Chip, product_of
+
 KIB = 1024
 MIB = 1024**2
 
@@ -313,6 +315,19 @@ GPUS = (
         },
     ),
 )
+
+
+def chip_for(gpu: Gpu) -> Chip:
+    """What plans for a product are made for: its chip with its own processors and L2, for which nothing is tuned."""
+    return product_of(CHIPS[gpu.chip], gpu.processors, gpu.l2_bytes)
+
+
+def refuse_precision(gpu: Gpu, precision: str) -> None:
+    """Raises ValueError for one that the layers never compute in on a product: see `sk_triton.precision`."""
+    if precision == "tf32" and gpu.chip.startswith("gfx"):
+        raise ValueError(
+            f"dtype must be fp16, bf16 or fp32 on {gpu.name}, got tf32: on AMD fp32 is never rounded to it"
+        )
 
 
 def find_gpu(name: str) -> Gpu:

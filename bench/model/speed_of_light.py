@@ -1,4 +1,4 @@
-"""The least time a schedule can take on a GPU that need not be present, from its compiled kernels and public figures.
+"""What a schedule should take on a GPU that need not be present, from its compiled kernels and public figures.
 
 A launch takes the largest of five times, each as if the rest of the GPU were infinitely fast, and the time to start it:
 
@@ -11,8 +11,9 @@ A launch takes the largest of five times, each as if the rest of the GPU were in
 - issue slots: the instructions of all warps.
 
 The last three are those of the processor with the most programs. A schedule takes the sum over its launches. Latency
-that too few resident warps cannot hide is not modelled: times are bounds from below, and `Step.resident_warps` says how
-many warps there are to hide it.
+that too few resident warps cannot hide is not modelled, so that most times are too short; `Step.resident_warps` says
+how many warps there are to hide it. They are no bounds from below either: measured times have been a little shorter,
+as where launches overlap or more stays in L2 than is counted.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from sk_triton import dispatch, plans
 from sk_triton.backend import SCHEDULES, Schedule
-from sk_triton.chips import CHIPS, Chip
+from sk_triton.chips import Chip
 from sk_triton.kernels.config import BranchConfig
 from sk_triton.kernels.geometry import cdiv
 from sk_triton.kernels.launch import Launch
@@ -43,7 +44,7 @@ from ..compiled.footprint import PlannedStep
 from ..compiled.phases import counted, has_phases
 from ..compiled.planned import planned_steps
 from ..compiled.processes import compiling_processes
-from .gpus import Gpu
+from .gpus import Gpu, chip_for
 from .work import (
     Work,
     convolution_work,
@@ -176,7 +177,7 @@ def predict(problem: Problem, gpu: Gpu, schedules: Sequence[Schedule] = SCHEDULE
         ValueError: a program of a kernel does not fit on the GPU's processors.
     """
     found = []
-    for name, plan, steps in schedules_for(problem, CHIPS[gpu.chip], schedules):
+    for name, plan, steps in schedules_for(problem, chip_for(gpu), schedules):
         configs = tuple((launch.task, launch.config, str(launch.source)) for launch in plan.branch_launches)
         found.append(Prediction(name, predict_steps(steps, gpu), configs))
     for name, operators in (

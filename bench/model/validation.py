@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from sk_triton.backend import SCHEDULES
@@ -31,7 +32,8 @@ PRECISIONS = {
 RESULTS = Path(__file__).parents[1] / "results"
 FILES = "*/layer*.json"
 """What results of suite "layer" are committed as, in a folder per GPU."""
-SCHEDULES_AND_PEERS = (*SCHEDULES, sol.EAGER, sol.COMPILED, sol.FLOOR)
+SCHEDULES_AND_PEERS = (*SCHEDULES, sol.COMPILED, sol.FLOOR)
+"""What a suite may have timed; eager operators are in the units measured launch by launch."""
 
 
 @dataclass(frozen=True)
@@ -120,15 +122,15 @@ def rank_correlation(compared: list[Compared]) -> float | None:
 def spearman(pairs: Sequence[tuple[float, float]]) -> float | None:
     """Spearman's rank correlation of pairs; None where one of the two does not vary."""
 
-    def ranks(values: list[float]) -> Any:
-        # The mean rank of what is equal.
-        _, index, counts = np.unique(values, return_inverse=True, return_counts=True)
-        return (np.cumsum(counts) - (counts - 1) / 2)[index]
+    def ranks(values: list[float]) -> list[float]:
+        # The mean rank of what is equal: a value's own first place and its last, halved.
+        ordered = sorted(values)
+        return [(bisect_left(ordered, value) + bisect_right(ordered, value)) / 2 for value in values]
 
     first, second = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     if len(set(first)) < 2 or len(set(second)) < 2:
         return None
-    return float(np.corrcoef(ranks(first), ranks(second))[0, 1])
+    return statistics.correlation(ranks(first), ranks(second))
 
 
 def _measured_seconds(schedule: str, records: list[Record]) -> float | None:
@@ -139,8 +141,6 @@ def _measured_seconds(schedule: str, records: list[Record]) -> float | None:
             return False
         if schedule == sol.COMPILED:
             return record.role == results.PEER and record.form.startswith(("compile", "max-autotune"))
-        if schedule == sol.EAGER:
-            return record.source == "ours-reference"
         return record.source == f"ours-{schedule}" or (record.ours and record.runs == f"triton/{schedule}")
 
     timed = [record.timing.median_ms for record in records if record.timing and matches(record)]

@@ -68,7 +68,7 @@ def tune(
         report: receives each target as it begins.
 
     Raises:
-        DeviceLostError: the device failed for good. The target at which it did keeps its analytic choice, so that the
+        DeviceLostError: the device failed for good. The target at which it did keeps an entry that says so, so that the
             next run gets past it.
     """
     settled: dict[str, Choice] = {}
@@ -98,7 +98,7 @@ def _tune_one(target: Target, machine: Machine, trials: list[Trial], settled: Se
     except (RuntimeError, MemoryError) as error:  # float64 may not fit
         if trouble := machine.trouble():
             return _lost(target, trials, trouble)
-        return Outcome(target, None, f"cannot be judged: {type(error).__name__}")
+        return Outcome(target, None, f"cannot be judged: {_said(error)}")
     # The analytic choice is what runs today, spills or not: only a fault on the device takes it out.
     trials = [
         trial
@@ -118,7 +118,8 @@ def _tune_one(target: Target, machine: Machine, trials: list[Trial], settled: Se
     if analytic not in by_choice:
         return Outcome(target, None, "the analytic choice could not be timed")
     before, best = by_choice[analytic], min(by_choice, key=lambda choice: by_choice[choice])
-    kept = Entry(None, before, before, tuple(trials))
+    n = target.workload.n
+    kept = Entry(analytic if target.is_schedule else None, n, before, before, tuple(trials))
     if not _beats(by_choice[best], before):
         return Outcome(target, kept)
     again = machine.times([analytic, best])
@@ -127,11 +128,12 @@ def _tune_one(target: Target, machine: Machine, trials: list[Trial], settled: Se
         return Outcome(target, kept, f"failed when run again: {again}")
     if not _beats(best_again, before_again):
         return Outcome(target, kept, "faster once, but not when run again")
-    return Outcome(target, Entry(best, before_again, best_again, tuple(trials)))
+    return Outcome(target, Entry(best, n, before_again, best_again, tuple(trials)))
 
 
 def _lost(target: Target, trials: list[Trial], trouble: str) -> Outcome:
-    return Outcome(target, Entry(None, 0.0, 0.0, tuple(trials)), trouble)
+    failed = Entry(None, target.workload.n, 0.0, 0.0, tuple(trials), f"the GPU failed: {trouble}")
+    return Outcome(target, failed, trouble)
 
 
 def _beats(seconds: float, analytic: float) -> bool:
@@ -144,8 +146,12 @@ def _fault(machine: Machine, trial: Trial) -> str:
     try:
         return machine.wrong(trial.choice)
     except Exception as error:  # whatever a launch raises
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+        return _said(error)
+
+
+def _said(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 def _with_time(trial: Trial, measured: Mapping[Choice, float | str]) -> Trial:

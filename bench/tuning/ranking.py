@@ -11,12 +11,14 @@ from __future__ import annotations
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 
 from sk_triton.tuning.entries import Choice, Trial
 from sk_triton.workload import Workload
 
+from ..compiled.processes import compiling_processes
 from ..model.gpus import Gpu
+from .assessing import MakePool, Task, assess_singly, is_lost
 from .flow import MARGIN
 from .targets import Target, assess, least_seconds
 
@@ -32,23 +34,23 @@ def rank(
     targets: Sequence[Target],
     gpu: Gpu,
     seconds: float,
-    pool: Executor,
     workers: int,
     report: Callable[[int, Target], object] = lambda done, target: None,
+    make_pool: MakePool = compiling_processes,
 ) -> Ranked:
     """The candidates of targets, assessed as far as the time goes.
 
     Args:
         seconds: nothing is begun after them; what is being compiled is waited for.
-        pool: `workers` processes that compile; shut down at the end.
+        workers: processes that compile.
         report: receives how many candidates are settled, and the target of the latest.
+        make_pool: makes an executor of so many such processes.
     """
-    ranking = _Ranking(targets, gpu, pool, workers, report)
+    ranking = _Ranking(targets, gpu, workers, report, make_pool)
     try:
         ranking.run(time.monotonic() + seconds)
-    except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        raise
+    finally:
+        ranking.close()
     return {
         target.key: [
             ranking.trials.get((target.key, c), Trial(c, None, None, LEFT_OUT)) for c in target.choices
@@ -76,12 +78,13 @@ class _Ranking:
         self,
         targets: Sequence[Target],
         gpu: Gpu,
-        pool: Executor,
         workers: int,
         report: Callable[[int, Target], object],
+        make_pool: MakePool,
     ) -> None:
-        self._targets, self._gpu, self._pool, self._report = targets, gpu, pool, report
-        self._workers = workers
+        self._targets, self._gpu, self._workers, self._report = targets, gpu, workers, report
+        self._make_pool = make_pool
+        self._pool = make_pool(workers)
         self.trials: dict[tuple[str, Choice], Trial] = {}
         self._least: dict[str, list[float]] = {}
         # A pool takes more than it has processes for, and cannot give it back: it gets no more than it works on.
@@ -100,17 +103,25 @@ class _Ranking:
         while self._start() and time.monotonic() < deadline:
             done, _ = wait(self._running, timeout=deadline - time.monotonic(), return_when=FIRST_COMPLETED)
             for future in done:
-                self._settle(future)
+                if future in self._running:  # `_mend` may have concluded it
+                    self._settle(future)
         self._waiting.clear()
-        self._pool.shutdown(cancel_futures=True)
-        for future in list(self._running):
-            self._settle(future)
+        while self._running:
+            self._settle(next(iter(self._running)))
+
+    def close(self) -> None:
+        """Gives up what is not done yet."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _start(self) -> bool:
         """Keeps every process at work; False if there is nothing left to do."""
         while self._waiting and len(self._running) < self._workers:
             job = self._waiting.popleft()
-            self._running[self._pool.submit(assess_all, job, self._gpu)] = job
+            try:
+                self._running[self._pool.submit(assess_all, job, self._gpu)] = job
+            except BrokenExecutor:
+                self._waiting.appendleft(job)
+                self._mend()
         return bool(self._running)
 
     def _begin(self) -> None:
@@ -121,7 +132,27 @@ class _Ranking:
             self._waiting.append([(target, target.choices[0]) for target in first])
 
     def _settle(self, future: Future[list[Trial]]) -> None:
-        for (target, choice), trial in zip(self._running.pop(future), future.result(), strict=True):
+        try:
+            trials = future.result()
+        except BrokenExecutor:
+            self._mend()
+        else:
+            self._conclude(self._running.pop(future), trials)
+
+    def _mend(self) -> None:
+        """One process that ends takes all others along: what they were at is done again singly."""
+        self.close()
+        running, self._running = self._running, {}
+        self._pool = self._make_pool(self._workers)
+        for future, job in running.items():
+            if not is_lost(future):
+                self._conclude(job, future.result())
+                continue
+            tasks: list[Task] = [(target, choice, {}) for target, choice in job]
+            self._conclude(job, assess_singly(tasks, self._gpu, self._make_pool))
+
+    def _conclude(self, job: _Job, trials: Sequence[Trial]) -> None:
+        for (target, choice), trial in zip(job, trials, strict=True):
             self._note(target, trial)
             if choice == target.choices[0]:
                 self._go_on(target, trial)

@@ -34,14 +34,16 @@ def gained(outcomes: Sequence[Outcome]) -> Table:
         shown = "" if unit == target.unit else target.unit
         unit = target.unit
         note = f"{outcome.note} " if outcome.note else ""
-        note += "(measured before)" if outcome.is_known else ""
+        if outcome.is_known and entry is not None:
+            batch = "" if entry.n == target.workload.n else f", at a batch of {entry.n}"
+            note += f"(measured before{batch})"
         if entry is None:
-            table.add_row(shown, _name(target), "", "", "", note)
+            _add_row(table, shown, _name(target), "", "", "", note)
             continue
         before, after = entry.analytic_seconds, entry.tuned_seconds
-        faster = f"{before / after - 1:.1%}" if entry.choice is not None and after else ""
+        faster = f"{before / after - 1:.1%}" if entry.is_tuned and after else ""
         chosen = "analytic" if entry.choice is None else short(entry.choice)
-        table.add_row(shown, _name(target), _us(before), _us(after), faster, f"{chosen} {note}".rstrip())
+        _add_row(table, shown, _name(target), _us(before), _us(after), faster, f"{chosen} {note}".rstrip())
     return table
 
 
@@ -58,7 +60,7 @@ def predicted(target: Target, trials: Sequence[Trial]) -> Table:
     for rank, trial in enumerate(ranked, start=1):
         mark = " (analytic)" if trial.choice == target.choices[0] else ""
         place = "" if trial.dropped else str(rank)
-        table.add_row(place, _us(trial.predicted), short(trial.choice) + mark, trial.dropped)
+        _add_row(table, place, _us(trial.predicted), short(trial.choice) + mark, trial.dropped)
     return table
 
 
@@ -113,6 +115,13 @@ def short(choice: Choice) -> str:
         elif value not in (False, 1):
             words.append(f"{name}={value}")
     return " ".join(words)
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Adds cells as they are: what compilers and drivers say in brackets is no markup."""
+    from rich.text import Text
+
+    table.add_row(*map(Text, cells))
 
 
 def _name(target: Target) -> str:

@@ -18,7 +18,7 @@ from sk_triton.training.plan import make_training_plan
 from sk_triton.tuning import launches, space
 from sk_triton.tuning.entries import Choice, Entry, Trial
 from sk_triton.tuning.keys import BACKWARD, FORWARD, KINDS, SCHEDULE
-from sk_triton.tuning.lookup import Request, experiment
+from sk_triton.tuning.lookup import Request, analytic_only, experiment, recorded_requests
 from sk_triton.workload import Workload
 
 from ..compiled.planned import prepared_steps, unit_parameters
@@ -56,7 +56,9 @@ class Target:
 
     def takes(self, entry: Entry) -> bool:
         """Whether an entry, which may come from anywhere, is one of this target."""
-        return entry.choice is None or entry.choice in self.space
+        if entry.choice is None:
+            return bool(entry.failure) or not self.is_schedule
+        return entry.choice in self.space
 
     @property
     def is_schedule(self) -> bool:
@@ -106,13 +108,13 @@ def targets_of(unit: str, workload: Workload, limit: int, direction: str = FORWA
 
 def _of_inference(unit: str, workload: Workload, limit: int) -> list[Target]:
     """Every launch of every schedule, then the schedule."""
-    with experiment({}):
+    with analytic_only():
         schedules = plans.possible_schedules(workload)
-        expected: Any = preference.expected_plan(workload).schedule
+    expected = preference.expected_schedule(workload)
     found: dict[str, Target] = {}
     # What schedules have in common is of the one that is expected to be taken.
     for schedule in sorted(schedules, key=lambda name: name != expected):
-        with experiment({}) as requests:
+        with recorded_requests() as requests:
             plans.make_plan(schedule, workload)
         for target in _of_launches(unit, workload, limit, schedule, requests):
             found.setdefault(target.key, target)
@@ -124,11 +126,13 @@ def _of_inference(unit: str, workload: Workload, limit: int) -> list[Target]:
 
 
 def _of_training(unit: str, workload: Workload, limit: int) -> list[Target]:
-    """The launches that only training has; there is one schedule."""
-    with experiment({}) as requests:
-        make_training_plan(workload, SAVE)
-    own = [request for request in requests if KINDS[request.kind].direction == BACKWARD]
-    return _of_launches(unit, workload, limit, TRAIN, own)
+    """The launches of a training step, those that inference has as well included; there is one schedule."""
+    with recorded_requests() as requests:
+        plan = make_training_plan(workload, SAVE)
+    # What it was planned from may ask for more than its launches take.
+    used = {source.key for source in plan.sources}
+    own = {request.key: request for request in requests if request.key in used}
+    return _of_launches(unit, workload, limit, TRAIN, list(own.values()))
 
 
 def _of_launches(

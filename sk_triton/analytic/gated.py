@@ -31,7 +31,7 @@ def gated_select_config(workload: Workload) -> GatedSelectConfig:
 def gated_reason(workload: Workload, summed: int) -> str:
     """Why computing the gate in every selecting program is not expected to pay, "" if it is.
 
-    `summed`: pooled tiles of a sample. Under the analytic config: a tuned one may have smaller tiles.
+    `summed`: pooled tiles of a sample, under the analytic config of the branches, as the selection's is here.
     """
     spec, config = workload.spec, gated_select_config(workload)
     m, c, d = spec.num_branches, spec.out_channels, spec.gate_width

@@ -12,8 +12,8 @@ from ..environment import triton_version
 from ..kernels.config import DepthwiseConfig
 from ..kernels.geometry import can_run, tiles
 from ..plan import MAX_GATE_TILES, BranchLaunch, Plan
-from ..plans import branch_launch, eager_passes, plan_store
-from ..preference import library_reason, worthwhile_recompute
+from ..plans import branch_launch, eager_passes, make_plan, plan_store
+from ..preference import library_reason, recompute_reason
 from ..save import Save
 from ..tuning import cache
 from ..tuning import launches as lookups
@@ -23,6 +23,8 @@ from ..workload import Workload
 # Channels per group up to which the gradients come from the kernels: those of 32 are predicted to take 147 µs of an
 # H100's issue slots in stage 4, against 43 µs of memory.
 MAX_GRADIENT_CHANNELS = 16
+SELECT = "select"
+"""The kind of launch that selects from stored branches."""
 
 
 def make_training_plan(workload: Workload, save: Save) -> Plan:
@@ -60,6 +62,7 @@ def make_training_plan(workload: Workload, save: Save) -> Plan:
         sources=(
             *(launch.source for launch in launches),
             reduction.source,
+            *(source for source in store.sources if source.kind == SELECT),
             *([gradient.source] if gradient else []),
         ),
         reduction=reduction.config,
@@ -83,22 +86,24 @@ def _pools(workload: Workload, launches: Sequence[BranchLaunch]) -> bool:
 
 def _folded(plan: Plan, workload: Workload) -> Plan:
     """`plan` with a forward pass that convolves anew instead of writing branches, where that is expected to pay."""
-    recompute = worthwhile_recompute(workload)
-    if isinstance(recompute, str):
-        return plan.rejecting("recompute", recompute)
+    if reason := recompute_reason(workload):
+        return plan.rejecting("recompute", reason)
+    recompute = make_plan("recompute", workload)
     (train,) = plan.branch_launches
     if not can_run("measure", train.shape, train.config):
         return plan.rejecting("recompute", f"{type(train.config).__name__} stores its branches")
     # What takes moments and stores serves to take moments.
     moments = replace(train, task="measure")
     reads = workload.spec.branch_norm
+    # Where kernels compute the gradients nothing selects from stored branches.
+    selects = plan.gradient is None
+    own = (source for source in plan.sources if selects or source.kind != SELECT)
     return replace(
         plan,
         passes=recompute.passes + reads * workload.input_passes,
-        # Where kernels compute the gradients nothing selects from stored branches.
-        select=plan.select if plan.gradient is None else None,
+        select=plan.select if selects else None,
         folded_launches=(moments, *recompute.branch_launches),
-        sources=(*plan.sources, *(launch.source for launch in recompute.branch_launches)),
+        sources=(*own, *(launch.source for launch in recompute.branch_launches)),
     )
 
 

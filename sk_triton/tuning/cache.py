@@ -6,10 +6,10 @@ Nothing that is wrong with it stops a run: a warning, once, and the file or the 
 from __future__ import annotations
 
 import contextlib
-import json
+import itertools
 import os
+import secrets
 import stat
-import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict
@@ -27,7 +27,9 @@ from .entries import (
     dump_entry,
     load_raw,
     load_sections,
+    to_json,
 )
+from .keys import stamp
 
 FOLDER_VARIABLE = "SK_TRITON_CACHE_DIR"
 FILE_NAME = "tuned.json"
@@ -43,10 +45,17 @@ _read: tuple[tuple[Any, ...], Sections] | None = None
 
 
 def path() -> Path:
-    """Where the file is: in the folder ``SK_TRITON_CACHE_DIR``, else in the platform's folder for caches."""
+    """Where the file is: in the folder ``SK_TRITON_CACHE_DIR``, else in the platform's folder for caches.
+
+    Raises:
+        OSError: the folder is in somebody's home, and there is none.
+    """
     folder = os.environ.get(FOLDER_VARIABLE)
     if folder:
-        return Path(folder).expanduser() / FILE_NAME
+        try:
+            return Path(folder).expanduser() / FILE_NAME
+        except RuntimeError as error:
+            raise OSError(f"{FOLDER_VARIABLE} must name a folder, got {folder!r}: {error}") from None
     from platformdirs import user_cache_path
 
     return user_cache_path("sk_triton", appauthor=False) / FILE_NAME
@@ -55,8 +64,8 @@ def path() -> Path:
 def read() -> Sections:
     """All sound entries; none, and a warning, where the file cannot be used. Read again only once it has changed."""
     global _read
-    file = path()
     try:
+        file = path()
         found = file.stat()
     except FileNotFoundError:
         return {}
@@ -136,7 +145,7 @@ def merge(sections: Sections) -> bool:
 
 
 def clear(keep: Callable[[Origin], bool] = lambda origin: False) -> bool:
-    """Removes the sections that are not to be kept, as :func:`save`; without any left, the whole file."""
+    """Removes the sections that are not to be kept, as :func:`save`; the file stays, without any if none is kept."""
 
     def remove(raw: dict[str, Any]) -> None:
         raw["sections"] = [section for section in raw["sections"] if keep(_origin(section))]
@@ -167,13 +176,17 @@ def warn_once(message: str) -> None:
 def _change(edit: Callable[[dict[str, Any]], None]) -> bool:
     import filelock
 
-    file = path()
+    try:
+        file = Path(os.path.realpath(path()))  # a link stays one
+    except OSError as error:
+        warn_once(f"tuned configs are not kept: {error}")
+        return False
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(f"{file}.lock", timeout=LOCK_SECONDS):
             raw = _raw(file)
             edit(raw)
-            _replace(file, json.dumps(raw, indent=1) + "\n")
+            _replace(file, _limited(file, raw))
     except filelock.Timeout:
         warn_once(f"tuned configs are not kept: another process has held {file}.lock for {LOCK_SECONDS:g} s")
         return False
@@ -197,20 +210,48 @@ def _raw(file: Path) -> dict[str, Any]:
     except NewerFileError:
         raise
     except BrokenFileError as error:
-        aside = file.with_suffix(".broken")
+        aside = _unused(file.with_suffix(".broken"))
         os.replace(file, aside)
         warn_once(f"{file} was put aside as {aside.name}: {error}")
     return {"schema": SCHEMA, "sections": []}
 
 
+def _limited(file: Path, raw: dict[str, Any]) -> str:
+    """The text to write: without what other versions measured, if it would be too large to be read again.
+
+    Raises:
+        OSError: it still would.
+    """
+    text = to_json(raw)
+    if len(text) > MAX_BYTES:
+        current = stamp()
+        kept = [
+            s for s in raw["sections"] if (s["triton"], s["kernels"]) == (current.triton, current.kernels)
+        ]
+        if len(kept) < len(raw["sections"]):
+            warn_once(f"{file} was full: what was tuned for other versions of the kernels is dropped from it")
+            text = to_json({**raw, "sections": kept})
+    if len(text) > MAX_BYTES:
+        raise OSError(f"it would be larger than {MAX_BYTES >> 20} MiB; `sk-triton configs clear` empties it")
+    return text
+
+
+def _unused(file: Path) -> Path:
+    """The file's name, with a number where there is such a file already."""
+    numbered = (file.with_name(f"{file.name}{i}") for i in itertools.count(1))
+    return next(name for name in itertools.chain([file], numbered) if not os.path.lexists(name))
+
+
 def _replace(file: Path, text: str) -> None:
-    """Writes a file so that nobody ever sees half of it."""
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}-")
+    """Writes a file so that nobody ever sees half of it; who may read it stays as it is."""
+    name = file.with_name(f".{file.name}-{os.getpid()}-{secrets.token_hex(4)}")
     try:
-        with open(handle, "w", encoding="utf-8") as stream:
+        with open(name, "x", encoding="utf-8") as stream:  # with the rights that the user's new files have
             stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(name, stat.S_IMODE(os.stat(file).st_mode))
         os.replace(name, file)
     except BaseException:
         with contextlib.suppress(OSError):

@@ -14,6 +14,9 @@ from . import cache
 from .entries import BrokenFileError, Entry, Origin, Sections, dump_config, dump_sections, load_sections
 from .keys import gpu_slug, stamp
 
+TUNE = "`sk-triton tune` makes them"
+NO_ENTRIES = f"no entries; {TUNE}"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton configs`."""
@@ -67,28 +70,36 @@ def _list(args: argparse.Namespace) -> int:
     sections = _kept()
     print(cache.path())
     for origin, entries in sections.items():
-        tuned = sum(entry.choice is not None for entry in entries.values())
+        tuned = sum(entry.is_tuned for entry in entries.values())
         print(f"{_title(origin)}: {len(entries)} entries, {tuned} faster than the analytic choice")
     if not sections:
-        print("no entries; `sk-triton tune` makes them")
+        print(NO_ENTRIES)
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
-    for origin, entries in _kept().items():
+    sections = _kept()
+    found = False
+    for origin, entries in sections.items():
         print(_title(origin))
         for key, entry in sorted(entries.items()):
             if args.key in key:
+                found = True
                 print("\n".join(f"  {line}" for line in _describe(key, entry)))
+    if not any(sections.values()):
+        print(NO_ENTRIES)
+    elif not found:
+        print(f"no entry whose key contains {args.key!r}")
     return 0
 
 
 def _export(args: argparse.Namespace) -> int:
-    chosen = {o: entries for o, entries in _kept().items() if args.all or is_current(o)}
+    kept = _kept()
+    chosen = {o: entries for o, entries in kept.items() if args.all or is_current(o)}
     if not chosen:
-        print(
-            "sk-triton configs: there are no entries to export; `sk-triton tune` makes them", file=sys.stderr
-        )
+        stale = sum(map(len, kept.values()))
+        how = f"{stale} are for other versions of the kernels, --all exports these" if stale else TUNE
+        print(f"sk-triton configs: there are no entries to export; {how}", file=sys.stderr)
         return FAILED
     files: dict[Path, Sections] = {args.file: chosen}
     if args.file.is_dir():
@@ -151,12 +162,14 @@ def _title(origin: Origin) -> str:
 
 def _describe(key: str, entry: Entry) -> list[str]:
     lines = [key]
-    if entry.choice is None:
-        time = f", {_us(entry.analytic_seconds)} µs" if entry.analytic_seconds else ""
-        lines.append(f"  the analytic choice stays{time}")
+    batch = f"at a batch of {entry.n}"
+    if entry.failure:
+        lines.append(f"  not measured {batch}: {entry.failure}")
+    elif entry.choice is None:
+        lines.append(f"  the analytic choice stays {batch}, {_us(entry.analytic_seconds)} µs")
     else:
         times = f"{_us(entry.tuned_seconds)} µs against {_us(entry.analytic_seconds)}"
-        lines.append(f"  {_shown(entry.choice)}: {times}")
+        lines.append(f"  {_shown(entry.choice)} {batch}: {times}")
     for trial in entry.trials:
         found = f"out: {trial.dropped}" if trial.dropped else "not timed"
         if trial.measured is not None:

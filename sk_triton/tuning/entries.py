@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -26,13 +25,15 @@ from ..kernels.config import (
     TapConfig,
     WindowConfig,
 )
-from .keys import SCHEDULE, kind_of
+from .keys import SCHEDULE, kind_of, most_samples
 
 SCHEMA = 1
 MAX_BYTES = 16 << 20
 MAX_TEXT = 200
 MAX_FIELD = 1 << 16
 """The largest number in a config; no kernel comes near it."""
+MAX_MICROSECONDS = 1e12
+"""Eleven days."""
 
 Config = (
     BranchConfig
@@ -65,6 +66,9 @@ _KERNELS: dict[str, type] = {
 }
 
 
+_ENTRY_FIELDS = ("choice", "n", "failure", "analytic_us", "tuned_us", "trials")
+
+
 class BrokenFileError(ValueError):
     """The text is no file of tuned entries."""
 
@@ -88,15 +92,25 @@ class Entry:
     """What tuning a launch found.
 
     Attributes:
-        choice: the fastest, or None where nothing beat the analytic choice.
+        choice: the fastest, or None where nothing beat the analytic config; of a schedule always its name, since which
+            one is expected may change from one version to the next.
+        n: samples that it was measured at.
         analytic_seconds, tuned_seconds: times of the analytic choice and of what is used.
         trials: all candidates.
+        failure: why nothing could be measured, "" where it was: then there is no choice, and times are 0.
     """
 
     choice: Choice | None
+    n: int
     analytic_seconds: float
     tuned_seconds: float
     trials: tuple[Trial, ...] = ()
+    failure: str = ""
+
+    @property
+    def is_tuned(self) -> bool:
+        """Whether something was faster than the analytic choice."""
+        return self.choice is not None and self.tuned_seconds < self.analytic_seconds
 
 
 @dataclass(frozen=True)
@@ -153,6 +167,8 @@ def dump_entry(entry: Entry) -> dict[str, Any]:
     """An entry as a JSON object, times in microseconds."""
     return {
         "choice": None if entry.choice is None else _dump_choice(entry.choice),
+        "n": entry.n,
+        "failure": _printable(entry.failure),
         "analytic_us": _microseconds(entry.analytic_seconds),
         "tuned_us": _microseconds(entry.tuned_seconds),
         "trials": [
@@ -174,18 +190,24 @@ def load_entry(key: str, raw: Any) -> Entry:
         ValueError: what `key` names, or the entry, is not what :func:`dump_entry` writes.
     """
     kind = kind_of(key)
-    if not isinstance(raw, dict) or set(raw) != {"choice", "analytic_us", "tuned_us", "trials"}:
-        raise ValueError("an entry must be an object of choice, analytic_us, tuned_us and trials")
+    if not isinstance(raw, dict) or set(raw) != set(_ENTRY_FIELDS):
+        raise ValueError(f"an entry must be an object of {', '.join(_ENTRY_FIELDS)}")
     trials = raw["trials"]
     if not isinstance(trials, list):
         raise ValueError(f"trials must be a list, got {_shown(trials)}")
     is_schedule = kind.name == SCHEDULE
     entry = Entry(
         None if raw["choice"] is None else _load_choice(raw["choice"], is_schedule),
+        _load_samples(raw["n"], key),
         _load_seconds(raw["analytic_us"]),
         _load_seconds(raw["tuned_us"]),
         tuple(_load_trial(trial, is_schedule) for trial in trials),
+        _load_text("failure", raw["failure"]),
     )
+    if entry.failure and entry.choice is not None:
+        raise ValueError(f"choice must be null beside a failure, got {_shown(raw['choice'])}")
+    if is_schedule and entry.choice is None and not entry.failure:
+        raise ValueError("choice must be the name of a schedule, got null")
     for choice in (entry.choice, *(trial.choice for trial in entry.trials)):
         if choice is not None and not is_schedule and type(choice) not in kind.configs:
             raise ValueError(f"{kind.name} has no {type(choice).__name__}")
@@ -201,7 +223,12 @@ def dump_sections(sections: Mapping[Origin, Mapping[str, Entry]]) -> str:
             for origin, entries in sections.items()
         ],
     }
-    return json.dumps(raw, indent=1) + "\n"
+    return to_json(raw)
+
+
+def to_json(raw: Any) -> str:
+    """The text of a file of tuned entries, without blanks: its size is limited."""
+    return json.dumps(raw, separators=(",", ":")) + "\n"
 
 
 def load_sections(text: str) -> tuple[Sections, list[str]]:
@@ -275,9 +302,7 @@ def _load_origin(raw: Any) -> Origin:
 def _load_trial(raw: Any, is_schedule: bool) -> Trial:
     if not isinstance(raw, dict) or set(raw) != {"choice", "predicted_us", "measured_us", "dropped"}:
         raise ValueError("a trial must be an object of choice, predicted_us, measured_us and dropped")
-    dropped = raw["dropped"]
-    if not isinstance(dropped, str) or not (dropped + " ").isprintable():
-        raise ValueError(f"dropped must be a printable text, got {_shown(dropped)}")
+    dropped = _load_text("dropped", raw["dropped"])
     predicted, measured = (
         None if raw[name] is None else _load_seconds(raw[name]) for name in ("predicted_us", "measured_us")
     )
@@ -300,8 +325,22 @@ def _microseconds(seconds: float | None) -> float | None:
     return None if seconds is None else round(seconds * 1e6, 3)
 
 
+def _load_samples(raw: Any, key: str) -> int:
+    most = most_samples(key)
+    if type(raw) is not int or not most // 2 < raw <= most:
+        raise ValueError(f"n must be between {most // 2 + 1} and {most}, as its key says, got {_shown(raw)}")
+    return raw
+
+
+def _load_text(name: str, raw: Any) -> str:
+    if not isinstance(raw, str) or not (raw + " ").isprintable():
+        raise ValueError(f"{name} must be a printable text, got {_shown(raw)}")
+    return raw
+
+
 def _load_seconds(raw: Any) -> float:
-    if type(raw) not in (int, float) or not math.isfinite(raw) or raw < 0:
+    # A whole number is compared, not made a float: one of over 308 digits is none.
+    if type(raw) not in (int, float) or not 0 <= raw <= MAX_MICROSECONDS:
         raise ValueError(f"a time must be a finite number of microseconds, got {_shown(raw)}")
     return raw / 1e6
 

@@ -88,7 +88,8 @@ def key(
     dtype: torch.dtype,
     allow_tf32: bool,
 ) -> str:
-    """Text key of a launch for `n` outputs of `h` x `w` pixels; `n` counts by its power of two, rounded up."""
+    """Text key of a launch for `n` images of `h` x `w` pixels, those of the input where its size matters to the launch,
+    else those of the output; `n` counts by its power of two, rounded up."""
     precision = str(dtype).removeprefix("torch.") + ("-tf32" if allow_tf32 and dtype == torch.float32 else "")
     return f"{KINDS[kind].direction}/{kind}/{precision}/{what}/{h}x{w}/n{(n - 1).bit_length()}"
 
@@ -136,12 +137,6 @@ def near(text: str) -> list[str]:
     for distance in range(1, NEAR + 1):
         distances += [distance, -distance]
     return [f"{prefix}n{int(bucket) + d}" for d in distances if int(bucket) + d >= 0]
-
-
-def samples(text: str) -> str:
-    """The batches that a key stands for: "65 to 128"."""
-    most = most_samples(text)
-    return f"{most // 2 + 1} to {most}" if most > 2 else str(most)
 
 
 def most_samples(text: str) -> int:

@@ -24,6 +24,7 @@ def branch_config(workload: Workload, shape: ConvShape, task: str) -> Found:
         branch_key(workload, shape, task),
         partial(space.branch_configs, shape, h, *numbers, chip, task=task),
         partial(branch.branch_config, shape, n, h, w, *numbers, chip, task=task),
+        n,
         lambda config: branch.branch_cost(config, shape, n, h, w, chip, task),
     )
     return resolve(request, chip)
@@ -43,6 +44,7 @@ def gate_config(workload: Workload) -> Found:
         _key(workload, "gate", f"m{m}/c{c}/d{d}"),
         partial(space.gate_configs, m, c, d, dtype),
         partial(gate.gate_config, m, c, d, workload.n, dtype, workload.chip),
+        workload.n,
     )
     return resolve(request, workload.chip)
 
@@ -55,6 +57,7 @@ def select_config(workload: Workload) -> Found:
         _key(workload, "select", f"m{workload.spec.num_branches}/c{c}"),
         partial(space.select_configs, pixels, c),
         partial(pixelwise.select_config, pixels, c),
+        workload.n,
     )
     return resolve(request, workload.chip)
 
@@ -68,6 +71,7 @@ def gated_select_config(workload: Workload) -> Found:
         _key(workload, "gated_select", f"m{m}/c{c}/d{d}"),
         partial(space.gated_select_configs, pixels, expected),
         lambda: expected,
+        workload.n,
     )
     return resolve(request, workload.chip)
 
@@ -80,6 +84,7 @@ def pooled_sums_config(workload: Workload) -> Found:
         _key(workload, "pooled_sums", f"m{m}/c{c}"),
         partial(space.pooled_sums_configs, pixels, c),
         partial(pixelwise.pooled_sums_config, workload.n, pixels, c, workload.chip),
+        workload.n,
     )
     return resolve(request, workload.chip)
 
@@ -92,6 +97,7 @@ def reduction_config(workload: Workload) -> Found:
         _key(workload, "reduction", f"m{m}/c{c}"),
         partial(space.reduction_configs, m, pixels, c, workload.chip),
         partial(pixelwise.reduction_config, m, pixels, c, workload.chip),
+        workload.n,
     )
     return resolve(request, workload.chip)
 
@@ -107,6 +113,7 @@ def grad_config(workload: Workload, shape: ConvShape) -> Found | None:
         _key(workload, "branch_grad", conv_text(shape)),
         partial(space.grad_configs, shape, w, dtype, choice, chip),
         lambda: choice,
+        n,
     )
     return resolve(request, chip)
 
@@ -116,9 +123,10 @@ def border_config(workload: Workload, shape: ConvShape) -> Found:
     h_in, w_in, chip = workload.h_in, workload.w_in, workload.chip
     request = Request(
         "border_sums",
-        _key(workload, "border_sums", conv_text(shape)),
+        key("border_sums", conv_text(shape), workload.n, h_in, w_in, workload.dtype, allow_tf32=False),
         partial(space.border_configs, shape, h_in, w_in),
         partial(merged.border_config, shape, workload.n, h_in, w_in, chip),
+        workload.n,
     )
     return resolve(request, chip)
 
@@ -131,6 +139,7 @@ def merged_config(workload: Workload, branches: ConvShape, shape: ConvShape) -> 
         _key(workload, "merged_conv", conv_text(shape), workload.allow_tf32),
         partial(space.merged_configs, branches, shape, h, w, dtype, chip),
         partial(merged.merged_config, branches, shape, n, h, w, dtype, chip),
+        n,
         lambda config: merged.merged_cost(config, branches, shape, n, h, w, chip),
     )
     return resolve(request, chip)
@@ -151,7 +160,8 @@ def schedule_request(
         # Each program more of "gated" computes a gate more.
         return (choice != "gated" or workload.n <= n) and expected(n) == expected(workload.n)
 
-    return Request(SCHEDULE, schedule_key(workload), candidates, lambda: expected(workload.n), serves=serves)
+    n = workload.n
+    return Request(SCHEDULE, schedule_key(workload), candidates, lambda: expected(n), n, serves=serves)
 
 
 def schedule_key(workload: Workload) -> str:

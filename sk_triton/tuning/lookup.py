@@ -8,10 +8,10 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from ..chips import Chip
+from ..chips import CHIPS, Chip
 from . import cache
 from .entries import Choice, Entry, Sections
-from .keys import most_samples, near, samples, stamp
+from .keys import most_samples, near, stamp
 from .ranks import pinning_reason, user_sections
 from .shipped import contributed, shipped
 
@@ -42,15 +42,17 @@ class Request:
     Attributes:
         kind: a name in `keys.KINDS`.
         candidates: gives the search space; analytic: gives the analytic choice.
+        n: samples that the launch is for.
         cost: relative predicted time of a candidate, where there is a model of it.
-        serves: whether an entry of up to so many samples serves this batch as well; the entry's choice is None where it
-            is the analytic one.
+        serves: whether an entry that was measured at so many samples serves this batch as well; the entry's choice is
+            None where it is the analytic one.
     """
 
     kind: str
     key: str
     candidates: Callable[[], Sequence[Any]]
     analytic: Callable[[], Any]
+    n: int
     cost: Callable[[Any], float] | None = None
     serves: Callable[[Choice | None, int], bool] = lambda choice, n: True
 
@@ -68,12 +70,26 @@ class _Experiment:
 _experiment: ContextVar[_Experiment | None] = ContextVar("sk_triton_experiment", default=None)
 
 
-@contextlib.contextmanager
-def experiment(choices: Mapping[str, Choice]) -> Iterator[list[Request]]:
-    """Inside, lookups take `choices` by key, and else the analytic choice; yields the list of their requests.
+def experiment(choices: Mapping[str, Choice]) -> contextlib.AbstractContextManager[object]:
+    """Inside, lookups take `choices` by key, and else the analytic choice.
 
     For what tries configs out: plan inside with :func:`sk_triton.plans.make_plan`, which remembers nothing.
     """
+    return _session(choices)
+
+
+def analytic_only() -> contextlib.AbstractContextManager[object]:
+    """As :func:`experiment`: inside, lookups take the analytic choice, whatever was tuned or is shipped."""
+    return _session({})
+
+
+def recorded_requests() -> contextlib.AbstractContextManager[list[Request]]:
+    """As :func:`analytic_only`; yields the list of the requests that are made inside."""
+    return _session({})
+
+
+@contextlib.contextmanager
+def _session(choices: Mapping[str, Choice]) -> Iterator[list[Request]]:
     session = _Experiment(choices)
     token = _experiment.set(session)
     try:
@@ -92,7 +108,7 @@ def resolve(request: Request, chip: Chip) -> Found:
     found = tuned(request, chip)
     if found is not None:
         return found
-    config = shipped(chip.name).get(request.key)
+    config = _predicted(request, chip)
     if config is not None:
         return request.found(config, f"configs/{chip.name}.json (predicted)")
     return request.found(request.analytic(), f"analytic ({chip.name})")
@@ -103,16 +119,22 @@ def tuned(request: Request, chip: Chip) -> Found | None:
     if not chip.gpu or _experiment.get() is not None:
         return None
     for key in near(request.key):
-        entry = _entry(key, chip)
-        if entry is None or (key != request.key and not request.serves(entry.choice, most_samples(key))):
+        entry, is_own = _entry(key, chip), key == request.key
+        if entry is None:
             continue
+        if entry.failure and is_own:
+            text = f"analytic ({chip.name}), not tuned on {_title(chip)}: {entry.failure}"
+            return request.found(request.analytic(), text)
+        if entry.failure or (entry.n != request.n and not request.serves(entry.choice, entry.n)):
+            continue
+        where = _title(chip) + ("" if entry.n == request.n else f" at a batch of {entry.n}")
         if entry.choice is None:
-            if key != request.key:
-                return None
-            return request.found(request.analytic(), f"analytic ({chip.name}), confirmed on {_title(chip)}")
+            confirmed = request.found(request.analytic(), f"analytic ({chip.name}), confirmed on {where}")
+            return confirmed if is_own else None
+        if not entry.is_tuned and entry.choice == request.analytic():
+            return request.found(entry.choice, f"analytic ({chip.name}), confirmed on {where}")
         if entry.choice in request.candidates():
-            batches = "" if key == request.key else f" at batches of {samples(key)}"
-            return request.found(entry.choice, f"tuned for {_title(chip)}{batches}")
+            return request.found(entry.choice, f"tuned for {where}")
         cache.warn_once(f"a tuned entry is not used: {key} has no candidate {entry.choice}")
     return None
 
@@ -123,15 +145,24 @@ def describe(chip: Chip) -> str:
         return chip.name
     reason = pinning_reason()
     own, packaged = _of(user_sections(), chip), _of(contributed(chip.gpu, chip.processors), chip)
-    count = len(packaged if reason else {**packaged, **own})
-    note = (
-        f"{count} launches are tuned for it"
-        if count
-        else f"nothing is tuned for it, the configs of {chip.name} serve"
-    )
+    entries = packaged if reason else {**packaged, **own}
+    count = sum(entry.is_tuned for entry in entries.values())
+    note = f"{count} launches are tuned for it"
+    if len(entries) > count:
+        note += f", {len(entries) - count} keep the analytic choice"
+    if not entries:
+        note = f"nothing is tuned for it, the choices for {chip.name} serve"
     if reason and own:
         note += f"; {len(own)} that the user tuned are not used: {reason}"
     return f"{_title(chip)}, {chip.name}: {note}"
+
+
+def _predicted(request: Request, chip: Chip) -> Any:
+    """The package's prediction, which was made for the processors of a typical product and for a power of two of the
+    batch, as all of the support grid are; None where either is another."""
+    if chip.processors != CHIPS[chip.name].processors or request.n != most_samples(request.key):
+        return None
+    return shipped(chip.name).get(request.key)
 
 
 def _entry(key: str, chip: Chip) -> Entry | None:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from . import cache
-from .entries import Sections, dump_sections, load_sections
+from .entries import Sections
 
 _agreed: Sections | None = None
 
@@ -23,14 +23,22 @@ def sync_configs(group: dist.ProcessGroup | None = None, *, src: int = 0) -> Non
         src: global rank whose file counts.
 
     Raises:
-        RuntimeError: ``torch.distributed`` is not initialised.
+        RuntimeError: ``torch.distributed`` is not initialised, or rank `src` could not read its configs.
     """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("sync_configs() needs torch.distributed.init_process_group() first")
-    text = [dump_sections(cache.read()) if dist.get_rank() == src else ""]
-    dist.broadcast_object_list(text, src=src, group=group)
+    found: list[Sections | str] = [""]
+    if dist.get_rank() == src:
+        try:
+            found = [cache.read()]
+        except Exception as error:  # as a warning that is an error: the others wait for what this rank sends
+            found = [f"{type(error).__name__}: {error}"]
+    dist.broadcast_object_list(found, src=src, group=group)
+    (agreed,) = found
+    if isinstance(agreed, str):
+        raise RuntimeError(f"sync_configs() found no tuned configs on rank {src}: {agreed}")
     global _agreed
-    _agreed, _ = load_sections(text[0])
+    _agreed = agreed
     cache.changed()
 
 
