@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
+from pathlib import Path
 
 import torch
 
@@ -46,3 +48,15 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())  # `torch.cuda.set_device` takes no other
     return device
+
+
+def writable_folder(folder: Path, option: str = "--output") -> None:
+    """Makes a folder where there is none. Raises ValueError if nothing can be written into it, before it is needed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{option} must be a folder that can be written to, got {folder}: {error.strerror}"
+        ) from None

@@ -10,6 +10,7 @@ from statistics import geometric_mean
 from typing import Any
 
 from . import results
+from .measuring.forms import BY_KEY
 from .results import Memory, Record, Results, Timing
 from .shapes import Case, Shape
 
@@ -19,13 +20,18 @@ SAVING_INPUT = "ours-input"
 """Source key of sk_triton in training with save="input"."""
 
 
+HOST_BOUND_SHARE = 0.9
+"""Of a call's time: where the host needs as much until the call returns, the device waits for it."""
+
+HOST_BOUND = "host-bound"
+
 NOTHING = "-"
 """A cell without a value."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """sk_triton against the fastest peer in one case.
+    """sk_triton against the fastest peer that was measured in one case.
 
     ours: its fastest form, or, where none was timed, the first one; peer and floor were timed, or are None.
     """
@@ -54,6 +60,24 @@ class Comparison:
     def is_loss(self) -> bool:
         """Slower than the fastest peer, be it within the noise, or not able to run where a peer can."""
         return self.peer is not None and (self.speedup is None or self.speedup < 1)
+
+    @property
+    def is_ours_alone_in_graph(self) -> bool:
+        """Whether sk_triton is in a CUDA graph, and the peer is not."""
+        return (
+            self.speedup is not None
+            and self.peer is not None
+            and is_graph(self.ours)
+            and not is_graph(self.peer)
+        )
+
+    @property
+    def is_peer_host_bound(self) -> bool:
+        """Whether the peer waits for the host, where sk_triton in its graph does not."""
+        peer = self.peer
+        if not self.is_ours_alone_in_graph or peer is None or peer.timing is None or peer.host_us is None:
+            return False
+        return peer.host_us >= HOST_BOUND_SHARE * peer.timing.median_ms * 1e3
 
     @property
     def floor_share(self) -> float | None:
@@ -97,17 +121,39 @@ def sk_triton_records(records: list[Record]) -> list[Record]:
     return [record for record in ours if record.source == SK_TRITON] or ours
 
 
+def is_graph(record: Record) -> bool:
+    """Whether a record is of a call in a CUDA graph."""
+    form = BY_KEY.get(record.form)
+    return form is not None and form.is_graph
+
+
 def speed_summary(compared: list[Comparison]) -> str | None:
-    """sk_triton's speed over some cases in one sentence, a geometric mean; None without a case to compare in."""
+    """sk_triton's speed over some cases in one sentence, a geometric mean; None without a case to compare in.
+
+    Cases that sk_triton could not run have no speed: how many the mean is over is said where it is not over all.
+    """
     ratios = [comparison.speedup for comparison in compared if comparison.speedup is not None]
     if not ratios:
         return None
     behind = losses_count(compared)
+    with_peer = sum(comparison.peer is not None for comparison in compared)
+    over = f" over {len(ratios)} of {with_peer} cases" if len(ratios) < with_peer else ""
     if not any(comparison.is_beyond_noise for comparison in compared):
-        return f"no difference beyond the noise from the fastest peer, behind in {behind}"
-    mean = f"{ratio(geometric_mean(ratios))} the speed of the fastest peer"
+        return f"no difference beyond the noise from the fastest measured peer{over}, behind in {behind}"
+    mean = f"{ratio(geometric_mean(ratios))} the speed of the fastest measured peer"
     spread = f" ({ratio(min(ratios))} to {ratio(max(ratios))})" if len(ratios) > 1 else ""
-    return f"{mean}{spread}, behind in {behind}"
+    return f"{mean}{spread}{over}, behind in {behind}"
+
+
+def graph_summary(compared: list[Comparison]) -> str | None:
+    """In how many cases sk_triton alone is in a CUDA graph, and the peer waits for the host; None for none."""
+    alone = sum(comparison.is_ours_alone_in_graph for comparison in compared)
+    bound = sum(comparison.is_peer_host_bound for comparison in compared)
+    if not alone:
+        return None
+    cases = f"{alone} of {sum(comparison.peer is not None for comparison in compared)} cases"
+    of_them = f"; {bound} of these peers wait{'s' * (bound == 1)} for the host" if bound else ""
+    return f"in {cases} sk_triton is in a CUDA graph and that peer is not{of_them}"
 
 
 def losses(compared: list[Comparison]) -> list[str]:
@@ -196,19 +242,32 @@ def _fields(value: Any, kind: type, prefix: str = "") -> dict[str, Any]:
 
 def markdown_table(run: Results) -> str:
     """One row for each case; without speed-ups, and saying why, where no speed may be claimed."""
+    compared = comparisons(run)
     lines = [
-        "| case | sk_triton, ms | fastest peer, ms | speed-up | share of the memory floor |",
+        "| case | sk_triton, ms | fastest measured peer, ms | speed-up | share of the memory floor |",
         "|---|---|---|---|---|",
     ]
-    for comparison in comparisons(run):
-        peer = _time_and_name(comparison.peer, comparison.peer.label) if comparison.peer else NOTHING
+    for comparison in compared:
+        peer = _time_and_name(comparison.peer, _peer_name(comparison)) if comparison.peer else NOTHING
         ours = _time_and_name(comparison.ours, comparison.ours.form_label)
         share = f"{comparison.floor_share:.0%}" if comparison.floor_share else NOTHING
         cells = (comparison.case.title, ours, peer, _speedup_cell(run, comparison), share)
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    if run.sound and any(comparison.is_peer_host_bound for comparison in compared):
+        lines += [
+            "",
+            f"{HOST_BOUND}: out of a CUDA graph, the device waits for the host; sk_triton is in a graph.",
+        ]
     if not run.sound:
         lines += ["", f"**No speed is claimed:** {'; '.join(run.objections)}"]
     return "\n".join(lines) + "\n"
+
+
+def _peer_name(comparison: Comparison) -> str:
+    assert comparison.peer is not None
+    return (
+        f"{comparison.peer.label}; {HOST_BOUND}" if comparison.is_peer_host_bound else comparison.peer.label
+    )
 
 
 def _speedup_cell(run: Results, comparison: Comparison) -> str:
@@ -221,6 +280,6 @@ def _speedup_cell(run: Results, comparison: Comparison) -> str:
 def _time_and_name(record: Record, name: str) -> str:
     if record.timing is None:
         return NOTHING if record.status == results.OK else record.status
-    return (
-        f"{three_digits(record.timing.median_ms)} ({name})" if name else three_digits(record.timing.median_ms)
-    )
+    name = "; ".join(part for part in (name, record.commit and f"at {record.commit}") if part)
+    time = three_digits(record.timing.median_ms)
+    return f"{time} ({name})" if name else time

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 from sk_triton.environment import require
-from sk_triton.exit_codes import BAD_USAGE
+from sk_triton.exit_codes import BAD_USAGE, FAILED
 
 from . import export, readme
+from .arguments import writable_folder
+from .problems import in_one_line
 from .results import read
 
 
@@ -42,13 +45,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0, or 2 for a file that cannot be used; raises MissingPackageError."""
+    """Returns 0, 1 if a picture cannot be drawn, 2 for a file that cannot be used; raises MissingPackageError."""
     require("matplotlib")
+    written: list[Path] = []
+    failures: list[str] = []
     try:
         if args.readme is not None:
             written = _fill_readme(args)
         elif args.results:
-            written = _draw(args)
+            written, failures = _draw(args)
         else:
             raise ValueError("RESULT.json must name at least one results file (or give --readme README.md)")
     except (OSError, ValueError) as error:
@@ -56,23 +61,36 @@ def run(args: argparse.Namespace) -> int:
         return BAD_USAGE
     for path in written:
         print(path)
-    return 0
+    for failure in failures:
+        print(f"sk-triton plot: {failure}", file=sys.stderr)
+    return FAILED if failures else 0
 
 
-def _draw(args: argparse.Namespace) -> list[Path]:
+def _draw(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """The files written, and a line for each picture that could not be drawn."""
     from . import plots
 
     paths = list(dict.fromkeys(args.results))
     runs = [read(path) for path in paths]
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-    written = []
+    for folder in dict.fromkeys([args.output] if args.output else [path.parent for path in paths]):
+        writable_folder(folder, "--output" if args.output else "the folder of RESULT.json, without --output,")
+    written: list[Path] = []
+    failures: list[str] = []
+
+    def collect(saved: Iterable[tuple[str, Path | Exception]]) -> None:
+        for name, outcome in saved:
+            if isinstance(outcome, Path):
+                written.append(outcome)
+            else:
+                failures.append(f"picture {name} failed: {in_one_line(outcome)}")
+
     for path, stem, run in zip(paths, _stems(paths, args.output), runs, strict=True):
         folder = args.output or path.parent
         try:
-            written += plots.save_plots(run, folder, stem, args.all_forms)
+            saved = plots.save_plots(run, folder, stem, args.all_forms)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
+        collect(saved)
         if args.csv:
             export.write_csv(run, folder / f"{stem}.csv")
             written.append(folder / f"{stem}.csv")
@@ -80,8 +98,14 @@ def _draw(args: argparse.Namespace) -> list[Path]:
             (folder / f"{stem}.md").write_text(export.markdown_table(run), encoding="utf-8")
             written.append(folder / f"{stem}.md")
     if len(runs) > 1:
-        written += plots.save_comparisons(runs, args.output or paths[0].parent)
-    return written
+        before = len(written) + len(failures)
+        collect(plots.save_comparisons(runs, args.output or paths[0].parent))
+        if len(written) + len(failures) == before:
+            print(
+                "sk-triton plot: no comparison drawn: no case was timed with sk_triton in two of the results files",
+                file=sys.stderr,
+            )
+    return written, failures
 
 
 def _stems(paths: list[Path], output: Path | None) -> list[str]:

@@ -13,9 +13,8 @@ from pathlib import Path
 
 from sk_triton.tuning import cache
 
-from . import unit_times
-from .export import comparisons, losses, losses_count, markdown_table, speed_summary
-from .measuring.forms import BY_KEY
+from . import coverage, unit_times
+from .export import comparisons, graph_summary, is_graph, losses, losses_count, markdown_table, speed_summary
 from .peer_table import peer_table
 from .report import file as report_file
 from .results import Record, Results, join, read
@@ -29,12 +28,6 @@ PREFERRED_DTYPES = ("fp16", "bf16", "fp32")
 MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 OPENING = re.compile(r"<!-- generated: [\w-]+ -->")
 
-CPU_NOTE = """\
-**The plots are of a CPU**, where sk_triton runs PyTorch operators: norms folded into the convolutions, branches in
-place, linear branches merged. **On a GPU no suite has been measured yet.**"""
-UNITS_NOTE = """\
-Single units, launch by launch, beside eager PyTorch alone ([below](#measured-launch-by-launch)). **On a GPU no suite
-has been measured yet**; the other plots are of a CPU, where sk_triton runs PyTorch operators."""
 UNITS_PICTURE = "units-inference.png"
 NO_SUITES = (report_file.NAME, cache.FILE_NAME)
 """JSON files of `sk-triton report` that hold no suite's results."""
@@ -43,7 +36,7 @@ NO_SUITES = (report_file.NAME, cache.FILE_NAME)
 @dataclass(frozen=True)
 class Evidence:
     """A committed results file: its path from the repository's root, with forward slashes, and what is in it. Several
-    of one suite on one device are shown as one: of each case the newest.
+    of one suite on one device are shown as one (`results.join`).
 
     Attributes:
         older: those that the newest, which `path` is of, was joined with.
@@ -166,13 +159,16 @@ def update(path: Path) -> list[Path]:
 
 
 def picture_names(item: Evidence) -> list[str]:
-    """The pictures of a results file that the README links, the paper's unit first."""
+    """The pictures of a results file that the README links: those of one dtype, the paper's unit first, then the passes
+    over memory."""
     from . import plots
 
     dtypes = {record.case.dtype for record in item.run.records}
     dtype = next((dtype for dtype in PREFERRED_DTYPES if dtype in dtypes), None)
-    names = [name for name in plots.pictures(item.run) if name.endswith(f"-{dtype}")]
-    return sorted(names, key=lambda name: (PAPER not in name and SKNET50 not in name, names.index(name)))
+    every = list(plots.pictures(item.run))
+    names = [name for name in every if name.endswith(f"-{dtype}")]
+    names.sort(key=lambda name: (PAPER not in name and SKNET50 not in name, every.index(name)))
+    return [*names, *(name for name in every if name == plots.PASSES)]
 
 
 def _shown(evidence: Sequence[Evidence]) -> list[Evidence]:
@@ -186,25 +182,17 @@ def _shown(evidence: Sequence[Evidence]) -> list[Evidence]:
 
 
 def _plots(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
-    """The first picture as it is, the others folded away; before a CPU's, those of units on GPUs."""
+    """The first picture as it is, the others folded away: of the suites, then of units launch by launch."""
     links = [
         f"![{item.run.suite} on {item.run.stamp.device}: {name}]({item.folder}/{item.stem}-{name}.png)"
         for item in shown
         for name in picture_names(item)
     ]
-    is_cpu = shown[0].run.stamp.device_type == "cpu"
-    if is_cpu and units:
-        parts = [f"![{file.times[0].gpu.name}: units, inference]({file.picture})" for file in units]
-        parts.append(UNITS_NOTE)
-        others = links
-    else:
-        if not links:
-            return "Not measured."
-        first, *others = links
-        parts = [first, CPU_NOTE] if is_cpu else [first]
-    if others:
-        parts.append(_folded("More plots", "\n\n".join(others)))
-    return "\n\n".join(parts)
+    links += [f"![{file.times[0].gpu.name}: units, inference]({file.picture})" for file in units]
+    if not links:
+        return "Not measured."
+    first, *others = links
+    return "\n\n".join([first, *([_folded("More plots", "\n\n".join(others))] if others else [])])
 
 
 def _units(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
@@ -217,35 +205,38 @@ def _units(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
 
 
 def _results(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
-    """What each suite that compares says in a sentence, its table folded away."""
+    """What each suite that compares says in a few sentences, its table folded away."""
     parts = []
     for item in _compared(shown):
         what = f"{item.run.suite} on {item.run.stamp.device}"
-        newest = " of the newest of each case" if item.older else ""
-        parts.append(
-            f"**{what}:** {speed_summary(comparisons(item.run))}, each in its fastest form.\n"
-            f"{_ungraphed(item)}Geometric mean and range{newest}: {_files(item)}."
-        )
+        compared = comparisons(item.run)
+        lines = [f"**{what}:** {speed_summary(compared)}, each in its fastest measured form."]
+        if graphs := graph_summary(compared):
+            lines.append(f"{graphs[0].upper()}{graphs[1:]}.")
+        lines += filter(None, (coverage.sentence(item.run), _ungraphed(item)))
+        lines.append(f"{_provenance(item)}: {_files(item)}.")
+        parts.append("\n".join(lines))
         notes = "".join(f"\n\n{note}" for note in item.run.notes) if item.older else ""
         parts.append(_folded(f"Every case of {what}", markdown_table(item.run).strip() + notes))
     return "\n\n".join(parts)
 
 
-def _ungraphed(item: Evidence) -> str:
+def _provenance(item: Evidence) -> str:
+    if not item.older:
+        return "Geometric mean and range"
+    return "Geometric mean and range, sk_triton's newest time of each case, each peer's fastest with the same torch"
+
+
+def _ungraphed(item: Evidence) -> str | None:
     """A sentence on the speed where nobody is in a CUDA graph, if some were."""
-    run = _without(item.run, lambda record: _is_graph(record))
+    run = _without(item.run, is_graph)
     if len(run.records) == len(item.run.records):
-        return ""
-    return f"Without CUDA graphs, on either side: {speed_summary(comparisons(run))}.\n"
+        return None
+    return f"Without CUDA graphs, on either side: {speed_summary(comparisons(run))}."
 
 
 def _without(run: Results, left_out: Callable[[Record], bool]) -> Results:
     return dataclasses.replace(run, records=tuple(record for record in run.records if not left_out(record)))
-
-
-def _is_graph(record: Record) -> bool:
-    form = BY_KEY.get(record.form)
-    return form is not None and form.is_graph
 
 
 def _files(item: Evidence) -> str:
@@ -260,12 +251,12 @@ def _file(item: Evidence) -> str:
 
 
 def _losses(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
-    """Every case that is lost to the fastest peer, and that would be with peers in CUDA graphs and us out of them."""
+    """Every case that is lost to the fastest measured peer, or would be with peers in CUDA graphs and us out."""
     parts = []
     for item in _compared(shown):
         where = f"On {item.run.stamp.device}"
         parts += _lost(item.run, f"{where} we lose")
-        ungraphed = _without(item.run, lambda record: record.ours and _is_graph(record))
+        ungraphed = _without(item.run, lambda record: record.ours and is_graph(record))
         if len(ungraphed.records) < len(item.run.records):
             parts += _lost(ungraphed, f"{where}, out of a CUDA graph and peers in one, we lose")
     return "\n\n".join(parts)

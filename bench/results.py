@@ -16,7 +16,9 @@ from .stamp import Stamp
 SCHEMA = 2
 
 TIME_LIMIT = "time limit"
-"""What the note begins with that says how many cases a run had no time for."""
+"""What the note begins with that says how many cases a run had no time for, or was interrupted before."""
+PARTLY_CHECKED = "checked in part"
+"""What the note begins with that says of how many samples the results of a case were checked."""
 
 OK = "ok"
 WRONG = "wrong"
@@ -28,8 +30,10 @@ STATUSES = (OK, WRONG, FAILED, OUT_OF_MEMORY, SKIPPED, NOT_MEASURED)
 
 OURS = "ours"
 PEER = "peer"
+REVISION = "revision"
 FLOOR = "floor"
-"""Roles. The floor is a copy of the input to the output: what memory allows, measured in the same rounds."""
+"""Roles. A revision is sk_triton at another commit, and no peer. The floor is a copy of the input to the output: what
+memory allows, measured in the same rounds."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Check:
     """Absolute error of one tensor against float64 on one input; None if not finite or of another shape.
 
     `tensor` is "v", or in training also "dx" and "parameters": of those the one closest to its limit. `norm` says which
-    error: the "largest", or the "root mean square".
+    error: the "largest", or the "root mean square". `samples` of the batch were checked: fewer than all where float64
+    does not fit; None in files that do not say.
     """
 
     input: str
@@ -47,6 +52,17 @@ class Check:
     allowed: float
     passed: bool
     norm: str = "largest"
+    samples: int | None = None
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long one case is measured, all its providers together. Seconds, and rounds of one turn each."""
+
+    warmup_seconds: float = 0.3
+    seconds: float = 2.0
+    min_rounds: int = 7
+    max_rounds: int = 100
 
 
 @dataclass(frozen=True)
@@ -73,8 +89,10 @@ class Record:
     """One provider in one case. `timing` is present exactly where `status` is "ok", except in the suite "host".
 
     timing: on a GPU with a cold L2 cache; warm: with the previous call's data in it (GPU only).
-    host_us: microseconds until the call returns, the device's work not awaited; launches: kernels that it starts.
+    host_us: microseconds until the call returns, the device's work not awaited, with its 20 % and 80 % quantile;
+    launches: kernels that it starts.
     runs: what sk_triton's dispatcher took, as "triton/store"; with counts where a network's units differ.
+    commit: of the run that this is from, where several were joined and it is not of the latest.
     """
 
     case: Case
@@ -92,6 +110,9 @@ class Record:
     host_us: float | None = None
     launches: int | None = None
     runs: str | None = None
+    host_q20_us: float | None = None
+    host_q80_us: float | None = None
+    commit: str | None = None
 
     @property
     def key(self) -> str:
@@ -102,6 +123,15 @@ class Record:
         """The provider as people read it: sk_triton with what really ran."""
         source = f"{self.source_label} [{self.runs}]" if self.runs else self.source_label
         return f"{source}, {self.form_label}" if self.form_label else source
+
+    def with_host_time(self, timing: Timing) -> Record:
+        """The record with how long a call keeps the host."""
+        return dataclasses.replace(
+            self,
+            host_us=timing.median_ms * 1e3,
+            host_q20_us=timing.q20_ms * 1e3,
+            host_q80_us=timing.q80_ms * 1e3,
+        )
 
     @property
     def ours(self) -> bool:
@@ -155,6 +185,7 @@ class Results:
     """Everything that one suite measured.
 
     objections: why no speed may be claimed; empty for a sound run. notes: what else a reader should know.
+    budget: of each case; None in files that do not say. unmeasured: cases that were asked for and are left.
     """
 
     suite: str
@@ -167,6 +198,8 @@ class Results:
     objections: tuple[str, ...] = ()
     interrupted: bool = False
     notes: tuple[str, ...] = ()
+    budget: Budget | None = None
+    unmeasured: tuple[Case, ...] = ()
     schema: int = field(default=SCHEMA)
 
     @property
@@ -198,6 +231,8 @@ class Results:
         data["tests"] = Tests(**data["tests"]) if data["tests"] else None
         data["objections"] = tuple(data["objections"])
         data["notes"] = tuple(data.get("notes", ()))
+        data["budget"] = Budget(**data["budget"]) if data.get("budget") else None
+        data["unmeasured"] = tuple(_case(entry) for entry in data.get("unmeasured", ()))
         return cls(**data)
 
 
@@ -232,8 +267,11 @@ def read(path: Path) -> Results:
 
 
 def join(runs: Sequence[Results]) -> Results:
-    """Runs of one suite on one device as one. Later runs win, case by case, where they finished it; the result carries
-    the latest run's stamp, and its notes name the cases of the others.
+    """Runs of one suite on one device as one.
+
+    In each case sk_triton and the floor are those of the latest run that finished it, and each peer is, form by form,
+    the fastest of all runs whose settings are that run's (`Stamp.runs_peers_like`): a peer's code is the same at every
+    commit. The result carries the latest run's stamp; records of other runs say their commit.
 
     Raises:
         ValueError: several suites or devices.
@@ -243,29 +281,47 @@ def join(runs: Sequence[Results]) -> Results:
     newest, *older = sorted(runs, key=lambda run: run.stamp.date, reverse=True)
     if not older:
         return newest
-    records, notes = finished_cases(newest.records, min_samples=1), _lasting_notes(newest)
+    found: dict[Case, list[tuple[Results, list[Record]]]] = {}
+    for run in (newest, *older):
+        commit = None if run is newest else _name(run)
+        records = [dataclasses.replace(record, commit=commit) for record in finished_cases(run.records, 1)]
+        for case, group in by_case(records).items():
+            found.setdefault(case, []).append((run, group))
+    joined = [record for groups in found.values() for record in _with_fastest_peers(groups)]
+    notes = lasting_notes(newest)
     for run in older:
-        known = by_case(records)
-        added = [record for record in finished_cases(run.records, 1) if record.case not in known]
-        if added:
-            cases = ", ".join(case.short_title for case in by_case(added))
-            commit = run.stamp.git_commit[:9] if run.stamp.git_commit else run.stamp.date[:10]
-            notes += [f"{commit}: {cases}", *(f"{commit}: {note}" for note in _lasting_notes(run))]
+        if any(record.commit == _name(run) for record in joined):
+            notes += [f"{_name(run)}: {note}" for note in lasting_notes(run)]
             differing = sorted(
                 {*newest.stamp.differences(run.stamp)} - {"git_commit", "git_dirty", "source_hash"}
             )
-            notes += [f"{commit}: other {', '.join(differing)}"] if differing else []
-            records += added
-    known = by_case(records)
-    records += [record for record in newest.records if record.case not in known]
+            notes += [f"{_name(run)}: other {', '.join(differing)}"] if differing else []
     return dataclasses.replace(
         newest,
-        records=tuple(records),
+        records=(*joined, *(record for record in newest.records if record.case not in found)),
         ceilings=_joined_ceilings([run.ceilings for run in (newest, *older)]),
         clocks=tuple(clock for run in (newest, *older) for clock in run.clocks),
         interrupted=False,
-        notes=tuple(notes),
+        notes=tuple(dict.fromkeys(notes)),
+        unmeasured=tuple(case for case in newest.unmeasured if case not in found),
     )
+
+
+def _name(run: Results) -> str:
+    """What a joined run is called: its commit, or without one its date."""
+    return run.stamp.git_commit[:9] if run.stamp.git_commit else run.stamp.date[:10]
+
+
+def _with_fastest_peers(groups: Sequence[tuple[Results, list[Record]]]) -> list[Record]:
+    """The first run's records of a case, peers replaced and completed by faster ones of later entries."""
+    (first, own), *others = groups
+    found = {record.key: [record] for record in own}
+    for run, records in others:
+        if run.stamp.runs_peers_like(first.stamp):
+            for record in records:
+                if record.role == PEER and record.timing:
+                    found.setdefault(record.key, []).append(record)
+    return [_fastest_of_role(same, PEER) or same[0] for same in found.values()]
 
 
 def _joined_ceilings(found: Sequence[Ceilings | None]) -> Ceilings | None:
@@ -279,24 +335,24 @@ def _joined_ceilings(found: Sequence[Ceilings | None]) -> Ceilings | None:
     return Ceilings(present[0].copy_bytes_per_s, rates)
 
 
-def _lasting_notes(run: Results) -> list[str]:
+def lasting_notes(run: Results) -> list[str]:
     """Of a run's notes those that hold beside other runs."""
     return [note for note in run.notes if not note.startswith(TIME_LIMIT)]
 
 
 def fastest_peer(records: list[Record]) -> Record | None:
     """The peer with the smallest median among the records of one case; None if no peer was timed."""
-    return _fastest(records, PEER)
+    return _fastest_of_role(records, PEER)
 
 
 def fastest_ours(records: list[Record]) -> Record | None:
     """The form of sk_triton with the smallest median among the records of one case."""
-    return _fastest(records, OURS)
+    return _fastest_of_role(records, OURS)
 
 
 def floor(records: list[Record]) -> Record | None:
     """The record of the memory floor among those of one case."""
-    return _fastest(records, FLOOR)
+    return _fastest_of_role(records, FLOOR)
 
 
 def by_case(records: tuple[Record, ...] | list[Record]) -> dict[Case, list[Record]]:
@@ -323,7 +379,7 @@ def _is_finished(record: Record, min_samples: int) -> bool:
     return record.status != NOT_MEASURED
 
 
-def _fastest(records: list[Record], role: str) -> Record | None:
+def _fastest_of_role(records: list[Record], role: str) -> Record | None:
     timed = [record for record in records if record.role == role and record.timing]
     return min(timed, key=_median, default=None)
 
@@ -334,14 +390,19 @@ def _median(record: Record) -> float:
 
 
 def _record(entry: dict[str, Any]) -> Record:
-    case = dict(entry.pop("case"))
-    shape = dict(case.pop("shape"))
-    shape["kernels"], shape["dilations"] = tuple(shape["kernels"]), tuple(shape["dilations"])
+    case = _case(entry.pop("case"))
     entry["checks"] = tuple(Check(**check) for check in entry["checks"])
     for name in ("timing", "warm"):
         entry[name] = Timing(**entry[name]) if entry[name] else None
     entry["memory"] = Memory(**entry["memory"]) if entry["memory"] else None
-    return Record(case=Case(shape=Shape(**shape), **case), **entry)
+    return Record(case=case, **entry)
+
+
+def _case(entry: dict[str, Any]) -> Case:
+    fields = dict(entry)
+    shape = dict(fields.pop("shape"))
+    shape["kernels"], shape["dilations"] = tuple(shape["kernels"]), tuple(shape["dilations"])
+    return Case(shape=Shape(**shape), **fields)
 
 
 def _clock(entry: dict[str, Any]) -> ClockSample:

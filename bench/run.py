@@ -12,15 +12,18 @@ import torch
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, FAILED, INTERRUPTED
 
-from .arguments import DTYPE_NAMES, choose_device, positive
-from .suites import HOST, LAYER, OPTIONS, SUITES, Choice
+from .arguments import DTYPE_NAMES, choose_device, positive, writable_folder
+from .problems import in_one_line
+from .suites import GPU_OPTIONS, HOST, LAYER, ONE_BATCH, OPTIONS, SUITES, Choice
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
+    from .measuring.session import Request
     from .measuring.sources import Ours
+    from .results import Results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[LAYER],
         help=f"what to measure (default: layer). {described}",
     )
-    parser.add_argument("--quick", action="store_true", help="fewer sizes and peers, less time on each")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and forms, less time on each")
     parser.add_argument("--batch", type=positive, nargs="+", metavar="N", help="batch sizes")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", help="dtypes")
     parser.add_argument(
@@ -49,7 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("sk-triton-bench"), metavar="DIR", help="folder for the results"
     )
-    parser.add_argument("--resume", action="store_true", help="keep the cases that DIR already holds")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep the cases that DIR already holds, measured in the same way",
+    )
     parser.add_argument(
         "--time-limit",
         type=positive,
@@ -60,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0, 1 if a provider was wrong or failed or a guard objects, 2 for bad usage, 130 if interrupted.
+    """Returns 0, 1 if anything was wrong or failed or a guard objects, 2 for bad usage, 130 if interrupted.
 
     Raises:
         MissingPackageError: rich, matplotlib or scikit-learn is not installed.
@@ -74,18 +81,20 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     with contextlib.ExitStack() as stack:
         try:
-            refuse_idle_options(args)
             device = choose_device(args.device)
+            refuse_idle_options(args, on_gpu=device.type == "cuda")
             revisions = (stack.enter_context(revision_source(args.compare)),) if args.compare else ()
-            args.output.mkdir(parents=True, exist_ok=True)
+            requests = [_request(suite, args, device, revisions) for suite in dict.fromkeys(args.suite)]
+            earlier = [_earlier(request, args) for request in requests]
+            writable_folder(args.output)
         except (ValueError, OSError, RevisionError) as error:
             console.print(f"sk-triton bench: {error}", markup=False, style="red", soft_wrap=True)
             return BAD_USAGE
         if device.type == "cuda":
             torch.cuda.set_device(device)
         codes = []
-        for suite in dict.fromkeys(args.suite):
-            codes.append(_run_suite(suite, args, device, revisions, console))
+        for request, kept in zip(requests, earlier, strict=True):
+            codes.append(_run_suite(request, kept, args.output, console))
             if codes[-1] == INTERRUPTED:
                 break
             if trouble := device_trouble(device):
@@ -95,11 +104,10 @@ def run(args: argparse.Namespace) -> int:
     return max(codes)
 
 
-def _run_suite(
-    suite: str, args: argparse.Namespace, device: torch.device, revisions: Sequence[Ours], console: Console
-) -> int:
-    from . import export, plots, results, table
-    from .measuring.session import Request, measure_suite, reusable
+def _request(
+    suite: str, args: argparse.Namespace, device: torch.device, revisions: Sequence[Ours]
+) -> Request:
+    from .measuring.session import Request
 
     choice = Choice(
         on_gpu=device.type == "cuda",
@@ -108,7 +116,7 @@ def _run_suite(
         batches=tuple(args.batch) if args.batch else None,
         dtypes=tuple(args.dtype) if args.dtype else None,
     )
-    request = Request(
+    return Request(
         suite,
         device,
         choice,
@@ -117,23 +125,87 @@ def _run_suite(
         revisions=revisions,
         time_limit=args.time_limit,
     )
-    path = args.output / f"{suite}-{device.type}.json"
-    earlier = reusable(path, request) if args.resume else None
-    measured, left = measure_suite(request, console, earlier, lambda run: results.save(run, path))
-    results.save(measured, path)
+
+
+def _earlier(request: Request, args: argparse.Namespace) -> Results | None:
+    """What `--resume` keeps. Raises ValueError where that was measured in another way: it would be overwritten."""
+    from .measuring.session import reusable
+
+    if not args.resume or request.suite == HOST:
+        return None
+    try:
+        return reusable(_path(request, args.output), request)
+    except ValueError as error:
+        raise ValueError(f"{error}: take another --output, or leave --resume out to replace it") from None
+
+
+def _path(request: Request, folder: Path) -> Path:
+    return folder / f"{request.suite}-{request.device.type}.json"
+
+
+def _run_suite(request: Request, earlier: Results | None, folder: Path, console: Console) -> int:
+    """Measures a suite, writes and shows it; what fails on the way costs the other suites nothing."""
+    from . import results
+
+    path, saves = _path(request, folder), 0
+
+    def save(run: Results) -> None:
+        nonlocal saves
+        results.save(run, path)
+        saves += 1
+
+    try:
+        return _measure_and_show(request, earlier, path, save, console)
+    except Exception as error:
+        words = f"suite {request.suite} failed: {in_one_line(error)}"
+        kept = f"; what was measured until then is in {path}" if saves else ""
+        console.print(f"{words}{kept}", markup=False, style="red", soft_wrap=True)
+        return FAILED
+
+
+def _measure_and_show(
+    request: Request,
+    earlier: Results | None,
+    path: Path,
+    save: Callable[[Results], object],
+    console: Console,
+) -> int:
+    from . import export, plots, table
+    from .measuring.session import measure_suite
+
+    measured, left = measure_suite(request, console, earlier, save)
+    save(measured)
     export.write_csv(measured, path.with_suffix(".csv"))
     table.show(measured, console)
     if left:
         console.print(f"time limit: {left} cases left; go on with --resume", style="yellow")
     console.print(f"\nresults  {path}", markup=False, soft_wrap=True)
-    for picture in plots.save_plots(measured, args.output):
-        console.print(f"plot     {picture}", markup=False, soft_wrap=True)
-    return INTERRUPTED if measured.interrupted else measured.exit_code
+    code = INTERRUPTED if measured.interrupted else measured.exit_code
+    for name, saved in plots.save_plots(measured, path.parent):
+        if isinstance(saved, Exception):
+            console.print(
+                f"picture {name} failed: {in_one_line(saved)}", markup=False, style="red", soft_wrap=True
+            )
+            code = code or FAILED
+        else:
+            console.print(f"plot     {saved}", markup=False, soft_wrap=True)
+    return code
 
 
-def refuse_idle_options(args: argparse.Namespace) -> None:
-    """Raises ValueError for an option that has no effect on any of the chosen suites."""
-    for option in ("stages", "batch", "dtype"):
-        if getattr(args, option) and not any(option in OPTIONS[suite] for suite in args.suite):
-            users = ", ".join(suite for suite, used in OPTIONS.items() if option in used)
-            raise ValueError(f"--{option} acts on suites {users}, got --suite {' '.join(args.suite)}")
+def refuse_idle_options(args: argparse.Namespace, on_gpu: bool) -> None:
+    """Raises ValueError for an option that has no effect on any of the chosen suites, or not with all its values."""
+    used_by = {
+        suite: {*used, *(GPU_OPTIONS.get(suite, ()) if on_gpu else ())} for suite, used in OPTIONS.items()
+    }
+    for option in dict.fromkeys(option for used in used_by.values() for option in sorted(used)):
+        if getattr(args, option) and not any(option in used_by[suite] for suite in args.suite):
+            users = ", ".join(suite for suite, used in used_by.items() if option in used)
+            where = "" if on_gpu else ", without a GPU"
+            raise ValueError(
+                f"--{option.replace('_', '-')} acts on suites {users}, got --suite {' '.join(args.suite)}{where}"
+            )
+    only_one = [suite for suite in ONE_BATCH if suite in args.suite]
+    if only_one and len(args.batch or ()) > 1:
+        raise ValueError(
+            f"--batch takes one size for suites {', '.join(only_one)}, got {' '.join(map(str, args.batch))}"
+        )

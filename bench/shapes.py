@@ -107,7 +107,7 @@ class Case:
     """What competing records share: the same function of the same input with the same weights.
 
     `subject` is a key of UNITS or NETWORKS. A suite that varies one thing says which `axis`, and its `value`; one whose
-    shapes do not tell its cases apart gives each a `name`.
+    shapes do not tell its cases apart gives each a `name`. The start of a process has no channels, dtype and direction.
     """
 
     suite: str
@@ -122,11 +122,13 @@ class Case:
 
     @property
     def title(self) -> str:
-        return f"{self.suite}: {self.short_title} {self.dtype} {self.direction}"
+        return f"{self.suite}: {self.short_title} {self.dtype} {self.direction}".rstrip()
 
     @property
     def short_title(self) -> str:
         """Without what a run's cases have in common, mostly: suite, dtype and direction."""
+        if not self.shape.channels:
+            return self.subject
         what = f"{self.axis} {self.value:g}" if self.axis else self.shape.name
         if self.name:
             what = f"({self.name}) {what}"

@@ -48,10 +48,23 @@ class Stamp:
         """Whether results under both stamps may stand in one table: all but the time and the load are equal."""
         return not self.differences(other)
 
+    def runs_peers_like(self, other: Stamp) -> bool:
+        """Whether a peer does the same work under both stamps, on one device: PyTorch and its settings are equal."""
+        fixed = ["torch", "tf32_convolution", "float32_matmul_precision"]
+        if self.device_type == "cpu":
+            fixed.append("threads")
+        return all(getattr(self, name) == getattr(other, name) for name in fixed)
+
     def differences(self, other: Stamp) -> list[str]:
         """The fields that differ, the time and the load left out."""
         fixed = [name for name in self.__dataclass_fields__ if name not in ("load", "date")]
         return [name for name in fixed if getattr(self, name) != getattr(other, name)]
+
+    def changes(self, now: Stamp) -> list[str]:
+        """The fields that differ as people read them: "torch '2.9.0', now '2.10.0'"."""
+        return [
+            f"{name} {getattr(self, name)!r}, now {getattr(now, name)!r}" for name in self.differences(now)
+        ]
 
 
 def take_stamp(device: torch.device) -> Stamp:
@@ -64,7 +77,7 @@ def take_stamp(device: torch.device) -> Stamp:
         python=platform.python_version(),
         torch=torch.__version__,
         torch_built_for=environment.torch_built_for(),
-        triton=environment.version("triton"),
+        triton=environment.installed_triton(),
         timm=environment.version("timm"),
         sk_triton=environment.version("sk-triton"),
         git_commit=revision.commit,

@@ -6,7 +6,7 @@ Important cases come first, since a time limit ends a suite wherever it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .grid import UNITS as GRID_UNITS
 from .shapes import (
@@ -44,8 +44,7 @@ CHANNELS = "channels"
 
 @dataclass(frozen=True)
 class Choice:
-    """What a run is asked to cover; None leaves it to the suite. Suites that vary something start from one batch size,
-    the first."""
+    """What a run is asked to cover; None leaves it to the suite. Suites of `ONE_BATCH` take one batch size."""
 
     on_gpu: bool
     quick: bool = False
@@ -104,7 +103,7 @@ def model(choice: Choice) -> Iterable[Case]:
 def sweep(choice: Choice) -> Iterable[Case]:
     """The paper's unit with one thing varied: channels per group up to dense, dilation, kernel, branches."""
     channels, size = choice.pick((256, 28), (128, 14), (256, 28), (64, 14))
-    (batch,) = (choice.batches or choice.pick((128,), (4,), (32,), (1,)))[:1]
+    (batch,) = choice.batches or choice.pick((128,), (4,), (32,), (1,))
     dtypes = choice.dtypes or choice.pick(("fp16",), ("fp32",), ("fp16",), ("fp32",))
     per_group = tuple(width for width in (1, 2, 4, 8, 16, 32) if width < channels)
     for dtype in dtypes:
@@ -125,7 +124,7 @@ def sweep(choice: Choice) -> Iterable[Case]:
 def scaling(choice: Choice) -> Iterable[Case]:
     """The paper's unit as the batch, the image and the channels grow, everything else fixed."""
     channels, size = choice.pick((256, 28), (128, 14), (256, 28), (64, 14))
-    (batch,) = (choice.batches or choice.pick((32,), (2,), (32,), (1,)))[:1]
+    (batch,) = choice.batches or choice.pick((32,), (2,), (32,), (1,))
     dtypes = choice.dtypes or choice.pick(("fp16",), ("fp32",), ("fp16",), ("fp32",))
     factors = (1, 2) if choice.quick else (1, 2, 4, 8)
     for dtype in dtypes:
@@ -143,6 +142,7 @@ def grid(choice: Choice) -> Iterable[Case]:
     """Every unit of the support grid in inference, so that each that is lost to a peer is listed."""
     dtypes = choice.dtypes or choice.pick(("fp16", "bf16", "fp32"), ("fp32",), ("fp16",), ("fp32",))
     (most,) = choice.pick((256,), (4,), (32,), (1,))
+    found: set[Case] = set()
     for dtype in dtypes:
         for name, spec, n, size in GRID_UNITS:
             shape = Shape(
@@ -155,7 +155,12 @@ def grid(choice: Choice) -> Iterable[Case]:
                 spec.split_input,
             )
             for batch in choice.batches or (min(n, most),):
-                yield Case(GRID, CLASSIC if spec.is_linear else PAPER, shape, batch, dtype, name=name)
+                unit = CLASSIC if spec.is_linear else PAPER
+                # Units that differ in their batch alone are one where the batch is the same.
+                nameless = Case(GRID, unit, shape, batch, dtype)
+                if nameless not in found:
+                    found.add(nameless)
+                    yield replace(nameless, name=name)
 
 
 SUITES: dict[str, Callable[[Choice], Iterable[Case]]] = {
@@ -168,13 +173,20 @@ SUITES: dict[str, Callable[[Choice], Iterable[Case]]] = {
 }
 """The suites that time calls; "host" measures other things and is in `measuring/host.py`."""
 
+_OF_CASES = ("batch", "dtype", "quick", "every_form", "resume", "time_limit")
 OPTIONS: dict[str, tuple[str, ...]] = {
-    LAYER: ("stages", "batch", "dtype"),
-    TRAIN: ("stages", "batch", "dtype"),
-    MODEL: ("batch", "dtype"),
-    SWEEP: ("batch", "dtype"),
+    LAYER: ("stages", *_OF_CASES),
+    TRAIN: ("stages", *_OF_CASES),
+    MODEL: _OF_CASES,
+    SWEEP: _OF_CASES,
     HOST: (),
-    SCALING: ("batch", "dtype"),
-    GRID: ("batch", "dtype"),
+    SCALING: _OF_CASES,
+    GRID: _OF_CASES,
 }
-"""What of a `Choice` has an effect on which suite."""
+"""Which options of `sk-triton bench` have an effect on which suite."""
+
+GPU_OPTIONS: dict[str, tuple[str, ...]] = {HOST: ("quick", "every_form")}
+"""Those that have one on a GPU alone."""
+
+ONE_BATCH = (SWEEP, SCALING)
+"""Suites that vary something else, or start from one batch size."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import results
+from . import coverage, results
 from .export import (
     NOTHING,
     Comparison,
@@ -23,7 +24,9 @@ from .export import (
     speed_summary,
     three_digits,
 )
+from .problems import complaints
 from .results import Record, Results
+from .revisions import against_revisions
 from .shapes import Case, subject_title
 from .stamp import Stamp
 
@@ -39,7 +42,7 @@ STATUS_STYLE = {
 BUSY_SHARE = 0.5
 """Load per CPU above which a CPU run is called noisy."""
 
-LEGEND = {"speed": "speed: fastest peer = 1x", "error": "error: share of what is allowed"}
+LEGEND = {"speed": "speed: fastest measured peer = 1x", "error": "error: share of what is allowed"}
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Column:
 
 
 def show(run: Results, console: Console) -> None:
-    """Prints a table for each subject, dtype and direction, then what went wrong, then sk_triton against the peers."""
+    """Prints a table for each subject, dtype and direction, what went wrong, then how sk_triton compares."""
     groups = cases_in_order(run)
     for key in dict.fromkeys(map(_table_of, groups)):
         console.print(_table(run, {case: rows for case, rows in groups.items() if _table_of(case) == key}))
@@ -68,8 +71,9 @@ def _table(run: Results, groups: Groups) -> Table:
     title = subject_title(first.subject)
     stamp = run.stamp
     columns = [column for column in _columns(run) if _is_filled(column, groups)]
+    where = f"{stamp.device_type.upper()}: {escape(stamp.device)}"
     table = Table(
-        title=f"{title}\n{first.direction}, {first.dtype}, {stamp.device_type.upper()}: {escape(stamp.device)}",
+        title=f"{title}\n{', '.join(part for part in (first.direction, first.dtype, where) if part)}",
         title_justify="left",
         caption="; ".join(LEGEND[column.title] for column in columns if column.title in LEGEND),
         caption_justify="left",
@@ -91,6 +95,8 @@ def _table(run: Results, groups: Groups) -> Table:
 
 
 def _case_name(case: Case) -> str:
+    if not case.shape.channels:
+        return "in a new process"
     what = f"{case.axis} {case.value:g}: {case.shape.name}" if case.axis else case.shape.name
     return f"{what}, batch {case.batch}"
 
@@ -109,6 +115,7 @@ def _columns(run: Results) -> list[Column]:
         Column(
             "host µs", lambda record, _: NOTHING if record.host_us is None else three_digits(record.host_us)
         ),
+        Column("host 20-80 %", _host_quantiles),
         Column("launches", lambda record, _: NOTHING if record.launches is None else str(record.launches)),
         Column("error", _error),
     ]
@@ -146,24 +153,29 @@ def _saved(record: Record, _: list[Record]) -> str:
     return NOTHING if saved is None else byte_size(saved)
 
 
+def _host_quantiles(record: Record, _: list[Record]) -> str:
+    """Of the host's time where it is all that was measured."""
+    if record.timing is not None or record.host_q20_us is None or record.host_q80_us is None:
+        return NOTHING
+    return f"{three_digits(record.host_q20_us)}-{three_digits(record.host_q80_us)}"
+
+
 def _error(record: Record, _: list[Record]) -> str:
-    shares = [
-        check.error / check.allowed for check in record.checks if check.error is not None and check.allowed
-    ]
+    shares = [_error_share(check) for check in record.checks]
     return f"{max(shares):.2f}" if shares else NOTHING
 
 
+def _error_share(check: results.Check) -> float:
+    """Infinite if the error is not finite, or there is one where none is allowed."""
+    if check.error is None:
+        return math.inf
+    return check.error / check.allowed if check.allowed else math.inf if check.error else 0.0
+
+
 def _show_problems(run: Results, console: Console) -> None:
-    """Each different complaint once, with the number of cases it stands for."""
-    complaints: dict[tuple[str, str, str], int] = {}
-    for record in run.records:
-        if record.status not in (results.OK, results.NOT_MEASURED):
-            key = (record.status, record.label, record.message or "")
-            complaints[key] = complaints.get(key, 0) + 1
-    for (status, label, message), count in complaints.items():
-        cases = f" ({count} cases)" if count > 1 else ""
-        style = STATUS_STYLE[status]
-        console.print(f"[{style}]{status}[/]: {escape(label)}{cases}: {escape(message)}", soft_wrap=True)
+    for complaint in complaints(run.records):
+        style = STATUS_STYLE[complaint.status]
+        console.print(f"[{style}]{complaint.status}[/]: {escape(complaint.words)}", soft_wrap=True)
     if run.interrupted:
         console.print("[yellow]interrupted[/]: what was measured until then is kept")
     for note in run.notes:
@@ -176,22 +188,34 @@ def _show_verdict(run: Results, console: Console) -> None:
         for objection in run.objections:
             console.print(f"  {objection}", markup=False, highlight=False, soft_wrap=True)
     else:
-        _show_speeds(comparisons(run), console)
+        _show_speeds(run, comparisons(run), console)
+        _show_revisions(run, console)
     if run.stamp.device_type == "cpu":
         _show_cpu_notes(run.stamp, console)
 
 
-def _show_speeds(compared: list[Comparison], console: Console) -> None:
+def _show_speeds(run: Results, compared: list[Comparison], console: Console) -> None:
     for key in dict.fromkeys(_table_of(comparison.case) for comparison in compared):
-        summary = speed_summary([comparison for comparison in compared if _table_of(comparison.case) == key])
-        if summary:
+        here = [comparison for comparison in compared if _table_of(comparison.case) == key]
+        if summary := speed_summary(here):
+            left_out = coverage.headline(run, [comparison.case for comparison in here])
+            summary += f"; not measured: {left_out}" if left_out else ""
             console.print(f"[bold]{' '.join(key)}[/]: {summary}", highlight=False, soft_wrap=True)
     if not any(comparison.peer for comparison in compared):
         return
+    if left_out := coverage.sentence(run):
+        console.print(left_out, markup=False, highlight=False, soft_wrap=True)
     lost = losses(compared)
     console.print(f"We lose in {losses_count(compared)}{':' if lost else '.'}", highlight=False)
     for line in lost:
         console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_revisions(run: Results, console: Console) -> None:
+    for verdict in against_revisions(run):
+        console.print(verdict.summary, markup=False, highlight=False, soft_wrap=True)
+        for line in verdict.slower:
+            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_cpu_notes(stamp: Stamp, console: Console) -> None:

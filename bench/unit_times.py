@@ -62,7 +62,7 @@ def by_case(times: Sequence[UnitTime]) -> dict[Case, dict[str, UnitTime]]:
     return cases
 
 
-def fastest(times: dict[str, UnitTime]) -> UnitTime | None:
+def fastest_schedule(times: dict[str, UnitTime]) -> UnitTime | None:
     """sk_triton's fastest schedule among those of one case."""
     return min((t for name, t in times.items() if name != EAGER), key=lambda t: t.seconds, default=None)
 
@@ -77,12 +77,12 @@ def _place(item: tuple[Case, dict[str, UnitTime]]) -> tuple[int, str, int, int, 
 def markdown(times: Sequence[UnitTime]) -> str:
     """A row for each case that eager was measured in as well."""
     lines = [
-        "| unit | sk_triton | schedule | eager | speed-up | share of the floor | commit of ours |",
-        "|---|---|---|---|---|---|---|",
+        "| unit | sk_triton | schedule | eager | speed-up | share of the floor | commit of ours | of eager |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     kinds = {(time.case.batch, time.case.dtype) for time in times}
     for case, schedules in sorted(by_case(times).items(), key=_place):
-        ours, eager = fastest(schedules), schedules.get(EAGER)
+        ours, eager = fastest_schedule(schedules), schedules.get(EAGER)
         if ours is None or eager is None:
             continue
         is_inference = case.direction == INFERENCE
@@ -95,9 +95,23 @@ def markdown(times: Sequence[UnitTime]) -> str:
             f"{eager.seconds / ours.seconds:.1f}x",
             f"{ours.floor_seconds / ours.seconds:.0%}" if is_inference else "",
             ours.commit,
+            eager.commit,
         ]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    note = other_runs(times)
+    return "\n".join([*lines, "", f"{note}."] if note else lines) + "\n"
+
+
+def other_runs(times: Sequence[UnitTime]) -> str | None:
+    """That eager and sk_triton were not timed together, where that is so."""
+    pairs = [(fastest_schedule(schedules), schedules.get(EAGER)) for schedules in by_case(times).values()]
+    apart = [(ours, eager) for ours, eager in pairs if ours and eager and ours.commit != eager.commit]
+    if not apart:
+        return None
+    ours_at, eager_at = (
+        ", ".join(dict.fromkeys(time.commit for time in side)) for side in zip(*apart, strict=True)
+    )
+    return f"Eager was timed at {eager_at}, sk_triton at {ours_at}: in other runs, perhaps on other cards of the model"
 
 
 def schedule_seconds(times: Sequence[UnitTime], subject: str, dtype: str) -> dict[Case, dict[str, float]]:

@@ -23,15 +23,15 @@ from sk_triton.bench.stamp import Stamp
 
 SOURCES = {
     "classic": "classic SKConv",
+    "plain-classic": "plain PyTorch",
     "timm": "timm",
-    "paper": "paper's unit, plain PyTorch",
+    "paper": "plain PyTorch",
     "ours": "sk_triton",
     "ours-store": "sk_triton, store",
     "ours-recompute": "sk_triton, recompute",
     "ours-merged": "sk_triton, merged",
     "ours-resident": "sk_triton, resident",
     "ours-library": "sk_triton, library",
-    "ours-folded": "sk_triton, folded",
     "ours-input": 'sk_triton, save="input"',
     "ours-reference": "sk_triton, reference",
     "rev-478cb1a": "sk_triton at 478cb1a",
@@ -134,21 +134,24 @@ def a_record(
         passes, host = (21 if source.startswith("ours") else 27), 30
     if "channels_last" not in form:
         passes += 2
-    role = results.OURS if source.startswith(("ours", "rev")) else results.PEER
+    role = results.PEER
+    if source.startswith(("ours", "rev")):
+        role = results.OURS if source.startswith("ours") else results.REVISION
+    is_ours = role != results.PEER
     scale = 2.6 if case.direction == TRAINING else 1.0
     per_group = max(case.shape.channels / case.shape.groups, 1)
-    width = 1 + (per_group / (40 if role == results.OURS else 160)) ** 1.6
+    width = 1 + (per_group / (40 if is_ours else 160)) ** 1.6
     passes *= scale * width * (1 + 0.12 * max(len(case.shape.kernels) - 2, 0))
     passes *= 400 if case.is_network else 1
     memory_ms = passes * case.tensor_bytes / COPY_BYTES_PER_S[device_type] * 1e3
-    share = 0.25 + 0.3 * (role == results.OURS)
+    share = 0.25 + 0.3 * is_ours
     matrix_ms = case.flops / MATRIX_FLOP_PER_S[device_type][case.dtype] / share * 1e3
     median = (max(memory_ms, matrix_ms, host / 1e3 * scale) + 0.004) * noise.uniform(0.95, 1.08) / faster
     timing = Timing(median, median * noise.uniform(0.95, 0.99), median * noise.uniform(1.01, 1.06), 200)
     saved = None
     if case.direction == TRAINING:
-        saved = case.tensor_bytes * (0.1 if source == "ours-input" else 2.1 if role == results.OURS else 9.4)
-    peak = (saved or 0) + (2.3 if role == results.OURS else 5.2) * case.tensor_bytes
+        saved = case.tensor_bytes * (0.1 if source == "ours-input" else 2.1 if is_ours else 9.4)
+    peak = (saved or 0) + (2.3 if is_ours else 5.2) * case.tensor_bytes
     inputs = [Check(kind, "v", 1.3e-4, 1.1e-4, 2.2e-4, True) for kind in ("random", "photo")]
     return Record(
         case,
@@ -161,9 +164,10 @@ def a_record(
         checks=tuple(inputs),
         timing=timing,
         warm=Timing(median * 0.9, median * 0.88, median * 0.93, 200) if device_type == "cuda" else None,
-        memory=Memory(int(peak), int(saved) if saved else None),
+        # What is captured in a graph is not weighed.
+        memory=None if "graph" in form else Memory(int(peak), int(saved) if saved else None),
         host_us=host * noise.uniform(0.95, 1.05),
-        launches=3 if role == results.OURS else LAUNCHES[mode(form)],
+        launches=3 if is_ours else LAUNCHES[mode(form)],
     )
 
 
@@ -226,9 +230,12 @@ def sweep_cases(dtype: str, batch: int) -> list[Case]:
 
 
 def competitors(case: Case, device_type: str, every: bool) -> list[tuple[str, str]]:
-    peers = {CLASSIC: ["classic"], PAPER: ["timm", "paper"], SKNET50: ["paper"], SKRESNEXT50: ["timm"]}[
-        case.subject
-    ]
+    peers = {
+        CLASSIC: ["classic", "plain-classic"],
+        PAPER: ["timm", "paper"],
+        SKNET50: ["paper"],
+        SKRESNEXT50: ["timm"],
+    }[case.subject]
     if device_type == "cpu":
         return [(source, form) for source in (*peers, "ours") for form in EAGER]
     forms = FORMS if every else (*EAGER, *COMPILED, *GRAPHS, *COMPILED_GRAPHS)

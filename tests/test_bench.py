@@ -15,7 +15,7 @@ from sk_triton import use_backend
 from sk_triton.backend import SCHEDULES
 from sk_triton.bench import results
 from sk_triton.bench.measuring import forms, inputs, providers
-from sk_triton.bench.measuring.peers import ClassicSKConv, PaperUnit, SKNet50
+from sk_triton.bench.measuring.peers import ClassicSKConv, ClassicUnit, PaperUnit, SKNet50
 from sk_triton.bench.measuring.providers import competitors
 from sk_triton.bench.measuring.sources import Ours, Timm, swap_units, yardstick
 from sk_triton.bench.shapes import (
@@ -49,8 +49,13 @@ def test_on_a_gpu_peers_get_every_form_that_sk_triton_gets_and_compilation(unit,
     chosen = competitors(dataclasses.replace(small_case(unit), axis=axis, value=2), "cuda", quick=quick)
     assert len(keys(chosen)) == len(chosen)
     ours = {p.form.key for p in chosen if p.source.key == "ours"}
-    compiled = forms.COMPILED if quick or axis else (*forms.COMPILED, *forms.COMPILED_GRAPHS)
-    for peer in {p.source.key for p in chosen if p.source.role == results.PEER}:
+    if quick:
+        compiled = forms.COMPILED_GRAPHS[1:]
+    else:
+        compiled = forms.COMPILED if axis else (*forms.COMPILED, *forms.COMPILED_GRAPHS)
+    peers = {p.source.key for p in chosen if p.source.role == results.PEER}
+    assert peers == ({"classic", "plain-classic"} if unit == CLASSIC else {"timm", "paper"})
+    for peer in peers:
         own = {p.form.key for p in chosen if p.source.key == peer}
         assert ours < own
         assert {form.key for form in compiled} < own
@@ -66,10 +71,33 @@ def test_networks_with_our_units_are_compiled_too():
         assert ours < {p.form.key for p in chosen if p.source.key == peer}
 
 
-def test_in_a_hurry_a_peer_is_still_compiled_in_both_memory_formats():
-    chosen = competitors(small_case(), "cuda", quick=True)
-    assert {("timm", form.key) for form in forms.COMPILED} < keys(chosen)
-    assert len({p.source.key for p in chosen if p.source.role == results.PEER}) == 1
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_in_a_hurry_every_peer_competes_and_compiles_once(device_type):
+    for unit in UNITS:
+        quick, full = (competitors(small_case(unit), device_type, quick=hurry) for hurry in (True, False))
+        peers = [{p.source.key for p in chosen if p.source.role == results.PEER} for chosen in (quick, full)]
+        assert peers[0] == peers[1]
+        for peer in peers[0]:
+            compiled = [p for p in quick if p.source.key == peer and p.form.is_compiled]
+            assert len(compiled) == (device_type == "cuda")
+
+
+@pytest.mark.parametrize("branches", [1, 2, 3])
+def test_the_plain_classic_unit_is_the_class_without_its_copies(branches):
+    torch.manual_seed(0)
+    original, plain = (kind(16, branches, 4, 2) for kind in (ClassicSKConv, ClassicUnit))
+    plain.load_state_dict(original.state_dict())
+    x = torch.randn(2, 16, 9, 7, requires_grad=True)
+    results_and_gradients = []
+    for unit in (original, plain):
+        v = unit(x)
+        results_and_gradients.append((v, *torch.autograd.grad(v.square().sum(), (x, *unit.parameters()))))
+    torch.testing.assert_close(*results_and_gradients)
+    copies = [
+        [node for node in torch.fx.symbolic_trace(unit).graph.nodes if node.target is torch.cat]
+        for unit in (original, plain)
+    ]
+    assert [len(nodes) for nodes in copies] == [2, 0], "the branches and the gate's vectors"
 
 
 def test_every_form_adds_the_slowest_to_compile():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from sk_triton.bench import results
-from sk_triton.bench.measuring import competition, forms, inputs, protocol
+from sk_triton.bench.measuring import competition, forms, inputs, judge, protocol
 from sk_triton.bench.measuring.providers import Provider, competitors
 from sk_triton.bench.measuring.sources import Ours, Timm, forced_schedules
 from sk_triton.bench.shapes import CLASSIC, PAPER, SKRESNEXT50, TRAINING, UNITS, Case, network_shape
@@ -84,6 +84,14 @@ def test_interrupting_the_checks_leaves_the_case_marked_as_not_measured():
     assert results.finished_cases(records, min_samples=3) == []
 
 
+def test_where_eager_overflows_a_provider_of_nan_is_not_ok(monkeypatch):
+    eager = judge._eager
+    monkeypatch.setattr(judge, "_eager", lambda *a: {k: v * float("inf") for k, v in eager(*a).items()})
+    record = run_small(Wrapped(lambda v: v * float("nan")))["wrong"]
+    assert (record.status, record.timing) == (results.FAILED, None)
+    assert "not finite" in record.message
+
+
 def test_an_input_that_cannot_be_made_fails_the_case_for_everyone(monkeypatch):
     monkeypatch.setattr(inputs, "make_input", lambda *a: (_ for _ in ()).throw(MemoryError("too large")))
     assert run_small(FakeSource("right"))["right"].status == results.OUT_OF_MEMORY
@@ -102,6 +110,7 @@ def test_where_float64_does_not_fit_a_part_of_the_batch_is_checked_and_the_whole
     records = run_small(Wrapped(lambda v: timed.append(v.shape[0]) or v, key="right"), batch=8)
     assert records["right"].status == results.OK
     assert judged == [2, 2]
+    assert {check.samples for check in records["right"].checks} == {2}
     assert timed[-3:] == [8, 8, 8]
 
 

@@ -34,8 +34,9 @@ def test_a_value_that_is_not_finite_fails_the_check(bad, norm):
     y[13, 1] = bad
     error = judge.absolute_error(y, reference, norm)
     assert error == math.inf
-    judged = judge.check("random", "v", error, 1.0, 2.0)
-    assert (judged.passed, judged.error) == (False, None)
+    for allowed in (2.0, math.inf):
+        judged = judge.check("random", "v", error, 1.0, allowed)
+        assert (judged.passed, judged.error) == (False, None)
 
 
 @pytest.mark.parametrize("norm", [LARGEST, RMS])
@@ -87,6 +88,22 @@ def test_a_plain_unit_passes_in_training(unit):
 def test_a_wrong_gradient_is_caught_and_named(tensor, wrong):
     found = judged(small_case(PAPER, 4, direction=TRAINING), scaled(tensor, 1.5))
     assert found == {name: name != wrong for name in ("v", "dx", "parameters")}
+
+
+def test_where_eager_overflows_nobody_is_judged(monkeypatch):
+    """An error of infinity would be allowed, and be that of an output of NaN as well."""
+    case = small_case(PAPER, dtype="fp16")
+    state, x = providers.make_state(case, seed=0), torch.randn(2, 32, 7, 7, dtype=torch.float16)
+    eager = judge._eager
+    monkeypatch.setattr(
+        judge, "_eager", lambda *a: {name: tensor * math.inf for name, tensor in eager(*a).items()}
+    )
+    with pytest.raises(OverflowError, match=r"v on random input is not finite in torch.float16"):
+        Judge(case, state, "random", x, None, torch.float16)
+
+
+def test_a_check_says_how_many_samples_it_saw():
+    assert judge.check("random", "v", 0.0, 0.0, 1.0, samples=3).samples == 3
 
 
 def test_a_gradient_that_is_missing_fails():

@@ -110,8 +110,8 @@ def test_the_table_compares_with_the_fastest_peer_and_says_cpu():
     assert "CPU: AMD EPYC" in text
     assert "sk_triton, channels_last" in text
     speedups = {c.case.subject: c.speedup for c in export.comparisons(run)}
-    assert f"classic fp32 inference: {speedups[CLASSIC]:.2f}x the speed of the fastest peer" in text
-    assert f"paper fp32 inference: {speedups[PAPER]:.2f}x the speed of the fastest peer" in text
+    assert f"classic fp32 inference: {speedups[CLASSIC]:.2f}x the speed of the fastest measured peer" in text
+    assert f"paper fp32 inference: {speedups[PAPER]:.2f}x the speed of the fastest measured peer" in text
     assert "its kernels need a GPU" in text
     assert "We lose in 0 of 2 cases." in text
 
@@ -125,6 +125,42 @@ def test_the_table_lists_every_case_that_is_lost():
         assert (comparison.case.title in lost) == (comparison.case.batch == 8)
 
 
+def test_the_mean_says_over_how_many_cases_it_is():
+    run = small()
+    assert " over " not in export.speed_summary(export.comparisons(run))
+    first = run.records[0].case
+    for position, record in enumerate(run.records):
+        if record.ours and record.case == first:
+            run = with_status(run, position, results.FAILED)
+    summary = export.speed_summary(export.comparisons(run))
+    assert " over 3 of 4 cases, behind in 1 of 4 cases" in summary
+
+
+def with_host_time(run, share):
+    """The run with peers' host times as a share of their medians, compiled ones alone."""
+    records = (
+        dataclasses.replace(r, host_us=share * r.timing.median_ms * 1e3) if r.role == results.PEER else r
+        for r in run.records
+        if r.role != results.PEER or r.form.startswith("compile")
+    )
+    return dataclasses.replace(run, records=tuple(records))
+
+
+def test_a_peer_that_waits_for_the_host_beside_a_graph_is_marked():
+    run = with_host_time(slowed(small(), 5, lambda r: r.ours and "graph" not in r.form), 0.95)
+    compared = export.comparisons(run)
+    assert all(c.is_ours_alone_in_graph and c.is_peer_host_bound for c in compared)
+    assert export.graph_summary(compared) == (
+        "in 4 of 4 cases sk_triton is in a CUDA graph and that peer is not; 4 of these peers wait for the host"
+    )
+    assert export.markdown_table(run).count("; host-bound)") == 4
+    quick = with_host_time(run, 0.5)
+    assert not any(c.is_peer_host_bound for c in export.comparisons(quick))
+    assert export.HOST_BOUND not in export.markdown_table(quick)
+    ungraphed = dataclasses.replace(run, records=tuple(r for r in run.records if "graph" not in r.form))
+    assert export.graph_summary(export.comparisons(ungraphed)) is None
+
+
 def test_a_busy_machine_is_mentioned():
     busy = small("cpu", stamp=a_stamp("cpu", load=3.0, cpus=4))
     assert "load 3.0 on 4 CPUs" in printed(busy)
@@ -134,7 +170,7 @@ def test_a_busy_machine_is_mentioned():
 def test_the_table_claims_nothing_within_the_noise():
     text = printed(changed(small(), lambda record: True, q20_ms=0.01, q80_ms=100))
     assert "no difference beyond the noise" in text
-    assert "x the speed of the fastest peer" not in text
+    assert "x the speed of the fastest measured peer" not in text
 
 
 @pytest.mark.parametrize(
@@ -144,6 +180,55 @@ def test_the_table_shows_every_status(status):
     text = printed(with_status(small(), 0, status))
     assert status in text
     assert ("some reason" in text) == (status != results.NOT_MEASURED)
+
+
+def test_an_error_that_is_not_finite_is_not_passed_over():
+    run = small(batches=(1,))
+    record = run.records[0]
+    checks = (*record.checks, dataclasses.replace(record.checks[0], error=None, passed=False))
+    records = (dataclasses.replace(record, checks=checks), *run.records[1:])
+    line = next(
+        line
+        for line in printed(dataclasses.replace(run, records=records)).splitlines()
+        if record.label in line
+    )
+    assert line.rstrip().endswith("inf")
+
+
+def with_revision(run, factor):
+    """The run with another revision, so much slower than sk_triton in each case."""
+    added = tuple(
+        dataclasses.replace(
+            record, source="rev-1", source_label="sk_triton at 1", role=results.REVISION,
+            timing=Timing(*(ms * factor for ms in dataclasses.astuple(record.timing)[:3]), 200),
+        )
+        for record in run.records
+        if record.source == "ours" and record.case.batch == 8
+    )  # fmt: skip
+    return dataclasses.replace(run, records=(*run.records, *added))
+
+
+def test_a_revision_is_compared_beside_the_peers_and_never_among_them():
+    run = small()
+    faster, slower = with_revision(run, 0.5), with_revision(run, 2.0)
+    assert export.comparisons(faster) == export.comparisons(run)
+    text = printed(faster)
+    assert "against sk_triton at 1: 0.50x its speed (0.50x to 0.50x), slower in 2 of 2 cases" in text
+    assert text.count("0.50x the speed of sk_triton at 1") == 2
+    assert "We lose in 0 of 4 cases." in text
+    assert "against sk_triton at 1: 2.00x its speed (2.00x to 2.00x), slower in 0 of 2 cases" in printed(
+        slower
+    )
+    assert "against" not in printed(run)
+    assert "against" not in printed(dataclasses.replace(slower, objections=("a reason",)))
+
+
+def test_a_revision_where_sk_triton_fails_is_said_to_be_compared_in_fewer_cases():
+    run = with_revision(small(), 2.0)
+    for position, record in enumerate(run.records):
+        if record.ours and record.case.batch == 8 and record.case.subject == PAPER:
+            run = with_status(run, position, results.FAILED)
+    assert "2.00x its speed over 1 of 2 cases, slower in 1 of 2 cases" in printed(run)
 
 
 def test_a_complaint_is_listed_once():

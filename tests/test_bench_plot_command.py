@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sk_triton import cli
-from sk_triton.bench import export, readme, results
+from sk_triton.bench import export, plots, readme, results
 
 from .synthetic_results import a_stamp, slowed, small, some_results
 
@@ -50,6 +50,24 @@ def test_plot_compares_several_results_and_keeps_their_pictures_apart(saved, tmp
     assert {f"{folder}-layer-cuda-speed-paper-fp16.png" for folder in ("h100", "other")} <= names
     assert "comparison-paper-inference-fp16.png" in names
     assert names == {entry.name for entry in (tmp_path / "out").iterdir()}
+
+
+def test_plot_of_files_that_share_no_case_says_that_it_compares_nothing(saved, tmp_path, capsys):
+    first = saved("layer-cuda.json", small(batches=(8,)))
+    second = saved("train-cuda.json", some_results("train", batches=(8,), stages=(1,)))
+    assert cli.main(["plot", first, second]) == 0
+    assert "no comparison drawn" in capsys.readouterr().err
+
+
+def test_a_picture_that_fails_is_named_and_the_others_are_drawn(saved, tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a font is missing")
+
+    monkeypatch.setitem(plots.DRAWINGS["layer"], "speed", fail)
+    assert cli.main(["plot", saved("layer-cuda.json", small(batches=(8,)))]) == 1
+    captured = capsys.readouterr()
+    assert "layer-cuda-passes.png" in captured.out
+    assert "picture layer-cuda-speed-paper-fp16 failed: RuntimeError: a font is missing" in captured.err
 
 
 @pytest.mark.parametrize(
@@ -101,9 +119,6 @@ def test_the_readme_shows_gpu_results_where_there_are_any():
     for section in ("plots", "results", "losses"):
         assert "EPYC" not in readme.render(section, both)
         assert "EPYC" in readme.render(section, both[:1])
-    assert "On a GPU no suite has been measured yet" not in readme.render("plots", both)
-    assert "On a GPU no suite has been measured yet" in readme.render("plots", both[:1])
-    assert "plots are of a CPU" in readme.render("plots", both[:1])
 
 
 def test_the_readme_lists_the_cases_that_are_lost():
@@ -119,12 +134,15 @@ def test_the_readme_shows_one_dtype_and_links_the_data():
     items = evidence(small(dtypes=("fp32", "fp16")))
     links = re.findall(r"\((\S+)\.png\)", readme.render("plots", items))
     assert links
-    assert all(link.endswith("fp16") for link in links)
+    *shown, passes = links
+    assert all(link.endswith("fp16") for link in shown)
+    assert passes.endswith("-passes")
     assert "(bench/results/cuda/layer-cuda.json)" in readme.render("results", items)
     assert export.markdown_table(items[0].run).strip() in readme.render("results", items)
 
 
-def test_the_readme_shows_the_newest_of_each_case_of_a_suite():
+def two_runs(old_batches=(8, 32), new_batches=(8,), **changes):
+    """An older run, whose sk_triton is slow, and a newer one, each with a note."""
     old, new = (
         readme.Evidence(
             f"bench/results/cuda/{name}.json",
@@ -134,25 +152,69 @@ def test_the_readme_shows_the_newest_of_each_case_of_a_suite():
                 notes=(f"{results.TIME_LIMIT}: 1 cases left unmeasured", f"note of {name}"),
             ),
         )
-        for name, day, batches in (("a", 1, (8, 32)), ("b", 2, (8,)))
+        for name, day, batches in (("a", 1, old_batches), ("b", 2, new_batches))
     )
-    old = dataclasses.replace(old, run=slowed(old.run, 30, lambda record: record.ours))
+    run = slowed(old.run, 30, lambda record: record.ours)
+    return dataclasses.replace(
+        old, run=dataclasses.replace(run, stamp=dataclasses.replace(run.stamp, **changes))
+    ), new
+
+
+def test_the_readme_shows_the_newest_of_each_case_of_a_suite():
+    old, new = two_runs()
     plots, table = (readme.render(section, [old, new]) for section in ("plots", "results"))
     assert "/layer-speed" in plots
     assert "/a-speed" not in plots
     assert 0 < table.index("/b.json") < table.index("/a.json")
-    rows = {line.split(" | ")[0]: line for line in table.splitlines() if line.startswith("| layer")}
-    alone = {
-        name: {line.split(" | ")[0]: line for line in export.markdown_table(item.run).splitlines()}
-        for name, item in (("old", old), ("new", new))
-    }
-    assert len(rows) == len(alone["old"]) - 2
-    assert all(line == alone["old" if "batch 32" in case else "new"][case] for case, line in rows.items())
     joined = results.join([old.run, new.run])
     assert joined.stamp == new.run.stamp
-    assert [note.partition(" ")[0] for note in joined.notes] == ["note", "aaaaaaaaa:", "aaaaaaaaa:"]
-    assert "batch 32" in joined.notes[1]
-    assert "batch 8" not in joined.notes[1]
+    assert joined.notes == ("note of b", "aaaaaaaaa: note of a")
+    for case, records in results.by_case(joined.records).items():
+        commits = {record.commit for record in records if record.ours}
+        assert commits == {None if case.batch == 8 else "aaaaaaaaa"}
+    rows = [line for line in table.splitlines() if line.startswith("| layer")]
+    assert len(rows) == 4
+    assert all(("; at aaaaaaaaa)" in row.split(" | ")[1]) == ("batch 32" in row) for row in rows)
+
+
+def test_a_peer_counts_with_its_fastest_committed_time():
+    """sk_triton's time is the newest, the peers' are the fastest, form by form, whichever run is the newer."""
+    old, new = two_runs()
+    run = slowed(old.run, 0.5, lambda record: record.role == results.PEER)
+    for joined in (results.join([run, new.run]), results.join([new.run, run])):
+        for case, records in results.by_case(joined.records).items():
+            if case.batch != 8:
+                continue
+            newest = {r.key: r for r in new.run.records if r.case == case}
+            oldest = {r.key: r for r in run.records if r.case == case}
+            for record in records:
+                is_peer = record.role == results.PEER
+                assert record.timing == (oldest if is_peer else newest)[record.key].timing
+                assert record.commit == ("aaaaaaaaa" if is_peer else None)
+    without = dataclasses.replace(new.run, records=tuple(r for r in new.run.records if r.source != "timm"))
+    joined = results.join([run, without])
+    assert {r.commit for r in joined.records if r.source == "timm"} == {"aaaaaaaaa"}
+    slower = results.join([slowed(old.run, 2, lambda record: record.role == results.PEER), new.run])
+    assert {record.commit for record in slower.records if record.case.batch == 8} == {None}
+
+
+def test_under_another_torch_a_peer_is_another():
+    old, new = two_runs(torch="2.14.0")
+    run = slowed(old.run, 0.5, lambda record: record.role == results.PEER)
+    joined = results.join([run, new.run])
+    assert {record.commit for record in joined.records if record.case.batch == 8} == {None}
+    assert any("other" in note and "torch" in note for note in joined.notes)
+
+
+def test_the_readme_names_what_was_not_measured_of_the_peers():
+    run = small()
+    bare = dataclasses.replace(
+        run, records=tuple(r for r in run.records if not r.form.startswith("graph-compile"))
+    )
+    full, part = (readme.render("results", evidence(each)) for each in (run, bare))
+    assert "fastest measured peer" in full
+    assert "CUDA graph + torch.compile" not in full
+    assert "Not measured of the peers' default forms: CUDA graph + torch.compile" in part
 
 
 @pytest.mark.parametrize(
@@ -247,14 +309,15 @@ def test_a_case_that_the_newest_run_broke_off_is_the_older_runs():
     )
     joined = results.join([broken, old])
     by_case = results.by_case(joined.records)
-    assert by_case[first] == results.by_case(old.records)[first]
+    commits = {case: {record.commit for record in records} for case, records in by_case.items()}
+    assert commits[first] == {"aaaaaaaaa"}
+    assert len(by_case[first]) == len(results.by_case(old.records)[first])
     others = [case for case in by_case if case != first]
     assert others
     assert all(by_case[case] == results.by_case(new.records)[case] for case in others)
     assert joined.ceilings.copy_bytes_per_s == 1.0
     assert {*joined.ceilings.matrix_flop_per_s} >= {"bf16", "fp16"}
     assert not joined.interrupted
-    assert any(note.startswith("aaaaaaaaa: ") for note in joined.notes)
     with pytest.raises(ValueError, match="one suite on one device"):
         results.join([old, dataclasses.replace(new, suite="train")])
 

@@ -32,7 +32,7 @@ from .synthetic_results import FORMS, SOURCES, a_stamp, form_label, some_results
 @pytest.mark.parametrize("suite", SUITES)
 def test_pictures_are_opaque_and_show_every_source_in_its_colour(suite, tmp_path):
     run = a_run(suite)
-    paths = plots.save_plots(run, tmp_path)
+    paths = [path for _, path in plots.save_plots(run, tmp_path)]
     assert len(paths) == len(plots.pictures(run))
     for path in paths:
         assert path.name.startswith(f"{suite}-cuda-")
@@ -126,7 +126,7 @@ def test_the_red_badge_shows_in_the_picture(tmp_path):
     sound = some_results(stages=(1,), batches=(8,))
     reds = []
     for run in (sound, dataclasses.replace(sound, objections=OBJECTIONS)):
-        picture = imread(plots.save_plots(run, tmp_path)[0])[..., :3].reshape(-1, 3)
+        picture = imread(next(plots.save_plots(run, tmp_path))[1])[..., :3].reshape(-1, 3)
         reds.append((abs(picture - to_rgb(style.BADGES["alarm"][0])).max(1) < 0.02).sum())
     assert reds[0] < 100
     assert reds[1] > 10_000
@@ -170,15 +170,105 @@ def test_the_floor_is_drawn_above_every_line_of_the_throughput():
     assert max(floors[0].get_ydata()) > max(max(line.get_ydata()) for line in others)
 
 
+def least_peaks(run, subject=PAPER):
+    """The least peak of each source in channels_last, in activation tensors."""
+    records = [r for r in run.records if r.case.subject == subject and r.memory and "channels_last" in r.form]
+    peaks = {}
+    for record in records:
+        peaks.setdefault(record.source, []).append(record.memory.peak_bytes / record.case.tensor_bytes)
+    return {source: min(found) for source, found in peaks.items()}
+
+
 def test_memory_stands_in_activation_tensors():
+    """Of every source, though the fastest form of each is a graph, which nobody weighs."""
     run = some_results("train", stages=(1,), batches=(8,))
     figure = figures(run)[f"memory-{PAPER}-fp16"]
-    records = [record for record in run.records if record.case.subject == PAPER and record.memory]
+    records = [record for record in run.records if record.case.subject == PAPER]
+    assert results.fastest_ours(records).memory is None
     heights = {round(patch.get_height(), 3) for patch in figure.axes[0].patches}
-    ours = results.fastest_ours(records)
-    assert round(ours.memory.peak_bytes / ours.case.tensor_bytes, 3) in heights
+    assert {*least_peaks(run)} == {"timm", "paper", "ours", "ours-input"}
+    assert {round(peak, 3) for peak in least_peaks(run).values()} <= heights
+    ours = results.fastest_ours([record for record in records if record.memory])
     assert round(ours.memory.saved_bytes / ours.case.tensor_bytes, 3) in heights
-    assert "saved from forward for backward" in words(figure)
+    text = words(figure)
+    assert "saved from forward for backward" in text
+    assert "ok" not in text.splitlines()
+    assert "NCHW" not in text.partition("Not measured")[0]
+
+
+def test_what_nobody_weighed_is_said():
+    run = some_results("train", stages=(1,), batches=(8,))
+    records = tuple(dataclasses.replace(r, memory=None) if r.source == "timm" else r for r in run.records)
+    lines = words(figures(dataclasses.replace(run, records=records))[f"memory-{PAPER}-fp16"]).splitlines()
+    assert "not weighed" in lines
+    assert "ok" not in lines
+
+
+def test_memory_of_every_form_is_that_of_the_forms_that_were_weighed():
+    run = some_results("train", stages=(1,), batches=(8,))
+    text = words(figures(run, all_forms=True)[f"memory-{PAPER}-fp16"]).partition("Not measured")[0]
+    assert "NCHW" in text
+    assert "CUDA graph" not in text
+    assert "not weighed" not in text
+
+
+def test_scaling_shows_the_memory_of_every_source():
+    run = some_results("scaling")
+    figure = figures(run)[f"growth-{PAPER}-fp16"]
+    time, memory = figure.axes[0], figure.axes[3]
+    assert "peak memory" in memory.get_title(loc="left")
+    for ax in (time, memory):
+        assert {line.get_markeredgecolor() for line in ax.lines if len(line.get_xdata()) == 1} == {
+            style.colour(source) for source in ("timm", "paper", "ours")
+        }
+
+
+def test_a_single_batch_has_no_line_of_throughput():
+    assert not [name for name in plots.pictures(some_results(batches=(8,))) if name.startswith("throughput")]
+    assert [name for name in plots.pictures(some_results(batches=(1, 8))) if name.startswith("throughput")]
+    run = some_results("train", stages=(1,), batches=(1, 8))
+    text = words(figures(run)[f"throughput-{PAPER}-fp16"])
+    assert "memory floor: 5 passes" in text
+    assert "copy of the input" not in text
+
+
+def test_a_roofline_of_one_batch_has_large_markers():
+    def sizes(*batches):
+        figure = figures(some_results(stages=(1,), batches=batches))["roofline-inference-fp16"]
+        return {line.get_markersize() for line in figure.axes[0].lines if line.get_marker() == "o"}
+
+    assert sizes(8) == {roofline.LARGEST}
+    assert sizes(1, 8) == {roofline.SMALLEST, roofline.LARGEST}
+
+
+def test_a_speed_that_only_a_graph_reached_is_marked():
+    name = f"speed-{PAPER}-fp16"
+    run = some_results(stages=(1,), batches=(8,))
+    assert "*" not in words(figures(run)[name])
+    bare = dataclasses.replace(run, records=tuple(r for r in run.records if r.ours or "graph" not in r.form))
+    text = words(figures(bare)[name])
+    assert "x*" in text
+    assert "*: sk_triton in a CUDA graph" in text
+
+
+def test_a_picture_has_the_notes_on_its_own_cases():
+    commits = {CLASSIC: "1111111", PAPER: "2222222"}
+    run = some_results(stages=(1,), batches=(8,))
+    records = tuple(dataclasses.replace(r, commit=commits[r.case.subject]) for r in run.records)
+    notes = ("of all", *(f"{commit}: of {subject}" for subject, commit in commits.items()))
+    drawn = figures(dataclasses.replace(run, records=records, notes=notes))
+    for subject, other in ((CLASSIC, PAPER), (PAPER, CLASSIC)):
+        text = words(drawn[f"speed-{subject}-fp16"])
+        assert "of all" in text
+        assert f"at {commits[subject]}: {subject} 128@56² batch 8" in text
+        assert f"{commits[subject]}: of {subject}" in text
+        assert commits[other] not in text
+
+
+def test_host_costs_on_a_cpu_say_that_no_kernel_ran():
+    text = words(figures(a_run("host", "cpu", stages=(1,)))[f"calls-{PAPER}-fp32"]).replace("\n", " ")
+    assert "launches stubbed out, so that no kernel runs" in text
+    assert "where sk_triton runs PyTorch operators" not in text
 
 
 def test_a_copy_at_the_measured_bandwidth_reaches_the_roof():
@@ -258,6 +348,29 @@ def test_an_unknown_suite_is_refused():
         plots.pictures(some_results(suite="layer", stages=(1,)).__class__("latency", 0, a_stamp()))
 
 
+def test_a_picture_that_cannot_be_drawn_costs_the_others_nothing(tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("a font is missing")
+
+    monkeypatch.setitem(plots.DRAWINGS["layer"], "speed", fail)
+    saved = dict(plots.save_plots(some_results(stages=(1,), batches=(1, 8)), tmp_path))
+    failed = {name for name, outcome in saved.items() if isinstance(outcome, Exception)}
+    assert failed == {"layer-cuda-speed-classic-fp16", "layer-cuda-speed-paper-fp16"}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{name}.png" for name in {*saved} - failed}
+
+
+@pytest.mark.parametrize("all_forms", [False, True])
+def test_a_sweep_is_drawn_where_an_axis_was_not_measured(all_forms):
+    """As after Ctrl-C in the first case of the second axis."""
+    run = some_results("sweep")
+    records = tuple(
+        dataclasses.replace(r, timing=None, status=results.NOT_MEASURED) if r.case.axis == "dilation" else r
+        for r in run.records
+    )
+    (figure,) = figures(dataclasses.replace(run, records=records), all_forms).values()
+    assert "dilation" in words(figure)
+
+
 def test_runs_are_told_apart_by_what_differs():
     first, second = a_stamp(), a_stamp(device="AMD Instinct MI300X")
     third = a_stamp(git_commit="1234567890abcdef")
@@ -283,8 +396,8 @@ def test_several_runs_are_compared_where_they_share_cases(tmp_path):
     assert heights[1] > 1.5
     assert "Faster Device" in words(figure)
     assert_texts_are_apart(figure)
-    assert len(plots.save_comparisons([slow, fast], tmp_path)) == 2
-    assert plots.save_comparisons([slow, some_results("train", stages=(1,))], tmp_path) == []
+    assert len(list(plots.save_comparisons([slow, fast], tmp_path))) == 2
+    assert list(plots.save_comparisons([slow, some_results("train", stages=(1,))], tmp_path)) == []
 
 
 def test_an_objection_against_one_of_several_runs_ends_the_comparison():

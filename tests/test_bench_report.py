@@ -14,7 +14,8 @@ import torch
 
 from sk_triton import cli, environment
 from sk_triton.bench import plots, results, shapes, suites
-from sk_triton.bench.measuring import protocol, session
+from sk_triton.bench.measuring import forms, protocol, session
+from sk_triton.bench.measuring.providers import Provider
 from sk_triton.bench.report import command as report
 from sk_triton.bench.report import file as report_file
 from sk_triton.bench.report import page as report_page
@@ -24,7 +25,7 @@ from sk_triton.bench.report.file import DONE, FAILED, INTERRUPTED, PARTIAL, Repo
 from sk_triton.bench.report.steps import STEPS, Ending, Step
 from sk_triton.bench.stamp import take_stamp
 
-from .bench_fakes import CPU, SHORT
+from .bench_fakes import CPU, SHORT, BreaksWhenBuilt, FakeSource
 from .synthetic_results import a_stamp, small
 
 SUITE_FILES = {f"{suite}.json" for suite in ("layer", "train", "model", "sweep", "grid", "host", "scaling")}
@@ -111,6 +112,35 @@ def test_without_a_gpu_the_whole_report_leaves_one_small_folder_that_stands_alon
     assert "prefers-color-scheme: dark" in page
     assert "Nothing on this page is a GPU" in page
     assert "&lt;6 T&gt;" in page
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_provider_that_fails_makes_its_step_and_the_command_fail(tmp_path, monkeypatch):
+    chosen = [Provider(source, forms.NCHW) for source in (FakeSource("paper"), BreaksWhenBuilt("ours"))]
+    monkeypatch.setattr(session, "competitors", lambda *a: chosen)
+    code, made = make(tmp_path, "--step", "layer-fp32", "summary")
+    assert code == 1
+    state = made.steps["layer-fp32"]
+    assert state.status == FAILED
+    assert "failed: ours, NCHW: TypeError: no such argument" in state.message
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "<li>failed: ours, NCHW: TypeError: no such argument</li>" in page
+    assert make(tmp_path, "--step", "summary")[0] == 1
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_suites_file_of_another_setting_is_not_overwritten_unasked(tmp_path):
+    make(tmp_path, "--step", "layer-fp32")
+    path = tmp_path / "layer.json"
+    run = results.load(path)
+    results.save(dataclasses.replace(run, stamp=dataclasses.replace(run.stamp, threads=99)), path)
+    (tmp_path / "report.json").unlink()
+    before = path.read_bytes()
+    code, made = make(tmp_path, "--step", "layer-fp32")
+    assert (code, path.read_bytes()) == (1, before)
+    assert "threads 99, now" in made.steps["layer-fp32"].message
+    assert "--again to replace it" in made.steps["layer-fp32"].message
+    assert make(tmp_path, "--step", "layer-fp32", "--again")[0] == 0
 
 
 @pytest.mark.usefixtures("tiny")
@@ -226,7 +256,7 @@ def test_red_tests_forbid_every_claim_also_of_what_was_measured_before(tmp_path,
         assert "1 tests failed" in run.objections[0]
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "No speed is claimed" in page
-    assert "the speed of the fastest peer" not in page
+    assert "the speed of the fastest" not in page
 
 
 @pytest.mark.usefixtures("tiny")
@@ -343,10 +373,11 @@ def test_a_step_has_its_machine():
         report.choose_steps(["layer-fp16"], on_gpu=False)
 
 
-def test_a_step_may_not_take_longer_than_nine_minutes():
-    for seconds in ("541", "0"):
+def test_a_step_may_not_take_longer_than_nine_minutes(capsys):
+    for seconds in ("541", "0", "abc"):
         with pytest.raises(SystemExit):
             cli.main(["report", "--time-limit", seconds])
+        assert f"must be a whole number from 1 to 530, got '{seconds}'" in capsys.readouterr().err
     assert report.MAX_STEP_SECONDS < 540
 
 

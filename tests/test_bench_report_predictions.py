@@ -12,7 +12,7 @@ from sk_triton.bench.model.validation import Compared
 from sk_triton.bench.report import predictions as report_predictions
 from sk_triton.bench.report.file import DONE, FAILED, Report
 from sk_triton.bench.report.predictions import NothingToCompareError, against_measured
-from sk_triton.bench.report.steps import STEPS, Course
+from sk_triton.bench.report.steps import STEPS, Context
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .synthetic_results import small
@@ -61,12 +61,12 @@ def test_why_there_is_nothing_to_compare_is_said(layer, tmp_path, monkeypatch):
 def test_the_step_takes_what_the_device_allows(layer, tmp_path, monkeypatch):
     monkeypatch.setattr(report_predictions, "predictions", lambda: "125 µs")
     console = Console(quiet=True)
-    without = Course(tmp_path, torch.device("cpu"), Report(), console, 60)
+    without = Context(tmp_path, torch.device("cpu"), Report(), console, 60)
     assert STEPS["predictions"].run(without).status == DONE
     assert without.report.evidence == {report_predictions.PREDICTED: "125 µs"}
 
     monkeypatch.setattr(validation, "compare", lambda *_: [Compared("stage 1", "store", 2e-6, 3e-6)])
-    on_gpu = Course(tmp_path, torch.device("cuda"), Report(), console, 60)
+    on_gpu = Context(tmp_path, torch.device("cuda"), Report(), console, 60)
     assert STEPS["predictions"].run(on_gpu).status == DONE
     assert "1.50" in on_gpu.report.evidence[report_predictions.COMPARED]
 

@@ -29,8 +29,8 @@ def commands(monkeypatch):
     return started
 
 
-def course(folder, device, **settings) -> report_steps.Course:
-    return report_steps.Course(folder, torch.device(device), Report(), Console(quiet=True), 300, **settings)
+def course(folder, device, **settings) -> report_steps.Context:
+    return report_steps.Context(folder, torch.device(device), Report(), Console(quiet=True), 300, **settings)
 
 
 def test_the_tune_step_leaves_its_configs_in_the_report_and_the_users_alone(tmp_path, commands):

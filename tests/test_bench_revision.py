@@ -58,7 +58,7 @@ def test_revisions_are_imported_beside_each_other_and_leave_nothing_behind(repos
         revision_source("HEAD~1", repository) as second,
     ):
         assert (first.package.later.VALUE, second.package.later.VALUE) == (1, 2)
-        assert (first.role, second.role) == (results.PEER, results.PEER)
+        assert (first.role, second.role) == (results.REVISION, results.REVISION)
         assert first.key != second.key
         assert "(HEAD~2)" in first.label
         folder = Path(first.package.__file__).parent

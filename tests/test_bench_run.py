@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.util
 
 import pytest
 import torch
 
 from sk_triton import cli
-from sk_triton.bench import arguments, plots, results, shapes
+from sk_triton.bench import arguments, plots, results, run, shapes
 from sk_triton.bench.measuring import protocol, providers, session
 from sk_triton.bench.measuring.providers import Provider
 from sk_triton.bench.shapes import CLASSIC, PAPER
@@ -40,7 +42,8 @@ def test_the_whole_command_on_the_cpu(tmp_path, capsys, monkeypatch):
 
     assert code == 0
     assert {record.status for record in run.records} == {results.OK}
-    assert {record.source for record in run.records} == {"classic", "timm", "ours", "copy"}
+    peers = {"classic", "plain-classic", "timm", "paper"}
+    assert {record.source for record in run.records} == {*peers, "ours", "copy"}
     assert {(case.subject, case.shape.name) for case in results.by_case(run.records)} == {
         (CLASSIC, "1024@7²"),
         (PAPER, "1024@7²"),
@@ -141,11 +144,15 @@ def test_resume_measures_anew_where_others_compete(tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("tiny")
-def test_another_revision_competes_as_a_peer(tmp_path):
+def test_another_revision_has_a_verdict_of_its_own(tmp_path, capsys):
     code, run = bench(tmp_path, "--compare", "HEAD")
     assert code == 0
-    other = {record.role for record in run.records if record.source.startswith("rev-")}
-    assert other == {results.PEER}
+    others = [record for record in run.records if record.source.startswith("rev-")]
+    assert {record.role for record in others} == {results.REVISION}
+    assert all(
+        results.fastest_peer(records) not in others for records in results.by_case(run.records).values()
+    )
+    assert f"against {others[0].source_label}: " in capsys.readouterr().out.replace("\n", " ")
 
 
 @pytest.mark.parametrize("package", ["rich", "matplotlib", "sklearn"])
@@ -170,6 +177,12 @@ def test_a_missing_package_is_one_line_with_its_remedy(package, tmp_path, capsys
         (["--compare", "nosuch"], "'nosuch'"),
         (["--suite", "sweep", "--stages", "1"], "--stages acts on suites layer, train"),
         (["--suite", "host", "--batch", "1"], "got --suite host"),
+        (
+            ["--suite", "host"],
+            "--quick acts on suites layer, train, model, sweep, scaling, grid, got --suite host",
+        ),
+        (["--suite", "sweep", "--batch", "1", "8"], "--batch takes one size for suites sweep, got 1 8"),
+        (["--suite", "layer", "scaling", "--batch", "1", "8"], "--batch takes one size for suites scaling"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(options, words, tmp_path, capsys):
@@ -178,6 +191,64 @@ def test_what_cannot_be_done_is_refused_in_one_line(options, words, tmp_path, ca
     assert len(out.splitlines()) == 1
     assert words in out
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "on_gpu", "words"),
+    [
+        (["--resume"], True, "--resume acts on suites layer"),
+        (["--time-limit", "9"], True, "--time-limit acts on suites layer"),
+        (["--every-form"], False, "--every-form acts on suites layer.*, without a GPU"),
+        (["--every-form", "--quick"], True, None),
+    ],
+)
+def test_options_that_do_nothing_for_the_host_suite_are_refused(options, on_gpu, words):
+    parser = argparse.ArgumentParser()
+    run.add_arguments(parser)
+    args = parser.parse_args(["--suite", "host", *options])
+    with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
+        run.refuse_idle_options(args, on_gpu)
+
+
+@pytest.mark.parametrize("folder", ["/proc", "/proc/some/where"])
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_measured(folder, capsys):
+    assert cli.main(["bench", "--device", "cpu", "--output", folder]) == 2
+    assert f"--output must be a folder that can be written to, got {folder}" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("damaged", [False, True])
+def test_resume_refuses_what_it_would_overwrite(damaged, tmp_path, capsys):
+    bench(tmp_path)
+    path = tmp_path / "out" / "layer-cpu.json"
+    if damaged:
+        path.write_text(path.read_text()[:100])
+    before = path.read_bytes()
+    command = ["bench", "--quick", "--device", "cpu", "--stages", "3", "--batch", "1", "--seed", "1"]
+    capsys.readouterr()
+    assert cli.main([*command, "--resume", "--output", str(tmp_path / "out")]) == 2
+    out = capsys.readouterr().out
+    assert ("not a results file" if damaged else "seed 0, now 1") in out
+    assert "leave --resume out to replace it" in out
+    assert path.read_bytes() == before
+
+
+@pytest.mark.usefixtures("tiny")
+def test_a_suite_and_a_picture_that_fail_cost_the_other_suites_nothing(tmp_path, monkeypatch, capsys):
+    def fail(device, dtypes):
+        monkeypatch.setattr(session, "measure_ceilings", lambda *a: results.Ceilings(1e15, {}))
+        raise RuntimeError("no room\nfor more")
+
+    monkeypatch.setattr(session, "measure_ceilings", fail)
+    drawn = [("one", tmp_path / "one.png"), ("two", TypeError("no axis"))]
+    monkeypatch.setattr(plots, "save_plots", lambda run, folder: drawn)
+    code, made = bench(tmp_path, "--suite", "layer", "train", "--batch", "2", suite="train")
+    out = capsys.readouterr().out
+    assert code == 1
+    assert {record.status for record in made.records} == {results.OK}
+    assert "suite layer failed: RuntimeError: no room\n" in out
+    assert "picture two failed: TypeError: no axis" in out
+    assert "one.png" in out
 
 
 @pytest.mark.parametrize(

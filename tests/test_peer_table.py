@@ -67,3 +67,8 @@ def test_other_suites_are_left_out():
         ),
     )
     assert rows(run, slowed(other, 9, lambda record: record.role == "peer")) == rows(run)
+
+
+def test_plain_pytorch_has_a_row_for_each_unit():
+    titles = {*rows(small(batches=(128,), dtypes=("fp16",)))}
+    assert {f"plain PyTorch ({unit}), eager, inference" for unit in ("classic", "paper")} <= titles

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -74,30 +73,38 @@ def _gpu_records(setting: Setting) -> Iterator[results.Record]:
                 with provider.scope():
                     entrant = _entrant(case, provider, setting)
                     record = replace(record, runs=entrant.runs(x))
-                    host_us, launches = provider.form.run(partial(_host_cost, entrant, x, dv))
+                    timing, launches = provider.form.run(partial(_host_cost, entrant, x, dv))
             except Exception as error:
                 status, message = protocol.failure(error)
                 yield replace(record, status=status, message=message)
             else:
-                yield _measured(record, host_us, launches)
+                yield _measured(record, timing, launches)
     x = torch.zeros(1, 8, 1, 1, device=setting.device, dtype=torch.float16)
     yardstick, call = _conv2d(x)
-    (host_us,) = _host_us([call], torch.cuda.synchronize)
-    yield _measured(yardstick, host_us, None)
+    (timing,) = _host_times([call], torch.cuda.synchronize)
+    yield _measured(yardstick, timing, None)
 
 
 def _stubbed_records(setting: Setting, sources: Sequence[Ours]) -> Iterator[results.Record]:
     """A record of each unit from each source, and the yardstick's: all timed in turns."""
-    records, calls = [], []
+    records, calls, able = [], [], []
+    for source in sources:
+        provider = _stubbed(source)
+        missing = provider.source.missing()
+        if missing is None:
+            able.append(source)
+            continue
+        for case in _cases():
+            yield replace(_record(case, provider), status=results.SKIPPED, message=missing)
     with ExitStack() as stack:
-        packages = {source.package for source in sources}
+        packages = {source.package for source in able}
         started = {package: stack.enter_context(stubbed_launches(package)) for package in packages}
 
         def forget_started() -> None:
             for launches in started.values():
                 launches.clear()
 
-        for source in sources:
+        for source in able:
             provider = _stubbed(source)
             stack.enter_context(provider.scope())
             for case in _cases():
@@ -118,9 +125,9 @@ def _stubbed_records(setting: Setting, sources: Sequence[Ours]) -> Iterator[resu
                     records.append(replace(record, runs=entrant.runs(x), launches=launches))
                     calls.append(call)
         yardstick, call = _conv2d(torch.zeros(1, 8, 1, 1))
-        host_us = _host_us([*calls, call], forget_started)
-    for record, us in zip([*records, yardstick], host_us, strict=True):
-        yield _measured(record, us, record.launches)
+        timings = _host_times([*calls, call], forget_started)
+    for record, timing in zip([*records, yardstick], timings, strict=True):
+        yield _measured(record, timing, record.launches)
 
 
 def _stubbed(source: Ours) -> Provider:
@@ -183,15 +190,15 @@ def _inputs(case: Case, setting: Setting) -> tuple[Tensor, Tensor | None]:
     return make(setting.seed), make(setting.seed + 1) if case.direction == TRAINING else None
 
 
-def _host_cost(entrant: Entrant, x: Tensor, dv: Tensor | None) -> tuple[float, int | None]:
-    """Host microseconds of a call on `x`, and its launches."""
+def _host_cost(entrant: Entrant, x: Tensor, dv: Tensor | None) -> tuple[results.Timing, int | None]:
+    """The host's time for a call on `x`, and its launches."""
     call, _ = entrant.bind(x, dv)
-    (host_us,) = _host_us([call], torch.cuda.synchronize)
-    return host_us, _launches(call)
+    (timing,) = _host_times([call], torch.cuda.synchronize)
+    return timing, _launches(call)
 
 
-def _host_us(calls: Sequence[Callable[[], object]], between: Callable[[], object]) -> list[float]:
-    """Median microseconds until each call returns, over rounds of CALLS of each; `between`, untimed, before each."""
+def _host_times(calls: Sequence[Callable[[], object]], between: Callable[[], object]) -> list[results.Timing]:
+    """Time until each call returns, over rounds of CALLS of each; `between`, untimed, before each."""
     samples: list[list[float]] = [[] for _ in calls]
     for call in calls:
         for _ in range(3):
@@ -202,9 +209,9 @@ def _host_us(calls: Sequence[Callable[[], object]], between: Callable[[], object
             start = time.perf_counter()
             for _ in range(CALLS):
                 call()
-            own.append((time.perf_counter() - start) / CALLS * 1e6)
+            own.append((time.perf_counter() - start) / CALLS * 1e3)
     between()
-    return [statistics.median(own) for own in samples]
+    return [protocol.summarise(own) for own in samples]
 
 
 def _launches(call: Callable[[], object]) -> int | None:
@@ -243,19 +250,21 @@ def _start_up_records(on_gpu: bool) -> Iterator[results.Record]:
             "layer(x); torch.cuda.synchronize()",
         )
     for name, (before, timed) in scripts.items():
-        case = Case(HOST, name, Shape(0, 0, 0, 1, (), ()), 1, "fp16")
+        case = Case(HOST, name, Shape(0, 0, 0, 1, (), ()), 1, dtype="", direction="")
         record = results.Record(case, "ours", "sk_triton", "", "", results.OURS)
+        if name == IMPORT_TORCH:
+            record = replace(record, source="torch", source_label="PyTorch", role=results.PEER)
         try:
-            host_us = statistics.median(_in_new_process(before, timed) for _ in range(PROCESSES))
+            timing = protocol.summarise([_in_new_process(before, timed) for _ in range(PROCESSES)])
         except subprocess.CalledProcessError as error:
             lines = error.stderr.strip().splitlines()
             yield replace(record, status=results.FAILED, message=lines[-1] if lines else str(error))
         else:
-            yield _measured(record, host_us, None)
+            yield _measured(record, timing, None)
 
 
 def _in_new_process(before: str, timed: str) -> float:
-    """Microseconds that `timed` takes in a new process after `before`, with an empty compile cache."""
+    """Milliseconds that `timed` takes in a new process after `before`, with an empty compile cache."""
     script = (
         f"import time\n{before}\nstart = time.perf_counter()\n{timed}\nprint(time.perf_counter() - start)"
     )
@@ -268,7 +277,7 @@ def _in_new_process(before: str, timed: str) -> float:
             text=True,
             check=True,
         )
-    return float(done.stdout.split()[-1]) * 1e6
+    return float(done.stdout.split()[-1]) * 1e3
 
 
 def _record(case: Case, provider: Provider) -> results.Record:
@@ -276,5 +285,5 @@ def _record(case: Case, provider: Provider) -> results.Record:
     return results.Record(case, source.key, source.label, form.key, form.label, source.role)
 
 
-def _measured(record: results.Record, host_us: float, launches: int | None) -> results.Record:
-    return replace(record, status=results.OK, host_us=host_us, launches=launches)
+def _measured(record: results.Record, timing: results.Timing, launches: int | None) -> results.Record:
+    return replace(record, status=results.OK, launches=launches).with_host_time(timing)

@@ -35,7 +35,11 @@ CHUNK = 8
 
 
 class Judge:
-    """The float64 result of a case on one input, and the error that each of its tensors is allowed."""
+    """The float64 result of a case on one input, and the error that each of its tensors is allowed.
+
+    Raises:
+        OverflowError: eager PyTorch's own result is not finite, so that no error can be allowed.
+    """
 
     def __init__(
         self,
@@ -46,7 +50,7 @@ class Judge:
         dv: Tensor | None,
         dtype: torch.dtype,
     ) -> None:
-        self.kind, self.dtype = kind, dtype
+        self.kind, self.dtype, self.samples = kind, dtype, x.shape[0]
         self.reference = _oracle(case, state, x, dv)
         self.norms = {
             name: LARGEST if name == "v" and not case.is_network else RMS for name in self.reference
@@ -57,6 +61,10 @@ class Judge:
         for form in forms.EAGER:
             for name, tensor in _eager(case, state, x, dv, form).items():
                 error = absolute_error(tensor, self.reference[name], self.norms[name])
+                if not math.isfinite(error):
+                    raise OverflowError(
+                        f"eager PyTorch's {name} on {kind} input is not finite in {dtype}: no error can be allowed"
+                    )
                 self.eager_error[name] = max(self.eager_error[name], error)
 
     def check(self, outcome: Outcome) -> list[results.Check]:
@@ -67,17 +75,24 @@ class Judge:
             error = float("inf") if tensor is None else absolute_error(tensor, reference, norm)
             label = name.partition(".")[0]
             allowed = allowed_error(self.eager_error[name], reference, self.dtype, norm, self.shares[name])
-            judged = check(self.kind, label, error, self.eager_error[name], allowed, norm)
+            judged = check(self.kind, label, error, self.eager_error[name], allowed, norm, self.samples)
             by_tensor.setdefault(label, []).append(judged)
         return [max(checks, key=_excess) for checks in by_tensor.values()]
 
 
 def check(
-    kind: str, tensor: str, error: float, eager_error: float, allowed: float, norm: str = LARGEST
+    kind: str,
+    tensor: str,
+    error: float,
+    eager_error: float,
+    allowed: float,
+    norm: str = LARGEST,
+    samples: int | None = None,
 ) -> results.Check:
-    """The verdict on one tensor's error on the input named `kind`."""
+    """The verdict on one tensor's error on the input named `kind`, of which `samples` were checked."""
     finite = error if math.isfinite(error) else None
-    return results.Check(kind, tensor, finite, eager_error, allowed, error <= allowed, norm)
+    passed = finite is not None and finite <= allowed
+    return results.Check(kind, tensor, finite, eager_error, allowed, passed, norm, samples)
 
 
 def absolute_error(y: Tensor, reference: Tensor, norm: str = LARGEST) -> float:

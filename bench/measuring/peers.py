@@ -1,4 +1,4 @@
-"""The peers written out in plain PyTorch: the classic class, the paper's unit and SKNet-50."""
+"""The peers written out in plain PyTorch: the classic class, both units in few passes, and SKNet-50."""
 
 from __future__ import annotations
 
@@ -41,6 +41,28 @@ class ClassicSKConv(nn.Module):
         attention = torch.cat([fc(fea_z).unsqueeze_(dim=1) for fc in self.fcs], dim=1)
         attention = self.softmax(attention).unsqueeze(-1).unsqueeze(-1)
         return (feas * attention).sum(dim=1)
+
+
+class ClassicUnit(ClassicSKConv):
+    """The classic class's unit in the fewest passes that plain PyTorch allows: no copy of the branches, no sum of them.
+
+    Parameters and arguments are `ClassicSKConv`'s.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [conv(x) for conv in self.convs]
+        # The mean of the sum is the sum of the means, which writes no tensor of its size.
+        pooled = branches[0].mean((2, 3))
+        for branch in branches[1:]:
+            pooled = pooled + branch.mean((2, 3))
+        z = self.fc(pooled)
+        weights = self.softmax(torch.stack([fc(z) for fc in self.fcs], dim=1))[..., None, None]
+        if self.M == 2:  # the two weights add up to 1: one operator in place of two
+            return torch.lerp(branches[1], branches[0], weights[:, 0])
+        out = branches[0] * weights[:, 0]
+        for i, branch in enumerate(branches[1:], start=1):
+            out = torch.addcmul(out, branch, weights[:, i])
+        return out
 
 
 class _ConvNorm(nn.Module):

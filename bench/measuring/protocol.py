@@ -20,6 +20,8 @@ import torch
 from sk_triton.environment import MissingPackageError
 
 from .. import results
+from ..problems import in_one_line
+from ..results import Budget
 
 Call = Callable[[], object]
 
@@ -104,16 +106,6 @@ def timer_for(device: torch.device) -> Timer:
     return CudaTimer(device) if device.type == "cuda" else CpuTimer()
 
 
-@dataclass(frozen=True)
-class Budget:
-    """How long one case is measured, all its providers together. Seconds, and rounds of one turn each."""
-
-    warmup_seconds: float = 0.3
-    seconds: float = 2.0
-    min_rounds: int = 7
-    max_rounds: int = 100
-
-
 QUICK = Budget(warmup_seconds=0.2, seconds=1.0, min_rounds=5)
 
 
@@ -183,10 +175,7 @@ def failure(error: Exception) -> tuple[str, str]:
     cause: BaseException | None = error
     while cause is not None and not is_out_of_memory(cause):
         cause = cause.__cause__ or cause.__context__
-    shown = cause or error
-    lines = str(shown).strip().splitlines()
-    message = f"{type(shown).__name__}: {lines[0] if lines else ''}".rstrip(": ")
-    return (results.OUT_OF_MEMORY if cause else results.FAILED), message
+    return (results.OUT_OF_MEMORY if cause else results.FAILED), in_one_line(cause or error)
 
 
 NO_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")

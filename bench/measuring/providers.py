@@ -14,7 +14,17 @@ from ..shapes import CLASSIC, PAPER, SKNET50, TRAINING, Case, network_shape
 from . import forms
 from .forms import Form
 from .inputs import KINDS, make_input
-from .sources import ClassicClass, Ours, PlainPaper, Source, Timm, forced_schedules, saving_input, yardstick
+from .sources import (
+    ClassicClass,
+    Ours,
+    PlainClassic,
+    PlainPaper,
+    Source,
+    Timm,
+    forced_schedules,
+    saving_input,
+    yardstick,
+)
 
 State = dict[str, Tensor]
 
@@ -32,7 +42,7 @@ value that a rounding takes across it changes all gradients by up to half their 
 from a mistake."""
 
 PEERS: dict[str, tuple[Source, ...]] = {
-    CLASSIC: (ClassicClass(),),
+    CLASSIC: (ClassicClass(), PlainClassic()),
     PAPER: (Timm(), PlainPaper()),
     SKNET50: (PlainPaper(),),
 }
@@ -69,13 +79,11 @@ def competitors(
     """Everyone who competes in a case on a device type ("cpu" or "cuda").
 
     Args:
-        quick: one peer, fewer forms.
+        quick: the same peers in fewer forms, those that compile least; `coverage` names the others.
         revisions: sk_triton at other revisions.
         every_form: compiled peers on the CPU too, and "max-autotune" everywhere; minutes for each shape.
     """
     peers = PEERS.get(case.subject, (Timm(),))
-    if quick:
-        peers = peers[:1]
     ours: list[Source] = [Ours(), *revisions]
     if device_type == "cpu":
         peer_forms = (*forms.EAGER, *forms.COMPILED, *forms.MAX_AUTOTUNED) if every_form else forms.EAGER
@@ -101,7 +109,10 @@ def _gpu_forms(case: Case, quick: bool, every_form: bool) -> Sequence[Form]:
     """A peer's forms. The fastest must be among them; compiling takes seconds for a unit, minutes for a network."""
     if every_form:
         return tuple(forms.EVERY.values())
-    if quick or case.axis is not None:
+    if quick:
+        # One compilation of each peer: in a graph, where compiled code is fastest.
+        return (*forms.EAGER, *forms.GRAPHS, forms.COMPILED_GRAPHS[1])
+    if case.axis is not None:
         return (*forms.EAGER, *forms.COMPILED, *forms.GRAPHS)
     if case.is_network:
         return (*forms.EAGER, *forms.COMPILED, *forms.GRAPHS, forms.COMPILED_GRAPHS[1])

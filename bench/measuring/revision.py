@@ -14,7 +14,7 @@ from pathlib import Path
 
 from sk_triton import environment
 
-from ..results import PEER
+from ..results import REVISION
 from .sources import Ours
 
 FOLDERS = ("sk_triton", "kernels")
@@ -26,10 +26,9 @@ class RevisionError(Exception):
 
 @contextmanager
 def revision_source(revision: str, repository: Path | None = None) -> Iterator[Ours]:
-    """The package at `revision` as a peer of the one that is installed; its copy lasts as long as the context.
+    """The package at `revision` beside the one that is installed; its copy lasts as long as the context.
 
-    Its imports are relative, so that it runs under any name beside the installed one. It is a peer: the fastest
-    peer's bar may be that of the other revision.
+    Its imports are relative, so that it runs under any name beside the installed one.
 
     Raises:
         RevisionError: no git checkout, an unknown revision, or one that does not import.
@@ -66,7 +65,7 @@ def _source(name: str, commit: str, revision: str) -> Ours:
             f"revision {revision!r} does not import: {type(error).__name__}: {error}"
         ) from error
     label = f"sk_triton at {commit}" + ("" if commit.startswith(revision) else f" ({revision})")
-    return Ours(f"rev-{commit}", label, role=PEER, package=module)
+    return Ours(f"rev-{commit}", label, role=REVISION, package=module)
 
 
 def _git(root: Path, *arguments: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
@@ -50,8 +50,8 @@ class Request:
 
 
 @dataclass
-class _Course:
-    """A suite while it runs."""
+class _SuiteRun:
+    """A suite while it runs. `wanted`: its cases, and those that `earlier` was asked for and left."""
 
     request: Request
     stamp: Stamp
@@ -60,15 +60,18 @@ class _Course:
     records: list[results.Record]
     ceilings: results.Ceilings | None = None
     notes: list[str] = field(default_factory=list)
+    wanted: list[Case] = field(default_factory=list)
     cases_left: int = 0
 
     def results(self, interrupted: bool) -> results.Results:
         """What is known by now, judged."""
-        notes = list(self.notes)
-        if self.cases_left:
-            notes.append(f"{results.TIME_LIMIT}: {self.cases_left} cases left unmeasured")
+        unmeasured = self._unmeasured()
+        notes = [*self.notes, *_lasting_notes(self.earlier)]
+        if unmeasured:
+            notes.append(f"{results.TIME_LIMIT} or interrupt: {len(unmeasured)} cases left unmeasured")
         if self.clocks.unavailable and self.request.device.type == "cuda":
             notes.append(f"no clock log: {self.clocks.unavailable}")
+        notes += _partly_checked(self.records)
         return judged(
             results.Results(
                 self.request.suite,
@@ -79,9 +82,34 @@ class _Course:
                 clocks=(*(self.earlier.clocks if self.earlier else ()), *self.clocks.samples),
                 tests=self.request.tests,
                 interrupted=interrupted,
-                notes=tuple(notes),
+                notes=tuple(dict.fromkeys(notes)),
+                budget=self.request.budget,
+                unmeasured=unmeasured,
             )
         )
+
+    def _unmeasured(self) -> tuple[Case, ...]:
+        finished = results.by_case(results.finished_cases(self.records, self.request.budget.min_rounds))
+        return tuple(case for case in self.wanted if case not in finished)
+
+
+def _lasting_notes(earlier: results.Results | None) -> list[str]:
+    """Of an earlier run's notes those that are not made anew."""
+    made_anew = (results.TIME_LIMIT, results.PARTLY_CHECKED)
+    return [note for note in earlier.notes if not note.startswith(made_anew)] if earlier else []
+
+
+def _partly_checked(records: Sequence[results.Record]) -> list[str]:
+    """A note for each case of which float64 fitted for a part of the batch alone."""
+    notes = []
+    for case, rows in results.by_case(list(records)).items():
+        samples = [check.samples for row in rows for check in row.checks if check.samples is not None]
+        if samples and min(samples) < case.batch:
+            notes.append(
+                f"{results.PARTLY_CHECKED}: {min(samples)} of {case.batch} samples, since float64 of all of them does "
+                f"not fit: {case.title}"
+            )
+    return notes
 
 
 def measure_suite(
@@ -93,80 +121,116 @@ def measure_suite(
     """The suite's results, and how many of its cases the time limit left.
 
     Args:
-        earlier: results under the same stamp and seed, whose finished cases are kept.
+        earlier: results under the same stamp, seed and budget, whose finished cases are kept; of "host", which is
+            measured as a whole, nothing is.
         checkpoint: receives all there is after each case, marked as interrupted, so that even a killed process leaves
             its results.
 
     Ctrl-C ends it early: `interrupted` is set, and what was measured is kept.
     """
+    if request.suite == HOST:
+        earlier = None
     kept = results.finished_cases(earlier.records, request.budget.min_rounds) if earlier else []
-    course = _Course(request, take_stamp(request.device), ClockLog(request.device), earlier, kept)
+    suite_run = _SuiteRun(request, take_stamp(request.device), ClockLog(request.device), earlier, kept)
+    measure = _measure_host if request.suite == HOST else _measure_cases
     interrupted = False
     try:
-        if request.suite == HOST:
-            _measure_host(course, console)
-        else:
-            _measure_cases(course, console, lambda: checkpoint(course.results(interrupted=True)))
+        measure(suite_run, console, lambda: checkpoint(suite_run.results(interrupted=True)))
     except KeyboardInterrupt:
         interrupted = True
-    return course.results(interrupted), course.cases_left
+    return suite_run.results(interrupted), suite_run.cases_left
 
 
 def reusable(path: Path, request: Request) -> results.Results | None:
-    """What an earlier run of the same suite on the same machine, software and seed left at `path`."""
-    try:
-        earlier = results.read(path)
-    except ValueError:
+    """What an earlier run of the same suite left at `path`; None if nothing did.
+
+    Raises:
+        ValueError: it cannot be read, or was measured on another machine, by other software, or in another way; the
+            message says what differs.
+    """
+    if not path.exists():
         return None
-    same_stamp = earlier.stamp.measures_like(take_stamp(request.device))
-    return earlier if same_stamp and (earlier.suite, earlier.seed) == (request.suite, request.seed) else None
+    earlier = results.read(path)
+    differing = earlier.stamp.changes(take_stamp(request.device))
+    for name, before, now in (
+        ("suite", earlier.suite, request.suite),
+        ("seed", earlier.seed, request.seed),
+        *_budget_changes(earlier.budget, request.budget),
+    ):
+        differing += [f"{name} {before!r}, now {now!r}"] if before != now else []
+    if differing:
+        raise ValueError(f"{path} was measured under another setting ({'; '.join(differing)})")
+    return earlier
 
 
-def _measure_host(course: _Course, console: Console) -> None:
-    request = course.request
-    course.records = []
-    setting = _setting(course)
+def _budget_changes(
+    before: protocol.Budget | None, now: protocol.Budget
+) -> list[tuple[str, float | None, float]]:
+    """Each part of a case's budget, before and now."""
+    return [
+        (f"{part.name} of a case", getattr(before, part.name, None), getattr(now, part.name))
+        for part in fields(now)
+    ]
+
+
+def _measure_host(suite_run: _SuiteRun, console: Console, checkpoint: Callable[[], object]) -> None:
     with console.status("host time") as status:
-        for record in host.measure(setting, request.revisions):
-            course.records.append(record)
-            status.update(f"host time: {len(course.records)} measured")
+        for record in host.measure(_setting(suite_run), suite_run.request.revisions):
+            suite_run.records.append(record)
+            status.update(f"host time: {len(suite_run.records)} measured")
+            checkpoint()
 
 
-def _measure_cases(course: _Course, console: Console, checkpoint: Callable[[], object]) -> None:
-    request = course.request
+def _measure_cases(suite_run: _SuiteRun, console: Console, checkpoint: Callable[[], object]) -> None:
+    request, earlier = suite_run.request, suite_run.earlier
     every = list(SUITES[request.suite](request.choice))
-    setting = _setting(course)
-    measured = {case: {r.key for r in records} for case, records in results.by_case(course.records).items()}
+    suite_run.wanted = list(dict.fromkeys((*every, *(earlier.unmeasured if earlier else ()))))
+    setting = _setting(suite_run)
+    _drop_other_revisions(suite_run, console)
+    measured = {
+        case: {r.key for r in records} for case, records in results.by_case(suite_run.records).items()
+    }
     # Anew where others are to compete than did: further forms, another revision.
     cases = [
         case for case in every if not {p.key for p in setting.competitors(case)} <= measured.get(case, set())
     ]
-    course.records = [record for record in course.records if record.case not in {*cases}]
-    course.ceilings = request.ceilings or (course.earlier.ceilings if course.earlier else None)
-    known = tuple(course.ceilings.matrix_flop_per_s) if course.ceilings else ()
+    suite_run.records = [record for record in suite_run.records if record.case not in {*cases}]
+    suite_run.ceilings = request.ceilings or (earlier.ceilings if earlier else None)
+    known = tuple(suite_run.ceilings.matrix_flop_per_s) if suite_run.ceilings else ()
     wanted = tuple(dict.fromkeys((*known, *(case.dtype for case in every))))
     if cases and set(wanted) != set(known):
         with console.status("copy bandwidth and matrix rate"):
-            course.ceilings = measure_ceilings(request.device, wanted)
+            suite_run.ceilings = measure_ceilings(request.device, wanted)
     start, slowest = time.monotonic(), 0.0
     with case_progress(console, len(cases)) as report:
         for index, case in enumerate(cases):
             began = time.monotonic()
             if request.time_limit is not None and index and began - start + slowest > request.time_limit:
-                course.cases_left = len(cases) - index
+                suite_run.cases_left = len(cases) - index
                 return
-            run_case(case, setting, course.records, partial(report, index, case.title))
+            run_case(case, setting, suite_run.records, partial(report, index, case.title))
             slowest = max(slowest, time.monotonic() - began)
             checkpoint()
             trouble = device_trouble(request.device)
             if trouble:
-                course.notes.append(f"the GPU failed in {case.title}, which ends this process: {trouble}")
-                course.cases_left = len(cases) - index - 1
+                suite_run.notes.append(f"the GPU failed in {case.title}, which ends this process: {trouble}")
+                suite_run.cases_left = len(cases) - index - 1
                 return
 
 
-def _setting(course: _Course) -> Setting:
-    request = course.request
+def _drop_other_revisions(suite_run: _SuiteRun, console: Console) -> None:
+    """Leaves out what an earlier run measured of revisions that this one does not name, and says so."""
+    named = {revision.key for revision in suite_run.request.revisions}
+    others = [r for r in suite_run.records if r.role == results.REVISION and r.source not in named]
+    for label in dict.fromkeys(record.source_label for record in others):
+        console.print(
+            f"left out: {label}, measured earlier and not named by --compare", markup=False, style="yellow"
+        )
+    suite_run.records = [record for record in suite_run.records if record not in others]
+
+
+def _setting(suite_run: _SuiteRun) -> Setting:
+    request = suite_run.request
 
     def chosen(case: Case) -> Sequence:
         quick = request.choice.quick
@@ -178,7 +242,7 @@ def _setting(course: _Course) -> Setting:
         competitors=chosen,
         timer=protocol.timer_for(request.device),
         budget=request.budget,
-        on_round=course.clocks.tick,
+        on_round=suite_run.clocks.tick,
     )
 
 

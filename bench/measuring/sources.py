@@ -19,7 +19,7 @@ from sk_triton.save import Save
 from .. import results
 from ..export import SAVING_INPUT
 from ..shapes import CLASSIC, MIN_GATE_WIDTH, PAPER, REDUCTION, SKNET50, SKRESNEXT50, Case, Shape
-from .peers import ClassicSKConv, PaperUnit, SKNet50
+from .peers import ClassicSKConv, ClassicUnit, PaperUnit, SKNet50
 from .protocol import NotApplicableError
 
 
@@ -55,6 +55,16 @@ class ClassicClass(Source):
 
     def module(self, case: Case) -> nn.Module:
         return ClassicSKConv(case.shape.channels, **_classic_settings(case.shape))
+
+
+class PlainClassic(Source):
+    """The classic class's unit in plain PyTorch."""
+
+    key = "plain-classic"
+    label = "plain PyTorch"
+
+    def module(self, case: Case) -> nn.Module:
+        return ClassicUnit(case.shape.channels, **_classic_settings(case.shape))
 
 
 class PlainPaper(Source):

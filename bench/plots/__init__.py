@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from matplotlib.figure import Figure
 
@@ -16,12 +17,14 @@ from . import host, memory, networks, roofline, scaling, several, speedup, style
 from .selection import Groups
 
 Picture = Callable[[], Figure]
+Kept = TypeVar("Kept")
 PASSES = "passes"
+THROUGHPUT = "throughput"
 
 Draw = Callable[[Results, Groups, bool], Figure]
 DRAWINGS: dict[str, dict[str, Draw]] = {
-    "layer": {"speed": speedup.draw, "throughput": throughput.draw},
-    "train": {"speed": speedup.draw, "throughput": throughput.draw, "memory": memory.draw},
+    "layer": {"speed": speedup.draw, THROUGHPUT: throughput.draw},
+    "train": {"speed": speedup.draw, THROUGHPUT: throughput.draw, "memory": memory.draw},
     "model": {"images": networks.draw},
     "sweep": {"time": sweep.draw},
     "host": {"calls": host.draw},
@@ -44,6 +47,8 @@ def pictures(run: Results, all_forms: bool = False) -> dict[str, Picture]:
     found: dict[str, Picture] = {}
     for kind, draw in DRAWINGS[run.suite].items():
         for name, groups in _groups(run, by_subject=run.suite != "model").items():
+            if kind == THROUGHPUT and len({case.batch for case in groups}) == 1:
+                continue  # a line needs two points
             found[f"{kind}-{name}"] = partial(draw, run, groups, all_forms)
     if run.suite in ("layer", "train") and run.ceilings is not None:
         for name, groups in _groups(run, by_subject=False).items():
@@ -53,28 +58,48 @@ def pictures(run: Results, all_forms: bool = False) -> dict[str, Picture]:
     return found
 
 
-def save_plots(run: Results, folder: Path, stem: str | None = None, all_forms: bool = False) -> list[Path]:
-    """Draws a run into `folder`, PNG files 1650 px wide named `stem` and what they show; returns their paths.
+def save_plots(
+    run: Results, folder: Path, stem: str | None = None, all_forms: bool = False
+) -> Iterator[tuple[str, Path | Exception]]:
+    """Draws a run into `folder`, PNG files 1650 px wide named `stem` and what they show; yields as `drawn`.
 
     Without `stem` the suite and the device type name them.
+
+    Raises:
+        ValueError: a suite that has no pictures.
     """
     stem = stem or f"{run.suite}-{run.stamp.device_type}"
-    drawn = pictures(run, all_forms)
-    return [save_picture(draw(), folder / f"{stem}-{name}.png") for name, draw in drawn.items()]
+    return _saved({f"{stem}-{name}": draw for name, draw in pictures(run, all_forms).items()}, folder)
 
 
-def save_comparisons(runs: Sequence[Results], folder: Path) -> list[Path]:
-    """Draws sk_triton in several runs side by side, for the cases that they share; returns the paths, maybe none."""
+def save_comparisons(runs: Sequence[Results], folder: Path) -> Iterator[tuple[str, Path | Exception]]:
+    """Draws sk_triton in several runs side by side, for the cases that they share, maybe none; yields as `drawn`."""
     best = several.shared_cases(runs)
-    paths = []
+    found: dict[str, Picture] = {}
     for subject, dtype, direction in dict.fromkeys((c.subject, c.dtype, c.direction) for c in best):
         chosen = {
             c: r for c, r in best.items() if (c.subject, c.dtype, c.direction) == (subject, dtype, direction)
         }
-        paths.append(
-            save_picture(several.draw(runs, chosen), folder / f"comparison-{subject}-{direction}-{dtype}.png")
-        )
-    return paths
+        found[f"comparison-{subject}-{direction}-{dtype}"] = partial(several.draw, runs, chosen)
+    return _saved(found, folder)
+
+
+def drawn(
+    found: Mapping[str, Picture], keep: Callable[[str, Figure], Kept]
+) -> Iterator[tuple[str, Kept | Exception]]:
+    """Draws one picture after another; yields each name with what `keep` makes of the figure, or with the error that
+    it failed by: that one picture cannot be drawn must not cost the others."""
+    for name, draw in found.items():
+        kept: Kept | Exception
+        try:
+            kept = keep(name, draw())
+        except Exception as error:
+            kept = error
+        yield name, kept
+
+
+def _saved(found: Mapping[str, Picture], folder: Path) -> Iterator[tuple[str, Path | Exception]]:
+    return drawn(found, lambda name, figure: save_picture(figure, folder / f"{name}.png"))
 
 
 def save_picture(figure: Figure, path: Path) -> Path:

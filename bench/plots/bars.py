@@ -29,7 +29,7 @@ class Bar:
     """One bar; without a height the record's status stands in its place.
 
     low, high: ends of the line for its spread; inner: height of a second, fuller bar inside; face: a colour other than
-    the source's.
+    the source's; absent: what stands in the place of a height where the status is "ok".
     """
 
     record: Record
@@ -40,6 +40,7 @@ class Bar:
     important: bool = False
     inner: float | None = None
     face: str | None = None
+    absent: str = "not measured"
 
     @property
     def top(self) -> float:
@@ -73,7 +74,7 @@ def draw_bars(ax: Axes, groups: Sequence[Sequence[Bar]], axes_width: float) -> N
         for index, bar in enumerate(bars):
             middle = left + (index + 0.5) * share
             if bar.height is None:
-                _draw_status(ax, middle, bar.record)
+                _draw_status(ax, middle, bar)
                 continue
             _draw_bar(ax, middle, share * 0.92, bar)
             if width >= NARROWEST or is_flat or bar.important:
@@ -113,10 +114,11 @@ def _draw_number(ax: Axes, middle: float, bar: Bar, is_flat: bool) -> None:
     )
 
 
-def _draw_status(ax: Axes, middle: float, record: Record) -> None:
-    alarming = record.status in (results.WRONG, results.FAILED)
+def _draw_status(ax: Axes, middle: float, bar: Bar) -> None:
+    status = bar.record.status
+    alarming = status in (results.WRONG, results.FAILED)
     ax.annotate(
-        STATUS_WORDS.get(record.status, record.status),
+        bar.absent if status == results.OK else STATUS_WORDS[status],
         (middle, 0),
         (0, 4),
         xycoords=("data", "axes fraction"),

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .. import results
+from .. import coverage, results
 from ..export import comparisons, speed_summary, three_digits
 from ..results import Record, Results
 from ..shapes import STAGES, TRAINING, Case, Shape, subject_title
+from ..suites import HOST
 from .card import Words
 
 CPU_NOTICE = "Measured on a CPU, where sk_triton runs PyTorch operators. Its kernels need a GPU."
+HOST_NOTICE = (
+    "Measured on a CPU: Triton schedules are called with their launches stubbed out, so that no kernel runs; "
+    "everything else runs PyTorch operators."
+)
 OBJECTIONS_SHOWN = 2
 STATUS_WORDS = {
     results.WRONG: "wrong",
@@ -39,22 +44,44 @@ class Clock:
 
 
 def words(run: Results, title: str, reading: str, cases: list[Case], *, with_takeaway: bool = False) -> Words:
-    """The text of a picture of some cases of one dtype. `reading` says which way is better and what a mark means."""
+    """The text of a picture of some cases of one dtype. `reading` says which way is better and what a mark means.
+
+    The takeaway names what was not measured of the peers; the footer has notes on these cases alone.
+    """
     takeaway = None
     if with_takeaway and run.sound:
         compared = [comparison for comparison in comparisons(run) if comparison.case in cases]
         summary = speed_summary(compared)
         if summary:
-            takeaway = f"sk_triton: {summary}"
+            left_out = coverage.headline(run, cases)
+            takeaway = f"sk_triton: {summary}" + (f"; not measured: {left_out}" if left_out else "")
             reading += " · headline: geometric mean"
+        if any(comparison.is_ours_alone_in_graph for comparison in compared):
+            reading += " · *: sk_triton in a CUDA graph, the fastest measured peer not"
+    left_out = coverage.sentence(run, cases)
     dtypes = ", ".join(dict.fromkeys(case.dtype for case in cases))
     return Words(
         title=title,
         subtitle=f"{device(run)} · {dtypes} · {reading}",
-        footer=[stamp(run), *([note] for note in run.notes)],
+        footer=[stamp(run), *([line] for line in (*_notes(run, cases), *([left_out] if left_out else ())))],
         takeaway=takeaway,
         notices=notices(run),
     )
+
+
+def _notes(run: Results, cases: list[Case]) -> list[str]:
+    """Where the cases are from, if not from the run of the stamp, and the run's notes but for those on other cases."""
+    ours: dict[str, list[str]] = {}
+    peers: dict[str, list[str]] = {}
+    here = [(case, records) for case, records in results.by_case(run.records).items() if case in cases]
+    for case, records in here:
+        own = {record.commit for record in records if record.role != results.PEER}
+        for commit in dict.fromkeys(record.commit for record in records if record.commit):
+            (ours if commit in own else peers).setdefault(commit, []).append(case.short_title)
+    found = [f"at {commit}: {', '.join(titles)}" for commit, titles in ours.items()]
+    found += [f"peers that were faster at {commit}: {', '.join(titles)}" for commit, titles in peers.items()]
+    elsewhere = {record.commit for record in run.records if record.commit} - {*ours, *peers}
+    return found + [note for note in run.notes if note.partition(":")[0] not in elsewhere]
 
 
 def unit_title(case: Case) -> str:
@@ -90,7 +117,7 @@ def notices(run: Results) -> list[tuple[str, str]]:
     """What a reader must know before looking at the data: kind of badge and its text."""
     found = []
     if run.stamp.device_type == "cpu":
-        found.append(("cpu", CPU_NOTICE))
+        found.append(("cpu", HOST_NOTICE if run.suite == HOST else CPU_NOTICE))
     if not run.sound:
         shown = "; ".join(run.objections[:OBJECTIONS_SHOWN])
         more = len(run.objections) - OBJECTIONS_SHOWN

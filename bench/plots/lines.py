@@ -50,11 +50,13 @@ def draw_form(ax: Axes, records: Sequence[Record], position: Position, measure: 
 
 
 def draw_floor(ax: Axes, records: Sequence[Record], position: Position, measure: Measure) -> None:
-    """The memory floor as a dashed limit."""
+    """The memory floor as a dashed limit; a single point as a mark."""
     timed = [record for record in records if record.timing]
+    if not timed:
+        return
     xs = [position(record) for record in timed]
     ys = [measure(record, record.timing.median_ms) for record in timed if record.timing]
-    ax.plot(xs, ys, zorder=2.5, **FLOOR_LINE)
+    ax.plot(xs, ys, zorder=2.5, **FLOOR_LINE, marker="_" if len(xs) == 1 else "")
 
 
 def scale_x(ax: Axes, values: Sequence[float], labels: dict[float, str] | None = None) -> None:

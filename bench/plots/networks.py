@@ -36,7 +36,7 @@ def draw(run: Results, groups: Groups, all_forms: bool) -> Figure:
     first = next(iter(groups))
     reading = "higher is faster · number: images per second; line: 20 % to 80 % quantile"
     if run.sound:
-        reading += " · below: sk_triton's speed, fastest peer = 1x"
+        reading += " · below: sk_triton's speed, fastest measured peer = 1x"
     text = words(run, f"Whole networks, {direction(first)}", reading, list(groups), with_takeaway=True)
     figure, rows = draw_card(text, bar_legends(r for records in chosen.values() for r in records), grid)
     compared = {comparison.case: comparison for comparison in comparisons(run)}

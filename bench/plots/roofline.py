@@ -22,7 +22,7 @@ from .selection import Groups
 
 PANEL_HEIGHT = 1.9
 SMALLEST, LARGEST = 3.0, 8.0
-"""Markers of the smallest and the largest batch, in points."""
+"""Markers of the smallest and the largest batch, in points; of one batch alone the latter."""
 
 
 def intensity(case: Case) -> float:
@@ -97,7 +97,7 @@ def _draw_points(ax: Axes, groups: Groups, batches: list[int]) -> None:
     ax.set_xscale("log", base=2)
     ax.set_yscale("log")
     for case, records in groups.items():
-        share = batches.index(case.batch) / max(len(batches) - 1, 1)
+        share = batches.index(case.batch) / (len(batches) - 1) if len(batches) > 1 else 1.0
         for record in _points(records):
             ax.plot(
                 intensity(case), rate(record), marker="o", markersize=SMALLEST + (LARGEST - SMALLEST) * share,

@@ -15,7 +15,7 @@ from . import style
 from .captions import Clock, unit_title, words
 from .card import Grid, draw_card
 from .lines import scale_bytes, scale_numbers, scale_x
-from .selection import Groups, line_legends, line_width, series, shown
+from .selection import Groups, line_legends, line_width, peak_in_channels_last, series, shown
 
 PANEL_HEIGHT = 2.0
 Measure = Callable[[Record], float | None]
@@ -36,21 +36,27 @@ def fit_exponent(values: Sequence[float], measures: Sequence[float]) -> tuple[fl
 
 
 def draw(run: Results, groups: Groups, all_forms: bool) -> Figure:
-    """A column for each axis; time above, memory below. Exponents stand in each panel."""
+    """A column for each axis; time above, memory below. Exponents stand in each panel.
+
+    Memory is that of the form in channels_last with the least peak: the fastest may be a graph, which is not weighed.
+    """
     names = list(dict.fromkeys(case.axis for case in groups if case.axis))
-    chosen = {case: shown(records, all_forms) for case, records in groups.items()}
-    every = [record for records in chosen.values() for record in records]
-    clock = Clock.for_records(every)
-    rows: list[tuple[str, Measure, Callable[[Axes], None]]] = [
-        (f"{clock.name} per call", lambda record: _time(record, clock), scale_numbers)
+    timed = {case: shown(records, all_forms) for case, records in groups.items()}
+    weighed = {case: shown(records, all_forms, peak_in_channels_last) for case, records in groups.items()}
+    clock = Clock.for_records([record for records in timed.values() for record in records])
+    rows: list[tuple[str, Groups, Measure, Callable[[Axes], None]]] = [
+        (f"{clock.name} per call", timed, lambda record: _time(record, clock), scale_numbers)
     ]
-    if any(record.memory for record in every):
-        rows.append(("peak memory", _memory, scale_bytes))
+    if any(record.memory for records in weighed.values() for record in records):
+        rows.append(("peak memory", weighed, _memory, scale_bytes))
+    every = [record for _, chosen, *_ in rows for records in chosen.values() for record in records]
     grid = Grid((PANEL_HEIGHT,) * len(rows), len(names), left=0.66, gap=0.56, below=0.46)
     reading = "lower is better; both axes logarithmic · dashed: fitted power, its exponent in the panel; 1 is linear"
+    if len(rows) > 1:
+        reading += " · memory: the least peak in channels_last, out of CUDA graphs"
     text = words(run, f"{unit_title(next(iter(groups)))}: how cost grows", reading, list(groups))
-    figure, panels = draw_card(text, line_legends(every, floor=False), grid)
-    for axes, (label, measure, scale) in zip(panels, rows, strict=True):
+    figure, panels = draw_card(text, line_legends(every, floor=None), grid)
+    for axes, (label, chosen, measure, scale) in zip(panels, rows, strict=True):
         for ax, name in zip(axes, names, strict=True):
             style.dress(ax, f"{label}, by {name}", grid="both")
             _draw_panel(ax, [records for case, records in chosen.items() if case.axis == name], measure)

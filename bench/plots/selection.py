@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from matplotlib.lines import Line2D
@@ -16,10 +16,21 @@ from . import style
 from .card import Entry
 
 Groups = dict[Case, list[Record]]
+Key = Callable[[Record], float | None]
+"""What is drawn of a record, the least of it being best; None for a record that has none."""
 
 
-def shown(records: list[Record], all_forms: bool) -> list[Record]:
-    """The records of one case to show: each source's fastest form, or everything.
+def median_ms(record: Record) -> float | None:
+    return record.timing.median_ms if record.timing else None
+
+
+def peak_in_channels_last(record: Record) -> float | None:
+    """Of one memory format alone: a conversion to the other is not the unit's memory."""
+    return record.memory.peak_bytes if record.memory and style.CHANNELS_LAST in record.form else None
+
+
+def shown(records: list[Record], all_forms: bool, key: Key = median_ms) -> list[Record]:
+    """The records of one case to show: each source's best form by what is drawn, or everything.
 
     Forced schedules stand beside sk_triton's own choice only where everything is shown; what saves the input alone
     always does, for its memory. The floor is no competitor.
@@ -30,7 +41,7 @@ def shown(records: list[Record], all_forms: bool) -> list[Record]:
     if any(record.source == SK_TRITON for record in competing):
         competing = [record for record in competing if not _is_forced(record)]
     sources = dict.fromkeys(record.source for record in competing)
-    return [_best([record for record in competing if record.source == source]) for source in sources]
+    return [_best([record for record in competing if record.source == source], key) for source in sources]
 
 
 def _is_forced(record: Record) -> bool:
@@ -53,15 +64,15 @@ def bar_legends(records: Iterable[Record]) -> list[list[Entry]]:
     return [_entries(sources), _form_entries(records, is_line=False)]
 
 
-def line_legends(records: Iterable[Record], floor: bool) -> list[list[Entry]]:
-    """Colours name the sources in one line, markers the forms in the next."""
+def line_legends(records: Iterable[Record], floor: Record | None) -> list[list[Entry]]:
+    """Colours name the sources in one line, markers the forms in the next; `floor`: a record of it, if it is drawn."""
     records = list(records)
     sources = {
         record.source_label: Line2D([], [], color=style.colour(record.source), linewidth=line_width(record))
         for record in records
     }
     if floor:
-        sources["memory limit: copy of the input"] = Line2D([], [], **FLOOR_LINE)
+        sources[floor.source_label] = Line2D([], [], **FLOOR_LINE)
     return [_entries(sources), _form_entries(records, is_line=True)]
 
 
@@ -76,8 +87,9 @@ def line_width(record: Record) -> float:
     return 2.4 if record.ours else 1.4
 
 
-def _best(records: list[Record]) -> Record:
-    return results.fastest_ours(records) or results.fastest_peer(records) or records[0]
+def _best(records: list[Record], key: Key) -> Record:
+    drawn = [(value, index) for index, record in enumerate(records) if (value := key(record)) is not None]
+    return records[min(drawn)[1]] if drawn else records[0]
 
 
 def _form_entries(records: list[Record], is_line: bool) -> list[Entry]:

@@ -13,13 +13,13 @@ def label_speed(
 ) -> None:
     """Writes the speed at `x` (data) and `y` (share of the panel's height), `points` away: blue a gain, red a loss.
 
-    A difference within the noise is called that.
+    A difference within the noise is called that; a speed that sk_triton alone reached in a CUDA graph has an asterisk.
     """
     if comparison is None or comparison.speedup is None:
         return
     if comparison.is_beyond_noise:
         text, tone = (
-            ratio(comparison.speedup),
+            ratio(comparison.speedup) + "*" * comparison.is_ours_alone_in_graph,
             style.ALARM if comparison.is_loss else style.colour("ours"),
         )
     else:

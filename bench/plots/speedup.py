@@ -55,7 +55,7 @@ def _bars(run: Results, records: list[Record], chosen: list[Record], clock: Cloc
     for record in chosen:
         timing = record.timing
         if timing is None or (run.sound and base is None):
-            bars.append(Bar(record, None))
+            bars.append(Bar(record, None, absent="no peer" if timing else "not measured"))
             continue
         low, middle, high = timing.q20_ms, timing.median_ms, timing.q80_ms
         if run.sound and base is not None:

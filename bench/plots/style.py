@@ -18,6 +18,8 @@ FAMILY_COLOURS = {
     "rev": "#D55E00",
     "copy": "#57606a",
 }
+PLAIN = {"plain-classic": "paper"}
+"""Plain PyTorch has one colour, whichever unit it computes."""
 # Forced schedules, and the other choice of what to save, keep sk_triton's hue, lightened.
 SCHEDULE_TINTS = {
     "store": 0.16,
@@ -27,7 +29,6 @@ SCHEDULE_TINTS = {
     "merged": 0.45,
     "resident": 0.58,
     "library": 0.7,
-    "folded": 0.8,
 }
 PEAK_TINT = 0.6
 """White in the colour of a peak, around what is saved of it."""
@@ -85,7 +86,7 @@ HALO = [patheffects.withStroke(linewidth=1.6, foreground=BACKGROUND)]
 
 def family(source: str) -> str:
     """The key of `FAMILY_COLOURS` that a source belongs to; ValueError for an unknown source."""
-    for key in (source, source.partition("-")[0]):
+    for key in (PLAIN.get(source, source), source.partition("-")[0]):
         if key in FAMILY_COLOURS:
             return key
     raise ValueError(f"source must be of a family in {', '.join(FAMILY_COLOURS)}, got {source!r}")

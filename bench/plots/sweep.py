@@ -34,9 +34,10 @@ def draw(run: Results, groups: Groups, all_forms: bool) -> Figure:
     first = next(iter(groups))
     reading = "lower is faster · marker: the fastest form there; band: 20 % to 80 % quantile"
     if run.sound:
-        reading += " · above: sk_triton's speed, fastest peer = 1x"
+        reading += " · above: sk_triton's speed, fastest measured peer = 1x"
     text = words(run, f"{unit_title(first)}: what the shape costs", reading, list(groups), with_takeaway=True)
-    legends = line_legends((record for records in every.values() for record in records), bool(floors))
+    floor = next(iter(floors.values()), None)
+    legends = line_legends((record for records in every.values() for record in records), floor)
     figure, rows = draw_card(text, legends, grid)
     compared = {comparison.case: comparison for comparison in comparisons(run)}
     panels = [ax for row in rows for ax in row]
@@ -55,8 +56,9 @@ def draw(run: Results, groups: Groups, all_forms: bool) -> Figure:
         draw_floor(ax, [floors[case] for case in here if case in floors], _value, _time(clock))
         scale_x(ax, [_case_value(case) for case in here], _labels(here))
         ax.set_yscale("log")
-        low, high = ax.get_ylim()
-        ax.set_ylim(low, high * (high / low) ** 0.22)
+        if any(record.timing for case in here for record in groups[case]):
+            low, high = ax.get_ylim()
+            ax.set_ylim(low, high * (high / low) ** 0.22)
         scale_y(ax, lambda y: f"{y:g}")
         ax.set_ylabel(f"{clock.name} per call", color=style.MUTED, fontsize=style.TICK)
         ax.set_xlabel(_constant(here), color=style.MUTED, fontsize=style.NUMBER, labelpad=2)

@@ -29,7 +29,9 @@ def draw(run: Results, groups: Groups, all_forms: bool) -> Figure:
     first = next(iter(groups))
     reading = "higher is faster; both axes logarithmic · marker: the fastest form there; band: 20 % to 80 % quantile"
     text = words(run, f"{unit_title(first)}: throughput", reading, list(groups))
-    legends = line_legends((record for records in every.values() for record in records), bool(floors))
+    legends = line_legends(
+        (record for records in every.values() for record in records), next(iter(floors), None)
+    )
     figure, rows = draw_card(text, legends, grid)
     axes = [ax for row in rows for ax in row]
     for ax, shape in zip(axes, shapes, strict=False):

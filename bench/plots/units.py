@@ -12,7 +12,7 @@ from matplotlib.ticker import NullFormatter
 
 from ..export import three_digits
 from ..shapes import CLASSIC, INFERENCE, PAPER, Case
-from ..unit_times import EAGER, UnitTime, by_case, fastest
+from ..unit_times import EAGER, NAME, UnitTime, by_case, fastest_schedule, other_runs
 from . import style
 from .captions import stage_title
 from .card import Grid, Words, draw_card
@@ -32,7 +32,7 @@ def draw(times: Sequence[UnitTime]) -> Figure:
     chosen = {
         case: schedules
         for case, schedules in by_case(times).items()
-        if case.direction == INFERENCE and EAGER in schedules and fastest(schedules)
+        if case.direction == INFERENCE and EAGER in schedules and fastest_schedule(schedules)
     }
     if not chosen:
         raise ValueError("units must hold a case of inference that eager was measured in as well, found none")
@@ -45,7 +45,7 @@ def draw(times: Sequence[UnitTime]) -> Figure:
         title=f"Inference of one unit on an {gpu}",
         subtitle=f"lower is faster · batch {first.batch} · {first.dtype} · channels_last · kernels added up, cold L2 · "
         "number: µs, and sk_triton's speed",
-        footer=[["bench/results: units.csv, where commits and method stand", "no suite of sk-triton bench"]],
+        footer=_footer([time for schedules in chosen.values() for time in schedules.values()]),
     )
     legend = [
         (Patch(facecolor=style.colour("ours-reference")), "PyTorch, eager"),
@@ -66,10 +66,19 @@ def draw(times: Sequence[UnitTime]) -> Figure:
     return figure
 
 
+def _footer(times: Sequence[UnitTime]) -> list[list[str]]:
+    """Where the drawn times are from."""
+    note = other_runs(times)
+    facts = [f"{NAME}, beside it README.md: torch, Triton, driver, dates", "no suite of sk-triton bench"]
+    if note is None:
+        facts.insert(0, f"commit {', '.join(dict.fromkeys(time.commit for time in times))}")
+    return [facts, [note] if note else []]
+
+
 def _draw_cases(ax: Axes, cases: dict[Case, dict[str, UnitTime]]) -> None:
     labels = []
     for position, (case, schedules) in enumerate(cases.items()):
-        ours, eager = fastest(schedules), schedules[EAGER]
+        ours, eager = fastest_schedule(schedules), schedules[EAGER]
         assert ours is not None
         speed = f"{eager.seconds / ours.seconds:.1f}x"
         for side, source, seconds in ((-0.5, "ours-reference", eager.seconds), (0.5, "ours", ours.seconds)):

@@ -19,11 +19,12 @@ from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE
 from sk_triton.exit_codes import INTERRUPTED as INTERRUPTED_CODE
 
-from ..arguments import choose_device
+from ..arguments import choose_device, writable_folder
+from ..problems import in_one_line
 from ..stamp import Stamp, take_stamp
 from . import file as report_file
 from .file import FAILED, INTERRUPTED, Report, StepState
-from .steps import STEPS, Course, Ending, load_runs
+from .steps import STEPS, Context, Ending, load_runs
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Returns 0, 1 if a step failed or a guard objects, 2 for bad usage, 130 if interrupted.
+    """Returns 0, 1 if a step or a provider failed or a guard objects, 2 for bad usage, 130 if interrupted.
 
     Raises:
         MissingPackageError: rich, matplotlib or scikit-learn is not installed.
@@ -66,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         device = choose_device(args.device)
         steps = choose_steps(args.step, on_gpu=device.type == "cuda")
-        args.output.mkdir(parents=True, exist_ok=True)
+        writable_folder(args.output)
         report = report_file.load(args.output) or Report(seed=args.seed)
         _refuse_mixing(report, take_stamp(device), args)
     except (ValueError, OSError) as error:
@@ -75,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     report.seed = args.seed
-    course = Course(args.output, device, report, console, args.time_limit, args.again)
+    context = Context(args.output, device, report, console, args.time_limit, args.again)
     failed = False
     for index, name in enumerate(steps):
         if name != SUMMARY and not args.again and report.is_done(name, take_stamp(device)):
@@ -84,12 +85,12 @@ def run(args: argparse.Namespace) -> int:
         minutes = sum(min(STEPS[later].minutes, args.time_limit / 60) for later in steps[index:])
         console.rule(f"{index + 1}/{len(steps)} {name}, about {minutes:.0f} min left", style="bold")
         try:
-            failed |= _run_step(name, course)
+            failed |= _run_step(name, context)
         except KeyboardInterrupt:
             console.print("interrupted; what was measured is kept, the next run goes on", style="yellow")
             return INTERRUPTED_CODE
     console.print(f"\nreport  {args.output}", markup=False, soft_wrap=True)
-    return int(failed or any(not run.sound for run in load_runs(args.output)))
+    return int(failed or any(run.exit_code for run in load_runs(args.output)))
 
 
 def choose_steps(wanted: Sequence[str] | None, on_gpu: bool) -> list[str]:
@@ -107,10 +108,7 @@ def _refuse_mixing(report: Report, stamp: Stamp, args: argparse.Namespace) -> No
     before = report.stamp
     if before is None or args.again or set(args.step or ()) == {SUMMARY}:
         return
-    differing = [
-        f"{name} {getattr(before, name)!r}, now {getattr(stamp, name)!r}"
-        for name in before.differences(stamp)
-    ]
+    differing = before.changes(stamp)
     differing += [f"seed {report.seed}, now {args.seed}"] if report.seed != args.seed else []
     if differing:
         raise ValueError(
@@ -119,23 +117,22 @@ def _refuse_mixing(report: Report, stamp: Stamp, args: argparse.Namespace) -> No
         )
 
 
-def _run_step(name: str, course: Course) -> bool:
+def _run_step(name: str, context: Context) -> bool:
     """Runs a step and writes down how it ended; whether it failed."""
-    stamp, start = take_stamp(course.device), time.monotonic()
+    stamp, start = take_stamp(context.device), time.monotonic()
     if name == SUMMARY:  # may be drawn on another machine than was measured
-        stamp = course.report.stamp or stamp
+        stamp = context.report.stamp or stamp
     ending = Ending(INTERRUPTED)
     try:
-        ending = STEPS[name].run(course)
+        ending = STEPS[name].run(context)
     except Exception as error:  # one step's failure must not cost the others
-        lines = str(error).strip().splitlines()
-        ending = Ending(FAILED, f"{type(error).__name__}: {lines[0] if lines else ''}")
+        ending = Ending(FAILED, in_one_line(error))
     finally:
         date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         seconds = round(time.monotonic() - start, 1)
-        course.report.steps[name] = StepState(ending.status, date, seconds, stamp, ending.message)
-        report_file.save(course.report, course.folder)
-    _tell(name, ending, seconds, course.console)
+        context.report.steps[name] = StepState(ending.status, date, seconds, stamp, ending.message)
+        report_file.save(context.report, context.folder)
+    _tell(name, ending, seconds, context.console)
     return ending.status == FAILED
 
 
@@ -147,7 +144,10 @@ def _tell(name: str, ending: Ending, seconds: float, console: Console) -> None:
 
 
 def _step_seconds(text: str) -> int:
-    value = int(text)
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
     if not 1 <= value <= MAX_STEP_SECONDS:
-        raise argparse.ArgumentTypeError(f"must be between 1 and {MAX_STEP_SECONDS}, got {value}")
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_STEP_SECONDS}, got {text!r}")
     return value

@@ -9,9 +9,12 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
 
-from .. import export, plots, results
+from matplotlib.figure import Figure
+
+from .. import coverage, export, plots, results
 from ..export import NOTHING, Comparison, comparisons, ratio, three_digits
 from ..plots import style
+from ..problems import complaints, in_one_line
 from ..results import Results
 from .file import Report
 
@@ -38,11 +41,9 @@ def write_page(report: Report, runs: Sequence[Results], folder: Path) -> list[st
     pictures: dict[str, str] = {}
     left_out = []
     for run in runs:
-        for name, draw in plots.pictures(run).items():
-            try:
-                data = _encoded(draw)
-            except Exception as error:  # a picture that cannot be drawn must not cost the page
-                left_out.append(f"{run.suite}/{name} ({type(error).__name__}: {error})")
+        for name, data in plots.drawn(plots.pictures(run), _encoded):
+            if isinstance(data, Exception):
+                left_out.append(f"{run.suite}/{name} ({in_one_line(data)})")
                 continue
             if len(data) > room:
                 left_out.append(f"{run.suite}/{name} (the page is full)")
@@ -60,9 +61,9 @@ PICTURE_OVERHEAD = 200
 """Bytes of markup around a picture, at most."""
 
 
-def _encoded(draw: plots.Picture) -> str:
+def _encoded(_: str, figure: Figure) -> str:
     buffer = io.BytesIO()
-    draw().savefig(buffer, format="png", dpi=style.DPI, facecolor=style.BACKGROUND)
+    figure.savefig(buffer, format="png", dpi=style.DPI, facecolor=style.BACKGROUND)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
@@ -106,8 +107,10 @@ def _verdicts(report: Report, runs: Sequence[Results]) -> Iterator[str]:
         yield f"<p>{escape(words)}</p>\n" if tests.green else _alarm(words)
     yield "<ul>\n"
     for run in runs:
-        summary = export.speed_summary(comparisons(run)) or "nothing to compare"
-        words = summary if run.sound else "no speed is claimed"
+        summary = export.speed_summary(comparisons(run))
+        words = (summary or "nothing to compare") if run.sound else "no speed is claimed"
+        if summary and run.sound and (missing := coverage.sentence(run)):
+            words += f". {missing}"
         yield f"<li>{escape(f'{run.suite}: {words}')}</li>\n"
     yield "</ul>\n"
 
@@ -130,13 +133,16 @@ def _suite(run: Results, pictures: dict[str, str]) -> Iterator[str]:
         yield _alarm(f"No speed is claimed: {objection}")
     for note in run.notes:
         yield f"<p class='soft'>{escape(note)}</p>\n"
+    found = [f"{complaint.status}: {complaint.words}" for complaint in complaints(run.records)]
+    if found:
+        yield f"<ul class='alarm'>\n{''.join(f'<li>{escape(line)}</li>' for line in found)}\n</ul>\n"
     for key, data in pictures.items():
         suite, _, name = key.partition("/")
         if suite == run.suite:
             yield f"<img alt='{escape(name, quote=True)}' src='data:image/png;base64,{data}'>\n"
     compared = [comparison for comparison in comparisons(run) if comparison.ours.timing or comparison.peer]
     if compared:
-        heads = ("case", "sk_triton, ms", "fastest peer, ms", "speed", "of the memory floor")
+        heads = ("case", "sk_triton, ms", "fastest measured peer, ms", "speed", "of the memory floor")
         yield f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>\n"
         yield from (_row(run, comparison) for comparison in compared)
         yield "</table>\n"

@@ -23,12 +23,15 @@ from sk_triton.tuning import cache
 from .. import export, results, suites
 from ..measuring.ceilings import measure_ceilings
 from ..measuring.guards import judged
-from ..shapes import SKNET50
+from ..problems import complaints
+from ..shapes import SKNET50, Case
 from ..tuning.flow import LEFT
 from .file import DONE, FAILED, PARTIAL, Report
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from ..measuring.session import Request
 
 DTYPES = {"cuda": ("fp16", "bf16", "fp32"), "cpu": ("fp32",)}
 NO_GPU = "no GPU here: "
@@ -41,7 +44,7 @@ INTERPRETED_TESTS = tuple(
 
 
 @dataclass
-class Course:
+class Context:
     """A report while it is made."""
 
     folder: Path
@@ -71,123 +74,158 @@ class Ending:
 class Step:
     """One step: `minutes` it takes on a GPU, about, and whether it runs on one, without one, or both."""
 
-    run: Callable[[Course], Ending]
+    run: Callable[[Context], Ending]
     minutes: float
     with_gpu: bool = True
     without_gpu: bool = True
 
 
-def describe_environment(course: Course) -> Ending:
+def describe_environment(context: Context) -> Ending:
     """`sk-triton doctor`."""
     packages = [doctor.inspect_package(package) for package in environment.OPTIONAL_PACKAGES]
     backends = doctor.inspect_backends()
-    course.report.environment = doctor.report(packages, backends)
-    course.console.print("\n".join(course.report.environment), markup=False, highlight=False)
+    context.report.environment = doctor.report(packages, backends)
+    context.console.print("\n".join(context.report.environment), markup=False, highlight=False)
     broken = [f"{state.layer} on {state.device}: {state.reason}" for state in backends if not state.works]
     return Ending(FAILED, "; ".join(broken)) if broken else Ending()
 
 
-def run_tests(course: Course) -> Ending:
+def run_tests(context: Context) -> Ending:
     """The GPU tests of the checkout, or without a GPU those that interpret each schedule."""
     if not (environment.CLONE_DIR / "tests").is_dir() or not environment.in_clone():
-        course.report.tests = None
+        context.report.tests = None
         return Ending(DONE, "not run: sk_triton is not installed from a checkout with tests")
-    chosen = ["-m", "gpu"] if course.on_gpu else ["-m", "interpret", *INTERPRETED_TESTS]
+    chosen = ["-m", "gpu"] if context.on_gpu else ["-m", "interpret", *INTERPRETED_TESTS]
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch) / "tests.xml"
         arguments = ["pytest", "-n", "0", *chosen, "-q", "-p", "no:cacheprovider"]
-        complete = _run_pytest([*arguments, f"--junitxml={xml}"], course.time_limit)
+        complete = _run_pytest([*arguments, f"--junitxml={xml}"], context.time_limit)
         tests = _read_junit(xml, " ".join(arguments[:-2]), complete)
     if tests is None:
-        course.report.tests = None
+        context.report.tests = None
         return Ending(FAILED, "not run: pytest did not start (pip install -e '.[test]')")
-    course.report.tests = tests
-    _judge_anew(course)
+    context.report.tests = tests
+    _judge_anew(context)
     counts = f"{tests.passed} passed, {tests.failed} failed, {tests.skipped} skipped"
-    what = counts if course.on_gpu else f"{NO_GPU}interpreted schedules only; {counts}"
+    what = counts if context.on_gpu else f"{NO_GPU}interpreted schedules only; {counts}"
     if not tests.complete:
-        what += f"; stopped after {course.time_limit:.0f} s"
+        what += f"; stopped after {context.time_limit:.0f} s"
     return Ending(DONE if tests.green else FAILED if tests.failed else PARTIAL, what)
 
 
-def find_ceilings(course: Course) -> Ending:
+def find_ceilings(context: Context) -> Ending:
     """Copy bandwidth and matrix rates."""
-    with course.console.status("copy bandwidth and matrix rate"):
-        found = measure_ceilings(course.device, DTYPES[course.device.type])
-    course.report.ceilings = found
+    with context.console.status("copy bandwidth and matrix rate"):
+        found = measure_ceilings(context.device, DTYPES[context.device.type])
+    context.report.ceilings = found
     rates = ", ".join(f"{name} {rate / 1e12:.3g} TFLOP/s" for name, rate in found.matrix_flop_per_s.items())
     return Ending(DONE, f"copy {found.copy_bytes_per_s / 1e9:.4g} GB/s, products {rates}")
 
 
-def measure(course: Course, *, suite: str, dtype: str | None = None) -> Ending:
+def measure(context: Context, *, suite: str, dtype: str | None = None) -> Ending:
     """A suite, or its cases of one dtype, into the suite's file; without a GPU in small sizes."""
     from .. import table
     from ..measuring import session
 
     choice = suites.Choice(
-        on_gpu=course.on_gpu, quick=not course.on_gpu, dtypes=None if dtype is None else (dtype,)
+        on_gpu=context.on_gpu, quick=not context.on_gpu, dtypes=None if dtype is None else (dtype,)
     )
     request = session.Request(
         suite,
-        course.device,
+        context.device,
         choice,
-        seed=course.report.seed,
-        time_limit=course.time_limit,
-        ceilings=course.report.ceilings,
-        tests=course.report.tests,
+        seed=context.report.seed,
+        time_limit=context.time_limit,
+        ceilings=context.report.ceilings,
+        tests=context.report.tests,
     )
-    path = course.path(suite)
-    earlier = session.reusable(path, request)
-    if earlier is not None and course.again and suite != suites.HOST:
-        anew = set(suites.SUITES[suite](choice))
-        kept = tuple(record for record in earlier.records if record.case not in anew)
-        earlier = replace(earlier, records=kept, clocks=())
+    path = context.path(suite)
+    own = set() if suite == suites.HOST else set(suites.SUITES[suite](choice))
+    earlier = _earlier(context, request, own)
     measured, left = session.measure_suite(
-        request, course.console, earlier, lambda run: results.save(run, path)
+        request, context.console, earlier, lambda run: results.save(run, path)
     )
     results.save(measured, path)
-    table.show(measured, course.console)
+    table.show(measured, context.console)
     if measured.interrupted:
         raise KeyboardInterrupt
-    if trouble := session.device_trouble(course.device):
+    if trouble := session.device_trouble(context.device):
         return Ending(FAILED, trouble)
     messages = [f"{left} cases left for the next run"] if left else []
-    messages += [] if course.on_gpu else [f"{NO_GPU}small sizes, PyTorch's own operators"]
+    messages += [] if context.on_gpu else [f"{NO_GPU}small sizes, PyTorch's own operators"]
     messages += measured.objections[:1]
-    return Ending(PARTIAL if left else DONE, "; ".join(messages) or None)
+    # What failed in the cases of other steps is theirs to tell.
+    mine = replace(measured, records=tuple(r for r in measured.records if not own or r.case in own))
+    messages += _failures(mine)
+    status = FAILED if mine.exit_code else PARTIAL if left else DONE
+    return Ending(status, "; ".join(messages) or None)
 
 
-def tune(course: Course) -> Ending:
+def _failures(run: results.Results) -> list[str]:
+    """What failed, in few words; all of it is on the page."""
+    failed = [found.words for found in complaints(run.records) if found.status == results.FAILED]
+    more = f" and {len(failed) - 1} more" if failed[1:] else ""
+    return [f"failed: {failed[0]}{more}; --again measures it anew"] if failed else []
+
+
+def _earlier(context: Context, request: Request, own: set[Case]) -> results.Results | None:
+    """What the suite's file holds beside the step's own cases, where those are measured again, and else with them.
+
+    Raises:
+        ValueError: it was measured in another way, and nobody asked to replace it.
+    """
+    from ..measuring import session
+
+    path = context.path(request.suite)
+    if request.suite == suites.HOST:
+        return None
+    try:
+        earlier = session.reusable(path, request)
+    except ValueError as error:
+        if context.again:
+            return None
+        raise ValueError(f"{error}: take another --output, or --again to replace it") from None
+    if earlier is None or not context.again:
+        return earlier
+    kept = tuple(record for record in earlier.records if record.case not in own)
+    return replace(earlier, records=kept, clocks=(), notes=earlier.notes if kept else ())
+
+
+def tune(context: Context) -> Ending:
     """`sk-triton tune` into the report's own folder: what the suites measure stays what a user gets untuned."""
     title = "Tuned configs"
-    if course.on_gpu:
-        seconds = max(course.time_limit - TUNE_MARGIN_SECONDS, 1)
-        arguments = ["tune", "--model", SKNET50, "--direction", "both", "--device", str(course.device)]
+    if context.on_gpu:
+        seconds = max(context.time_limit - TUNE_MARGIN_SECONDS, 1)
+        arguments = ["tune", "--model", SKNET50, "--direction", "both", "--device", str(context.device)]
         arguments += ["--budget", f"{seconds:g}s"]
-        arguments += ["--again"] if course.again else []
+        arguments += ["--again"] if context.again else []
     else:
         arguments = ["tune", "--dry-run", "--gpu", "h100", "--stage", "4", "--candidates", "2"]
     try:
-        with course.console.status(title):
+        with context.console.status(title):
             trouble = _gather(
-                course, title, arguments, course.time_limit, {cache.FOLDER_VARIABLE: str(course.folder)}
+                context, title, arguments, context.time_limit, {cache.FOLDER_VARIABLE: str(context.folder)}
             )
     except subprocess.TimeoutExpired:
         return Ending(PARTIAL, "the time limit came first; what was tuned is kept for the next run")
     finally:
-        (course.folder / f"{cache.FILE_NAME}.lock").unlink(missing_ok=True)
+        (context.folder / f"{cache.FILE_NAME}.lock").unlink(missing_ok=True)
     if trouble:
         return Ending(FAILED, trouble)
-    if not course.on_gpu:
+    if not context.on_gpu:
         return Ending(DONE, f"{NO_GPU}candidates of stage 4 ranked by prediction, none measured")
-    is_partial = LEFT in course.report.evidence[title]
+    is_partial = LEFT in context.report.evidence[title]
     return Ending(
-        PARTIAL if is_partial else DONE, f"sk-triton configs import {course.folder / cache.FILE_NAME}"
+        PARTIAL if is_partial else DONE, f"sk-triton configs import {context.folder / cache.FILE_NAME}"
     )
 
 
 def _gather(
-    course: Course, title: str, arguments: list[str], seconds: float, variables: dict[str, str] | None = None
+    context: Context,
+    title: str,
+    arguments: list[str],
+    seconds: float,
+    variables: dict[str, str] | None = None,
 ) -> str:
     """Puts what a subcommand prints among the report's evidence; returns why it failed, or ""."""
     done = subprocess.run(
@@ -197,55 +235,55 @@ def _gather(
         text=True,
         timeout=max(seconds, 1),
     )
-    course.report.evidence[title] = done.stdout
+    context.report.evidence[title] = done.stdout
     if done.returncode:
         lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
         return f"{title}: {lines[-1] if lines else f'exit code {done.returncode}'}"
     return ""
 
 
-def gather_evidence(course: Course) -> Ending:
+def gather_evidence(context: Context) -> Ending:
     """Without a GPU: what compiled and interpreted kernels tell, of two stages."""
     commands = {
         "Resources of compiled kernels": ["resources", "--chip", "sm_90", "--unit", "stage 1", "stage 4"],
         "Traffic of interpreted kernels, stage 3": ["traffic", "--stage", "3"],
         "Traffic of interpreted kernels, stage 4": ["traffic", "--stage", "4"],
     }
-    deadline = time.monotonic() + course.time_limit
+    deadline = time.monotonic() + context.time_limit
     for title, arguments in commands.items():
-        with course.console.status(title):
-            trouble = _gather(course, title, arguments, deadline - time.monotonic())
+        with context.console.status(title):
+            trouble = _gather(context, title, arguments, deadline - time.monotonic())
         if trouble:
             return Ending(FAILED, trouble)
     return Ending(DONE, f"{NO_GPU}predictions, no measurements")
 
 
-def compare_predictions(course: Course) -> Ending:
+def compare_predictions(context: Context) -> Ending:
     """What the model predicts, on a GPU that it knows against what suite "layer" measured."""
     from . import predictions as report_predictions
 
-    with course.console.status("compiling kernels for the predictions"):
-        if not course.on_gpu:
-            course.report.evidence[report_predictions.PREDICTED] = report_predictions.predictions()
+    with context.console.status("compiling kernels for the predictions"):
+        if not context.on_gpu:
+            context.report.evidence[report_predictions.PREDICTED] = report_predictions.predictions()
             return Ending(DONE, f"{NO_GPU}predictions alone")
         try:
-            found = report_predictions.against_measured(course.path(suites.LAYER), course.time_limit / 2)
+            found = report_predictions.against_measured(context.path(suites.LAYER), context.time_limit / 2)
         except report_predictions.NothingToCompareError as error:
             return Ending(FAILED, str(error))
-    course.report.evidence[report_predictions.COMPARED] = found
+    context.report.evidence[report_predictions.COMPARED] = found
     return Ending()
 
 
-def summarise(course: Course) -> Ending:
+def summarise(context: Context) -> Ending:
     """Verdicts in the terminal, pictures and tables in report.html."""
     from .page import write_page
 
-    runs = load_runs(course.folder)
+    runs = load_runs(context.folder)
     for run in runs:
         summary = export.speed_summary(export.comparisons(run))
         words = summary if run.sound else f"no speed is claimed: {run.objections[0]}"
-        course.console.print(f"{run.suite}: {words or 'nothing to compare'}", markup=False, soft_wrap=True)
-    left_out = write_page(course.report, runs, course.folder)
+        context.console.print(f"{run.suite}: {words or 'nothing to compare'}", markup=False, soft_wrap=True)
+    left_out = write_page(context.report, runs, context.folder)
     if left_out:
         return Ending(DONE, f"left out of the page: {', '.join(left_out)}")
     return Ending()
@@ -278,12 +316,12 @@ def load_runs(folder: Path) -> list[results.Results]:
     return [results.read(path) for path in paths if path.exists()]
 
 
-def _judge_anew(course: Course) -> None:
+def _judge_anew(context: Context) -> None:
     """Puts the tests' result into the suites' files that were measured at the same commit."""
-    tests = course.report.tests
-    for run in load_runs(course.folder):
+    tests = context.report.tests
+    for run in load_runs(context.folder):
         if tests is not None and run.stamp.git_commit == tests.git_commit:
-            results.save(judged(replace(run, tests=tests)), course.path(run.suite))
+            results.save(judged(replace(run, tests=tests)), context.path(run.suite))
 
 
 # A background job of a shell ignores Ctrl-C, and so would the Python that it starts.
