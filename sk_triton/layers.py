@@ -301,11 +301,16 @@ class SelectiveKernel(SKUnit):
     ) -> None:
         is_fused = not self.spec.gate_norm
         is_from_fused = f"{prefix}attn.fc_reduce.bias" in state_dict
+        where = f"{prefix.rstrip('.')}: " if prefix else ""
         # Also without strict: the weights of one kind are wrong for the other.
         if is_fused and f"{prefix}attn.bn.running_mean" in state_dict:
-            error_msgs.append("the layer is fused, the state_dict is not: load it first, then call fuse()")
+            error_msgs.append(
+                f"{where}the layer is fused, the state_dict is not: load it first, then call fuse()"
+            )
         elif is_from_fused and not is_fused:
-            error_msgs.append("the state_dict is of a fused layer: call layer.eval().fuse(), then load it")
+            error_msgs.append(
+                f"{where}the state_dict is of a fused layer: call layer.eval().fuse(), then load it"
+            )
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

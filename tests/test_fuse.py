@@ -150,6 +150,8 @@ def test_a_state_dict_goes_round_fused_layers_only():
             RuntimeError, match=r"the state_dict is of a fused layer: call layer.eval\(\).fuse"
         ):
             make().load_state_dict(layer.state_dict(), strict=strict)
+    with pytest.raises(RuntimeError, match="0: the state_dict is of a fused layer"):
+        nn.Sequential(make()).load_state_dict(nn.Sequential(layer).state_dict())
 
 
 def test_copies_and_casts():
