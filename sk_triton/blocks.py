@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -87,6 +88,8 @@ class ConvPath(nn.Module):
         bn: Any = modules["bn"]
         drop, act = (bn._modules.get(name, modules.get(name)) for name in ("drop", "act"))
         norm = None if type(bn) is FoldedNorm else bn
+        if norm is None:
+            warn_of_hooks(bn)
         warn_of_hooks(self)
         return Branch(weight, bias, norm, drop, act, self.aa)
 
@@ -174,8 +177,8 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     kind = type(module)
     if "forward" in module.__dict__:
         raise RuntimeError(
-            f"the forward of a {kind.__name__} has been replaced, by an adapter or a quantizer; it does not run here: "
-            "merge or remove it, or leave this layer out"
+            f"the forward of a {kind.__name__} has been replaced (by an adapter, a quantizer, offloading); it does not "
+            "run here: merge or remove it, or leave this layer out"
         )
     if kind not in _PLAIN_KINDS and not _computes_plainly(kind):
         raise RuntimeError(
@@ -198,7 +201,7 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 def warn_of_hooks(module: nn.Module) -> None:
     """Warn of hooks on a part whose forward the layer does not call."""
-    if any(hooks_of(module)):
+    if not torch.compiler.is_compiling() and any(hooks_of(module)):
         warnings.warn(
             f"hooks of this {type(module).__name__} never run: a selective-kernel layer takes its parameters and "
             "does not call it; register them on the layer itself",

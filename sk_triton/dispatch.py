@@ -114,9 +114,11 @@ def run(
     if plan.backend == "torch":
         if plan.schedule in _CPU_TRAIN:
             return _CPU_TRAIN[plan.schedule](plan, x, branches, gate, spec)
+        if recorder is not None:
+            recorder = None if recorder.has_gradients else recorder.watching()
         compute = _CPU_PREPARE[plan.schedule](plan, memory_format(x), branches, gate, spec, cache)
         v = compute(x)
-        if recorder is not None and not recorder.has_gradients:
+        if recorder is not None:
             recorder.add(compute)
         return v
     raise ValueError(f"plan must have backend 'triton' or 'torch', got {plan.backend!r}")

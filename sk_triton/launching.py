@@ -37,10 +37,12 @@ def run(
     recorder: Recorder | None = None,
 ) -> Tensor:
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
+    if recorder is not None:
+        recorder = None if recorder.has_gradients else recorder.watching()
     with torch.cuda.device_of(x):
         packed = pack(plan, x.shape[2], x.shape[3], branches, gate, cache)
         v, call = run_packed(plan, x, packed, spec)
-    if recorder is not None and not recorder.has_gradients and call is not None:
+    if recorder is not None and call is not None:
         recorder.add(call.keeping(packed).start)
     return v
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .kernels.lasting import is_capturing, lasting
-from .optimizer_steps import steps_of
-from .params import Branch, Gate, norms_of, slots_of
+from .optimizer_steps import sharded_steps, watch_optimizers
+from .params import Branch, Gate, are_kept, norms_of, slots_of
 
 if TYPE_CHECKING:
     from .packing import Packed  # imports Triton
@@ -27,8 +27,8 @@ def fingerprint(tensors: Sequence[Tensor]) -> Fingerprint:
 
     Only of tensors with a version counter, which inference tensors lack.
     """
-    own = [(t.data_ptr(), t._version, t.requires_grad, t.dtype, t.shape, t.stride()) for t in tensors]
-    return [*own, steps_of(tensors)]
+    watch_optimizers()
+    return [sharded_steps(), *((t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors)]
 
 
 class _Entry(NamedTuple):
@@ -42,11 +42,10 @@ class PackCache:
     """What a layer's parameters were packed into, with the means to tell that they have changed since.
 
     An entry is used only while every source tensor has the address, version counter, dtype, shape and strides it was
-    packed from, and, where one needs gradients, until an optimizer takes a step; the entry keeps the sources' memory
-    alive, so that an address cannot be reused. In-place updates, optimizers, ``load_state_dict``, ``.to()`` and
-    assignments to ``.data`` are all seen. Another write that PyTorch itself does not count (``p.data.add_(1)``, a
-    collective, a NumPy view, a replayed CUDA graph, another process) is not: switch the layer to ``train()`` and back
-    after it.
+    packed from; the entry keeps the sources' memory alive, so that an address cannot be reused. In-place updates,
+    optimizers (:mod:`.optimizer_steps`), ``load_state_dict``, ``.to()`` and assignments to ``.data`` are all seen.
+    Another write that PyTorch itself does not count (``p.data.add_(1)``, a collective, a NumPy view, a replayed CUDA
+    graph, another process) is not: switch the layer to ``train()`` and back after it.
 
     A CUDA graph keeps the packed weights it was captured with, and those stay alive as long as the cache.
 
@@ -54,10 +53,12 @@ class PackCache:
 
     Args:
         keeps_sources: False where whoever owns the cache sees to it that addresses are not reused.
+        takes_computed: False if :func:`remember` is to keep nothing of tensors that are no parameters or statistics.
     """
 
-    def __init__(self, keeps_sources: bool = True) -> None:
+    def __init__(self, keeps_sources: bool = True, takes_computed: bool = True) -> None:
         self._keeps_sources = keeps_sources
+        self.takes_computed = takes_computed
         self._entries: dict[Hashable, _Entry] = {}
         self._captured: list[Packed] = []
 
@@ -65,8 +66,14 @@ class PackCache:
         """Forget everything but what a CUDA graph has captured."""
         self._entries = {}
 
-    def get(self, key: Hashable, sources: Sequence[Tensor], build: Callable[[], T]) -> T:
-        """The entry under `key` if `sources` are unchanged, else a new one from `build`.
+    def get(
+        self,
+        key: Hashable,
+        sources: Sequence[Tensor],
+        build: Callable[[], T],
+        is_lasting: Callable[[], bool] = lambda: True,
+    ) -> T:
+        """The entry under `key` if `sources` are unchanged, else a new one from `build`, kept if `is_lasting`.
 
         Raises:
             RuntimeError: a CUDA graph is being captured and there is no entry for it. Of inference tensors there never
@@ -77,7 +84,7 @@ class PackCache:
         found = fingerprint(sources)
         entry = self._entries.get(key)
         if entry is None or entry.fingerprint != found:
-            return self._add(key, sources, found, build)
+            return self._add(key, sources, found, build) if is_lasting() else build()
         if sources[0].is_cuda:
             self._use_on_current_stream(entry, sources[0].device)
         return entry.packed
@@ -147,4 +154,7 @@ def remember(
     epsilons = tuple([getattr(norm, "eps", None) for norm in norms_of(branches, gate)])
     slots = slots_of(branches, gate)
     filled = tuple([tensor is not None for tensor in slots])
-    return cache.get((key, epsilons, filled), [tensor for tensor in slots if tensor is not None], build)
+    sources = [tensor for tensor in slots if tensor is not None]
+    return cache.get(
+        (key, epsilons, filled), sources, build, lambda: cache.takes_computed or are_kept(branches, gate)
+    )

@@ -5,7 +5,7 @@ Each function returns the reason, or "". `who` is the subject of its sentence: "
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -71,9 +71,10 @@ def state_reason(
     """A part of the unit, or the call, is not one of plain inference; with `is_training`, nor one of training."""
     # Asked at every call: nothing is formatted before there is a reason.
     for m, branch in enumerate(branches):
-        if reason := _part_reason(branch.norm, branch.act, who, is_training) or _branch_reason(branch, who):
+        parts = {"norm": branch.norm, "drop": branch.drop, "act": branch.act}
+        if reason := _part_reason(parts, who, is_training) or _branch_reason(branch, who):
             return f"branches[{m}].{reason}"
-    if reason := _part_reason(gate.norm, gate.act, who, is_training):
+    if reason := _part_reason({"norm": gate.norm, "act": gate.act}, who, is_training):
         return f"gate.{reason}"
     tensors = [x, *tensors_of(branches, gate)]
     for tensor in tensors:
@@ -86,10 +87,11 @@ def state_reason(
     return ""
 
 
-def _part_reason(norm: object, act: object, who: str, is_training: bool) -> str:
+def _part_reason(parts: Mapping[str, object], who: str, is_training: bool) -> str:
+    norm = parts["norm"]
     if norm is not None and (reason := norm_reason(norm, who, is_training=is_training)):
         return f"norm {reason}"
-    for name, module in (("norm", norm), ("act", act)):
+    for name, module in parts.items():
         if isinstance(module, nn.Module):
             if any(hooks_of(module)):
                 return f"{name} has forward or backward hooks, which {who} would not run"

@@ -9,7 +9,8 @@ from torch import Tensor, fx
 
 from . import functional
 from .pack_cache import PackCache, forget_shared
-from .params import UnitModule, are_kept
+from .params import UnitModule
+from .reasons import hooks_of
 from .replay.calls import Replays
 
 Unit = TypeVar("Unit", bound="SKUnit")
@@ -20,7 +21,7 @@ class SKUnit(UnitModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cache = PackCache()
+        self._cache = _new_cache()
         self._replays = Replays()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -28,15 +29,28 @@ class SKUnit(UnitModule):
         v = self._replays.run(x, self.save)
         if v is not None:
             return v
-        if isinstance(x, fx.Proxy):  # for a tracer the layer is one call, as PyTorch's own modules are
-            tracer = x.tracer
-            return tracer.create_proxy("call_module", tracer.path_of_module(self), (x,), {})
+        if isinstance(x, fx.Proxy):
+            return self._traced(x)
         recorder = self._replays.recorder(self, x)
-        branches, gate = self.branches(), self.gate()
-        cache = self._cache if are_kept(branches, gate) else None
         return functional.sk_conv(
-            x, branches, gate, self.spec, cache=cache, recorder=recorder, save=self.save
+            x, self.branches(), self.gate(), self.spec, cache=self._cache, recorder=recorder, save=self.save
         )
+
+    def _traced(self, x: fx.Proxy) -> fx.Proxy:
+        """One call of this layer in a graph of ``torch.fx``, which may contain no more of it."""
+        tracer: Any = x.tracer
+        path = tracer.path_of_module(self)
+        if not path or any(hooks_of(self)):
+            what = (
+                "a layer with hooks, which would run twice"
+                if path
+                else "the layer itself, not a network of it"
+            )
+            raise RuntimeError(
+                f"torch.fx traces {what}: let your tracer's is_leaf_module() return True for {type(self).__name__}"
+            )
+        proxy: fx.Proxy = tracer.create_proxy("call_module", path, (x,), {})
+        return proxy
 
     def fuse(self: Unit) -> Unit:
         """Fold the norms into the convolutions before them, gate included, for good; returns the layer itself.
@@ -70,12 +84,12 @@ class SKUnit(UnitModule):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # Also of a shallow copy, whose parameters may become its own.
-        super().__setstate__({**state, "_cache": PackCache(), "_replays": Replays()})
+        super().__setstate__({**state, "_cache": _new_cache(), "_replays": Replays()})
 
     def _replicate_for_data_parallel(self) -> SKUnit:
         replica: SKUnit = super()._replicate_for_data_parallel()
         # A replica has parameters of its own and runs in a thread of its own.
-        replica._cache, replica._replays = PackCache(), Replays()
+        replica._cache, replica._replays = _new_cache(), Replays()
         return replica
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SKUnit:
@@ -93,3 +107,8 @@ class SKUnit(UnitModule):
         if mode != self.training:
             self._forget()
         return super().train(mode)
+
+
+def _new_cache() -> PackCache:
+    """A layer's own. What is computed anew for every call, as parametrized weights are, is not worth keeping."""
+    return PackCache(takes_computed=False)

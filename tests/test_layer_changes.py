@@ -87,10 +87,10 @@ def test_replaced_forwards_are_refused_where_they_would_not_run(make):
         layer(x)
 
 
-@pytest.mark.parametrize("part", ["bn", "act"])
+@pytest.mark.parametrize("part", ["paths.0.bn", "paths.0.act", "paths.0.drop", "attn.act"])
 def test_replaced_forwards_run_in_the_reference(part):
-    layer, x = SelectiveKernel(16).eval(), torch.randn(2, 16, 5, 5)
-    module = getattr(layer.paths[0], part)
+    layer, x = SelectiveKernel(16, drop_layer=nn.Dropout2d).eval(), torch.randn(2, 16, 5, 5)
+    module = layer.get_submodule(part)
     with torch.no_grad():
         for _ in range(2):
             before = layer(x)
@@ -107,6 +107,8 @@ def test_hooks_that_never_run_are_warned_of(name):
     part.register_forward_hook(lambda *_: pytest.fail("ran"))
     with pytest.warns(RuntimeWarning, match=f"hooks of this {type(part).__name__} never run"):
         layer(x)
+    with torch.no_grad():
+        torch.compile(layer, fullgraph=True, backend="eager")(x)  # which has no warnings
 
 
 class relu(nn.Module):  # noqa: N801

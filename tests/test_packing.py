@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -229,14 +230,45 @@ def test_a_capture_takes_what_is_packed_and_packs_nothing(monkeypatch):
     assert cache.get("plan", [source], lambda: pytest.fail("packed during a capture")) is packed
 
 
-def test_a_step_of_any_optimizer_counts_where_a_gradient_is_wanted():
-    cache, built = PackCache(), []
-    trained, frozen = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2), requires_grad=False)
-    for source, times in ((trained, 2), (frozen, 1)):
-        built.clear()
-        for _ in range(2):
-            cache.get(id(source), [source], lambda: built.append(1))
-            torch.optim.SGD([nn.Parameter(torch.ones(1))]).step()
+class ForeignOptimizer(torch.optim.Optimizer):
+    """As those of other packages, whose kernels write through pointers."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(1)
+
+
+@pytest.mark.parametrize(
+    "optimizer", [partial(torch.optim.SGD, fused=True), torch.optim.SGD, ForeignOptimizer]
+)
+def test_a_step_of_any_optimizer_is_a_change_of_what_it_steps(optimizer):
+    changed, other, built = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2)), []
+    changed.grad = torch.ones(2)
+    caches = [(changed, PackCache()), (other, PackCache())]
+    step = optimizer([changed, other]).step
+    for _ in range(2):
+        for source, cache in caches:
+            cache.get("plan", [source], lambda source=source: built.append(source))
+        changed.requires_grad_(False)  # as where two networks train in turns
+        step()
+        changed.requires_grad_()
+    assert [id(t) for t in built] == [id(changed), id(other), id(changed)]
+
+
+def test_a_step_on_sharded_parameters_is_a_change_of_all(monkeypatch):
+    """Their layers' parameters are filled from them."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    cache, source, built = PackCache(), nn.Parameter(torch.ones(2)), []
+    shard = nn.Parameter(torch.ones(2))
+    shard.data = torch.ones(4)[:2]
+    for stepped, times in ((nn.Parameter(torch.ones(2)), 1), (shard, 2)):
+        cache.get("plan", [source], lambda: built.append(1))
+        torch.optim.SGD([stepped]).step()
+        cache.get("plan", [source], lambda: built.append(1))
         assert len(built) == times
 
 
@@ -271,7 +303,7 @@ def test_computed_weights_are_not_kept(monkeypatch):
     """Those of a parametrization are other tensors at every call: a capture packs them in its graph."""
     layer, x = paper_layer(), torch.randn(1, 8, 5, 4)
     parametrize.register_parametrization(layer.paths[0].conv, "weight", nn.Tanh())
-    monkeypatch.setattr(PackCache, "get", lambda *args: pytest.fail("kept"))
+    monkeypatch.setattr(PackCache, "_add", lambda *args: pytest.fail("kept"))
     ours, expected = outputs(layer, x)
     torch.testing.assert_close(ours, expected)
 

@@ -60,3 +60,12 @@ def test_a_tracer_meets_the_layer_as_one_module(ours):
     count = sum(isinstance(m, SelectiveKernel) for m in model.modules())
     assert sum(isinstance(m, SelectiveKernel) for m in called) == count > 0
     torch.testing.assert_close(traced(x), model(x))
+
+
+def test_what_a_tracer_would_get_wrong_is_refused():
+    layer = SelectiveKernel(16)
+    with pytest.raises(RuntimeError, match="torch.fx traces the layer itself, not a network of it"):
+        torch.fx.symbolic_trace(layer)
+    layer.register_forward_hook(lambda *args: None)
+    with pytest.raises(RuntimeError, match="torch.fx traces a layer with hooks, which would run twice"):
+        torch.fx.symbolic_trace(torch.nn.Sequential(layer))

@@ -74,21 +74,18 @@ class Replays:
     def recorder(self, layer: UnitModule, x: Tensor) -> Recorder | None:
         """What takes note of the layer's call on x, None where such a call is planned each time."""
         kind = kind_of(x, layer.save)
-        if kind is None:
-            return None
-        # Before the call, while which a parameter may change.
-        has_gradients = torch.is_grad_enabled()
-        watch = self._watch(layer, has_gradients)
-        return Recorder(self, layer, kind, watch, has_gradients) if watch.is_possible else None
+        return None if kind is None else Recorder(self, layer, kind, torch.is_grad_enabled())
 
-    def _watch(self, layer: UnitModule, has_gradients: bool) -> Watch:
+    def watch(self, layer: UnitModule, has_gradients: bool) -> Watch:
         """The one that holds, or a new one."""
         watch = self._watches.get(has_gradients)
         if watch is not None:
             if watch.holds():
                 return watch
             self._forget(watch)
-        self._watches[has_gradients] = watch = Watch(layer, has_gradients=has_gradients)
+        watch = Watch(layer, has_gradients=has_gradients)
+        if watch.is_possible:
+            self._watches[has_gradients] = watch
         return watch
 
     def add(self, layer: UnitModule, kind: Hashable, watch: Watch, start: Callable[[Tensor], Tensor]) -> None:
@@ -111,19 +108,24 @@ class Recorder(NamedTuple):
     """Takes note of one call of a layer.
 
     Attributes:
-        watch: the layer as it was before the call.
         has_gradients: whether gradients are enabled: a call without them is of another kind.
+        watch: the layer as it was before its parameters were packed, None where they are not.
     """
 
     replays: Replays
     layer: UnitModule
     kind: Hashable
-    watch: Watch
     has_gradients: bool
+    watch: Watch | None = None
+
+    def watching(self) -> Recorder:
+        """This, with the layer as it is now: a parameter may change, by another thread, while the call runs."""
+        return self._replace(watch=self.replays.watch(self.layer, self.has_gradients))
 
     def add(self, start: Callable[[Tensor], Tensor]) -> None:
         """The call may be computed again by this."""
-        self.replays.add(self.layer, self.kind, self.watch, start)
+        watch = self.watch or self.replays.watch(self.layer, self.has_gradients)
+        self.replays.add(self.layer, self.kind, watch, start)
 
 
 def kind_of(x: Any, save: Save | None = None) -> Hashable | None:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..optimizer_steps import steps_of, steps_taken
+from ..optimizer_steps import sharded_steps, watch_optimizers
 from ..reasons import PLAIN, hooks_of
 
 # What a part computes besides its tensors. Others compute the same whatever their settings: a unit with an activation
@@ -21,7 +21,6 @@ _SETTINGS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
 )
 
 _version, _needs_gradient = attrgetter("_version"), attrgetter("requires_grad")
-_both = attrgetter("_version", "requires_grad")
 
 
 class Watch:
@@ -63,9 +62,9 @@ class Watch:
         self._kept = [t.detach() for t in tensors]
         # A tensor may move while it stays the same object: by `.data`, or, as FSDP's, as its storage is freed and
         # allocated again.
-        self._steps = None if has_gradients else steps_of(tensors)
-        # Optimizers, which may change parameters unseen, leave those alone that need no gradient, while they don't.
-        self._mark = _needs_gradient if has_gradients else _both if self._steps is None else _version
+        watch_optimizers()
+        self._steps = sharded_steps()
+        self._mark = _needs_gradient if has_gradients else _version
         self._filled = [
             (own, name, t, t.data_ptr(), self._mark(t), t.dtype, t.dim() <= 1, kept)
             for (own, name, t), kept in zip(filled, self._kept, strict=True)
@@ -78,7 +77,7 @@ class Watch:
             return False
         if self._list_settings() != self._expected_settings:
             return False
-        if self._steps is not None and self._steps != steps_taken():
+        if self._steps != sharded_steps():
             return False
         for attributes in self._attributes:
             if "forward" in attributes:

@@ -97,11 +97,11 @@ def updates_by_kernels(norms: Sequence[Any], settings: NormSettings) -> tuple[Ru
 def _are_apart(norms: Sequence[Any]) -> bool:
     """Whether no two norms have running statistics in common, else these take their updates one after another."""
     names = ("running_mean", "running_var", "num_batches_tracked")
-    # Tensors without memory, on the meta device, are all at 0.
-    held = [
-        t.data_ptr() or id(t) for norm in norms for name in names if (t := getattr(norm, name)) is not None
-    ]
-    return len({*held}) == len(held)
+    held = [getattr(norm, name) for norm in norms for name in names]
+    # Dynamo knows no addresses; tensors without memory, on the meta device, are all at 0.
+    is_traced = torch.compiler.is_compiling()
+    places = [id(t) if is_traced else t.data_ptr() or id(t) for t in held if t is not None]
+    return len({*places}) == len(places)
 
 
 @torch.no_grad()
