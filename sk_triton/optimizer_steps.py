@@ -43,9 +43,9 @@ def _note(optimizer: Optimizer, *_: Any) -> None:
         if parameter.grad is not None
     ]
     increment_version(changed)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        if any(_is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
-            _taken = next(_steps)
+    is_distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if is_distributed and any(_is_sharded(p) for group in optimizer.param_groups for p in group["params"]):
+        _taken = next(_steps)
 
 
 def _is_sharded(parameter: Tensor) -> bool:

@@ -64,8 +64,8 @@ def test_a_tracer_meets_the_layer_as_one_module(ours):
 
 def test_what_a_tracer_would_get_wrong_is_refused():
     layer = SelectiveKernel(16)
-    with pytest.raises(RuntimeError, match="torch.fx traces the layer itself, not a network of it"):
+    with pytest.raises(RuntimeError, match=r"torch\.fx traces the layer itself, not a network of it"):
         torch.fx.symbolic_trace(layer)
     layer.register_forward_hook(lambda *args: None)
-    with pytest.raises(RuntimeError, match="torch.fx traces a layer with hooks, which would run twice"):
+    with pytest.raises(RuntimeError, match=r"torch\.fx traces a layer with hooks, which would run twice"):
         torch.fx.symbolic_trace(torch.nn.Sequential(layer))
