@@ -23,9 +23,8 @@ from .grad_geometry import (
 from .launch import Launch
 from .prefetch import can_prefetch
 
-MAX_GRID_Y = (
-    65535  # https://docs.nvidia.com/cuda/cuda-c-programming-guide/#features-and-technical-specifications
-)
+# Tiles beyond this lie along the first axis, which takes 2^31 (CUDA C++ programming guide, technical specifications).
+MAX_GRID_Y = 65535
 # Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size. The gradients of
 # linear branches take fewer registers.
 ROWS_KY = {1: 1, 3: 3, 5: 2, 7: 1}

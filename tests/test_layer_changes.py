@@ -210,12 +210,13 @@ def test_what_a_mode_makes_of_weights_is_not_kept():
         assert type(layer(x)) is torch.Tensor
 
 
-def test_a_child_that_a_leaf_gets_is_noticed():
+@pytest.mark.parametrize("parent", ["paths.0", "paths.0.bn"])
+def test_an_activation_that_a_part_gets_is_noticed(parent):
     layer, x = SelectiveKernel(8, split_input=False, act_layer=None).eval(), torch.randn(2, 8, 5, 5)
     with torch.no_grad():
         for _ in range(2):
             layer(x)
-        layer.paths[0].act = nn.ReLU()
+        layer.get_submodule(parent).add_module("act", nn.ReLU())
         with pytest.raises(ValueError, match="act must be"):
             layer(x)
 
