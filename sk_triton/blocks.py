@@ -110,6 +110,8 @@ class GateLayers(nn.Module):
         weight, bias = weight_and_bias(self.fc_select)
         select_bias = None if bias is None else (bias,)
         norm = None if isinstance(self.bn, FoldedNorm) else self.bn
+        if norm is None:
+            warn_of_hooks(self.bn)
         warn_of_hooks(self)
         return Gate(reduce_weight, reduce_bias, norm, self.act, (weight,), select_bias)
 

@@ -34,7 +34,7 @@ from .spec import (
 from .spec import gate_width as paper_gate_width
 from .unit import SKUnit
 
-_MOST_KERNELS = 8
+_MAX_BRANCHES = 8
 
 
 class SKConv(SKUnit):
@@ -77,9 +77,9 @@ class SKConv(SKUnit):
     ) -> None:
         for name, value in {"features": features, "M": M, "G": G, "stride": stride, "L": L}.items():
             require_int(name, value)
-        if M > _MOST_KERNELS:
+        if M > _MAX_BRANCHES:
             raise ValueError(
-                f"M must be at most {_MOST_KERNELS} (kernels 3, 5, ... {3 + 2 * (_MOST_KERNELS - 1)}), got {M}: other "
+                f"M must be at most {_MAX_BRANCHES} (kernels 3, 5, ... {3 + 2 * (_MAX_BRANCHES - 1)}), got {M}: other "
                 "classes of this name take WH, the image's size, before M; here it is left out"
             )
         require_divides("G", G, "features", features)

@@ -12,6 +12,9 @@ from .spec import SKSpec
 
 Map = Callable[[Tensor], Tensor]
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+"""The buffers of a batch norm."""
+
 
 class FrozenNorm(NamedTuple):
     """An eval-mode batch norm as its tensors ``[C]``, for operators, which take no modules: folded, never called.
@@ -72,9 +75,8 @@ def norms_of(branches: Sequence[Branch], gate: Gate) -> list[Any]:
 def are_kept(branches: Sequence[Branch], gate: Gate) -> bool:
     """Whether all tensors of a unit are parameters, or statistics of its norms, which stay from call to call: others,
     as of parametrized modules, may be computed anew for each."""
-    buffers = ("running_mean", "running_var", "num_batches_tracked")
     norms = [norm for norm in norms_of(branches, gate) if norm is not None]
-    statistics = {id(getattr(norm, name, None)) for norm in norms for name in buffers}
+    statistics = {id(getattr(norm, name, None)) for norm in norms for name in STATISTICS}
     return all(
         isinstance(t, nn.Parameter) or t is None or id(t) in statistics for t in slots_of(branches, gate)
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.running import Running
-from ..params import Branch, Gate, norms_of
+from ..params import STATISTICS, Branch, Gate, norms_of
 from ..spec import SKSpec
 from .distributed import sync_group
 
@@ -96,8 +96,7 @@ def updates_by_kernels(norms: Sequence[Any], settings: NormSettings) -> tuple[Ru
 
 def _are_apart(norms: Sequence[Any]) -> bool:
     """Whether no two norms have running statistics in common, else these take their updates one after another."""
-    names = ("running_mean", "running_var", "num_batches_tracked")
-    held = [getattr(norm, name) for norm in norms for name in names]
+    held = [getattr(norm, name) for norm in norms for name in STATISTICS]
     # Dynamo knows no addresses; tensors without memory, on the meta device, are all at 0.
     is_traced = torch.compiler.is_compiling()
     places = [id(t) if is_traced else t.data_ptr() or id(t) for t in held if t is not None]
