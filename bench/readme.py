@@ -15,9 +15,10 @@ from sk_triton.tuning import cache
 
 from . import coverage, unit_times
 from .export import comparisons, graph_summary, is_graph, losses, losses_count, markdown_table, speed_summary
+from .joining import join
 from .peer_table import peer_table
 from .report import file as report_file
-from .results import Record, Results, join, read
+from .results import Record, Results, read
 from .shapes import PAPER, SKNET50
 from .unit_times import UnitTime
 
@@ -36,7 +37,7 @@ NO_SUITES = (report_file.NAME, cache.FILE_NAME)
 @dataclass(frozen=True)
 class Evidence:
     """A committed results file: its path from the repository's root, with forward slashes, and what is in it. Several
-    of one suite on one device are shown as one (`results.join`).
+    of one suite on one device are shown as one (`joining.join`).
 
     Attributes:
         older: those that the newest, which `path` is of, was joined with.

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sk_triton import cli
-from sk_triton.bench import export, plots, readme, results
+from sk_triton.bench import export, joining, plots, readme, results
 
 from .synthetic_results import a_stamp, slowed, small, some_results
 
@@ -166,7 +166,7 @@ def test_the_readme_shows_the_newest_of_each_case_of_a_suite():
     assert "/layer-speed" in plots
     assert "/a-speed" not in plots
     assert 0 < table.index("/b.json") < table.index("/a.json")
-    joined = results.join([old.run, new.run])
+    joined = joining.join([old.run, new.run])
     assert joined.stamp == new.run.stamp
     assert joined.notes == ("note of b", "aaaaaaaaa: note of a")
     for case, records in results.by_case(joined.records).items():
@@ -181,7 +181,7 @@ def test_a_peer_counts_with_its_fastest_committed_time():
     """sk_triton's time is the newest, the peers' are the fastest, form by form, whichever run is the newer."""
     old, new = two_runs()
     run = slowed(old.run, 0.5, lambda record: record.role == results.PEER)
-    for joined in (results.join([run, new.run]), results.join([new.run, run])):
+    for joined in (joining.join([run, new.run]), joining.join([new.run, run])):
         for case, records in results.by_case(joined.records).items():
             if case.batch != 8:
                 continue
@@ -192,16 +192,16 @@ def test_a_peer_counts_with_its_fastest_committed_time():
                 assert record.timing == (oldest if is_peer else newest)[record.key].timing
                 assert record.commit == ("aaaaaaaaa" if is_peer else None)
     without = dataclasses.replace(new.run, records=tuple(r for r in new.run.records if r.source != "timm"))
-    joined = results.join([run, without])
+    joined = joining.join([run, without])
     assert {r.commit for r in joined.records if r.source == "timm"} == {"aaaaaaaaa"}
-    slower = results.join([slowed(old.run, 2, lambda record: record.role == results.PEER), new.run])
+    slower = joining.join([slowed(old.run, 2, lambda record: record.role == results.PEER), new.run])
     assert {record.commit for record in slower.records if record.case.batch == 8} == {None}
 
 
 def test_under_another_torch_a_peer_is_another():
     old, new = two_runs(torch="2.14.0")
     run = slowed(old.run, 0.5, lambda record: record.role == results.PEER)
-    joined = results.join([run, new.run])
+    joined = joining.join([run, new.run])
     assert {record.commit for record in joined.records if record.case.batch == 8} == {None}
     assert any("other" in note and "torch" in note for note in joined.notes)
 
@@ -307,7 +307,7 @@ def test_a_case_that_the_newest_run_broke_off_is_the_older_runs():
         interrupted=True,
         ceilings=results.Ceilings(1.0, {"bf16": 2.0}),
     )
-    joined = results.join([broken, old])
+    joined = joining.join([broken, old])
     by_case = results.by_case(joined.records)
     commits = {case: {record.commit for record in records} for case, records in by_case.items()}
     assert commits[first] == {"aaaaaaaaa"}
@@ -319,7 +319,7 @@ def test_a_case_that_the_newest_run_broke_off_is_the_older_runs():
     assert {*joined.ceilings.matrix_flop_per_s} >= {"bf16", "fp16"}
     assert not joined.interrupted
     with pytest.raises(ValueError, match="one suite on one device"):
-        results.join([old, dataclasses.replace(new, suite="train")])
+        joining.join([old, dataclasses.replace(new, suite="train")])
 
 
 def test_a_readme_without_a_suite_to_compare_says_so():

@@ -66,7 +66,7 @@ class _SuiteRun:
     def results(self, interrupted: bool) -> results.Results:
         """What is known by now, judged."""
         unmeasured = self._unmeasured()
-        notes = [*self.notes, *_lasting_notes(self.earlier)]
+        notes = [*self.notes, *_carried_notes(self.earlier)]
         if unmeasured:
             notes.append(f"{results.TIME_LIMIT} or interrupt: {len(unmeasured)} cases left unmeasured")
         if self.clocks.unavailable and self.request.device.type == "cuda":
@@ -93,10 +93,10 @@ class _SuiteRun:
         return tuple(case for case in self.wanted if case not in finished)
 
 
-def _lasting_notes(earlier: results.Results | None) -> list[str]:
+def _carried_notes(earlier: results.Results | None) -> list[str]:
     """Of an earlier run's notes those that are not made anew."""
-    made_anew = (results.TIME_LIMIT, results.PARTLY_CHECKED)
-    return [note for note in earlier.notes if not note.startswith(made_anew)] if earlier else []
+    notes = results.lasting_notes(earlier) if earlier else []
+    return [note for note in notes if not note.startswith(results.PARTLY_CHECKED)]
 
 
 def _partly_checked(records: Sequence[results.Record]) -> list[str]:
