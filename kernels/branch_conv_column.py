@@ -6,9 +6,15 @@ accumulators that need them, a few rows at a time, so that a whole column's accu
 is as high as the image, the rows beyond it, their masks and their products fall away.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from .branch_call import BranchCall, block_constexprs, run_constexprs
+from .config import ColumnConfig
+from .geometry import is_whole_height
+from .launch import Launch
 from .norm import lane_moments, store_moments
 from .tiling import (
     SIZES,
@@ -341,3 +347,23 @@ def branch_conv_column_fwd_kernel(
         RUN_H, ROWS, UNROLL, BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE, PRECISION,
         0, len(KERNELS),
     )  # fmt: skip
+
+
+def column_constexprs(call: BranchCall[ColumnConfig]) -> dict[str, Any]:
+    """Constexprs of `column_tile`, but for its task and its columns of weights."""
+    config, (h, _) = call.config, call.output_size
+    return {
+        **block_constexprs(call),
+        **run_constexprs(call),
+        "IS_EVEN_H": h % config.RUN_H == 0,
+        "IS_WHOLE_H": is_whole_height(call.shape, config, h),
+        "BLOCKS_PER_GROUP": call.layout.blocks_per_group,
+    }
+
+
+def branch_conv_column_fwd(call: BranchCall[ColumnConfig]) -> Launch:
+    constexprs = {**column_constexprs(call), "TASK": call.task}
+    trips = () if call.config.UNROLL else call.shape.kernels
+    return Launch(
+        branch_conv_column_fwd_kernel, call.grid, call.selecting_arguments, constexprs, call.options, trips
+    )

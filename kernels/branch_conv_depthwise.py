@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from .branch_call import BranchCall, branch_constexprs
+from .config import DepthwiseConfig
+from .launch import Launch
 from .tiling import SIZES, locate_tile, relu, run_origin, widen
 
 
@@ -101,3 +104,9 @@ def branch_conv_depthwise_fwd_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     mask = (offs_n < n_left)[:, None] & mask_c[None, :]
     tl.store(partial_ptr + offs_n[:, None] * stride_partial_n + offs_c[None, :], sums, mask=mask)
+
+
+def branch_conv_depthwise_fwd(call: BranchCall[DepthwiseConfig]) -> Launch:
+    constexprs = {**branch_constexprs(call), "SPACINGS": call.layout.spacings}
+    arguments = call.storing_arguments(call.shape.c_out)
+    return Launch(branch_conv_depthwise_fwd_kernel, call.grid, arguments, constexprs, call.options)

@@ -8,7 +8,11 @@ once; programs all run at once, so that none waits for a last round.
 import triton
 import triton.language as tl
 
-from .branch_conv_column import column_tile, column_weights
+from .branch_call import BranchCall
+from .branch_conv_column import column_constexprs, column_tile, column_weights
+from .config import HeldConfig
+from .geometry import can_run, cdiv
+from .launch import Launch
 from .tiling import SIZES
 
 
@@ -63,3 +67,27 @@ def branch_conv_held_fwd_kernel(
             )  # fmt: skip
         # The next branch's sums are added to these.
         tl.debug_barrier()
+
+
+def branch_conv_held_fwd(call: BranchCall[HeldConfig]) -> Launch:
+    """Raises:
+    ValueError: a call that selects.
+    """
+    shape, config, count = call.shape, call.config, call.all_tiles
+    if not can_run(call.task, shape, config):
+        raise ValueError(f"config must not be a HeldConfig to {call.task}, got {config}")
+    arguments = (
+        *call.pointers, *call.out_pointers,
+        *call.sizes, shape.c_in, shape.c_out, count, *call.tiles, call.channel_programs,
+        *call.x_strides, *call.out_strides, *call.partial_strides,
+    )  # fmt: skip
+    walked = min(count, config.TILES_PER_PROGRAM)
+    columns_left = [1 if config.UNROLL else max(1, k - config.HELD_COLUMNS) for k in shape.kernels]
+    return Launch(
+        branch_conv_held_fwd_kernel,
+        (cdiv(count, config.TILES_PER_PROGRAM) * call.channel_programs,),
+        arguments,
+        {**column_constexprs(call), "TASK": call.task},
+        call.options,
+        tuple(trip for columns in columns_left for trip in (walked, columns)),
+    )

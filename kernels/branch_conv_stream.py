@@ -6,9 +6,15 @@ so that the accumulator can start from the shift, and so that its 16-bit result 
 product with the pixel mask that pools it. Derivation and instruction counts: `kernels/README.md`.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
+from .branch_call import BranchCall, block_constexprs, even_rows, run_constexprs
+from .config import StreamConfig
+from .geometry import can_run
+from .launch import Launch
 from .norm import lane_moments, store_moments
 from .tiling import (
     SIZES,
@@ -312,3 +318,34 @@ def branch_conv_stream_fwd_kernel(
         RUN_H, RUN_W, BLOCKS_PER_PROGRAM, BLOCK_POOL, POOL_BY_DOT, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK,
         IS_LARGE, PRECISION,
     )  # fmt: skip
+
+
+def stream_constexprs(call: BranchCall[StreamConfig]) -> dict[str, Any]:
+    """Constexprs of `stream_tile`, but for its task."""
+    h, _ = call.output_size
+    return {
+        **block_constexprs(call),
+        **run_constexprs(call),
+        "SPACINGS_H": call.runs.spacings,
+        "SPACINGS_W": call.layout.spacings,
+        "SPANS": call.layout.spans,
+        "IS_EVEN_H": tuple(h % (call.config.RUN_H * spacing) == 0 for spacing in call.runs.spacings),
+        "IS_EVEN_W": even_rows(call),
+    }
+
+
+def branch_conv_stream_fwd(call: BranchCall[StreamConfig]) -> Launch:
+    """Raises:
+    ValueError: row runs that cannot be brought into the same order in every branch, to select.
+    """
+    config = call.config
+    if not can_run(call.task, call.shape, config):
+        raise ValueError(
+            f"config: BLOCK_W must be a multiple of every branch's spacing, a power of two, to select; got BLOCK_W "
+            f"{config.BLOCK_W} and spacings {call.layout.spacings}"
+        )
+    constexprs = {**stream_constexprs(call), "TASK": call.task}
+    trips = (config.BLOCKS_PER_PROGRAM,)
+    return Launch(
+        branch_conv_stream_fwd_kernel, call.grid, call.selecting_arguments, constexprs, call.options, trips
+    )

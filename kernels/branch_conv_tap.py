@@ -8,6 +8,9 @@ kernel.
 import triton
 import triton.language as tl
 
+from .branch_call import BranchCall, block_constexprs, even_rows
+from .config import TapConfig
+from .launch import Launch
 from .norm import store_moments
 from .tiling import SIZES, fold_pool, locate_tile, pooled_pixels, relu, run_origin, widen
 
@@ -161,3 +164,24 @@ def branch_conv_tap_fwd_kernel(
         sums = fold_pool(pool, RUN_W, BLOCK_CO, BLOCK_N, POOL_BY_DOT)
         mask = (offs_n < n_left)[:, None] & (offs_c < co_end)[None, :]
         tl.store(partial_ptr + offs_n[:, None] * stride_partial_n + co0 + offs_c[None, :], sums, mask=mask)
+
+
+def branch_conv_tap_fwd(call: BranchCall[TapConfig]) -> Launch:
+    layout = call.layout
+    constexprs = {
+        **block_constexprs(call),
+        "TASK": call.task,
+        "SPACINGS": layout.spacings,
+        "SPANS": layout.spans,
+        "IS_EVEN_W": even_rows(call),
+        "BLOCKS_PER_GROUP": layout.blocks_per_group,
+        "K_CHUNKS": layout.chunks,
+    }
+    return Launch(
+        branch_conv_tap_fwd_kernel,
+        call.grid,
+        call.storing_arguments(call.shape.c_in, call.shape.c_out),
+        constexprs,
+        call.options,
+        tuple(k * taps * layout.chunks for k, taps in zip(call.shape.kernels, layout.taps_w, strict=True)),
+    )

@@ -6,10 +6,17 @@ kernels. Each warp of a program does so for a channel block of its own; what it 
 a pixel, a whole sector (`window`).
 """
 
+from itertools import chain
+
 import triton
 import triton.language as tl
 
+from .branch_call import BranchCall
+from .config import WindowConfig
+from .geometry import can_run, is_crossed, is_full, known_stride, reach
+from .launch import Launch
 from .norm import lane_moments, store_moments
+from .prefetch import can_prefetch
 from .sparse_product import SPARSE_ENTRIES, accumulators, load_sparse_left, sparse_right, sparsity
 from .tiling import SIZES, branch_attention, fold_pool, locate_tile, relu, widen
 from .window import (
@@ -25,6 +32,7 @@ from .window import (
     unpacked,
     without_first,
 )
+from .window_geometry import branch_points, partners, places
 from .window_products import sparse_outputs, window_outputs
 
 
@@ -276,3 +284,51 @@ def branch_conv_window_fwd_kernel(
         BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, HOLD_WEIGHTS, PREFETCH,
         SPARSE, IS_CROSSED, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE,
     )  # fmt: skip
+
+
+def branch_conv_window_fwd(call: BranchCall[WindowConfig]) -> Launch:
+    """Raises:
+    ValueError: other than 16 bits, a stride, groups or tiles that windows do not take.
+    """
+    shape, x, config, extent = call.shape, call.x, call.config, call.extent
+    if not can_run(call.task, shape, config) or x.element_size() != 2:
+        raise ValueError(
+            f"config: a window of rows takes 16-bit inputs, stride 1 and branches of the same channels, by sparse "
+            f"products 8 lanes of groups of 1, 2, 4 or 8; got {x.dtype}, {shape} and {config}"
+        )
+    h, w = call.output_size
+    layout, points = call.layout, branch_points(shape)
+    constexprs = {
+        "TASK": call.task,
+        "KERNELS": shape.kernels,
+        "W_OFFSETS": layout.offsets,
+        "PLACES": places(list(chain(*points)), shape, config.RUN_W),
+        "PARTNERS": tuple(chain(*(partners(own, shape) for own in points))),
+        "REACH": reach(shape),
+        "IS_EVEN_H": h % config.RUN_H == 0,
+        "IS_EVEN_W": w % config.RUN_W == 0,
+        "STRIDE_XW": known_stride(x.stride(3), shape.c_in, extent),
+        "STRIDE_OW": known_stride(call.out_strides[-1], shape.c_out, extent),
+        "BLOCKS": config.num_warps,
+        "CHANNELS_CI": layout.channels_ci,
+        "CHANNELS_CO": layout.channels_co,
+        "BLOCK_CI": config.BLOCK_CI,
+        "BLOCK_CO": config.BLOCK_CO,
+        "BLOCK_N": config.BLOCK_N,
+        "BLOCK_H": config.BLOCK_H,
+        "BLOCK_W": config.BLOCK_W,
+        "RUN_H": config.RUN_H,
+        "RUN_W": config.RUN_W,
+        "HOLD_WEIGHTS": config.HOLD_WEIGHTS,
+        "PREFETCH": config.PREFETCH and can_prefetch(x),
+        "SPARSE": config.SPARSE,
+        "IS_CROSSED": is_crossed(shape, config),
+        "HAS_SHIFT": call.shift is not None,
+        "HAS_RELU": call.has_relu,
+        "HAS_CHANNEL_MASK": not is_full(shape, config),
+        "IS_LARGE": extent >= 2**31,
+    }
+    trips = (config.RUN_H,)
+    return Launch(
+        branch_conv_window_fwd_kernel, call.grid, call.selecting_arguments, constexprs, call.options, trips
+    )

@@ -5,20 +5,20 @@ programs run at once, so the list always advances (`kernels/README.md`, "One lau
 memory to pool and, a few samples later, from L2 to select.
 """
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
 
-from .branch_conv import shared_constexprs, task_constexprs
-from .branch_conv_column import column_tile
-from .branch_conv_stream import stream_tile
+from .branch_call import BranchCall
+from .branch_conv_column import column_constexprs, column_tile
+from .branch_conv_stream import stream_constexprs, stream_tile
 from .config import ColumnConfig, ResidentConfig
 from .gate import gate_sample
 from .geometry import (
     MAX_ITEMS,
     ConvShape,
-    blocking,
-    blocks_per_program,
     can_run,
     cdiv,
     next_power_of_2,
@@ -212,18 +212,19 @@ def unit_resident_fwd(
             f"config: a sample is selected after its gate, got GATE_LAG {config.GATE_LAG} and SELECT_LAG "
             f"{config.SELECT_LAG}"
         )
-    n, _, h_in, w_in = x.shape
-    c, h, w_out = v.shape[1:]
+    n, (h, w_out) = x.shape[0], v.shape[2:]
     m, _, d = select_weight.shape
     if d > config.BLOCK_D:
         raise ValueError(f"config: BLOCK_D must hold the descriptor of {d} entries, got {config.BLOCK_D}")
-    layout = blocking(shape, branch)
     items = resident_items(shape, config, h, w_out)
     if n * items.step >= MAX_ITEMS:
         raise ValueError(f"x must have fewer than {MAX_ITEMS} tiles, got {n * items.step} in {n} samples")
     is_column = isinstance(branch, ColumnConfig)
-    extent_x = (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3) + shape.c_in * x.stride(1)
-    extent_v = (h - 1) * v.stride(2) + (w_out - 1) * v.stride(3) + (c - 1) * v.stride(1) + 1
+    pool = BranchCall("pool", x, w, shift, shape, branch, has_relu, allow_tf32, partial=partial)
+    select = replace(pool, task="select", attention=attention, out=v, partial=None)
+    of_pool, of_select = (
+        (column_constexprs if is_column else stream_constexprs)(call) for call in (pool, select)
+    )
     columns = {
         "RUN_W": 1,
         "SPANS": (),
@@ -233,13 +234,10 @@ def unit_resident_fwd(
         "BLOCKS_PER_PROGRAM": 1,
     }
     rows = {"ROWS": 1, "UNROLL": False, "IS_WHOLE_H": False, "BLOCKS_PER_GROUP": 1}
-    of_select = task_constexprs("select", shape, branch, h, w_out)
     constexprs = {
         **(columns if is_column else rows),
-        **shared_constexprs(
-            x, shape, shift is not None, has_relu, allow_tf32, branch, max(extent_x, extent_v)
-        ),
-        **task_constexprs("pool", shape, branch, h, w_out),
+        **of_pool,
+        "IS_LARGE": of_select["IS_LARGE"],
         "PHASE": "all",
         "IS_COLUMN": is_column,
         "ITEMS_PER_TURN": config.ITEMS_PER_TURN,
@@ -260,12 +258,11 @@ def unit_resident_fwd(
     )
     unused = x  # stands for a pointer that is not followed
     arguments = (
-        x, w, unused if shift is None else shift, reduce_weight, gate_scale, gate_shift, select_weight,
+        *pool.pointers, reduce_weight, gate_scale, gate_shift, select_weight,
         unused if select_bias is None else select_bias, partial, attention, v, state,
-        n, h_in, w_in, h, w_out, shape.c_in, shape.c_out, d, *items.pool_tiles, *items.select_tiles,
-        layout.blocks // blocks_per_program(branch),
+        *pool.sizes, shape.c_in, shape.c_out, d, *items.pool_tiles, *items.select_tiles, pool.channel_programs,
         items.gate, config.GATE_LAG, config.SELECT_LAG, turns,
-        x.stride(0), x.stride(2), x.stride(3), *v.stride(), partial.stride(0), partial.stride(1),
+        *pool.x_strides, *v.stride(), *pool.partial_strides,
     )  # fmt: skip
     return Launch(
         unit_resident_fwd_kernel,
@@ -273,8 +270,7 @@ def unit_resident_fwd(
         arguments,
         constexprs,
         {
-            "num_warps": branch.num_warps,
-            "num_stages": branch.num_stages,
+            **pool.options,
             "launch_cooperative_grid": True,
             "maxnreg": config.maxnreg,
         },
