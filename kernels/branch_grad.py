@@ -12,19 +12,19 @@ from .config import GradConfig, GradStreamConfig, GradWideConfig
 from .geometry import ConvShape, cdiv, next_power_of_2
 from .grad_geometry import (
     HALO,
+    MAX_GRID_Y,
     PIXELS,
     branch_halo,
     can_run_grad,
     grad_blocks,
     grad_tiles,
     is_paired,
+    strips,
     wide_halo,
 )
 from .launch import Launch
 from .prefetch import can_prefetch
 
-# Tiles beyond this lie along the first axis, which takes 2^31 (CUDA C++ programming guide, technical specifications).
-MAX_GRID_Y = 65535
 # Accumulators of weight gradients that a program holds: kernel rows of one branch, by kernel size. The gradients of
 # linear branches take fewer registers.
 ROWS_KY = {1: 1, 3: 3, 5: 2, 7: 1}
@@ -78,10 +78,10 @@ def _stream(
     n, _, h, width = x.shape
     blocks = grad_blocks(shape, config)
     tiles_h, tiles_w = grad_tiles(shape, config, h, width)
-    tiles = n * tiles_h * tiles_w
+    programs, tiles_per_program = strips(shape, config, n, h, width)
     arguments = (
-        x, dv, y, w, terms, dx, partial,
-        h, width, shape.c_in, shape.c_out, tiles, tiles_h, tiles_w, config.TILES_PER_PROGRAM,
+        x, dv, y, w, terms, dx, partial, h, width, shape.c_in, shape.c_out,
+        n * tiles_h * tiles_w, tiles_h, tiles_w, tiles_per_program,
         x.stride(0), x.stride(2), x.stride(3), dv.stride(0), dv.stride(2), dv.stride(3),
         y.stride(0), y.stride(1), y.stride(2), y.stride(3),
         dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3),
@@ -99,12 +99,8 @@ def _stream(
         "GROUP_CO": shape.c_out // shape.groups,
         "BLOCKS": config.num_warps,
     }
-    grid = (blocks.count // config.num_warps, cdiv(tiles, config.TILES_PER_PROGRAM))
-    return (
-        _prepared(
-            branch_grad_stream_kernel, grid, arguments, constexprs, config, (config.TILES_PER_PROGRAM,)
-        ),
-    )
+    grid = (blocks.count // config.num_warps, programs)
+    return (_prepared(branch_grad_stream_kernel, grid, arguments, constexprs, config, (tiles_per_program,)),)
 
 
 def _wide(
@@ -113,7 +109,7 @@ def _wide(
 ) -> tuple[Launch, ...]:  # fmt: skip
     n, _, h, width = x.shape
     blocks = grad_blocks(shape, config)
-    halo, strips = wide_halo(shape, width), partial.shape[0]
+    halo, programs = wide_halo(shape, width), partial.shape[0]
     data_tiles_h, data_tiles_w = cdiv(h, config.DATA_RUN_H), cdiv(width, PIXELS - 2 * halo)
     read = (x, dv, *y.permute(0, 1, 4, 2, 3))
     common = {
@@ -126,6 +122,7 @@ def _wide(
         offsets.append(offsets[-1] + blocks.chunks_co * kernel * kernel * 256)
     pieces = blocks.count * blocks.chunks_ci
     tiles = n * data_tiles_h * data_tiles_w
+    # Those beyond the grid's second axis lie along the first.
     tiles_x = next_power_of_2(cdiv(tiles, MAX_GRID_Y))
     data = _prepared(
         branch_grad_data_kernel,
@@ -155,7 +152,7 @@ def _wide(
         # Its own halo: a branch of small reach has fewer tiles.
         halo = branch_halo(kernel, dilation, width)
         tiles_w = cdiv(width, PIXELS - 2 * halo)
-        tiles_per_program = cdiv(n * tiles_h * tiles_w, strips)
+        tiles_per_program = cdiv(n * tiles_h * tiles_w, programs)
         for first in range(0, kernel, rows_ky.get(kernel, 1)):
             arguments = (
                 x, dv, y[m], terms[:, m], partial[:, :, tap:], h, width, shape.c_in, shape.c_out,
@@ -173,7 +170,7 @@ def _wide(
                 "GROUP_CI": shape.c_in // shape.groups,
                 "GROUP_CO": shape.c_out // shape.groups,
             }
-            grid = (pieces * blocks.chunks_co, strips)
+            grid = (pieces * blocks.chunks_co, programs)
             trips = (tiles_per_program,)
             launches.append(_prepared(branch_grad_weight_kernel, grid, arguments, constexprs, config, trips))
         tap += kernel * kernel

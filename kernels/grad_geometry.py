@@ -14,6 +14,8 @@ RUNS, HALO = 16, 2
 """Of `branch_grad_stream`: runs of two pixels that a tile's row has, and columns read beyond it on either side."""
 PIXELS = 16
 """Of `branch_grad_wide`: pixels that a tile's row has."""
+MAX_GRID_Y = 65535
+"""Programs along a grid's second axis; the first takes 2^31 (CUDA C++ programming guide, technical specifications)."""
 
 
 def can_run_grad(shape: ConvShape, dtype: torch.dtype, config: GradConfig, w: int) -> str | None:
@@ -86,6 +88,15 @@ def grad_tiles(shape: ConvShape, config: GradConfig, h: int, w: int) -> tuple[in
     return cdiv(h, config.RUN_H), cdiv(w, columns)
 
 
+def strips(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) -> tuple[int, int]:
+    """How many programs walk the tiles of weight gradients of `n` images, and how many tiles each: as `config` says, or
+    more where a grid would have too many programs."""
+    tiles_h, tiles_w = grad_tiles(shape, config, h, w)
+    tiles = n * tiles_h * tiles_w
+    per_program = max(config.TILES_PER_PROGRAM, cdiv(tiles, MAX_GRID_Y))
+    return cdiv(tiles, per_program), per_program
+
+
 def is_paired(shape: ConvShape) -> bool:
     """Whether `branch_grad_stream` keeps weight gradients of either half of a channel block: no group has both."""
     return shape.c_in == shape.c_out and 4 % (shape.c_in // shape.groups) == 0
@@ -94,11 +105,10 @@ def is_paired(shape: ConvShape) -> bool:
 def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) -> tuple[int, ...]:
     """Shape of the fp32 workspace for `n` images of `h` x `w` pixels: summands, blocks of output channels, kernel taps
     of all branches, channels of a block, input channels of a group."""
-    tiles_h, tiles_w = grad_tiles(shape, config, h, w)
-    strips = cdiv(n * tiles_h * tiles_w, config.TILES_PER_PROGRAM)
+    count, _ = strips(shape, config, n, h, w)
     blocks = grad_blocks(shape, config)
     taps = sum(k * k for k in shape.kernels)
-    summands = 2 * strips if isinstance(config, GradStreamConfig) and is_paired(shape) else strips
+    summands = 2 * count if isinstance(config, GradStreamConfig) and is_paired(shape) else count
     return summands, blocks.count * blocks.chunks_co, taps, blocks.size, shape.c_in // shape.groups
 
 

@@ -30,6 +30,22 @@ def current_schedule() -> Schedule | None:
     return _schedule.get()
 
 
+def training_reason() -> str:
+    """Why a call that trains cannot run the schedule that is asked for; "" if none is."""
+    schedule = current_schedule()
+    if schedule is None:
+        return ""
+    return (
+        f"schedule {schedule!r} is for inference, but gradients are enabled or a norm uses batch statistics "
+        "(layer.eval() with torch.no_grad())"
+    )
+
+
+def cannot_run(backend: Backend, reason: str) -> RuntimeError:
+    """What is raised where a backend that was asked for cannot run a call."""
+    return RuntimeError(f'use_backend("{backend}") cannot run here: {reason}')
+
+
 def use_backend(
     name: Backend, *, schedule: Schedule | None = None
 ) -> contextlib._GeneratorContextManager[None]:

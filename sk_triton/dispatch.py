@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .backend import current_schedule
+from .backend import Backend, cannot_run, training_reason
 from .chips import CHIPS, chip_of
 from .cpu import choice as cpu
 from .environment import triton_version
@@ -42,7 +42,7 @@ def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSp
 
 
 def choose(
-    x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, backend: str, save: Save = "branches"
+    x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, backend: Backend, save: Save = "branches"
 ) -> Plan:
     """The plan for a call under `backend`: "auto", "triton", "torch" or "reference".
 
@@ -65,7 +65,7 @@ def choose(
                 return cpu.training_plan(x, spec)
             reason = f"{reason}; for training, {not_trained}"
         if backend == "torch":
-            raise RuntimeError(f'use_backend("torch") cannot run here: {reason}')
+            raise cannot_run(backend, reason)
         return reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes no kernels', reason)
     if backend == "auto" and not torch.compiler.is_compiling() and is_interpreted():
         return reference_plan(x.dtype, spec, 'TRITON_INTERPRET is set, where "auto" takes the reference')
@@ -77,7 +77,7 @@ def choose(
             return Plan("triton", "traced", math.nan, x.dtype)
         return inference_plan(x, spec)
     if backend == "triton":
-        raise RuntimeError(f'use_backend("triton") cannot run here: {reason}')
+        raise cannot_run(backend, reason)
     return reference_plan(x.dtype, spec, reason)
 
 
@@ -146,17 +146,10 @@ def _kernels_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKS
     reason = state_reason(x, branches, gate, _KERNELS)
     if not reason or not training.is_training(x, branches, gate):
         return reason, False
-    return state_reason(x, branches, gate, _KERNELS, is_training=True) or _schedule_reason(), True
-
-
-def _schedule_reason() -> str:
-    schedule = None if torch.compiler.is_compiling() else current_schedule()
-    if schedule is None:
-        return ""
-    return (
-        f"schedule {schedule!r} is for inference, but gradients are enabled or a norm uses batch statistics "
-        "(layer.eval() with torch.no_grad())"
-    )
+    reason = state_reason(x, branches, gate, _KERNELS, is_training=True)
+    if not reason and not torch.compiler.is_compiling():  # the operator asks when it runs
+        reason = training_reason()
+    return reason, True
 
 
 def _device_reason(device: torch.device, dtype: torch.dtype) -> str:

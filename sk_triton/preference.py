@@ -187,18 +187,20 @@ def _fewest_passes(workload: Workload) -> Plan:
             .rejecting("recompute", "as many passes as merged, and every branch convolved twice")
             .rejecting("resident", "every branch convolved twice, where merged convolves once for all")
         )
-    unmerged = merged if isinstance(merged, str) else _more_passes(merged, store)
-    store = store.rejecting("merged", unmerged)
+    others = {
+        "resident": _unmeasured_reason(workload),
+        "merged": merged if isinstance(merged, str) else _more_passes(merged, store),
+    }
     recompute = _worthwhile_recompute(workload)
     if isinstance(recompute, str):
-        return store.rejecting("recompute", recompute)
-    if recompute.passes >= store.passes:
-        return store.rejecting("recompute", _more_passes(recompute, store))
-    return (
-        recompute.rejecting("resident", _unmeasured_reason(workload))
-        .rejecting("merged", unmerged)
-        .rejecting("store", _more_passes(store, recompute))
-    )
+        taken, others["recompute"] = store, recompute
+    elif recompute.passes >= store.passes:
+        taken, others["recompute"] = store, _more_passes(recompute, store)
+    else:
+        taken, others["store"] = recompute, _more_passes(store, recompute)
+    for name, reason in others.items():
+        taken = taken.rejecting(name, reason)
+    return taken
 
 
 def _more_passes(plan: Plan, other: Plan) -> str:

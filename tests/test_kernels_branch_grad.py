@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from sk_triton.bench.traffic import Meter
 from sk_triton.kernels.config import GradStreamConfig, GradWideConfig
 from sk_triton.kernels.geometry import ConvShape
-from sk_triton.kernels.grad_geometry import can_run_grad, partial_shape
+from sk_triton.kernels.grad_geometry import can_run_grad, partial_shape, strips
 
 from .interpreter import exact_bfloat16
 from .packed import pack_grad_weights
@@ -220,14 +220,19 @@ def test_repeated_runs_are_equal_to_the_bit(name):
 
 
 @pytest.mark.parametrize("most", [1, 2, 3])
-def test_more_tiles_than_a_grid_has_rows(most, monkeypatch):
-    shape, config, *size = CASES["wide, halos of each branch"]
+@pytest.mark.parametrize("name", ["stream", "wide, halos of each branch"])
+def test_more_tiles_than_a_grid_has_rows(name, most, monkeypatch):
+    shape, config, *size = CASES[name]
     x, dv, y, weights, *rest = make(shape, *size, torch.float16)
     terms = terms_of(*rest, has_norm=True)
-    expected, _ = run(x, dv, y, weights, terms, shape, config, has_relu=True)
-    monkeypatch.setattr("sk_triton.kernels.branch_grad.MAX_GRID_Y", most)
-    dx, _ = run(x, dv, y, weights, terms, shape, config, has_relu=True)
+    expected, expected_dw = run(x, dv, y, weights, terms, shape, config, has_relu=True)
+    for module in ("branch_grad", "grad_geometry"):
+        monkeypatch.setattr(f"sk_triton.kernels.{module}.MAX_GRID_Y", most)
+    assert strips(shape, config, *size)[0] <= most
+    dx, dw = run(x, dv, y, weights, terms, shape, config, has_relu=True)
     assert torch.equal(dx, expected)
+    for found, whole in zip(dw, expected_dw, strict=True):
+        torch.testing.assert_close(found, whole)
 
 
 @pytest.mark.parametrize("name", ["stream", "wide, 16 channels per group"])

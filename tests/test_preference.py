@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 
 from sk_triton import plans
-from sk_triton.bench.grid import classic_unit
+from sk_triton.backend import SCHEDULES
+from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.chips import CHIPS
 from sk_triton.preference import expected_plan, expected_schedule
 
@@ -44,6 +45,20 @@ def test_no_chips_choice_is_explained_by_times_of_another():
     narrow = replace(classic_unit(1024), branches=replace_kernels(classic_unit(1024).branches, (3, 7)))
     reasons = dict(expected_plan(workload(chip=CHIPS["sm_80"], spec=narrow, size=7)).rejected)
     assert reasons["store"].endswith("from 32 the library's convolution is expected to be faster")
+
+
+@pytest.mark.parametrize("n", [1, 128])
+@pytest.mark.parametrize("chip", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize(
+    "spec",
+    [paper_unit(128), paper_unit(1024), paper_unit(128, groups=1), classic_unit(128), classic_unit(1024)],
+    ids=["narrow", "wide", "dense", "linear", "linear, wide"],
+)
+def test_every_other_schedule_has_its_reason(spec, chip, n):
+    plan = expected_plan(workload(chip=CHIPS[chip], spec=spec, n=n))
+    names = [name for name, _ in plan.rejected]
+    assert sorted((plan.schedule, *names)) == sorted(("reference", *SCHEDULES))
+    assert all(reason for _, reason in plan.rejected)
 
 
 def replace_kernels(branches, kernels):

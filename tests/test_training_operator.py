@@ -84,6 +84,15 @@ def test_compiles_without_breaks(make, backend):
         torch.testing.assert_close(compiled.get_buffer(name), buffer)
 
 
+def test_a_schedule_of_inference_is_refused_by_compiled_training():
+    layer, x = paper(), torch.randn(2, 8, 5, 4)
+    torch._dynamo.reset()
+    function = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    gradients(layer, function, x)
+    with use_backend("triton", schedule="store"), pytest.raises(RuntimeError, match="'store' is for inference"):
+        function(x)
+
+
 @pytest.mark.parametrize("save", ["branches", "input"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float16, 2e-2), (torch.bfloat16, 0.15)], ids=["fp16", "bf16"]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import cannot_run, training_reason
 from ..layout import memory_format
 from ..save import Save
 from ..spec import SKSpec
@@ -63,9 +64,14 @@ def unit_fwd(
     Returns:
         v; the unbiased variance over the batch of the branches, ``[M, C]``, and of the gate, ``[d]``, empty where the
         statistics are not the batch's; then what the gradient needs: :class:`.tensors.Saved`.
+
+    Raises:
+        RuntimeError: ``use_backend`` asks for a schedule of inference.
     """
     from .operator_replay import forward
 
+    if reason := training_reason():
+        raise cannot_run("triton", reason)
     norms = NormSettings(kinds, list(epsilons), groups)
     return forward(x, params, running, tuple(has), SKSpec.decode(spec), norms, save)
 
