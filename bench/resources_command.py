@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from sk_triton.chips import CHIPS
+from sk_triton.chips import CHIPS, is_amd
 from sk_triton.environment import installed_triton, require
 from sk_triton.exit_codes import BAD_USAGE
 from sk_triton.tuning import shipped
@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             str(used.shared),
             f"{used.wide_loads}/{used.loads}",
             str(used.matrix),
-            "-" if row.per_output is None or used.target.startswith("gfx") else f"{row.per_output:.1f}",
+            "-" if row.per_output is None or is_amd(used.target) else f"{row.per_output:.1f}",
             *(clocks_of(used) if args.clocks else ()),
             ", ".join(row.faults),
         )

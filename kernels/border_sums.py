@@ -129,7 +129,7 @@ def border_sums_fwd(
     """Write `partial [N, tiles, C_out]` fp32, whose sum over tiles is that of all branches over the `pixels` outputs.
 
     `x [N, C_in, H_in, W_in]`, channels adjacent in memory (stride 1), other strides free. `w [sections_h, sections_w,
-    C_out / groups, C_in]` fp32 from `merging.section_weights`; `shift [C_out]` fp32, the sum of the branches'; `strips
+    C_out / groups, C_in]` fp32 from `section_weights`; `shift [C_out]` fp32, the sum of the branches'; `strips
     [strips, 3]` int32 (first row, rows, section) and `columns [W_in]` int32 (section, or -1) from `merging`.
     """
     n, _, h_in, w_in = x.shape

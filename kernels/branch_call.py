@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import torch
-import triton
 
 from .config import BranchConfig, ColumnConfig, StreamConfig, TapConfig
 from .geometry import (
@@ -17,9 +16,10 @@ from .geometry import (
     lattice,
     tiles,
 )
+from .versions import TRITON
 
 # Columns of the product that pools a tile, one per position in a run: the fewest that Triton takes.
-BLOCK_POOL = 8 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 5) else 16
+BLOCK_POOL = 8 if TRITON >= (3, 5) else 16
 
 ConfigT = TypeVar("ConfigT", bound=BranchConfig, covariant=True)
 

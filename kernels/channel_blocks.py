@@ -9,9 +9,11 @@ that Triton hands warps to that axis alone, and nothing moves between them.
 import triton
 import triton.language as tl
 
+from .versions import TRITON
+
 # Where no axis but one has neighbours in memory, Triton hands threads and warps to the others from the last one on, and
 # from the first one on before 3.8 (3.6 does; 3.7 was not tried).
-LAST_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8))
+LAST_FIRST = tl.constexpr(TRITON >= (3, 8))
 
 
 @triton.jit

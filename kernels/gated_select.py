@@ -9,6 +9,7 @@ from .config import GatedSelectConfig
 from .gate import all_logits
 from .geometry import cdiv, next_power_of_2
 from .launch import Launch
+from .select import check_pixels
 from .tiling import widen
 
 
@@ -88,10 +89,7 @@ def gated_select_fwd(
     """
     m, n, h, w, c = u.shape
     d = reduce_weight.shape[0]
-    if h > 1 and v.stride(2) != w * v.stride(3):
-        raise ValueError(
-            f"v must have equally spaced pixels, got strides {v.stride()} for shape {tuple(v.shape)}"
-        )
+    check_pixels(v)
     tiles = cdiv(h * w, config.BLOCK_P)
     last_pixel = h * w - 1
     extent = max(last_pixel * u.stride(3), last_pixel * v.stride(3) + (c - 1) * v.stride(1)) + c

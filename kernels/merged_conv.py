@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .config import MergedConfig, WindowConfig
-from .geometry import ConvShape, blocking, cdiv, is_whole_height, tiles
+from .geometry import ConvShape, blocking, cdiv, is_full, is_whole_height, tiles
 from .launch import Launch
 from .merged_conv_window import merged_conv_window_fwd
 from .merging import branch_blocks, merged_shape, row_parts
@@ -325,9 +325,7 @@ def merged_conv_fwd(
         "RUN_W": config.RUN_W,
         "HAS_SCALE": scale is not None,
         "HAS_SHIFT": shift is not None,
-        "HAS_CHANNEL_MASK": layout.channels_ci != config.BLOCK_CI
-        or layout.channels_co != config.BLOCK_CO
-        or layout.blocks * layout.groups_per_block != shape.groups,
+        "HAS_CHANNEL_MASK": not is_full(shape, config),
         "IS_LARGE": max(extent_x, extent_v) >= 2**31,
         "PRECISION": "tf32" if allow_tf32 else "ieee",
     }

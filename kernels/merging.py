@@ -18,11 +18,8 @@ def merged_shape(shape: ConvShape) -> ConvShape:
     The lattice's pitch is the greatest common divisor of the dilations; taps that a branch lacks are zero.
     """
     pitch = gcd(*(d for k, d in zip(shape.kernels, shape.dilations, strict=True) if k > 1)) or 1
-    reach = max(d * (k // 2) for k, d in zip(shape.kernels, shape.dilations, strict=True))
-    m = len(shape.kernels)
-    return ConvShape(
-        shape.c_in, shape.c_out, shape.groups, (2 * (reach // pitch) + 1,) * m, (pitch,) * m, shape.stride
-    )
+    kernel, m = 2 * (reach(shape) // pitch) + 1, len(shape.kernels)
+    return ConvShape(shape.c_in, shape.c_out, shape.groups, (kernel,) * m, (pitch,) * m, shape.stride)
 
 
 @lru_cache(maxsize=1024)

@@ -83,7 +83,7 @@ def operand_order(size: int, block_m: int, block_k: int) -> torch.Tensor:
 
 
 def window_order(size: int) -> torch.Tensor:
-    """As `operand_order`, for blocks `[16, 16]` of `branch_conv_window.load_taps`, where a thread holds four adjacent
+    """As `operand_order`, for blocks `[16, 16]` of `window.load_taps`, where a thread holds four adjacent
     channels: rows r and r + 8 of channels 4 t and 4 t + 1, then of channels 4 t + 2 and 4 t + 3. [size]
     """
     # (row half, row, thread, pair, parity), from most significant.

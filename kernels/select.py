@@ -46,6 +46,17 @@ def select_fwd_kernel(
     tl.store(v_ptr + n * stride_vn + offs_v, acc.to(v_ptr.dtype.element_ty), mask=mask)
 
 
+def check_pixels(v: torch.Tensor) -> None:
+    """Raises:
+    ValueError: pixels of `v [N, C, H, W]` that are not equally spaced.
+    """
+    _, _, h, w = v.shape
+    if h > 1 and v.stride(2) != w * v.stride(3):
+        raise ValueError(
+            f"v must have equally spaced pixels, got strides {v.stride()} for shape {tuple(v.shape)}"
+        )
+
+
 def select_fwd(
     u: torch.Tensor | Sequence[torch.Tensor],
     attention: torch.Tensor,
@@ -69,10 +80,7 @@ def select_fwd(
     n, h, w, c = us[0].shape
     if norm is not None and shift is not None:
         raise ValueError("shift must be None where there is a norm, whose beta it is")
-    if h > 1 and v.stride(2) != w * v.stride(3):
-        raise ValueError(
-            f"v must have equally spaced pixels, got strides {v.stride()} for shape {tuple(v.shape)}"
-        )
+    check_pixels(v)
     tiles = cdiv(h * w, config.BLOCK_P)
     last_pixel = h * w - 1
     stride_un, _, stride_up, _ = us[0].stride()

@@ -105,7 +105,7 @@ def sparse_product(left, right, acc, metadata, dtype: tl.constexpr):
     else:
         TYPE: tl.constexpr = "bf16" if dtype == tl.bfloat16 else "f16"
         if len(left) == 4:
-            # Its lanes are the warp's threads: tensors of 32 elements a warp lie so (`tests/test_compile_sparse.py`).
+            # Its lanes are the warp's threads: tensors of 32 elements a warp lie so (`tests/test_sparse_products.py`).
             return tl.inline_asm_elementwise(
                 "mma.sp::ordered_metadata.sync.aligned.m16n8k32.row.col.f32." + TYPE + "." + TYPE + ".f32 "
                 "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9, $10, $11}, {$12, $13, $14, $15}, $16, 0x0;",

@@ -12,9 +12,10 @@ from .channel_blocks import LAST_FIRST
 from .prefetch import prefetch_l1, prefetch_l2
 from .sparse_product import slot_channel
 from .tiling import packed, pairs
+from .versions import TRITON
 
 # Up to 3.7, Triton gives a thread four adjacent elements along K of an operand that was joined; from 3.8 on, two.
-JOINED_FOURS = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 8))
+JOINED_FOURS = tl.constexpr(TRITON < (3, 8))
 
 # Rows that are on their way into L2 before a loop over rows asks for them.
 ROWS_INTO_L2 = tl.constexpr(3)

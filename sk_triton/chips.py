@@ -10,6 +10,8 @@ import torch
 NARROW_PRODUCTS = (3, 6)
 """The first Triton that compiles the kernels whose products have 8 columns, on NVIDIA: 3.4 takes no fewer than 16, 3.5
 takes constants of the loops around them for values of run time."""
+AMD_COMPILES = (3, 5)
+"""The first Triton that compiles the kernels for AMD's chips."""
 UNHOISTED_LOOPS = (3, 6)
 """The oldest Triton seen to leave loop invariants in a loop that asks for it; 3.4 cannot."""
 PREFETCHING = ("sm_90", "sm_100", "sm_120")
@@ -34,6 +36,15 @@ class Chip:
     l2_mib: int
     gpu: str = ""
     is_pinned: bool = False
+
+    @property
+    def is_amd(self) -> bool:
+        return is_amd(self.name)
+
+
+def is_amd(name: str) -> bool:
+    """Whether an architecture is one of AMD's."""
+    return name.startswith("gfx")
 
 
 CHIPS = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backend import Backend, cannot_run, training_reason
-from .chips import CHIPS, chip_of
+from .chips import AMD_COMPILES, CHIPS, chip_of
 from .cpu import choice as cpu
 from .environment import triton_version
 from .layout import memory_format
@@ -42,7 +42,13 @@ def can_run_triton(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSp
 
 
 def choose(
-    x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, *, backend: Backend, save: Save = "branches"
+    x: Tensor,
+    branches: Sequence[Branch],
+    gate: Gate,
+    spec: SKSpec,
+    *,
+    backend: Backend,
+    save: Save = "branches",
 ) -> Plan:
     """The plan for a call under `backend`: "auto", "triton", "torch" or "reference".
 
@@ -168,8 +174,9 @@ def _device_reason(device: torch.device, dtype: torch.dtype) -> str:
     if chip_of(device) is None:
         name = torch.cuda.get_device_name(device)
         return f"{name} is not supported; supported are {', '.join(CHIPS)}"
-    if torch.version.hip and triton_version() < (3, 5):
-        return f"Triton {'.'.join(map(str, triton_version()))} does not compile the kernels for AMD; 3.5 and later do"
+    if torch.version.hip and triton_version() < AMD_COMPILES:
+        installed, first = (".".join(map(str, version)) for version in (triton_version(), AMD_COMPILES))
+        return f"Triton {installed} does not compile the kernels for AMD; {first} and later do"
     return ""
 
 

@@ -112,10 +112,10 @@ class PackCache:
                 tensor.record_stream(stream)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PackCache:
-        return PackCache()
+        return PackCache(self._keeps_sources, self.takes_computed)
 
-    def __reduce__(self) -> tuple[type[PackCache], tuple[()]]:
-        return PackCache, ()
+    def __reduce__(self) -> tuple[type[PackCache], tuple[bool, bool]]:
+        return PackCache, (self._keeps_sources, self.takes_computed)
 
 
 _shared: dict[Hashable, tuple[list[StorageWeakRef], PackCache]] = {}

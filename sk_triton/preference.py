@@ -142,7 +142,7 @@ def _library_reason(workload: Workload) -> str:
             "expected to be faster"
         )
     # Not known of AMD's library, and not in fp32.
-    if workload.chip.l2_mib and workload.dtype != torch.float32 and widest >= MIN_LIBRARY_TAP_CHANNELS:
+    if not workload.chip.is_amd and workload.dtype != torch.float32 and widest >= MIN_LIBRARY_TAP_CHANNELS:
         for launch in plan_store(workload).branch_launches:
             if isinstance(launch.config, TapConfig) and max(launch.shape.kernels) > 3:
                 return (

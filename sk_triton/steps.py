@@ -62,8 +62,8 @@ def gate_steps(plan: Plan, partial: Tensor, packed: Packed, attention: Tensor, *
     """From `partial [N, tiles, C]` fp32, sums over branches and each tile's pixels, to `attention [N, M, C]` fp32."""
     assert plan.gate is not None
     steps: list[Step] = []
-    n, tiles, c = partial.shape
-    if tiles > MAX_GATE_TILES:
+    n, count, c = partial.shape
+    if count > MAX_GATE_TILES:
         total = partial.new_empty((n, 1, c))
         steps.append(functools.partial(torch.sum, partial, 1, keepdim=True, out=total))
         partial = total

@@ -293,7 +293,7 @@ GROUPED = ConvShape(128, 128, 32, (3, 3), (1, 2))
     ],
 )
 def test_analytic_choice(chip, shape, dtype, allow_tf32, kind):
-    if kind is WindowConfig and (chip.name.startswith("gfx") or not HAS_NARROW_PRODUCTS):
+    if kind is WindowConfig and (chip.is_amd or not HAS_NARROW_PRODUCTS):
         # A window's lanes are products of 8 columns.
         kind = StreamConfig if max(shape.c_in, shape.c_out) // shape.groups <= 8 else ColumnConfig
     if kind is ColumnConfig and not HAS_NARROW_PRODUCTS:

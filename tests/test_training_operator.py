@@ -89,7 +89,10 @@ def test_a_schedule_of_inference_is_refused_by_compiled_training():
     torch._dynamo.reset()
     function = torch.compile(layer, fullgraph=True, backend="aot_eager")
     gradients(layer, function, x)
-    with use_backend("triton", schedule="store"), pytest.raises(RuntimeError, match="'store' is for inference"):
+    with (
+        use_backend("triton", schedule="store"),
+        pytest.raises(RuntimeError, match="'store' is for inference"),
+    ):
         function(x)
 
 

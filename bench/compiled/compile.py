@@ -17,6 +17,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from sk_triton.chips import is_amd
 from sk_triton.kernels.launch import Launch
 
 from .loops import Instruction, loop_weights
@@ -115,7 +116,7 @@ def jit_compiled(launch: Launch, target: str) -> Any:
     """What Triton's JIT compiles where a launch is started on a chip, on aligned tensors: it finds this in its cache
     then. Tensors may be on the meta device."""
     arguments = (_small(argument) for argument in launch.arguments)
-    options = launch.options_for(is_amd=target.startswith("gfx"))
+    options = launch.options_for(is_amd=is_amd(target))
     with _compiling_for(target):
         return launch.kernel.warmup(*arguments, grid=launch.grid, **launch.constexprs, **options)
 
@@ -124,7 +125,7 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile one launch as :func:`jit_compiled`, and read its resources."""
     compiled = jit_compiled(launch, target)
     launch.kernel.device_caches.pop(TARGETS[target], None)  # its code would stay in memory
-    if target.startswith("gfx"):
+    if is_amd(target):
         return _read_amdgcn(compiled, target)
     return _read_cubin(compiled, target, launch.trips)
 

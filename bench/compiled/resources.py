@@ -11,7 +11,7 @@ import torch
 
 from sk_triton import plans
 from sk_triton.backend import SCHEDULES, Schedule
-from sk_triton.chips import CHIPS
+from sk_triton.chips import AMD_COMPILES, CHIPS, is_amd
 from sk_triton.environment import triton_version
 from sk_triton.kernels.launch import Launch, flat
 from sk_triton.plan import BranchLaunch, Plan
@@ -173,4 +173,4 @@ def measure_all(
 
 def compilable_chips() -> list[str]:
     """The chips that the installed Triton compiles for: gfx942 from 3.5 on."""
-    return [name for name in CHIPS if not name.startswith("gfx") or triton_version() >= (3, 5)]
+    return [name for name in CHIPS if not is_amd(name) or triton_version() >= AMD_COMPILES]

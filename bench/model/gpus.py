@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from sk_triton.chips import CHIPS, Chip, product_of
+from sk_triton.chips import CHIPS, Chip, is_amd, product_of
 
 KIB = 1024
 MIB = 1024**2
@@ -324,7 +324,7 @@ def chip_for(gpu: Gpu) -> Chip:
 
 def refuse_precision(gpu: Gpu, precision: str) -> None:
     """Raises ValueError for one that the layers never compute in on a product: see `sk_triton.precision`."""
-    if precision == "tf32" and gpu.chip.startswith("gfx"):
+    if precision == "tf32" and is_amd(gpu.chip):
         raise ValueError(
             f"dtype must be fp16, bf16 or fp32 on {gpu.name}, got tf32: on AMD fp32 is never rounded to it"
         )

@@ -113,7 +113,7 @@ def stream_candidates(
         longest = 4
     else:
         longest = 8
-    if chip.name.startswith("gfx"):
+    if chip.is_amd:
         longest = min(longest, 4)
     is_paired = block == 8 and dtype != torch.float32
     if task == "select":

@@ -48,7 +48,7 @@ def takes_columns(shape: ConvShape) -> bool:
 
 def pixel_counts(chip: Chip) -> tuple[int, ...]:
     """Columns that a product may have."""
-    is_narrow = triton_version() >= NARROW_PRODUCTS and not chip.name.startswith("gfx")
+    is_narrow = triton_version() >= NARROW_PRODUCTS and not chip.is_amd
     return (8, 16) if is_narrow else (16,)
 
 

@@ -25,7 +25,7 @@ def gate_config(m: int, c: int, d: int, n: int, dtype: torch.dtype, chip: Chip) 
     block_n = 16
     while block_n > 1 and 2 * cdiv(n, block_n) * cdiv(c, block_c) <= chip.processors:
         block_n //= 2
-    elements = MAX_GATE_WEIGHTS // (2 if chip.name.startswith("gfx") else 1)
+    elements = MAX_GATE_WEIGHTS // (2 if chip.is_amd else 1)
     block_s = min(longest, elements // block_d, max(16, next_power_of_2(c)))
     return GateConfig(
         BLOCK_N=block_n,

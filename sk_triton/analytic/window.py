@@ -57,7 +57,7 @@ SPILLING_MOMENTS = (3, 9)
 def takes_window(shape: ConvShape, chip: Chip) -> bool:
     """Whether 16-bit branches may go by a window of rows: products of 8 columns, groups of 16 channels, stride 1."""
     group = max(shape.c_in, shape.c_out) // shape.groups
-    is_narrow = triton_version() >= NARROW_PRODUCTS and not chip.name.startswith("gfx")
+    is_narrow = triton_version() >= NARROW_PRODUCTS and not chip.is_amd
     return is_narrow and group <= BLOCK and shape.stride == 1 and not shape.is_split
 
 

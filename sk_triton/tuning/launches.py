@@ -16,7 +16,7 @@ from .lookup import Found, Request, Source, resolve
 
 
 def branch_config(workload: Workload, shape: ConvShape, task: str) -> Found:
-    """For the branches of `shape`, to "store", "pool" or "select" them."""
+    """For the branches of `shape`, to "store", "train", "pool" or "select" them."""
     n, (h, w), chip = workload.n, workload.output_size, workload.chip
     numbers = workload.dtype, workload.allow_tf32
     request = Request(
