@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from sk_triton import plans, preference
+from sk_triton import planning, preference
 from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import Chip
 from sk_triton.environment import require
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         refuse_precision(gpu, args.dtype)
         problem = problem_of(args)
         measured = committed(gpu, unit_of(args), args.dtype)
-        names = plans.possible_schedules(problem.on(chip_for(gpu)))
+        names = planning.possible_schedules(problem.on(chip_for(gpu)))
         steps = len(names) + (len(measured) if args.validate else 0)
         # On stderr: the output may be JSON.
         console = Console(stderr=True, quiet=not sys.stderr.isatty())
@@ -115,7 +115,7 @@ def rejected(problem: Problem, predictions: list[Prediction], chip: Chip) -> dic
 
 def refused(problem: Problem, chip: Chip) -> dict[str, str]:
     """Why a schedule cannot run the problem, for those that cannot."""
-    reasons = {name: plans.refusal(name, problem.on(chip)) for name in SCHEDULES}
+    reasons = {name: planning.refusal(name, problem.on(chip)) for name in SCHEDULES}
     return {name: reason for name, reason in reasons.items() if reason}
 
 

@@ -137,7 +137,7 @@ def count(
     Raises:
         RuntimeError: the kernels were imported without ``TRITON_INTERPRET=1``.
     """
-    from sk_triton import dispatch, plans
+    from sk_triton import dispatch, planning
     from sk_triton.kernels.launch import Launch
     from sk_triton.launching import prepare
     from sk_triton.packing import pack
@@ -147,9 +147,9 @@ def count(
             "traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
         )
     workload = _workload(spec, size)
-    plan = plans.plan_schedule(schedule, workload)
+    plan = planning.plan_schedule(schedule, workload)
     if full is not None:
-        planned = plans.plan_schedule(schedule, replace(workload, spec=full))
+        planned = planning.plan_schedule(schedule, replace(workload, spec=full))
         launches = _with_configs(plan.branch_launches, planned.branch_launches)
         merged = planned.merged_launch
         if plan.merged_launch and merged:
@@ -362,11 +362,11 @@ def refuse(args: argparse.Namespace) -> None:
         return
     if args.save:
         raise ValueError(f"--save acts on --schedule {TRAIN}, got --schedule {args.schedule}")
-    from sk_triton import plans
+    from sk_triton import planning
 
     full, spec, _, size = UNITS[args.unit][args.stage]
     for each in (full, spec):
-        if reason := plans.refusal(args.schedule, _workload(each, size)):
+        if reason := planning.refusal(args.schedule, _workload(each, size)):
             raise ValueError(
                 f"schedule {args.schedule!r} cannot run the {args.unit} unit of stage {args.stage}: {reason}"
             )

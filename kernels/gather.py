@@ -10,7 +10,7 @@ from .config import BranchConfig, GradConfig
 from .geometry import ConvShape, cdiv
 from .grad_geometry import grad_weight_order
 from .launch import Launch
-from .packing import branch_weight_order, in_memory
+from .weight_orders import branch_weight_order, in_memory
 
 BLOCK = 1024
 
@@ -72,8 +72,8 @@ def branch_weight_launch(
     scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, Launch]:
     """`weights[m] [c_out, c_in / groups, k, k]`, as `in_memory` takes them, packed for the kernel of `config` in
-    `dtype` (`packing.branch_weight_order`), and the launch that does it. `scale [M, C]` fp32 multiplies the outputs'
-    channels, in fp32."""
+    `dtype` (`weight_orders.branch_weight_order`), and the launch that does it. `scale [M, C]` fp32 multiplies the
+    outputs' channels, in fp32."""
     first = weights[0]
     index, end = branch_weight_order(shape, config, dtype, first.dtype, first.device, in_memory(weights))
     packed = first.new_empty(index.shape, dtype=dtype)

@@ -8,7 +8,7 @@ import torch
 from .config import GradConfig, GradStreamConfig
 from .geometry import ConvShape, cdiv
 from .lasting import lasting
-from .packing import axes, moved
+from .weight_orders import axes, index_in_memory
 
 RUNS, HALO = 16, 2
 """Of `branch_grad_stream`: runs of two pixels that a tile's row has, and columns read beyond it on either side."""
@@ -134,7 +134,7 @@ def grad_weight_order(
             index, mask = _gather_index(shape, config, kernel)
             indices.append(torch.where(mask, index + sum(sizes[:m]), zero))
         index = torch.cat([torch.cat(indices, 1).reshape(-1), torch.arange(sum(sizes), zero, device="cpu")])
-        index = moved(index, shape, strides)
+        index = index_in_memory(index, shape, strides)
         return index.to(device), torch.cat([moves, moves.new_zeros(1)]).to(device, dtype)
 
     return lasting(build, device)

@@ -49,7 +49,7 @@ def read_part(
 @triton.jit
 def load_right_operand(w_ptr, BLOCK_K: tl.constexpr):
     """A block of a branch's weights `[16, BLOCK_K]`, its columns in the order of `right_operand`'s rows, as
-    `packing.merging_order` stores it: each thread reads what it holds of the right operand at once.
+    `weight_orders.merging_order` stores it: each thread reads what it holds of the right operand at once.
     """
     flat = tl.load(w_ptr + tl.arange(0, 16 * BLOCK_K))
     flat = tl.reshape(flat, [BLOCK_K // 16, 8, 4, 2, 2, 2])
@@ -290,7 +290,7 @@ def merged_conv_fwd(
     tiles_h, tiles_w = tiles(shape, config, h, w_out)
     parts = row_parts(shape, config, x.dtype)
     has_taps = branch_blocks(branches, config, x.dtype)
-    # In 16 bits only what is read is packed (`packing.merging_order`).
+    # In 16 bits only what is read is packed (`weight_orders.merging_order`).
     w_branch = kernel * parts[-1] * config.RUN_W * config.BLOCK_CO * config.BLOCK_CI
     covered = tiles_h * config.BLOCK_H * config.RUN_H * tiles_w * config.BLOCK_W * config.RUN_W
     per_program = min(config.TILES_PER_PROGRAM, tiles_h * tiles_w)

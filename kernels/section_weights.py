@@ -61,8 +61,8 @@ def section_weights(
     """Write `out [sections_h, sections_w, C_out / groups, C_in]` fp32: at ci, what a pixel of a pair of sections of x
     adds to the j-th output of ci's group, summed over pixels and branches.
 
-    `weights[m] [C_out, C_in / groups, k, k]` as `packing.in_memory` takes them; `scale [M, C_out]` fp32 multiplies
-    them. `met_h` and `met_w` int32 from `merging.met_taps`.
+    `weights[m] [C_out, C_in / groups, k, k]` as `weight_orders.in_memory` takes them; `scale [M, C_out]` fp32
+    multiplies them. `met_h` and `met_w` int32 from `merging.met_taps`.
     """
     points = merged_shape(branches).kernels[0]
     if points > 31:

@@ -68,7 +68,7 @@ def sparse_right(words):
 @triton.jit
 def load_sparse_left(w_ptr, first):
     """A weight block for each entry of `first [BLOCKS]`, which says where it begins, from the memory order of
-    `packing.sparse_order`: the two words that each thread holds. `[BLOCKS * 32]`"""
+    `weight_orders.sparse_order`: the two words that each thread holds. `[BLOCKS * 32]`"""
     flat = tl.load(w_ptr + first[:, None] + tl.arange(0, SPARSE_ENTRIES)[None, :])
     return tl.split(packed(tl.reshape(flat, [first.shape[0] * 32, 4])))
 

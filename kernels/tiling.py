@@ -182,7 +182,7 @@ def right_operand(tile, IS_SHORT: tl.constexpr):
 @triton.jit
 def load_weight_operand(w_ptr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """A weight block `[BLOCK_M, BLOCK_K]`, its columns in the order of `right_operand`'s rows, from the memory order of
-    `packing.operand_order`: each thread reads the four registers of its left operand at once.
+    `weight_orders.operand_order`: each thread reads the four registers of its left operand at once.
     """
     flat = tl.load(w_ptr + tl.arange(0, BLOCK_M * BLOCK_K))
     flat = tl.reshape(flat, [BLOCK_K // 16, BLOCK_M // 16, 8, 4, 2, 2, 2])

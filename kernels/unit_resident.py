@@ -5,7 +5,9 @@ programs run at once, so the list always advances (`kernels/README.md`, "One lau
 memory to pool and, a few samples later, from L2 to select.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
@@ -222,9 +224,10 @@ def unit_resident_fwd(
     is_column = isinstance(branch, ColumnConfig)
     pool = BranchCall("pool", x, w, shift, shape, branch, has_relu, allow_tf32, partial=partial)
     select = replace(pool, task="select", attention=attention, out=v, partial=None)
-    of_pool, of_select = (
-        (column_constexprs if is_column else stream_constexprs)(call) for call in (pool, select)
+    constexprs_of: Callable[[BranchCall[Any]], dict[str, Any]] = (
+        column_constexprs if is_column else stream_constexprs
     )
+    of_pool, of_select = constexprs_of(pool), constexprs_of(select)
     columns = {
         "RUN_W": 1,
         "SPANS": (),

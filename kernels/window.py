@@ -106,8 +106,8 @@ def unpacked(words, dtype: tl.constexpr, BLOCKS: tl.constexpr):
 @triton.jit
 def load_taps(w_ptr, first):
     """A weight block for each entry of `first [BLOCKS]`, which says where it begins, its columns in the order of the
-    rows of `unpacked`, from the memory order of `packing.window_order`: each thread reads the four registers of its
-    left operand at once. [BLOCKS, 16, 16]
+    rows of `unpacked`, from the memory order of `weight_orders.window_order`: each thread reads the four registers of
+    its left operand at once. [BLOCKS, 16, 16]
     """
     BLOCKS: tl.constexpr = first.shape[0]
     flat = tl.load(w_ptr + first[:, None] + tl.arange(0, 256)[None, :])

@@ -13,7 +13,7 @@ from .params import Branch, Gate, Map
 from .reasons import FOLDABLE_NORMS
 from .spec import SKSpec
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INPUT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def act_name(act: Map | None) -> str:
@@ -37,7 +37,7 @@ def check_input(x: Tensor, spec: SKSpec) -> None:
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
-    if x.dtype not in DTYPES:
+    if x.dtype not in INPUT_DTYPES:
         raise TypeError(f"x must have dtype float16, bfloat16, float32 or float64, got {x.dtype}")
     shape = x.shape
     if len(shape) != 4:
@@ -120,7 +120,7 @@ def _check_tensor(
         raise ValueError(f"{name.format(index)} must be on the device of x, {device}, got {tensor.device}")
     if tensor.dtype is not dtype and (
         # Autocast casts every floating dtype but float64.
-        autocast is None or tensor.dtype not in DTYPES or torch.float64 in (tensor.dtype, dtype)
+        autocast is None or tensor.dtype not in INPUT_DTYPES or torch.float64 in (tensor.dtype, dtype)
     ):
         raise TypeError(f"{name.format(index)} must have the dtype of x, {dtype}, got {tensor.dtype}")
 

@@ -19,7 +19,7 @@ from .layout import memory_format
 from .pack_cache import PackCache
 from .params import Branch, Gate
 from .plan import Plan
-from .plans import eager_passes
+from .planning import eager_passes
 from .preference import inference_plan, workload_of
 from .reasons import state_reason, tracing_reason, unit_reason
 from .replay.calls import Recorder
@@ -29,7 +29,7 @@ from .spec import SKSpec
 from .training import run as training
 from .training.plan import plan_training
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KERNELS = "the kernels"
 _CPU_PREPARE = {"folded": cpu_folded.prepare, "merged": cpu_merged.prepare}
 _CPU_TRAIN = {"train": cpu_train.run, "train_merged": cpu_train_merged.run}
@@ -110,9 +110,9 @@ def run(
             recorder = None
         return training.run(x, branches, gate, spec, save, recorder)
     if (plan.backend, plan.schedule) == ("triton", "traced"):
-        from .inference_op import run_unit
+        from .inference_op import run_inference_op
 
-        return run_unit(x, branches, gate, spec)
+        return run_inference_op(x, branches, gate, spec)
     if plan.backend == "triton":
         from . import launching  # imports Triton
 
@@ -161,7 +161,7 @@ def _kernels_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKS
 def _device_reason(device: torch.device, dtype: torch.dtype) -> str:
     if not has_triton():
         return "Triton is not installed (pip install triton)"
-    if dtype not in DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"x has dtype {dtype}; the kernels take float16, bfloat16 and float32"
     if is_interpreted() and dtype == torch.bfloat16:
         return "Triton's interpreter multiplies the bit patterns of bfloat16; take float16 or float32 there"

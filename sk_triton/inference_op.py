@@ -19,7 +19,7 @@ from .layout import empty_output
 from .pack_cache import shared_cache
 from .params import Branch, FrozenNorm, Gate, are_kept, norms_of
 from .preference import inference_plan
-from .replay.calls import kind_of
+from .replay.calls import call_kind
 from .replay.recording import MAX_RECORDINGS
 from .spec import SKSpec
 from .undisturbed import undisturbed
@@ -28,7 +28,7 @@ _PART = 2 + len(FrozenNorm._fields[:-1])
 """Tensors of a branch, and of the gate's first layer: weight, bias and those of the norm."""
 
 
-def run_unit(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
+def run_inference_op(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
     """The unit's output; arguments and result as :func:`sk_triton.functional.sk_conv`."""
     flat: list[Tensor | None] = []
     for branch in branches:
@@ -75,7 +75,7 @@ def unit_inference(
         may_keep = are_kept(branches, gate) and not is_capturing(x.device)
         cache = shared_cache(tensors) if may_keep else None
         packed = pack(plan, x.shape[2], x.shape[3], branches, gate, cache)
-        kind = kind_of(x)
+        kind = call_kind(x)
         start = packed.calls.get((kind, unit))
         if start is not None:
             return start(x)
@@ -97,7 +97,7 @@ def _norm_tensors(norm: object) -> list[Tensor | None]:
 
 
 def _unit(flat: Sequence[Any], epsilons: Sequence[float]) -> tuple[tuple[Branch, ...], Gate]:
-    """The inverse of what :func:`run_unit` hands over."""
+    """The inverse of what :func:`run_inference_op` hands over."""
     parts: list[Any] = []
     for i, eps in enumerate(epsilons):
         weight, bias, *norm = flat[_PART * i : _PART * (i + 1)]

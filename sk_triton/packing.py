@@ -13,8 +13,8 @@ from torch import Tensor
 from .kernels.gather import branch_weight_launch
 from .kernels.merging import met_taps
 from .kernels.norm_params import Affine, fold_norms
-from .kernels.packing import weight_order
 from .kernels.section_weights import section_weights
+from .kernels.weight_orders import weight_order
 from .pack_cache import PackCache, remember
 from .params import Branch, Gate
 from .plan import BranchLaunch, MergedLaunch, Plan

@@ -18,7 +18,7 @@ from .chips import chip_of, pinned
 from .kernels.config import ColumnConfig, TapConfig
 from .kernels.geometry import tiles
 from .plan import Plan
-from .plans import (
+from .planning import (
     make_plan,
     plan_gated,
     plan_library,

@@ -8,7 +8,7 @@ from itertools import product
 
 import torch
 
-from sk_triton import plans
+from sk_triton import planning
 from sk_triton.analytic import merged as analytic_merged
 from sk_triton.analytic.window import takes_window
 from sk_triton.bench.compiled.compile import compile_launch
@@ -42,7 +42,7 @@ def launches(name: str, chip: str):
 def measure(job: tuple[str, str]) -> list[dict]:
     name, chip = job
     analytic_merged.takes_window = (lambda *args: False) if name.endswith(TILES) else takes_window
-    plans.plan_schedule.cache_clear()
+    planning.plan_schedule.cache_clear()
     steps, outputs = launches(name, chip)
     rows = []
     for step in steps:

@@ -4,7 +4,7 @@ import torch
 
 from sk_triton.kernels.grad_geometry import grad_weight_order
 from sk_triton.kernels.merging import lattice_taps, merged_shape, sections, widen_kernel
-from sk_triton.kernels.packing import branch_weight_order
+from sk_triton.kernels.weight_orders import branch_weight_order
 
 
 def pack_branch_weights(weights, shape, config, dtype):

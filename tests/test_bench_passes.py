@@ -8,7 +8,7 @@ import pytest
 import torch
 from matplotlib.text import Text
 
-from sk_triton import plans
+from sk_triton import planning
 from sk_triton.bench import passes
 from sk_triton.bench.plots import waterfall
 from sk_triton.bench.shapes import CLASSIC, PAPER, stage_shape
@@ -54,9 +54,9 @@ def test_passes_agree_with_the_dispatcher(unit, num_branches, same_groups):
         branches=tuple(BranchSpec(3, 1 + m, g) for m, g in enumerate(groups)),
     )
     workload = Workload(spec, 8, shape.height, shape.width, torch.float16, CHIPS["sm_90"])
-    assert passes.store(spec).passes == plans.plan_store(workload).passes
-    assert passes.library(spec).passes == plans.plan_schedule("library", workload).passes
-    assert passes.reference(spec).passes == plans.eager_passes(spec)
+    assert passes.store(spec).passes == planning.plan_store(workload).passes
+    assert passes.library(spec).passes == planning.plan_schedule("library", workload).passes
+    assert passes.reference(spec).passes == planning.eager_passes(spec)
 
 
 def test_merged_needs_linear_branches():

@@ -12,7 +12,7 @@ from sk_triton import (
     can_run_triton,
     dispatch,
     explain,
-    plans,
+    planning,
     preference,
     use_backend,
 )
@@ -255,7 +255,7 @@ def test_branches_with_unequal_groups_take_a_launch_each():
     from sk_triton import BranchSpec, SKSpec
 
     spec = SKSpec(32, 32, (BranchSpec(3, 1, 1), BranchSpec(3, 1, 32), BranchSpec(3, 2, 32)), gate_width=8)
-    plan = plans.plan_store(Workload(spec, 8, 14, 14, torch.float16, SM_90, allow_tf32=True))
+    plan = planning.plan_store(Workload(spec, 8, 14, 14, torch.float16, SM_90, allow_tf32=True))
     assert [(la.start, la.stop, la.shape.groups) for la in plan.branch_launches] == [(0, 1, 1), (1, 3, 32)]
     assert plan.passes == 2 + 2 * 3 + 1
     assert not plan.allow_tf32

@@ -58,7 +58,7 @@ def test_opcheck(name, memory_format, monkeypatch):
     monkeypatch.setattr(inference_op, "unit_inference", lambda *args: arguments.extend(args))
     x = torch.randn(2, 16, 5, 4).to(memory_format=memory_format)
     with torch.no_grad():
-        inference_op.run_unit(x, layer.branches(), layer.gate(), layer.spec)
+        inference_op.run_inference_op(x, layer.branches(), layer.gate(), layer.spec)
         torch.library.opcheck(unit_inference, arguments)
 
 
@@ -182,7 +182,7 @@ def test_a_cuda_graph_of_the_compiler_packs_anew_at_every_replay(name, schedule,
     x = torch.randn(2, layer.spec.in_channels, 9, 8).half().to(memory_format=torch.channels_last)
 
     def call():
-        return inference_op.run_unit(x, layer.branches(), layer.gate(), layer.spec)
+        return inference_op.run_inference_op(x, layer.branches(), layer.gate(), layer.spec)
 
     with torch.no_grad(), use_backend("triton", schedule=schedule):
         expected = call()  # as the compiler warms up
@@ -232,7 +232,7 @@ def test_a_second_call_starts_the_kernels_directly(started_directly):
         x = torch.randn(2, 8, 5, 4).half()
         started_directly.clear()
         with use_backend("triton"), torch.no_grad():
-            found = inference_op.run_unit(x, layer.branches(), layer.gate(), spec)
+            found = inference_op.run_inference_op(x, layer.branches(), layer.gate(), spec)
             count = len(started_directly)
             assert torch.equal(found, sk_conv(x, layer.branches(), layer.gate(), spec))
         return count

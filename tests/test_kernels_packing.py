@@ -17,7 +17,7 @@ from sk_triton.kernels.config import (
 )
 from sk_triton.kernels.geometry import ConvShape, blocking
 from sk_triton.kernels.merging import merged_shape
-from sk_triton.kernels.packing import branch_weight_order
+from sk_triton.kernels.weight_orders import branch_weight_order
 
 from .packed import pack_branch_weights, pack_grad_weights, sum_by_sections
 from .units import random_norm
@@ -99,7 +99,7 @@ def test_one_table_serves_all_configs_of_one_order():
 
 
 def test_weights_with_gaps_are_not_packed_where_they_lie():
-    from sk_triton.kernels.packing import in_memory
+    from sk_triton.kernels.weight_orders import in_memory
 
     with pytest.raises(
         ValueError, match=r"weights must be contiguous or channels_last, got strides \(36, 9, 3, 1\)"

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 
-from sk_triton import SelectiveKernel, SKConv, explain, plans, preference, steps, use_backend
+from sk_triton import SelectiveKernel, SKConv, explain, planning, preference, steps, use_backend
 from sk_triton.bench.compiled.planned import prepared_steps
 from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.chips import CHIPS
@@ -79,7 +79,7 @@ def test_bfloat16(name):
     layer = DENSE[name]().eval().bfloat16()
     randomize_norms(layer)
     x = torch.randn(2, 16, 7, 5).bfloat16().contiguous(memory_format=torch.channels_last)
-    plan = plans.plan_schedule("library", Workload(layer.spec, 2, 7, 5, torch.bfloat16, CHIPS["sm_90"]))
+    plan = planning.plan_schedule("library", Workload(layer.spec, 2, 7, 5, torch.bfloat16, CHIPS["sm_90"]))
     with torch.no_grad(), exact_bfloat16():
         planned, v = prepared_steps(plan, x, list(layer.branches()), layer.gate(), layer.spec)
         v.fill_(math.nan)
@@ -216,7 +216,7 @@ def test_reasons_and_passes():
 def test_small_batches_pool_in_shorter_programs():
     def steps_for(n):
         work = Workload(paper_unit(128, groups=1), n, 56, 56, torch.float16, CHIPS["sm_90"])
-        return plans.plan_schedule("library", work).reduction.STEPS
+        return planning.plan_schedule("library", work).reduction.STEPS
 
     assert 1 < steps_for(1) < steps_for(128)
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from sk_triton import dispatch, plans, reference
+from sk_triton import dispatch, planning, reference
 from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.traffic import Meter
 from sk_triton.chips import CHIPS
@@ -49,7 +49,7 @@ UNITS = {
 
 def run(spec, branches, gate, x, cache=None):
     n, _, h, w = x.shape
-    plan = plans.plan_schedule("merged", Workload(spec, n, h, w, x.dtype, SM_90, True, x.stride(1) != 1))
+    plan = planning.plan_schedule("merged", Workload(spec, n, h, w, x.dtype, SM_90, True, x.stride(1) != 1))
     with torch.no_grad():
         return dispatch.run(plan, x, branches, gate, spec, cache)
 
@@ -84,7 +84,7 @@ def as_double(*parts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("name", UNITS)
 def test_units(name, dtype):
-    if plans.refusal("merged", Workload(UNITS[name], 2, 6, 5, dtype, SM_90, True)):
+    if planning.refusal("merged", Workload(UNITS[name], 2, 6, 5, dtype, SM_90, True)):
         pytest.skip("fp32 weights on this lattice do not fit in registers")
     compare(
         UNITS[name],
@@ -133,7 +133,7 @@ def test_any_unit(spec, size, has_norm):
         split_input=False,
         branches=tuple(dataclasses.replace(b, groups=spec.branches[0].groups) for b in spec.branches),
     )
-    assume(not plans.refusal("merged", Workload(spec, 2, 6, 5, torch.float32, SM_90, True)))
+    assume(not planning.refusal("merged", Workload(spec, 2, 6, 5, torch.float32, SM_90, True)))
     n, h, w = size
     branches, gate = random_unit(spec, torch.float32)
     x = torch.randn(n, spec.in_channels, h, w)
@@ -171,7 +171,7 @@ def test_bad_values_stay_in_their_sample(value):
 def test_runs_through_dispatch():
     branches, gate = random_unit(CLASSIC, torch.float32)
     x = torch.randn(2, 16, 6, 5)
-    plan = plans.plan_schedule("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True))
+    plan = planning.plan_schedule("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True))
     with torch.no_grad():
         assert torch.equal(
             dispatch.run(plan, x, branches, gate, CLASSIC, None), run(CLASSIC, branches, gate, x)
@@ -182,7 +182,7 @@ def test_runs_through_dispatch():
 def test_packed_weights_follow_parameters_and_size():
     branches, gate = random_unit(CLASSIC, torch.float32)
     cache = PackCache()
-    plan = plans.plan_schedule("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True))
+    plan = planning.plan_schedule("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True))
     first = pack(plan, 6, 5, branches, gate, cache)
     assert pack(plan, 6, 5, branches, gate, cache) is first
     assert pack(plan, 2, 5, branches, gate, cache) is not first
@@ -215,28 +215,30 @@ def test_packed_weights_follow_parameters_and_size():
 def test_reasons(change, reason):
     spec = dataclasses.replace(CLASSIC, **change)
     with pytest.raises(RuntimeError, match=f"schedule 'merged' cannot run here: .*{reason}"):
-        plans.plan_schedule("merged", Workload(spec, 2, 6, 5, torch.float16, SM_90))
+        planning.plan_schedule("merged", Workload(spec, 2, 6, 5, torch.float16, SM_90))
 
 
 def test_ieee_is_refused():
-    assert plans.refusal("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90)).startswith(
+    assert planning.refusal("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90)).startswith(
         "fp32 is IEEE; "
     )
-    assert plans.refusal("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True)) == ""
+    assert planning.refusal("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True)) == ""
 
 
 def test_plan_counts_three_passes():
     assert (
-        plans.plan_schedule("merged", Workload(classic_unit(128), 128, 56, 56, torch.float16, SM_90)).passes
+        planning.plan_schedule(
+            "merged", Workload(classic_unit(128), 128, 56, 56, torch.float16, SM_90)
+        ).passes
         == 3
     )
     assert (
-        plans.plan_schedule(
+        planning.plan_schedule(
             "merged", Workload(classic_unit(128), 128, 56, 56, torch.float16, SM_90, False, True)
         ).passes
         == 5
     )
-    assert plans.refusal("merged", Workload(paper_unit(128), 2, 6, 5, torch.float16, SM_90))
+    assert planning.refusal("merged", Workload(paper_unit(128), 2, 6, 5, torch.float16, SM_90))
 
 
 @pytest.mark.interpret
@@ -251,8 +253,8 @@ def test_moves_three_passes(full, spec, size):
 
     branches, gate = random_unit(spec, torch.float16)
     x = torch.randn(1, spec.in_channels, size, size).half().to(memory_format=torch.channels_last)
-    plan = plans.plan_schedule("merged", Workload(spec, 128, size, size, x.dtype, SM_90))
-    configs = plans.plan_schedule("merged", Workload(full, 128, size, size, x.dtype, SM_90)).merged_launch
+    plan = planning.plan_schedule("merged", Workload(spec, 128, size, size, x.dtype, SM_90))
+    configs = planning.plan_schedule("merged", Workload(full, 128, size, size, x.dtype, SM_90)).merged_launch
     plan = dataclasses.replace(
         plan, merged_launch=dataclasses.replace(plan.merged_launch, conv=configs.conv, border=configs.border)
     )

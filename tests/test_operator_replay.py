@@ -18,7 +18,7 @@ def through_operators(monkeypatch):
     """As compiled code calls a unit; while the list that is handed out is not empty."""
     switch = [True]
     monkeypatch.setattr(call, "is_watched", lambda tensor: bool(switch))
-    monkeypatch.setattr("sk_triton.replay.calls.kind_of", lambda x, save=None: None)
+    monkeypatch.setattr("sk_triton.replay.calls.call_kind", lambda x, save=None: None)
     operator_replay.forget()
     yield switch
     operator_replay.forget()

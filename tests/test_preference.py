@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from sk_triton import plans
+from sk_triton import planning
 from sk_triton.backend import SCHEDULES
 from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.chips import CHIPS
@@ -27,8 +27,8 @@ def strided(in_channels: int, channels: int):
 def test_merged_is_not_taken_where_it_saves_no_pass(in_channels, merged):
     """It reads the input twice, of four times the output's pixels."""
     work = strided(in_channels, 128)
-    store = plans.make_plan("store", work)
-    assert plans.make_plan("merged", work).passes == merged >= store.passes
+    store = planning.make_plan("store", work)
+    assert planning.make_plan("merged", work).passes == merged >= store.passes
     plan = expected_plan(work)
     assert plan.schedule == expected_schedule(work) == "store"
     assert dict(plan.rejected)["merged"] == f"{merged} passes over memory, against {store.passes:g}"

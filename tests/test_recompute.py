@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sk_triton import functional, plans, preference, use_backend
+from sk_triton import functional, planning, preference, use_backend
 from sk_triton.bench.grid import paper_unit
 from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
@@ -51,7 +51,7 @@ def test_any_unit_runs_or_says_why_not(spec, size):
     x = torch.randn(n, spec.in_channels, h, w)
     with torch.no_grad(), use_backend("reference"):
         eager = functional.sk_conv(x, branches, gate, spec)
-    refusal = plans.refusal("recompute", Workload(spec, n, h, w, torch.float32, CHIPS["sm_90"]))
+    refusal = planning.refusal("recompute", Workload(spec, n, h, w, torch.float32, CHIPS["sm_90"]))
     with torch.no_grad(), use_backend("triton", schedule="recompute"):
         if refusal:
             with pytest.raises(RuntimeError, match=r"differ in groups|no kernel that selects"):
@@ -101,7 +101,7 @@ def test_it_is_taken_where_it_saves_passes_and_the_plan_says_why_not_elsewhere()
 
 def test_a_schedule_that_cannot_run_raises_with_the_reason():
     with pytest.raises(RuntimeError, match="schedule 'recompute' cannot run here: TapConfig stores"):
-        plans.plan_schedule(
+        planning.plan_schedule(
             "recompute", Workload(paper_unit(128, groups=1), 8, 28, 28, torch.float16, CHIPS["sm_90"])
         )
     with pytest.raises(

@@ -7,7 +7,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sk_triton.library import LibraryCall
-from sk_triton.replay.places import Packing
+from sk_triton.replay.places import SideBySide
 from sk_triton.replay.recording import record
 
 
@@ -43,7 +43,7 @@ def test_parts_of_memory_are_read_and_written_where_they_lie():
         LibraryCall(copy, (x[2:8].view(2, 3).t(), between)),
         LibraryCall(copy, (between[1:], y[2:])),
     ]
-    packing = Packing([y])
+    packing = SideBySide([y])
     recording = recorded(calls, [x, packing], [], 1)
     assert recording.given == (False,)
     inner, memory = torch.arange(9.0)[1:] + 1, torch.zeros(packing.nbytes, dtype=torch.uint8)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from sk_triton import SelectiveKernel, SKConv, launching, use_backend
-from sk_triton.replay.calls import kind_of
+from sk_triton.replay.calls import call_kind
 from sk_triton.replay.recording import MAX_RECORDINGS
 from sk_triton.replay.watch import Watch
 
@@ -213,7 +213,9 @@ def test_changes_that_no_kernel_runs_raise_as_in_a_planned_call(direct):
 
 def test_a_kind_of_call_is_of_one_dtype(direct):
     x = image(2, 5, 5)
-    kinds = [kind_of(x.to(dtype)) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)]
+    kinds = [
+        call_kind(x.to(dtype)) for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+    ]
     assert len(set(kinds)) == len(kinds)
     layer = paper_layer()
     layer(x)

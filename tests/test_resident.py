@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sk_triton import SelectiveKernel, plans, preference, use_backend
+from sk_triton import SelectiveKernel, planning, preference, use_backend
 from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.chips import CHIPS
 from sk_triton.layout import empty_output
@@ -82,7 +82,7 @@ def prepared(n=3, size=5, *, lags=None):
 
     layer = SelectiveKernel(16, groups=4, split_input=False).eval().half()
     x = torch.randn(n, 16, size, size).half().to(memory_format=torch.channels_last)
-    plan = plans.plan_schedule("resident", Workload(layer.spec, n, size, size, x.dtype, CHIPS["sm_90"]))
+    plan = planning.plan_schedule("resident", Workload(layer.spec, n, size, size, x.dtype, CHIPS["sm_90"]))
     if lags is not None:
         config = dataclasses.replace(plan.resident, GATE_LAG=lags[0], SELECT_LAG=lags[1])
         plan = dataclasses.replace(plan, resident=config)
@@ -200,7 +200,7 @@ def test_unmeasured_it_is_left_alone_and_runs_on_request(channels, size, n):
         "2 passes over memory in one launch, but slower where it was measured"
         in dict(chosen.rejected)["resident"]
     )
-    assert plans.plan_schedule("resident", work).passes == 2
+    assert planning.plan_schedule("resident", work).passes == 2
 
 
 def test_elsewhere_the_plan_says_why_not():
@@ -217,7 +217,7 @@ def test_elsewhere_the_plan_says_why_not():
         (paper_unit(64, groups=32, dilations=(1, 3)), 56, torch.float16, "no power of two"),
     ):
         with pytest.raises(RuntimeError, match=f"schedule 'resident' cannot run here: .*{reason}"):
-            plans.plan_schedule("resident", Workload(spec, 128, size, size, dtype, CHIPS["sm_90"]))
+            planning.plan_schedule("resident", Workload(spec, 128, size, size, dtype, CHIPS["sm_90"]))
 
 
 @pytest.mark.parametrize(("dilations", "chip", "is_unrolled"), [
@@ -227,7 +227,7 @@ def test_loops_are_unrolled_where_registers_allow_it(dilations, chip, is_unrolle
     """21 spills with three branches, 2 on sm_100."""
     spec = paper_unit(512, kernels=(3,) * len(dilations), dilations=dilations)
     workload = Workload(spec, 128, 14, 14, torch.float16, CHIPS[chip])
-    branch = plans.plan_schedule("resident", workload).resident.branch
+    branch = planning.plan_schedule("resident", workload).resident.branch
     assert branch.RUN_H == 14
     assert branch.UNROLL is is_unrolled
 
@@ -237,9 +237,9 @@ def test_programs_fit_on_the_processors(n):
     for chip in CHIPS.values():
         for channels, size in ((128, 56), (256, 28), (512, 14)):
             workload = Workload(paper_unit(channels), n, size, size, torch.float16, chip)
-            if plans.refusal("resident", workload):
+            if planning.refusal("resident", workload):
                 continue
-            config = plans.plan_schedule("resident", workload).resident
+            config = planning.plan_schedule("resident", workload).resident
             # 65536 registers, handed out eight to a thread of a warp.
             assert config.programs_per_processor * config.branch.num_warps * 32 * 256 <= 65536
             assert 0 <= config.GATE_LAG <= config.SELECT_LAG

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from sk_triton import cli, environment, plans
+from sk_triton import cli, environment, planning
 from sk_triton.bench import resources_command
 from sk_triton.bench.compiled import resources
 from sk_triton.bench.grid import CASES
@@ -31,7 +31,7 @@ def test_what_is_written_is_analytic_whatever_is_shipped_today(monkeypatch):
     case = next(case for case in CASES if case.name == "stage 4" and case.precision == "fp16")
 
     def measure(case, target):
-        return [plans.make_plan("store", resources.workload_of(case, target)).branch_launches[0].config]
+        return [planning.make_plan("store", resources.workload_of(case, target)).branch_launches[0].config]
 
     with lookup.analytic_only():
         (analytic,) = measure(case, "sm_90")
@@ -58,7 +58,7 @@ def test_a_batch_that_is_no_power_of_two_is_not_shipped(monkeypatch, tmp_path):
     monkeypatch.setattr(shipped, "FOLDER", tmp_path)
     monkeypatch.setattr(shipped, "shipped", lambda chip: {})
     case = dataclasses.replace(CASES[0], n=100)
-    (launch,) = plans.make_plan("store", resources.workload_of(case, "sm_90")).branch_launches
+    (launch,) = planning.make_plan("store", resources.workload_of(case, "sm_90")).branch_launches
     used = dataclasses.replace(fake_code.resources({"HMMA.16816.F32": 1}), target="sm_90")
     with pytest.raises(ValueError, match="a batch that is shipped for must be a power of two, got 100"):
         resources_command.write_configs([resources.Row(case, "branch_conv_window", "", used, None, launch)])

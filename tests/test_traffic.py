@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sk_triton import cli, dispatch, launching, plans
+from sk_triton import cli, dispatch, launching, planning
 from sk_triton.bench import traffic
 from sk_triton.bench.grid import classic_unit, paper_unit
 from sk_triton.bench.shapes import CLASSIC
@@ -93,7 +93,7 @@ def test_library_schedule_moves_what_its_plan_says(spec, expected):
     assert touched["select", "v"] == 1
     assert sum(row.touched for row in rows if (row.kernel, row.tensor) == ("library", "u")) == m * unit
     assert traffic.passes(rows, unit) == expected
-    plan = plans.plan_schedule("library", Workload(spec, 2, 14, 14, torch.float16, CHIPS["sm_90"]))
+    plan = planning.plan_schedule("library", Workload(spec, 2, 14, 14, torch.float16, CHIPS["sm_90"]))
     assert plan.passes == expected
     assert traffic.passes(rows, unit, ("partial", "attention")) <= 0.2
 
@@ -146,7 +146,7 @@ def test_merged_schedule_moves_three_passes_of_linear_branches(stage):
 def test_a_few_channels_are_merged_by_the_configs_of_all(monkeypatch):
     full, spec, n, size = traffic.UNITS[CLASSIC][3]
     planned, small = (
-        plans.plan_schedule("merged", Workload(each, 128, size, size, torch.float16, CHIPS["sm_90"]))
+        planning.plan_schedule("merged", Workload(each, 128, size, size, torch.float16, CHIPS["sm_90"]))
         for each in (full, spec)
     )
     assert planned.merged_launch.conv != small.merged_launch.conv

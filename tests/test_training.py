@@ -11,7 +11,7 @@ from torch import nn
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, SKSpec, functional, save_for_backward, use_backend
 from sk_triton.chips import CHIPS
-from sk_triton.inference_op import run_unit
+from sk_triton.inference_op import run_inference_op
 from sk_triton.training import plan as training_plan
 from sk_triton.training.norms import norm_settings, updates_by_kernels
 from sk_triton.workload import Workload
@@ -168,7 +168,7 @@ def test_a_gate_in_pieces(weights, biases):
             v = functional.sk_conv(x, branches, cut_gate, spec)
             with torch.no_grad():
                 inferred = functional.sk_conv(x, branches, cut_gate, spec)
-                operator = run_unit(x, branches, cut_gate, spec)
+                operator = run_inference_op(x, branches, cut_gate, spec)
         return [v, inferred, operator, *torch.autograd.grad(v.square().sum(), leaves)]
 
     x = torch.randn(2, 8, 5, 4)

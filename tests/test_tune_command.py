@@ -214,7 +214,7 @@ def test_a_direction_is_tuned_and_kept_under_its_own_kinds(direction, kinds, gpu
     code, out, _ = run(*SMALL, "--direction", direction, capsys=capsys)
     assert code == 0
     ((_, entries),) = cache.read().items()
-    assert {keys.kind_of(key).name for key in entries} == kinds
+    assert {keys.kind_of_key(key).name for key in entries} == kinds
     assert all(entry.choice is not None for entry in entries.values())
     assert "branch_grad (train)" in out
 
@@ -234,7 +234,7 @@ def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu,
     assert f"kept in {folder / 'tuned.json'}" in out
     ((origin, entries),) = cache.read().items()
     assert (origin.gpu, origin.processors, origin.chip) == (H100.gpu, 132, "sm_90")
-    assert {keys.kind_of(key).name for key in entries} == {
+    assert {keys.kind_of_key(key).name for key in entries} == {
         "branch_store", "branch_pool", "branch_select", "gate", "select", "gated_select", "pooled_sums",
         "schedule",
     }  # fmt: skip

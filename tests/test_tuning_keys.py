@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sk_triton import plans
+from sk_triton import planning
 from sk_triton.bench.grid import classic_unit
 from sk_triton.kernels.config import TapConfig
-from sk_triton.plans import make_plan
+from sk_triton.planning import make_plan
 from sk_triton.preference import fastest_plan
 from sk_triton.training.plan import make_training_plan, plan_training
 from sk_triton.tuning import cache, launches
@@ -25,7 +25,7 @@ def source_of(plan, kind):
 def test_what_is_tuned_for_a_launch_changes_no_expectation(folder):
     """Were it so, an entry of the schedule would come to mean another than was measured."""
     work = workload(spec=classic_unit(1024), size=7)
-    shape = plans.conv_shapes(work.spec)[0][2]
+    shape = planning.conv_shapes(work.spec)[0][2]
     expected = fastest_plan(work)
     step = plan_training(work, "branches")
     candidates = requests("store", work)["branch_store"].candidates()

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sk_triton import SelectiveKernel, dispatch, explain, plans, preference, use_backend
+from sk_triton import SelectiveKernel, dispatch, explain, planning, preference, use_backend
 from sk_triton.analytic import branch as analytic
 from sk_triton.bench.grid import classic_unit
 from sk_triton.chips import CHIPS, Chip, chip_of, pinned
 from sk_triton.kernels.config import StreamConfig
-from sk_triton.plans import make_plan
+from sk_triton.planning import make_plan
 from sk_triton.preference import fastest_plan
-from sk_triton.replay.calls import kind_of
+from sk_triton.replay.calls import call_kind
 from sk_triton.training.plan import make_training_plan, plan_training
 from sk_triton.tuning import cache, keys, launches, lookup, shipped
 from sk_triton.tuning.entries import Entry, dump_config, dump_sections
@@ -56,7 +56,7 @@ def test_the_key_names_the_launch(request_):
     fp32 = replace(workload(), dtype=torch.float32)
     tf32 = replace(fp32, allow_tf32=True)
     assert requests("store", fp32)["branch_store"].key != requests("store", tf32)["branch_store"].key
-    assert all(keys.kind_of(r.key).direction == "forward" for r in linear.values())
+    assert all(keys.kind_of_key(r.key).direction == "forward" for r in linear.values())
 
 
 def test_the_four_levels_in_their_order(request_, monkeypatch):
@@ -140,10 +140,10 @@ def test_a_file_that_the_package_ships_for_a_gpu_counts_after_the_users_own(requ
 
 
 def test_a_plan_that_is_remembered_is_made_anew_after_tuning_in_the_same_process(request_):
-    before = plans.plan_schedule("store", workload())
-    assert plans.plan_schedule("store", workload()) is before
+    before = planning.plan_schedule("store", workload())
+    assert planning.plan_schedule("store", workload()) is before
     tune(request_, other_choice(request_))
-    assert plans.plan_schedule("store", workload()).branch_launches[0].config == other_choice(request_)
+    assert planning.plan_schedule("store", workload()).branch_launches[0].config == other_choice(request_)
 
 
 def test_a_training_plan_is_made_anew_after_tuning_in_the_same_process(folder, monkeypatch):
@@ -338,7 +338,7 @@ def test_shipped_files_are_current(chip):
     assert len(loaded) == len(content["configs"]) > 0
     for name, config in loaded.items():
         assert dump_config(config) == content["configs"][name]
-        assert keys.kind_of(name).name.startswith("branch_")
+        assert keys.kind_of_key(name).name.startswith("branch_")
 
 
 @needs_narrow_products
@@ -357,7 +357,7 @@ def test_shipped_content_is_read_back(tmp_path, monkeypatch):
 def test_the_analytic_choice_uses_the_devices_own_processors():
     few = replace(H100, processors=8)
     choose = analytic.branch_config
-    shape = plans.conv_shapes(workload().spec)[0][2]
+    shape = planning.conv_shapes(workload().spec)[0][2]
     a, b = (choose(shape, 4, 56, 56, torch.float16, False, chip, task="store") for chip in (H100, few))
     assert a != b
 
@@ -365,13 +365,13 @@ def test_the_analytic_choice_uses_the_devices_own_processors():
 def test_recorded_calls_are_planned_anew_once_the_configs_change_or_are_pinned(folder):
     x = torch.empty(1, 8, 4, 4)
     with torch.no_grad():
-        kinds = [kind_of(x), kind_of(x)]
+        kinds = [call_kind(x), call_kind(x)]
         assert kinds[0] == kinds[1]
         cache.changed()
-        kinds.append(kind_of(x))
+        kinds.append(call_kind(x))
         torch.use_deterministic_algorithms(True)
         try:
-            kinds.append(kind_of(x))
+            kinds.append(call_kind(x))
         finally:
             torch.use_deterministic_algorithms(False)
     assert len(set(kinds)) == 3

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from sk_triton import chips, sync_configs
 from sk_triton.bench.grid import paper_unit
 from sk_triton.chips import Chip
-from sk_triton.plans import plan_schedule
+from sk_triton.planning import plan_schedule
 from sk_triton.tuning import lookup, ranks
 from sk_triton.workload import Workload
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from sk_triton import plans
+from sk_triton import planning
 from sk_triton.analytic.grad import grad_config
 from sk_triton.bench.grid import CASES, classic_unit
 from sk_triton.chips import CHIPS, PREFETCHING
 from sk_triton.kernels.config import GradWideConfig
 from sk_triton.kernels.geometry import ConvShape, blocking, can_run, tiles
-from sk_triton.plans import make_plan
+from sk_triton.planning import make_plan
 from sk_triton.tuning import shipped, space
 from sk_triton.workload import Workload
 
@@ -22,7 +22,7 @@ def test_every_candidate_is_valid_for_its_launch_and_the_analytic_choice_is_amon
     """For every unit of the support grid."""
     for case in CASES:
         work = Workload(case.spec, case.n, case.size, case.size, case.dtype, CHIPS[chip], case.allow_tf32)
-        for schedule in plans.possible_schedules(work):
+        for schedule in planning.possible_schedules(work):
             for request in requests(schedule, work).values():
                 candidates = request.candidates()
                 assert len(set(candidates)) == len(candidates) > 0
@@ -43,7 +43,7 @@ def test_every_candidate_is_valid_for_its_launch_and_the_analytic_choice_is_amon
 def test_a_space_does_not_depend_on_the_batch():
     def spaces(n):
         works = workload(n), workload(n, spec=classic_unit(128))
-        asked = [requests(name, w).values() for w in works for name in plans.possible_schedules(w)]
+        asked = [requests(name, w).values() for w in works for name in planning.possible_schedules(w)]
         return [request.candidates() for found in asked for request in found]
 
     assert spaces(1) == spaces(128)
@@ -55,7 +55,7 @@ def test_what_the_package_ships_is_in_the_space_of_its_launch(chip):
     configs, met = shipped.shipped(chip), set()
     for case in CASES:
         work = Workload(case.spec, case.n, case.size, case.size, case.dtype, CHIPS[chip], case.allow_tf32)
-        for schedule in plans.possible_schedules(work) if case.name.startswith("stage") else ():
+        for schedule in planning.possible_schedules(work) if case.name.startswith("stage") else ():
             for request in requests(schedule, work).values():
                 if request.key in configs:
                     met.add(request.key)

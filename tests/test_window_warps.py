@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sk_triton import chips, plans
+from sk_triton import chips, planning
 from sk_triton.analytic import window as analytic_window
 from sk_triton.analytic.branch import branch_config
 from sk_triton.bench.compiled.planned import unit_parameters
@@ -52,7 +52,7 @@ def outputs(spec, schedule, n, size, device, dtype, warps):
     )
     x = torch.randn(n, spec.in_channels, size, size, device=device, dtype=dtype)
     x = x.to(memory_format=torch.channels_last)
-    plan = plans.plan_schedule(schedule, Workload(spec, n, size, size, dtype, chip_of(x.device), False))
+    plan = planning.plan_schedule(schedule, Workload(spec, n, size, size, dtype, chip_of(x.device), False))
     found = []
     for num_warps in warps:
         own = in_warps(plan, num_warps) if num_warps > 1 else plan
@@ -68,7 +68,7 @@ def test_weights_are_packed_anew_where_blocks_fill_up_programs(unit, schedule):
     spec = unit(48, groups=12)
     branches, gate = unit_parameters(spec, lambda *shape: 0.3 * torch.randn(shape).half())
     x = torch.randn(2, 48, 6, 6).half().to(memory_format=torch.channels_last)
-    plan = plans.plan_schedule(schedule, Workload(spec, 2, 6, 6, x.dtype, chip_of(x.device), False))
+    plan = planning.plan_schedule(schedule, Workload(spec, 2, 6, 6, x.dtype, chip_of(x.device), False))
     cache, found = PackCache(), []
     for own in (plan, in_warps(plan, 4), plan):
         with torch.no_grad():

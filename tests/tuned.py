@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from sk_triton import plans
+from sk_triton import planning
 from sk_triton.bench.grid import paper_unit
 from sk_triton.chips import Chip
 from sk_triton.kernels.config import StreamConfig
@@ -31,7 +31,7 @@ def origin(chip: Chip = H100, **changes) -> Origin:
 def requests(schedule: str, work: Workload) -> dict:
     """The lookups of a schedule by the kind of launch."""
     with recorded_requests() as asked:
-        plans.make_plan(schedule, work)
+        planning.make_plan(schedule, work)
     return {request.kind: request for request in asked}
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sk_triton import plans
+from sk_triton import planning
 from sk_triton.backend import Schedule
 from sk_triton.layout import empty_output
 from sk_triton.params import Branch, Gate
@@ -27,7 +27,7 @@ def planned_steps(schedule: Schedule, workload: Workload) -> tuple[Plan, list[St
     Raises:
         RuntimeError: the schedule cannot run the unit.
     """
-    plan = plans.plan_schedule(schedule, workload)
+    plan = planning.plan_schedule(schedule, workload)
     spec, dtype = workload.spec, workload.dtype
     x = torch.empty((workload.n, spec.in_channels, workload.h_in, workload.w_in), dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last)
@@ -42,7 +42,7 @@ def packing_steps(schedule: Schedule, workload: Workload) -> list[Step]:
     """
     from sk_triton.packing import prepare_packed
 
-    plan = plans.plan_schedule(schedule, workload)
+    plan = planning.plan_schedule(schedule, workload)
     branches, gate = _meta_parameters(workload)
     return prepare_packed(plan, workload.h_in, workload.w_in, branches, gate)[1]
 

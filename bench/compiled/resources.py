@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sk_triton import plans
+from sk_triton import planning
 from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import AMD_COMPILES, CHIPS, is_amd
 from sk_triton.environment import triton_version
@@ -152,7 +152,7 @@ def row_of(
 
 def schedules(case: Case, target: str) -> list[Schedule]:
     """The schedules that can run a case."""
-    return [name for name in SCHEDULES if not plans.refusal(name, workload_of(case, target))]
+    return [name for name in SCHEDULES if not planning.refusal(name, workload_of(case, target))]
 
 
 def _branches_first(found: list[Launch]) -> list[Launch]:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from sk_triton import dispatch, plans
+from sk_triton import dispatch, planning
 from sk_triton.backend import SCHEDULES, Schedule
 from sk_triton.chips import Chip
 from sk_triton.kernels.config import BranchConfig
@@ -163,7 +163,9 @@ def schedules_for(
     """(name, plan, steps on meta tensors) of each of the schedules that can compute the problem on a chip."""
     workload = problem.on(chip)
     return [
-        (name, *planned_steps(name, workload)[:2]) for name in schedules if not plans.refusal(name, workload)
+        (name, *planned_steps(name, workload)[:2])
+        for name in schedules
+        if not planning.refusal(name, workload)
     ]
 
 

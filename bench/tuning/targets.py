@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from sk_triton import plans, preference
+from sk_triton import planning, preference
 from sk_triton.backend import Schedule
 from sk_triton.kernels.launch import Launch
 from sk_triton.plan import Plan
@@ -74,7 +74,7 @@ class Target:
             with experiment({**settled, self.key: choice}):
                 return make_training_plan(self.workload, SAVE)
         with experiment(settled if self.is_schedule else {**settled, self.key: choice}):
-            return plans.make_plan(choice if self.is_schedule else self.schedule, self.workload)  # type: ignore[arg-type]
+            return planning.make_plan(choice if self.is_schedule else self.schedule, self.workload)  # type: ignore[arg-type]
 
     def steps(self, planned: Sequence[Any]) -> list[Any]:
         """Those of a plan's steps that the target is about."""
@@ -109,13 +109,13 @@ def targets_of(unit: str, workload: Workload, limit: int, direction: str = FORWA
 def _of_inference(unit: str, workload: Workload, limit: int) -> list[Target]:
     """Every launch of every schedule, then the schedule."""
     with analytic_only():
-        schedules = plans.possible_schedules(workload)
+        schedules = planning.possible_schedules(workload)
     expected = preference.expected_schedule(workload)
     found: dict[str, Target] = {}
     # What schedules have in common is of the one that is expected to be taken.
     for schedule in sorted(schedules, key=lambda name: name != expected):
         with recorded_requests() as requests:
-            plans.make_plan(schedule, workload)
+            planning.make_plan(schedule, workload)
         for target in _of_launches(unit, workload, limit, schedule, requests):
             found.setdefault(target.key, target)
     if len(schedules) > 1:

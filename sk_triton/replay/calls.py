@@ -61,7 +61,7 @@ class Replays:
         # Dynamo would guard on how many there are.
         if torch.compiler.is_compiling() or not self._recordings:
             return None
-        kind = kind_of(x, save)
+        kind = call_kind(x, save)
         recording = None if kind is None else self._recordings.get(kind)
         if recording is None:
             return None
@@ -73,7 +73,7 @@ class Replays:
 
     def recorder(self, layer: UnitModule, x: Tensor) -> Recorder | None:
         """What takes note of the layer's call on x, None where such a call is planned each time."""
-        kind = kind_of(x, layer.save)
+        kind = call_kind(x, layer.save)
         return None if kind is None else Recorder(self, layer, kind, torch.is_grad_enabled())
 
     def watch(self, layer: UnitModule, has_gradients: bool) -> Watch:
@@ -128,7 +128,7 @@ class Recorder(NamedTuple):
         self.replays.add(self.layer, self.kind, watch, start)
 
 
-def kind_of(x: Any, save: Save | None = None) -> Hashable | None:
+def call_kind(x: Any, save: Save | None = None) -> Hashable | None:
     """What a call depends on besides the layer, None where it must be planned each time."""
     # First of all: Dynamo, which would trace the rest, leaves here.
     if tracing_reason("replays"):

@@ -36,7 +36,7 @@ class Part(NamedTuple):
         return as_dtype.as_strided(self.size, self.stride, start)
 
 
-class Packing:
+class SideBySide:
     """Tensors side by side in one piece of memory, each with all of its own storage.
 
     Attributes:
@@ -75,18 +75,18 @@ class Places:
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor | Packing], fixed: Sequence[Tensor], kept: Sequence[Tensor]
+        self, tensors: Sequence[Tensor | SideBySide], fixed: Sequence[Tensor], kept: Sequence[Tensor]
     ) -> None:
         self.tensors, self.fixed = tensors, fixed
         self.are_apart = True
-        self.workspace = Packing()
+        self.workspace = SideBySide()
         self.met: set[int] = set()
         self.reads: list[int] = []
         self._stays = {storage_of(tensor) for tensor in (*fixed, *kept)}
         # Of a storage: what holds it, and the address where that would begin.
         self._origins: dict[int, tuple[int, int]] = {}
         for holder, tensor in enumerate(tensors):
-            if isinstance(tensor, Packing):
+            if isinstance(tensor, SideBySide):
                 own = {storage: storage - offset for storage, offset in tensor.offsets.items()}
             else:
                 own = {storage_of(tensor): tensor.data_ptr()}

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.launch import Launch
 from ..library import LibraryCall
 from ..undisturbed import undisturbed
-from .places import IN_PLACE, Packing, Part, Places, storage_of
+from .places import IN_PLACE, Part, Places, SideBySide, storage_of
 
 # Of a layer; one that meets more kinds of calls forgets them and begins again.
 MAX_RECORDINGS = 64
@@ -69,7 +69,7 @@ class Recording(NamedTuple):
 def record(
     steps: Sequence[object],
     started: Sequence[Any],
-    tensors: Sequence[Tensor | Packing],
+    tensors: Sequence[Tensor | SideBySide],
     fixed: Sequence[Tensor],
     *,
     outputs: int,

@@ -14,14 +14,14 @@ from ..spec import SKSpec
 from .call import UnitCall, run_backward
 from .norms import NormSettings
 from .operators import FIRST_SAVED, results_of
-from .tensors import UnitTensors
+from .tensors import UnitTensors, in_places
 
 if TYPE_CHECKING:
     from ..kernels.running import Running
     from ..replay.calls import Recorder
 
 
-def run_unit(
+def run_function(
     x: Tensor,
     tensors: UnitTensors,
     running: Sequence[Tensor],
@@ -70,8 +70,6 @@ class UnitFunction(torch.autograd.Function):
         x, *tensors = ctx.saved_tensors
         params, rest = tensors[:count], tensors[count:]
         num_running = num_inputs - 3 - count
-        found = iter(
-            run_backward(grads[0], x, ctx.call, params, rest[:num_running], rest[num_running:], needs)
-        )
-        dx, *dparams = [next(found) if is_needed else None for is_needed in needs]
+        found = run_backward(grads[0], x, ctx.call, params, rest[:num_running], rest[num_running:], needs)
+        dx, *dparams = in_places(found, needs)
         return dx, None, None, *dparams, *(None,) * num_running

@@ -96,7 +96,7 @@ class GateGrads(NamedTuple):
     terms: Tensor
 
 
-def gate_fwd(
+def train_gate_fwd(
     partial: Tensor,
     affine: Tensor | None,
     tensors: GateTensors,
@@ -157,7 +157,7 @@ def gate_fwd(
     return GateState(s, h, z, mean, rstd, size, attention), var, sums
 
 
-def gate_bwd(
+def train_gate_bwd(
     partial: Tensor,
     sums: Tensor | None,
     affine: Tensor | None,
@@ -176,7 +176,7 @@ def gate_bwd(
     Args:
         partial: sums over the pixels of tiles, ``[2, tiles, N, M, C]``, `grad` and `scaled` of `select_bwd`, and where
             `sums` is None `active` and `pooled` besides, ``[4, …]``, but for linear branches without norms.
-        sums, affine: as :func:`gate_fwd` gave and took them.
+        sums, affine: as :func:`train_gate_fwd` gave and took them.
         branch_norm: rstd and gamma of the branches' norms, ``[M, C]``.
         grads: receives them.
         batch_norms: whether each branch's norm takes the batch's statistics.

@@ -27,6 +27,27 @@ class NormSettings(NamedTuple):
     epsilons: list[float]
     groups: str
 
+    @property
+    def branch_kinds(self) -> str:
+        return self.kinds[:-1]
+
+    @property
+    def branch_epsilons(self) -> list[float]:
+        return self.epsilons[:-1]
+
+    @property
+    def branch_groups(self) -> list[str]:
+        return self.groups.split(",")[:-1]
+
+    @property
+    def gate_group(self) -> str:
+        return self.groups.split(",")[-1]
+
+    def running_of(self, i: int) -> slice:
+        """Where, among means and variances of all norms of kind "r", those of norm `i` are."""
+        first = 2 * self.kinds[:i].count("r")
+        return slice(first, first + 2)
+
 
 def norm_settings(norms: Sequence[Any]) -> NormSettings:
     """How the norms act now."""

@@ -156,7 +156,7 @@ def _settings(norms: NormSettings) -> tuple[Hashable, ...]:
 
 
 def _state(x: Tensor) -> tuple[Hashable, ...]:
-    """What a plan depends on besides the unit; see :func:`..replay.calls.kind_of`."""
+    """What a plan depends on besides the unit; see :func:`..replay.calls.call_kind`."""
     return (
         x.shape,
         x.dtype,

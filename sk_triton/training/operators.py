@@ -16,7 +16,7 @@ from ..layout import memory_format
 from ..save import Save
 from ..spec import SKSpec
 from .norms import NormSettings
-from .tensors import Saved, UnitTensors
+from .tensors import Saved, UnitTensors, in_places
 
 # Outputs of the forward operator that its gradient reads: all after v and the two unbiased variances.
 FIRST_SAVED = 3
@@ -103,33 +103,31 @@ def _(x, params, running, has, spec, kinds, epsilons, groups, save):
     n, _, h_in, w_in = x.shape
     h, w = unit.output_size(h_in, w_in)
     m, c, d = unit.num_branches, unit.out_channels, unit.gate_width
-
-    branch_kinds, gate_kind = kinds[:m], kinds[-1]
-    branch_groups, gate_group = groups.split(",")[:m], groups.split(",")[-1]
+    norms = NormSettings(kinds, epsilons, groups)
 
     def sums(*size: Any, when: bool = True) -> Tensor:
         return x.new_empty(size if when else (0,), dtype=torch.float32)
 
     v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     is_kept, has_norm, has_gate_norm = save == "branches", unit.branch_norm, unit.gate_norm
-    variances = [sums(m, c, when="b" in branch_kinds), sums(d, when=gate_kind != "-")]
-    y = x.new_empty((m, n, h, w, c) if is_kept else (0,))
-    statistics = [sums(m, c, when=has_norm), sums(m, c, when=has_norm), sums(m, when=any(branch_groups))]
+    variances = [sums(m, c, when="b" in norms.branch_kinds), sums(d, when=has_gate_norm)]
     rows = 2 * m * has_norm + sum(has[m : 2 * m])
-    vectors = sums(rows, c, when=rows > 0)
-    gate = [sums(n, c), sums(n, d), sums(n, d), *(sums(d, when=has_gate_norm) for _ in range(2))]
-    size = sums(when=bool(gate_group))
-    return [
-        v,
-        *variances,
-        y,
-        *statistics,
-        vectors,
-        sums(2, n, m, c, when=is_kept and has_norm),
-        *gate,
-        size,
-        sums(n, m, c),
-    ]
+    saved = Saved(
+        y=x.new_empty((m, n, h, w, c) if is_kept else (0,)),
+        mean=sums(m, c, when=has_norm),
+        rstd=sums(m, c, when=has_norm),
+        sizes=sums(m, when=any(norms.branch_groups)),
+        vectors=sums(rows, c, when=rows > 0),
+        sums=sums(2, n, m, c, when=is_kept and has_norm),
+        s=sums(n, c),
+        h=sums(n, d),
+        z=sums(n, d),
+        gate_mean=sums(d, when=has_gate_norm),
+        gate_rstd=sums(d, when=has_gate_norm),
+        gate_size=sums(when=bool(norms.gate_group)),
+        attention=sums(n, m, c),
+    )
+    return [v, *variances, *saved]
 
 
 @unit_bwd.register_fake
@@ -155,8 +153,8 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
         return None, [None] * num_params, [None] * num_running, *(None,) * 6
     x, *rest = ctx.saved_tensors
     params, rest = rest[:num_params], rest[num_params:]
-    found = iter(unit_bwd(dv, x, params, rest[:num_running], rest[num_running:], *ctx.static, needs))
-    dx, *dparams = [next(found) if is_needed else None for is_needed in needs]
+    found = unit_bwd(dv, x, params, rest[:num_running], rest[num_running:], *ctx.static, needs)
+    dx, *dparams = in_places(found, needs)
     return dx, dparams, [None] * num_running, *(None,) * 6
 
 

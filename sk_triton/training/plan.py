@@ -12,7 +12,7 @@ from ..environment import triton_version
 from ..kernels.config import DepthwiseConfig
 from ..kernels.geometry import can_run, tiles
 from ..plan import MAX_GATE_TILES, BranchLaunch, Plan
-from ..plans import branch_launch, eager_passes, make_plan, plan_store
+from ..planning import branch_launch, eager_passes, make_plan, plan_store
 from ..preference import library_reason, recompute_reason
 from ..save import Save
 from ..tuning import cache

@@ -16,12 +16,13 @@ from torch.autograd.graph import increment_version
 from ..kernels.running import tensors_of
 from ..layout import with_adjacent_channels
 from ..replay.calls import settings_for
-from ..replay.places import Packing, Part
+from ..replay.places import Part, SideBySide
 from ..replay.recording import MAX_RECORDINGS, Recording, record
 from .call import UnitCall, is_watched, run_backward
 from .operators import FIRST_SAVED
 from .passes import backward_pass, in_format_of, kernel_inputs
 from .tape import Tape
+from .tensors import in_places
 
 Slot = tuple[dict[str, Any], str]
 """Where a layer keeps a parameter."""
@@ -47,7 +48,7 @@ class TrainingCall:
         x: Tensor,
         v: Tensor,
         saved: Sequence[Tensor],
-        packing: Packing,
+        packing: SideBySide,
         recording: Recording,
     ) -> None:
         self.call, self.slots, self.running = call, slots, running
@@ -152,8 +153,7 @@ class _RecordedUnit(torch.autograd.Function):
         if dv is None or not any(needs):
             return (None,) * (1 + len(needs))
         x, saved, *params = ctx.saved_tensors
-        found = iter(ctx.call.backward(dv, x, saved, params, needs))
-        dx, *dparams = [next(found) if is_needed else None for is_needed in needs]
+        dx, *dparams = in_places(ctx.call.backward(dv, x, saved, params, needs), needs)
         return dx, None, *dparams
 
 
@@ -180,7 +180,7 @@ def record_call(
     if slots is None or any(isinstance(m, nn.SyncBatchNorm) for m in recorder.layer.modules()):
         return  # a group of processes may form later
     v, saved = outputs[0], outputs[FIRST_SAVED:]
-    packing = Packing(tensor for tensor in saved if tensor.numel())
+    packing = SideBySide(tensor for tensor in saved if tensor.numel())
     fixed = (*params, *running, *tensors_of(call.updates))
     recording = record(tape.steps, tape.started, (x_in, packing, v), fixed, outputs=1)
     if recording is not None:

@@ -47,7 +47,7 @@ def run(
         ValueError: batch statistics of a single value per channel, as ``nn.BatchNorm2d``.
     """
     from .call import is_watched
-    from .function import run_unit
+    from .function import run_function
     from .operators import run_operator
 
     norms = norms_of(branches, gate)
@@ -65,8 +65,8 @@ def run(
     else:
         by_kernels = updates_by_kernels(norms, settings)
         if by_kernels is not None:
-            return run_unit(x, tensors, running, spec, settings, save, by_kernels, recorder)[0]
-        results = run_unit(x, tensors, running, spec, settings, save)
+            return run_function(x, tensors, running, spec, settings, save, by_kernels, recorder)[0]
+        results = run_function(x, tensors, running, spec, settings, save)
     v, var, gate_var, mean, gate_mean = results
     dtypes = {norm.running_mean.dtype for norm in norms if keeps_statistics(norm)}
     if len(dtypes) == 1:

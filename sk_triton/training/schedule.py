@@ -30,10 +30,11 @@ from .gate import (
     GateState,
     GateTensors,
     ParameterGrads,
-    gate_bwd,
-    gate_fwd,
+    train_gate_bwd,
+    train_gate_fwd,
 )
 from .gradients import Upstream, branch_backward
+from .norms import NormSettings
 from .tape import Tape
 from .tensors import Saved, UnitTensors
 
@@ -44,7 +45,7 @@ def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, 
     branches = (FoldedBranches if plan.folded_launches else StoredBranches)(x, unit, plan, vectors, tape)
     mean, rstd, sizes, unbiased = _statistics(branches, v, unit, tape)
     norm = branch_norm(mean, rstd, vectors, unit)
-    state, gate_unbiased, sums = gate_fwd(
+    state, gate_unbiased, sums = train_gate_fwd(
         branches.pool(norm),
         branches.affine,
         _gate_tensors(unit.tensors, unit.spec.num_branches, tape),
@@ -81,24 +82,31 @@ def backward(
     partial = sums_over_pixels(select_bwd, (dv, y, *norm), count, y, unit, plan, tape)
     of_branches, of_others = needs[: 1 + m], needs[1 + m :]
     outputs, targets, copies = _destinations(unit, of_others)
-    kinds, groups = unit.norms.kinds[:m], unit.norms.groups.split(",")[:m]
-    gate = gate_bwd(
+    gate = train_gate_bwd(
         partial,
         sums if has_sums else None,
         vectors.affine if spec.branch_norm else None,
-        GateState(*saved[-len(GateState._fields) :]),
+        GateState(
+            s=saved.s,
+            h=saved.h,
+            z=saved.z,
+            mean=saved.gate_mean,
+            rstd=saved.gate_rstd,
+            size=saved.gate_size,
+            attention=saved.attention,
+        ),
         (norm.rstd, norm.gamma),
         _gate_tensors(unit.tensors, m, tape),
         _gate_norm(unit),
         _parameter_grads(targets, m, tape),
-        batch_norms=[kind == "b" for kind in kinds],
+        batch_norms=[kind == "b" for kind in unit.norms.branch_kinds],
         pixels=y.shape[2] * y.shape[3],
         tape=tape,
     )
     terms = gate.terms
-    if any(groups):
+    if any(unit.norms.branch_groups):
         tape.note_operators()
-        terms = _shared_terms(gate, kinds, groups, saved.sizes)
+        terms = _shared_terms(gate, unit.norms, saved.sizes)
     found: Sequence[Tensor] = ()
     if any(of_branches):
         upstream = Upstream(dv, saved.attention, gate.pooled, norm, *terms.unbind(0))
@@ -116,8 +124,7 @@ def _statistics(
     the unbiased variance ``[M, C]`` where it is the batch's; each empty elsewhere."""
     n, c, h, w = v.shape
     m, pixels = unit.spec.num_branches, n * h * w
-    kinds, groups = unit.norms.kinds[:m], unit.norms.groups.split(",")[:m]
-    epsilons = unit.norms.epsilons[:m]
+    kinds, groups, epsilons = unit.norms.branch_kinds, unit.norms.branch_groups, unit.norms.branch_epsilons
 
     def empty(*size: int) -> Tensor:  # one each: outputs of an operator must not share memory
         return v.new_empty(size, dtype=torch.float32)
@@ -142,9 +149,8 @@ def _statistics(
     for i, kind in enumerate(kinds):
         if kind == "r":
             tape.note_operators()
-            first = 2 * kinds[:i].count("r")
-            mean[i], running_var = unit.running[first], unit.running[first + 1].float()
-            rstd[i] = (running_var + epsilons[i]).rsqrt()
+            mean[i], running_var = unit.running[unit.norms.running_of(i)]
+            rstd[i] = (running_var.float() + epsilons[i]).rsqrt()
     return mean, rstd, sizes, var if "b" in kinds else empty(0)
 
 
@@ -171,11 +177,11 @@ def _share(
     return var * (sizes / (sizes - 1))[:, None], sizes
 
 
-def _shared_terms(gate: GateGrads, kinds: str, groups: Sequence[str], sizes: Tensor) -> Tensor:
+def _shared_terms(gate: GateGrads, norms: NormSettings, sizes: Tensor) -> Tensor:
     """``GateGrads.terms`` with the gradients of branches whose batch a group shares added up over it."""
-    joined = {name: sum_over(gate.affine, name) for name in sorted({*groups} - {""})}
+    joined = {name: sum_over(gate.affine, name) for name in sorted({*norms.branch_groups} - {""})}
     terms = gate.terms.clone()
-    for i, (name, kind) in enumerate(zip(groups, kinds, strict=True)):
+    for i, (name, kind) in enumerate(zip(norms.branch_groups, norms.branch_kinds, strict=True)):
         if kind == "b" and name:
             terms[:, i] = joined[name][:, i] / sizes[i]
     return terms
@@ -247,7 +253,7 @@ def _gate_norm(unit: TrainingUnit) -> GateNorm:
     return GateNorm(
         statistics[unit.norms.kinds[-1]],
         unit.norms.epsilons[-1],
-        unit.norms.groups.split(",")[-1],
+        unit.norms.gate_group,
         unit.spec.gate_act == "relu",
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -74,6 +74,12 @@ class Saved(NamedTuple):
     gate_rstd: Tensor
     gate_size: Tensor
     attention: Tensor
+
+
+def in_places(found: Iterable[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+    """The gradients that were `found`, each where one of `needs` asks for it; None elsewhere."""
+    rest = iter(found)
+    return [next(rest) if is_needed else None for is_needed in needs]
 
 
 def unit_tensors(branches: Sequence[Branch], gate: Gate) -> UnitTensors:

@@ -25,7 +25,7 @@ from ..kernels.config import (
     TapConfig,
     WindowConfig,
 )
-from .keys import SCHEDULE, kind_of, most_samples
+from .keys import SCHEDULE, kind_of_key, most_samples
 
 SCHEMA = 1
 MAX_BYTES = 16 << 20
@@ -189,7 +189,7 @@ def load_entry(key: str, raw: Any) -> Entry:
     Raises:
         ValueError: what `key` names, or the entry, is not what :func:`dump_entry` writes.
     """
-    kind = kind_of(key)
+    kind = kind_of_key(key)
     if not isinstance(raw, dict) or set(raw) != set(_ENTRY_FIELDS):
         raise ValueError(f"an entry must be an object of {', '.join(_ENTRY_FIELDS)}")
     trials = raw["trials"]

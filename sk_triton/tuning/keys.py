@@ -117,7 +117,7 @@ _KEY = re.compile(
 )
 
 
-def kind_of(text: str) -> Kind:
+def kind_of_key(text: str) -> Kind:
     """The kind of launch that a key names.
 
     Raises:

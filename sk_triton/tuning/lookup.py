@@ -73,7 +73,7 @@ _experiment: ContextVar[_Experiment | None] = ContextVar("sk_triton_experiment",
 def experiment(choices: Mapping[str, Choice]) -> contextlib.AbstractContextManager[object]:
     """Inside, lookups take `choices` by key, and else the analytic choice.
 
-    For what tries configs out: plan inside with :func:`sk_triton.plans.make_plan`, which remembers nothing.
+    For what tries configs out: plan inside with :func:`sk_triton.planning.make_plan`, which remembers nothing.
     """
     return _session(choices)
 

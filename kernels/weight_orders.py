@@ -39,7 +39,9 @@ def in_memory(weights: Sequence[torch.Tensor]) -> tuple[tuple[int, ...], ...] | 
     return tuple(weight.stride() for weight in weights)
 
 
-def moved(index: torch.Tensor, shape: ConvShape, strides: tuple[tuple[int, ...], ...] | None) -> torch.Tensor:
+def index_in_memory(
+    index: torch.Tensor, shape: ConvShape, strides: tuple[tuple[int, ...], ...] | None
+) -> torch.Tensor:
     """`index` into weights as they lie in memory, from one into contiguous weights; 32 bits wide."""
     start = 0
     found = index.clone()
@@ -138,15 +140,15 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
         entries = (row * points + point) * config.BLOCK_CI + ci
     else:
         entries = (point * block_m + row) * config.BLOCK_CI + ci
-    moved = []
+    index_in_memory = []
     for start, stop in pairwise(parts):
         part = entries[:, start:stop].flatten(1)
         part = part[:, operand_elements(part.shape[1])]
         # (half, thread, parity) of the outputs, (pair of 8 columns, one of the pair, column), most significant first.
         part = part.reshape(2, 4, 2, -1, 2, 8).permute(3, 5, 1, 4, 0, 2)
-        moved.append(part.reshape(-1))
+        index_in_memory.append(part.reshape(-1))
     rows = torch.arange(kernel, device="cpu")[:, None] * (block_m * points * config.BLOCK_CI)
-    return (rows + torch.cat(moved)).reshape(-1)
+    return (rows + torch.cat(index_in_memory)).reshape(-1)
 
 
 # The fields of a config that decide where a weight is packed; batch and image size only change the others.
@@ -207,7 +209,7 @@ def branch_weight_order(
             indices.append(torch.where(is_empty, sum(sizes), index + sum(sizes[:m])))
         # Depthwise, one branch after another; else all branches of a block of channels.
         axis = 0 if isinstance(config, DepthwiseConfig) else 1
-        index = moved(torch.cat(indices, axis).reshape(-1), shape, strides)
+        index = index_in_memory(torch.cat(indices, axis).reshape(-1), shape, strides)
         return index.to(device), torch.zeros(1, dtype=source, device="cpu").to(device)
 
     _tables[key] = lasting(build, device)
