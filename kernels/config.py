@@ -1,4 +1,4 @@
-"""One frozen config per kernel. Keys equal the kernels' constexpr names, so a JSON entry is a config."""
+"""Frozen configs of launches. Fields in capitals are constexprs of the kernels by name, so a JSON entry is a config."""
 
 from dataclasses import dataclass
 
@@ -218,3 +218,32 @@ class GradWideConfig:
 
 
 GradConfig = GradStreamConfig | GradWideConfig
+
+Config = (
+    BranchConfig
+    | GateConfig
+    | SelectConfig
+    | GatedSelectConfig
+    | MergedConfig
+    | BorderConfig
+    | ReductionConfig
+    | GradConfig
+)
+"""What can be tuned."""
+CONFIGS: dict[str, type] = {
+    "stream": StreamConfig,
+    "window": WindowConfig,
+    "column": ColumnConfig,
+    "held": HeldConfig,
+    "tap": TapConfig,
+    "depthwise": DepthwiseConfig,
+    "gate": GateConfig,
+    "select": SelectConfig,
+    "gated_select": GatedSelectConfig,
+    "border": BorderConfig,
+    "merged": MergedConfig,
+    "reduction": ReductionConfig,
+    "grad_stream": GradStreamConfig,
+    "grad_wide": GradWideConfig,
+}
+"""Its names in JSON."""

@@ -7,24 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from ..kernels.config import (
-    BorderConfig,
-    BranchConfig,
-    ColumnConfig,
-    DepthwiseConfig,
-    GateConfig,
-    GatedSelectConfig,
-    GradConfig,
-    GradStreamConfig,
-    GradWideConfig,
-    HeldConfig,
-    MergedConfig,
-    ReductionConfig,
-    SelectConfig,
-    StreamConfig,
-    TapConfig,
-    WindowConfig,
-)
+from ..kernels.config import CONFIGS, Config
 from .keys import SCHEDULE, kind_of_key, most_samples
 
 SCHEMA = 1
@@ -35,36 +18,8 @@ MAX_FIELD = 1 << 16
 MAX_MICROSECONDS = 1e12
 """Eleven days."""
 
-Config = (
-    BranchConfig
-    | GateConfig
-    | SelectConfig
-    | GatedSelectConfig
-    | MergedConfig
-    | BorderConfig
-    | ReductionConfig
-    | GradConfig
-)
 Choice = Config | str
 """A config, or the name of a schedule."""
-
-_KERNELS: dict[str, type] = {
-    "stream": StreamConfig,
-    "window": WindowConfig,
-    "column": ColumnConfig,
-    "held": HeldConfig,
-    "tap": TapConfig,
-    "depthwise": DepthwiseConfig,
-    "gate": GateConfig,
-    "select": SelectConfig,
-    "gated_select": GatedSelectConfig,
-    "border": BorderConfig,
-    "merged": MergedConfig,
-    "reduction": ReductionConfig,
-    "grad_stream": GradStreamConfig,
-    "grad_wide": GradWideConfig,
-}
-
 
 _ENTRY_FIELDS = ("choice", "n", "failure", "analytic_us", "tuned_us", "trials")
 
@@ -131,7 +86,7 @@ Sections = dict[Origin, Entries]
 
 def dump_config(config: Config) -> dict[str, Any]:
     """A config as a JSON object."""
-    kernel = next(name for name, cls in _KERNELS.items() if type(config) is cls)
+    kernel = next(name for name, cls in CONFIGS.items() if type(config) is cls)
     return {"kernel": kernel, **asdict(config)}
 
 
@@ -145,9 +100,9 @@ def load_config(raw: Any) -> Config:
         raise ValueError(f"a config must be an object, got a {type(raw).__name__}")
     values = dict(raw)
     name = values.pop("kernel", None)
-    cls = _KERNELS.get(name) if isinstance(name, str) else None
+    cls = CONFIGS.get(name) if isinstance(name, str) else None
     if cls is None:
-        raise ValueError(f"kernel must be one of {', '.join(_KERNELS)}, got {_shown(name)}")
+        raise ValueError(f"kernel must be one of {', '.join(CONFIGS)}, got {_shown(name)}")
     known = {field.name: field for field in fields(cls)}
     if set(values) != set(known):
         raise ValueError(
