@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -157,13 +158,18 @@ def _registers(shape: ConvShape, run_w: int, hold: bool, task: str, sparse: bool
 
 def window_cost(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int, chip: Chip) -> float:
     """Relative time: products and loads of a program's rows, in waves of 8 programs a processor."""
-    products = sum(_products(points, shape, config) for points in branch_points(shape))
+    products = _branch_products(shape, config.SPARSE)
     return _cost(config, shape, n, h, w, chip, products, 0)
 
 
-def _products(points: Sequence[Point], shape: ConvShape, config: WindowConfig) -> float:
+@lru_cache
+def _branch_products(shape: ConvShape, is_sparse: bool) -> float:
+    return sum(_products(points, shape, is_sparse) for points in branch_points(shape))
+
+
+def _products(points: Sequence[Point], shape: ConvShape, is_sparse: bool) -> float:
     """How many dense products take as long as those of an output pixel with the taps that meet `points`."""
-    if not config.SPARSE:
+    if not is_sparse:
         return len(points)
     shared = partners(points, shape)
     pairs = sum(partner == i for i, partner in enumerate(shared))
@@ -222,4 +228,4 @@ def merged_window_cost(
 ) -> float:
     """As `window_cost`, of the merged convolution; a program builds its weights first."""
     points = [point for point, _ in lattice_points(branches)]
-    return _cost(config, branches, n, h, w, chip, _products(points, branches, config), BUILD_COST)
+    return _cost(config, branches, n, h, w, chip, _products(points, branches, config.SPARSE), BUILD_COST)

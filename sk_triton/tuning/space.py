@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import product, zip_longest
 from typing import Any
 
@@ -241,11 +241,11 @@ def _in_turn(families: list[list[Any]]) -> Iterable[tuple[int, int, Any]]:
 
 def _family(config: Any) -> Any:
     """A config without its tile."""
-    return type(config), tuple((name, v) for name, v in asdict(config).items() if name not in _TILE_FIELDS)
+    return type(config), tuple((name, v) for name, v in vars(config).items() if name not in _TILE_FIELDS)
 
 
 def _distance(config: Any, other: Any) -> float:
     """Doublings and switches that lead from one config to another, in what both have."""
-    sizes, others = asdict(config), asdict(other)
+    sizes, others = vars(config), vars(other)
     shared = [(size, others[name]) for name, size in sizes.items() if name in others]
     return sum(size != own if isinstance(size, bool) else abs(math.log2(size / own)) for size, own in shared)
