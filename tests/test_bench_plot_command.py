@@ -274,12 +274,6 @@ def test_the_readme_agrees_with_the_committed_results():
     assert all((ROOT / link).is_file() for link in linked_pictures(text))
 
 
-def test_every_picture_that_the_readme_links_is_there():
-    links = linked_pictures((ROOT / "README.md").read_text(encoding="utf-8"))
-    assert links
-    assert all((ROOT / link).is_file() for link in links)
-
-
 def test_files_of_a_report_that_hold_no_results_are_passed_over(saved, tmp_path):
     saved("bench/results/h100/layer-cuda.json", small(batches=(8,)))
     for name in readme.NO_SUITES:

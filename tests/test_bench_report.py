@@ -29,7 +29,8 @@ from .bench_fakes import CPU, SHORT, BreaksWhenBuilt, FakeSource
 from .synthetic_results import a_stamp, small
 
 SUITE_FILES = {f"{suite}.json" for suite in ("layer", "train", "model", "sweep", "grid", "host", "scaling")}
-GREEN = results.Tests("pytest", 3, 0, 0, environment.git_revision().commit)
+REVISION = environment.Revision("c0ffee", False)
+GREEN = results.Tests("pytest", 3, 0, 0, REVISION.commit)
 
 
 @pytest.fixture
@@ -46,6 +47,7 @@ def tiny(monkeypatch):
     monkeypatch.setattr(session, "measure_ceilings", lambda device, dtypes: results.Ceilings(1e15, {}))
     monkeypatch.setattr(report_steps, "measure_ceilings", lambda device, dtypes: results.Ceilings(1e15, {}))
     monkeypatch.setattr(plots, "pictures", lambda run: {"one": draw_little})
+    monkeypatch.setattr(environment, "git_revision", lambda: REVISION)
     monkeypatch.setattr(report_steps, "_run_pytest", lambda arguments, seconds: True)
     monkeypatch.setattr(report_steps, "_read_junit", lambda path, command, complete: GREEN)
     monkeypatch.setitem(STEPS, "evidence", Step(say_little, 1, with_gpu=False))

@@ -16,9 +16,7 @@ from hypothesis import strategies as st
 
 from sk_triton import dispatch, planning, reference
 from sk_triton.bench.grid import classic_unit, paper_unit
-from sk_triton.bench.traffic import Meter
 from sk_triton.chips import CHIPS
-from sk_triton.layout import empty_output
 from sk_triton.pack_cache import PackCache
 from sk_triton.packing import pack
 from sk_triton.spec import BranchSpec
@@ -168,17 +166,6 @@ def test_bad_values_stay_in_their_sample(value):
 
 
 @pytest.mark.interpret
-def test_runs_through_dispatch():
-    branches, gate = random_unit(CLASSIC, torch.float32)
-    x = torch.randn(2, 16, 6, 5)
-    plan = planning.plan_schedule("merged", Workload(CLASSIC, 2, 6, 5, torch.float32, SM_90, True))
-    with torch.no_grad():
-        assert torch.equal(
-            dispatch.run(plan, x, branches, gate, CLASSIC, None), run(CLASSIC, branches, gate, x)
-        )
-
-
-@pytest.mark.interpret
 def test_packed_weights_follow_parameters_and_size():
     branches, gate = random_unit(CLASSIC, torch.float32)
     cache = PackCache()
@@ -239,40 +226,6 @@ def test_plan_counts_three_passes():
         == 5
     )
     assert planning.refusal("merged", Workload(paper_unit(128), 2, 6, 5, torch.float16, SM_90))
-
-
-@pytest.mark.interpret
-@pytest.mark.parametrize(
-    ("full", "spec", "size"),
-    [(classic_unit(128), CLASSIC, 56), (classic_unit(256), classic_unit(16, groups=2), 28)],
-    ids=["stage 1", "stage 2"],
-)
-def test_moves_three_passes(full, spec, size):
-    """x twice and v once, counted; what else there is stays small."""
-    from sk_triton.launching import prepare
-
-    branches, gate = random_unit(spec, torch.float16)
-    x = torch.randn(1, spec.in_channels, size, size).half().to(memory_format=torch.channels_last)
-    plan = planning.plan_schedule("merged", Workload(spec, 128, size, size, x.dtype, SM_90))
-    configs = planning.plan_schedule("merged", Workload(full, 128, size, size, x.dtype, SM_90)).merged_launch
-    plan = dataclasses.replace(
-        plan, merged_launch=dataclasses.replace(plan.merged_launch, conv=configs.conv, border=configs.border)
-    )
-    v = empty_output(x, spec)
-    steps = prepare(plan, x, v, pack(plan, size, size, branches, gate, None), spec)
-    touched = {"x": 0, "v": 0, "partial": 0, "attention": 0}
-    for step in steps:
-        named = zip(step.kernel.arg_names, step.arguments, strict=False)
-        tensors = {name.removesuffix("_ptr"): t for name, t in named if isinstance(t, torch.Tensor)}
-        with Meter(tensors).watch() as rows:
-            step()
-        for row in rows:
-            if row.tensor in touched:
-                touched[row.tensor] += row.touched
-    unit = v.numel() * v.element_size()
-    assert touched["x"] == 2 * unit
-    assert touched["v"] == unit
-    assert touched["partial"] + touched["attention"] <= 0.1 * unit
 
 
 @pytest.fixture(scope="module")

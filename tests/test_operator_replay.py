@@ -1,6 +1,7 @@
 """Training operators start again what came twice: calls of no layer, known by their arguments."""
 
 import copy
+from itertools import product
 
 import pytest
 import torch
@@ -25,9 +26,13 @@ def through_operators(monkeypatch):
 
 
 @needs_narrow_products
-@pytest.mark.parametrize("name", ["paper", "classic", "input saved", "more outputs", *BY_LIBRARY])
 @pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+    ("name", "memory_format"),
+    [
+        *product(["paper", "classic", "input saved", "more outputs", *BY_LIBRARY], [torch.channels_last]),
+        *product(["paper", "stride 2"], [torch.contiguous_format]),
+    ],
+    ids=str,
 )
 def test_operators_start_again_what_came_twice(
     name, memory_format, through_operators, started_directly, started

@@ -53,9 +53,16 @@ def expected(layer, x):
     ("schedule", "launches"),
     [("store", 3), ("gated", 2), ("recompute", 3), pytest.param("resident", 1, marks=needs_unhoisted_loops)],
 )
-def test_a_second_call_starts_the_same_kernels_on_its_own_tensors(
-    layer, schedule, launches, memory_format, direct
-):
+def test_a_second_call_starts_the_same_kernels_on_its_own_tensors(layer, schedule, launches, direct):
+    check_second_calls(layer, schedule, launches, torch.channels_last, direct)
+
+
+@pytest.mark.parametrize(("schedule", "launches"), [("store", 3), ("recompute", 3)])
+def test_a_second_call_converts_its_own_input(schedule, launches, direct):
+    check_second_calls(paper_layer(), schedule, launches, torch.contiguous_format, direct)
+
+
+def check_second_calls(layer, schedule, launches, memory_format, direct):
     layer = copy.deepcopy(layer).half()
     with use_backend("triton", schedule=schedule):
         layer(image(2, 5, 6).half().to(memory_format=memory_format))

@@ -40,11 +40,15 @@ def test_a_step_is_started_again(name, direct, started):
 
 
 @needs_narrow_products
-@pytest.mark.parametrize("name", ["paper", *BY_LIBRARY])
 @pytest.mark.parametrize(
-    "memory_format", [torch.contiguous_format, torch.channels_last], ids=["nchw", "nhwc"]
+    ("name", "memory_format", "autocast"),
+    [
+        ("paper", torch.channels_last, True),
+        ("paper", torch.contiguous_format, False),
+        *((name, torch.contiguous_format, True) for name in ("paper", *BY_LIBRARY)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("autocast", [False, True])
 def test_memory_formats_and_autocast(name, memory_format, autocast, direct, started):
     layer = {**LAYERS, **BY_LIBRARY}[name]()
     layer = layer if autocast else layer.half()
