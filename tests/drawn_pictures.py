@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections.abc import Mapping
 
 from matplotlib.text import Text
 
@@ -35,8 +36,24 @@ def a_run(suite, device_type="cuda", **options):
     return some_results(suite, device_type, **options)
 
 
+class Figures(Mapping):
+    """A run's pictures by name, drawn when asked for."""
+
+    def __init__(self, run, all_forms=False):
+        self._draw = plots.pictures(run, all_forms)
+
+    def __getitem__(self, name):
+        return self._draw[name]()
+
+    def __iter__(self):
+        return iter(self._draw)
+
+    def __len__(self):
+        return len(self._draw)
+
+
 def figures(run, all_forms=False):
-    return {name: draw() for name, draw in plots.pictures(run, all_forms).items()}
+    return Figures(run, all_forms)
 
 
 def drawn_texts(figure) -> list[Text]:
