@@ -21,7 +21,7 @@ from .config import (
     TapConfig,
     WindowConfig,
 )
-from .geometry import ConvShape
+from .geometry import ConvShape, refusal
 from .launch import Launch
 
 LAUNCHERS: dict[type, Callable[[BranchCall[Any]], Launch]] = {
@@ -51,6 +51,9 @@ def branch_conv_fwd(
     `x [N, C, H_in, W_in]`, channels adjacent in memory (stride 1), other strides free; `w` from `branch_weight_launch`;
     `shift [M, C_out]` fp32; `u [M, N, H, W, C_out]`, channels adjacent; `partial [N, tiles, C_out]` fp32, receives the
     sums over branches and each tile's pixels (`tiles` as `geometry.tiles`). Results are rounded to the dtype of `u`.
+
+    Raises:
+        ValueError: a config whose kernel does not do this (`geometry.refusal`).
     """
     return _launch(
         BranchCall("store", x, w, shift, shape, config, has_relu, allow_tf32, out=u, partial=partial)
@@ -75,7 +78,7 @@ def branch_train_fwd(
     `branch_conv_fwd`.
 
     Raises:
-        ValueError: a config whose kernel takes no moments.
+        ValueError: a config whose kernel does not do this (`geometry.refusal`).
     """
     return _launch(
         BranchCall("train", x, w, shift, shape, config, False, allow_tf32, out=y, partial=moments[0])
@@ -95,7 +98,7 @@ def branch_measure_fwd(
     """The moments of `branch_train_fwd` alone, bit for bit; the convolutions are not written.
 
     Raises:
-        ValueError: a config whose kernel only stores.
+        ValueError: a config whose kernel does not do this (`geometry.refusal`).
     """
     return _launch(BranchCall("measure", x, w, shift, shape, config, False, allow_tf32, partial=moments[0]))
 
@@ -114,7 +117,7 @@ def branch_pool_fwd(
     """The pooled sums of `branch_conv_fwd` alone; the branches are not written.
 
     Raises:
-        ValueError: a config whose kernel only stores.
+        ValueError: a config whose kernel does not do this (`geometry.refusal`).
     """
     return _launch(BranchCall("pool", x, w, shift, shape, config, has_relu, allow_tf32, partial=partial))
 
@@ -136,7 +139,7 @@ def branch_select_fwd(
     `attention [N, M, C_out]` fp32, contiguous; `v [N, C_out, H, W]` of any strides; the rest as `branch_conv_fwd`.
 
     Raises:
-        ValueError: a config whose kernel only stores, or whose tiles do not cover the same pixels in every branch.
+        ValueError: a config whose kernel does not do this (`geometry.refusal`).
     """
     return _launch(
         BranchCall("select", x, w, shift, shape, config, has_relu, allow_tf32, attention=attention, out=v)
@@ -144,10 +147,9 @@ def branch_select_fwd(
 
 
 def _launch(call: BranchCall[BranchConfig]) -> Launch:
-    if call.task == "train" and isinstance(call.config, DepthwiseConfig):
-        raise ValueError(f"config must not be a DepthwiseConfig to train, got {call.config}")
-    if call.task not in ("store", "train") and isinstance(call.config, TapConfig | DepthwiseConfig):
-        raise ValueError(
-            f"config must be a StreamConfig, WindowConfig or ColumnConfig to {call.task}, got {call.config}"
-        )
+    reason = refusal(call.task, call.shape, call.config)
+    if not reason and isinstance(call.config, WindowConfig) and call.x.element_size() != 2:
+        reason = f"a window of rows takes 16-bit inputs, got {call.x.dtype}"
+    if reason:
+        raise ValueError(f"config: {reason}")
     return LAUNCHERS[type(call.config)](call)

@@ -11,7 +11,7 @@ import triton.language as tl
 from .branch_call import BranchCall
 from .branch_conv_column import column_constexprs, column_tile, column_weights
 from .config import HeldConfig
-from .geometry import can_run, cdiv
+from .geometry import cdiv
 from .launch import Launch
 from .tiling import SIZES
 
@@ -70,12 +70,7 @@ def branch_conv_held_fwd_kernel(
 
 
 def branch_conv_held_fwd(call: BranchCall[HeldConfig]) -> Launch:
-    """Raises:
-    ValueError: a call that selects.
-    """
     shape, config, count = call.shape, call.config, call.all_tiles
-    if not can_run(call.task, shape, config):
-        raise ValueError(f"config must not be a HeldConfig to {call.task}, got {config}")
     arguments = (
         *call.pointers, *call.out_pointers,
         *call.sizes, shape.c_in, shape.c_out, count, *call.tiles, call.channel_programs,

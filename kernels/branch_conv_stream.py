@@ -13,7 +13,6 @@ import triton.language as tl
 
 from .branch_call import BranchCall, block_constexprs, even_rows, run_constexprs
 from .config import StreamConfig
-from .geometry import can_run
 from .launch import Launch
 from .norm import lane_moments, store_moments
 from .tiling import (
@@ -335,17 +334,8 @@ def stream_constexprs(call: BranchCall[StreamConfig]) -> dict[str, Any]:
 
 
 def branch_conv_stream_fwd(call: BranchCall[StreamConfig]) -> Launch:
-    """Raises:
-    ValueError: row runs that cannot be brought into the same order in every branch, to select.
-    """
-    config = call.config
-    if not can_run(call.task, call.shape, config):
-        raise ValueError(
-            f"config: BLOCK_W must be a multiple of every branch's spacing, a power of two, to select; got BLOCK_W "
-            f"{config.BLOCK_W} and spacings {call.layout.spacings}"
-        )
     constexprs = {**stream_constexprs(call), "TASK": call.task}
-    trips = (config.BLOCKS_PER_PROGRAM,)
+    trips = (call.config.BLOCKS_PER_PROGRAM,)
     return Launch(
         branch_conv_stream_fwd_kernel, call.grid, call.selecting_arguments, constexprs, call.options, trips
     )

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from .branch_call import BranchCall
 from .config import WindowConfig
-from .geometry import can_run, is_crossed, is_full, known_stride, reach
+from .geometry import is_crossed, is_full, known_stride, reach
 from .launch import Launch
 from .norm import lane_moments, store_moments
 from .prefetch import can_prefetch
@@ -287,15 +287,7 @@ def branch_conv_window_fwd_kernel(
 
 
 def branch_conv_window_fwd(call: BranchCall[WindowConfig]) -> Launch:
-    """Raises:
-    ValueError: other than 16 bits, a stride, groups or tiles that windows do not take.
-    """
     shape, x, config, extent = call.shape, call.x, call.config, call.extent
-    if not can_run(call.task, shape, config) or x.element_size() != 2:
-        raise ValueError(
-            f"config: a window of rows takes 16-bit inputs, stride 1 and branches of the same channels, by sparse "
-            f"products 8 lanes of groups of 1, 2, 4 or 8; got {x.dtype}, {shape} and {config}"
-        )
     h, w = call.output_size
     layout, points = call.layout, branch_points(shape)
     constexprs = {

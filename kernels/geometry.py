@@ -241,26 +241,46 @@ def is_whole_height(shape: ConvShape, config: BranchConfig, h: int) -> bool:
     return h == config.RUN_H and config.BLOCK_H == 1 and shape.stride == 1 and is_dense
 
 
-def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
-    """Whether a kernel does `task` ("store", "train", "measure", "pool" or "select") under `config`.
-
-    To select, a tile's row runs must be brought into the same order in every branch; a window of rows is one for all
-    branches, at stride 1.
-    """
+def refusal(task: str, shape: ConvShape, config: BranchConfig) -> str:
+    """Why the kernel of `config` does not do `task` ("store", "train", "measure", "pool" or "select") for `shape`; ""
+    if it does."""
     if isinstance(config, WindowConfig):
-        lanes = config.BLOCK_N * config.BLOCK_H * config.BLOCK_W
-        takes_sparse = is_sparse(shape) and lanes == 8 and config.BLOCK_CI == config.BLOCK_CO == 16
-        return shape.stride == 1 and not shape.is_split and (takes_sparse or not config.SPARSE)
-    if task == "store":
-        return True
-    if task == "train":
-        return not isinstance(config, DepthwiseConfig)
-    if not isinstance(config, StreamConfig | ColumnConfig) or (
-        task == "select" and isinstance(config, HeldConfig)
-    ):
-        return False
-    spacings = blocking(shape, config).spacings if task == "select" and row_run(config) > 1 else ()
-    return all(spacing & (spacing - 1) == 0 and config.BLOCK_W % spacing == 0 for spacing in spacings)
+        return _window_refusal(shape, config)
+    if isinstance(config, DepthwiseConfig):
+        if not shape.is_depthwise:
+            return f"a DepthwiseConfig takes groups of one channel, got {shape}"
+        return "" if task == "store" else f"a DepthwiseConfig does nothing but store, asked to {task}"
+    if isinstance(config, TapConfig):
+        return "" if task in ("store", "train") else f"a TapConfig stores and trains, asked to {task}"
+    if task != "select":
+        return ""
+    if isinstance(config, HeldConfig):
+        return "a HeldConfig does not select"
+    # A tile's row runs must be brought into the same order in every branch.
+    spacings = blocking(shape, config).spacings if row_run(config) > 1 else ()
+    if any(spacing & (spacing - 1) or config.BLOCK_W % spacing for spacing in spacings):
+        return (
+            f"to select, BLOCK_W must be a multiple of every branch's spacing, a power of two; got BLOCK_W "
+            f"{config.BLOCK_W} and spacings {spacings}"
+        )
+    return ""
+
+
+def _window_refusal(shape: ConvShape, config: WindowConfig) -> str:
+    """One window of rows serves all branches."""
+    if shape.stride != 1 or shape.is_split:
+        return f"a window of rows takes stride 1 and branches of the same channels, got {shape}"
+    lanes = config.BLOCK_N * config.BLOCK_H * config.BLOCK_W
+    if lanes != 8 or not config.BLOCK_CI == config.BLOCK_CO == 16:
+        return f"a window of rows has 8 lanes and blocks of 16 channels, got {config}"
+    if config.SPARSE and not is_sparse(shape):
+        return f"sparse products take groups of 1, 2, 4 or 8 channels, got {shape}"
+    return ""
+
+
+def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
+    """Whether the kernel of `config` does `task` for `shape`."""
+    return not refusal(task, shape, config)
 
 
 # Work items of all samples: twice as many, and a round of programs, are still counted in 31 bits.

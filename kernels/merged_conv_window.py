@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .config import WindowConfig
-from .geometry import ConvShape, blocking, can_run, is_crossed, is_full, known_stride, reach, tiles
+from .geometry import ConvShape, blocking, is_crossed, is_full, known_stride, reach, refusal, tiles
 from .launch import Launch
 from .merging import lattice_points
 from .prefetch import can_prefetch
@@ -212,11 +212,11 @@ def merged_conv_window_fwd(
     Raises:
         ValueError: other than 16 bits, a stride, groups or tiles that windows do not take.
     """
-    if not can_run("select", branches, config) or x.element_size() != 2 or config.BLOCK_N > 1:
-        raise ValueError(
-            f"config: a window of rows merges 16-bit branches of stride 1, a sample a program, by sparse products 8 "
-            f"lanes of groups of 1, 2, 4 or 8; got {x.dtype}, {branches} and {config}"
-        )
+    reason = refusal("select", branches, config)
+    if not reason and (x.element_size() != 2 or config.BLOCK_N > 1):
+        reason = f"a window of rows merges 16-bit branches, a sample a program; got {x.dtype} and {config}"
+    if reason:
+        raise ValueError(f"config: {reason}")
     n, _, h_in, w_in = x.shape
     _, _, h, w_out = v.shape
     layout = blocking(branches, config)
