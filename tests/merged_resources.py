@@ -26,9 +26,15 @@ CASES = {
     "classic, batch 1": (classic_unit(128), 1, 56, torch.float16),
     "classic, TF32": (classic_unit(128), 128, 56, torch.float32),
 }
-# With the kernel that windows leave to other chips, strides and wider lattices: on one chip.
+# With the kernel that windows leave to other chips, strides and wider lattices.
 TILES = ", tiles"
 CASES |= {name + TILES: CASES[name] for name in ("classic, M = 2", "classic, stage 2", "classic, stage 3")}
+
+ELSEWHERE = {
+    "sm_80": ("classic, M = 2", "classic, TF32"),
+    "sm_100": ("classic, M = 3",),
+    "gfx942": ("classic, stage 2",),
+}
 
 
 def launches(name: str, chip: str):
@@ -67,12 +73,11 @@ def measure(job: tuple[str, str]) -> list[dict]:
 
 
 if __name__ == "__main__":
-    # ROCm has no TF32; the kernel that windows leave to others is compiled for one chip.
+    # All on the chip that was measured.
     jobs = [
         (name, chip)
         for name, chip in product(CASES, sys.argv[1:])
-        if (name != "classic, TF32" or chip.startswith("sm_"))
-        and (not name.endswith(TILES) or chip == "sm_90")
+        if chip == "sm_90" or name in ELSEWHERE.get(chip, ())
     ]
     with ProcessPoolExecutor(2) as pool:
         for rows in pool.map(measure, jobs):

@@ -1,12 +1,7 @@
 """Kernels compiled for every supported chip, none of which need be present."""
 
 import functools
-import json
-import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +10,7 @@ from sk_triton.backend import SCHEDULES
 from sk_triton.bench.compiled import resources
 from sk_triton.bench.grid import CASES, Case, paper_unit
 
+from .compiling import output_of, rows_of
 from .versions import (
     HAS_NARROW_PRODUCTS,
     HAS_UNHOISTED_LOOPS,
@@ -196,7 +192,7 @@ def test_faults_are_found(rows):
 
 @needs_configured_compiler
 def test_kernels_short_of_registers_have_no_fault():
-    rows = [json.loads(line) for line in output_of("pressed_kernels.py").splitlines()]
+    rows = rows_of("pressed_kernels.py")
     assert {row["kernel"] for row in rows} == {
         "branch_conv_column", "branch_conv_column, pool", "branch_conv_column, select",
         "branch_conv_held", "branch_conv_held, pool",
@@ -207,22 +203,11 @@ def test_kernels_short_of_registers_have_no_fault():
 
 def test_kernels_that_pack_parameters_have_no_fault():
     chips = [chip for chip in ("sm_80", "sm_90", "gfx942") if chip in TARGETS]
-    rows = [json.loads(line) for line in output_of("packing_resources.py", *chips).splitlines()]
+    rows = rows_of("packing_resources.py", *chips)
     assert {(row["chip"], row["kernel"]) for row in rows} == set(
         product(chips, ("fold_norms", "gather", "section_weights"))
     )
     assert not [row for row in rows if row["faults"]]
-
-
-def output_of(name, *arguments):
-    """What a script beside this file prints, given arguments, in a process that compiles kernels."""
-    script = Path(__file__).with_name(name)
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, "-P", script, *arguments], env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_launches_pass_the_jit():

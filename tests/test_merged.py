@@ -2,12 +2,7 @@
 
 import copy
 import dataclasses
-import json
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +17,7 @@ from sk_triton.packing import pack
 from sk_triton.spec import BranchSpec
 from sk_triton.workload import Workload
 
+from .compiling import rows_of
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import random_unit, sizes, specs
 from .versions import HAS_NARROW_PRODUCTS, needs_narrow_products
@@ -232,13 +228,7 @@ def test_plan_counts_three_passes():
 def compiled():
     """What the kernels of the classic units use on each chip."""
     chips = ("sm_80", "sm_90", "sm_100", *(("gfx942",) if HAS_NARROW_PRODUCTS else ()))
-    script = Path(__file__).with_name("merged_resources.py")
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, script, *chips], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = rows_of("merged_resources.py", *chips)
     assert {row["chip"] for row in rows} == set(chips)
     return rows
 

@@ -1,14 +1,9 @@
 """Whole units through schedule "resident", interpreted as one program, and when it is taken."""
 
 import dataclasses
-import json
 import math
-import os
 import random
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +14,7 @@ from sk_triton.chips import CHIPS
 from sk_triton.layout import empty_output
 from sk_triton.workload import Workload
 
+from .compiling import rows_of
 from .versions import IS_CONFIGURED_FOR, needs_unhoisted_loops
 from .whole_units import LAYERS, VIEWS, compare, image
 
@@ -248,14 +244,8 @@ def test_programs_fit_on_the_processors(n):
 @pytest.fixture(scope="module")
 def compiled():
     """The kernel on each chip that runs it."""
-    script = Path(__file__).with_name("resident_machine_code.py")
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
     chips = ("sm_90", "sm_100", "sm_120", *(("sm_80", "sm_89") if IS_CONFIGURED_FOR else ()))
-    done = subprocess.run(
-        [sys.executable, "-P", script, *chips], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = rows_of("resident_machine_code.py", *chips)
     assert {row["chip"] for row in rows} == set(chips)
     return rows
 

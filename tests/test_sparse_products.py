@@ -3,12 +3,7 @@ the compiler makes of them. Their results launch by launch are among those of `t
 `test_kernels_merged.py`."""
 
 import copy
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +17,7 @@ from sk_triton.kernels.merging import lattice_points
 from sk_triton.kernels.window_geometry import branch_points, partners, places
 from sk_triton.tuning import cache, launches, space
 
+from .compiling import rows_of
 from .packed import pack_branch_weights
 from .tolerances import assert_errs_like_eager, assert_typical_errors_like_eager
 from .units import randomize_norms
@@ -274,13 +270,7 @@ def test_a_short_search_tries_dense_and_sparse_products(task):
 
 @pytest.fixture(scope="module")
 def compiled():
-    script = Path(__file__).with_name("sparse_resources.py")
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, script, *TARGETS], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = rows_of("sparse_resources.py", *TARGETS)
     assert {row["chip"] for row in rows} == set(TARGETS)
     assert {row["task"] for row in rows} == {"pool", "select", "store", "train", "measure", "merged"}
     return rows

@@ -1,11 +1,6 @@
 """Window kernels of several warps a program: what they compute, as the compiler makes them, when they are chosen."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +18,7 @@ from sk_triton.pack_cache import PackCache
 from sk_triton.packing import pack
 from sk_triton.workload import Workload
 
+from .compiling import rows_of
 from .versions import needs_narrow_products
 
 pytestmark = needs_narrow_products
@@ -105,13 +101,7 @@ def test_the_same_bits_on_a_gpu(unit, schedule, channels, size, dtype):
 
 @pytest.fixture(scope="module")
 def compiled():
-    script = Path(__file__).with_name("window_resources.py")
-    env = {**os.environ, "TRITON_INTERPRET": "0"}
-    done = subprocess.run(
-        [sys.executable, script, *CHIPS], env=env, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = rows_of("window_resources.py", *CHIPS)
     assert {row["chip"] for row in rows} == set(CHIPS)
     assert {row["task"] for row in rows} == {"pool", "select", "store", "train", "measure", "merged"}
     assert {row["blocks"] for row in rows} == {4}
