@@ -35,6 +35,11 @@ FLOOR = "floor"
 """Roles. A revision is sk_triton at another commit, and no peer. The floor is a copy of the input to the output: what
 memory allows, measured in the same rounds."""
 
+SK_TRITON = "ours"
+"""Source key of sk_triton as its users get it; "ours-<schedule>" force one schedule."""
+SAVING_INPUT = "ours-input"
+"""Source key of sk_triton in training with save="input"."""
+
 
 @dataclass(frozen=True)
 class Check:

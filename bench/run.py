@@ -170,12 +170,12 @@ def _measure_and_show(
     save: Callable[[Results], object],
     console: Console,
 ) -> int:
-    from . import export, plots, table
+    from . import csv_file, plots, table
     from .measuring.session import measure_suite
 
     measured, left = measure_suite(request, console, earlier, save)
     save(measured)
-    export.write_csv(measured, path.with_suffix(".csv"))
+    csv_file.write_csv(measured, path.with_suffix(".csv"))
     table.show(measured, console)
     if left:
         console.print(f"time limit: {left} cases left; go on with --resume", style="yellow")

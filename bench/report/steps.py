@@ -20,12 +20,13 @@ import torch
 from sk_triton import doctor, environment
 from sk_triton.tuning import cache
 
-from .. import export, results, suites
+from .. import results, suites
 from ..measuring.ceilings import measure_ceilings
 from ..measuring.guards import judged
 from ..problems import complaints
 from ..shapes import SKNET50, Case
 from ..tuning.flow import LEFT
+from ..verdict import comparisons, speed_summary
 from .file import DONE, FAILED, PARTIAL, Report
 
 if TYPE_CHECKING:
@@ -280,7 +281,7 @@ def summarise(context: Context) -> Ending:
 
     runs = load_runs(context.folder)
     for run in runs:
-        summary = export.speed_summary(export.comparisons(run))
+        summary = speed_summary(comparisons(run))
         words = summary if run.sound else f"no speed is claimed: {run.objections[0]}"
         context.console.print(f"{run.suite}: {words or 'nothing to compare'}", markup=False, soft_wrap=True)
     left_out = write_page(context.report, runs, context.folder)
