@@ -24,7 +24,8 @@ from ..problems import in_one_line
 from ..stamp import Stamp, take_stamp
 from . import file as report_file
 from .file import FAILED, INTERRUPTED, Report, StepState
-from .steps import STEPS, Context, Ending, load_runs
+from .runs import load_runs
+from .steps import STEPS, Context, Ending
 
 if TYPE_CHECKING:
     from rich.console import Console
