@@ -26,6 +26,13 @@ def byte_size(count: float, digits: Callable[[float], str] = three_digits) -> st
     return f"{count:.0f} B"
 
 
+def microseconds(seconds: float | None) -> str:
+    """Microseconds as people read them; "-" for what the code does not say."""
+    if seconds is None:
+        return "-"
+    return f"{seconds * 1e6:.0f}" if seconds >= 100e-6 else f"{seconds * 1e6:.1f}"
+
+
 def thousands(value: float) -> str:
     """A count in the shortest of its usual forms: 950, 12k, 3.5M."""
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):

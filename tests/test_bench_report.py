@@ -14,9 +14,9 @@ import torch
 
 from sk_triton import cli, environment
 from sk_triton.bench import plots, results, shapes, suites
+from sk_triton.bench.commands import report
 from sk_triton.bench.measuring import forms, protocol, session
 from sk_triton.bench.measuring.providers import Provider
-from sk_triton.bench.report import command as report
 from sk_triton.bench.report import file as report_file
 from sk_triton.bench.report import page as report_page
 from sk_triton.bench.report import predictions as report_predictions

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sk_triton import dispatch, planning, reference
 from sk_triton.bench.grid import classic_unit, paper_unit
-from sk_triton.bench.traffic import Meter
+from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.chips import CHIPS
 from sk_triton.layout import empty_output
 from sk_triton.pack_cache import PackCache

@@ -105,6 +105,18 @@ def problem_of(case: Case, dtype: str) -> Problem:
     return Problem(spec, case.batch, shape.height, shape.width, *PRECISIONS[dtype])
 
 
+def measured_here(
+    problem: Problem, measured: Seconds, dtype: str, predictions: list[Prediction]
+) -> list[Compared]:
+    """The predictions beside what was measured of the very problem, if anything was."""
+    return [
+        found
+        for case, seconds in measured.items()
+        if problem_of(case, dtype) == problem
+        for found in beside(case, seconds, predictions)
+    ]
+
+
 def beside(case: Case, measured: Mapping[str, float], predictions: Iterable[Prediction]) -> list[Compared]:
     """The predictions for which the case has a measured time, beside it."""
     return [

@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sk_triton.chips import CHIPS, is_amd
-from sk_triton.environment import installed_triton, require
+from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE
-from sk_triton.tuning import shipped
-from sk_triton.tuning.launches import branch_key
-from sk_triton.tuning.lookup import analytic_only
 
+from ..compiled import training_resources
+from ..compiled.resources import Row, compilable_chips, measure, measure_all
+from ..compiled.shipping import measure_analytic, write_configs
+from ..grid import CASES, UNITS, Case
 from .arguments import positive
-from .compiled import training_resources
-from .compiled.resources import Row, compilable_chips, measure, measure_all, workload_of
-from .grid import CASES, UNITS, Case
 
 if TYPE_CHECKING:
-    from .compiled.compile import Resources
+    from ..compiled.compile import Resources
 
 WIDTH = 220
 """Columns of the table where no terminal says how many there are, so that a row is a line."""
@@ -140,37 +137,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if faults else 0
 
 
-def measure_analytic(case: Case, target: str) -> list[Row]:
-    """:func:`measure` with the analytic configs, not with what is shipped today; for a process that does nothing else,
-    since its plans are remembered."""
-    with analytic_only():
-        return measure(case, target)
-
-
-def write_configs(rows: list[Row]) -> None:
-    """Put the configs of the branch launches in `rows` that have no fault into their chips' shipped files.
-
-    Entries for other launches stay if they were made for the kernels as they are.
-
-    Raises:
-        ValueError: a batch that no lookup asks for.
-    """
-    by_chip = {row.resources.target: dict(shipped.shipped(row.resources.target)) for row in rows}
-    for row in rows:
-        if row.branch_launch is not None and not row.faults:
-            case, launch = row.case, row.branch_launch
-            if case.n & (case.n - 1):  # see `lookup`: what is shipped is looked up for these alone
-                raise ValueError(f"a batch that is shipped for must be a power of two, got {case.n}")
-            key = branch_key(workload_of(case, row.resources.target), launch.shape, launch.task)
-            by_chip[row.resources.target][key] = launch.config
-    for chip, entries in by_chip.items():
-        content = json.dumps(shipped.shipped_content(chip, entries, installed_triton() or "none"), indent=1)
-        shipped.shipped_file(chip).write_text(content + "\n")
-
-
 def clocks_of(used: Resources) -> list[str]:
     """What `--clocks` adds to a kernel's row."""
-    from .compiled.warps import TARGETS, clocks_per_trip, product_clocks, resident_warps
+    from ..compiled.warps import TARGETS, clocks_per_trip, product_clocks, resident_warps
 
     if not used.loop or used.target not in TARGETS:
         return ["-"] * (2 + len(LATENCIES))

@@ -10,12 +10,12 @@ from pathlib import Path
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, FAILED
 
-from . import readme
+from .. import readme
+from ..csv_file import write_csv
+from ..markdown import markdown_table
+from ..problems import in_one_line
+from ..results import read
 from .arguments import writable_folder
-from .csv_file import write_csv
-from .markdown import markdown_table
-from .problems import in_one_line
-from .results import read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _draw(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """The files written, and a line for each picture that could not be drawn."""
-    from . import plots
+    from .. import plots
 
     paths = list(dict.fromkeys(args.results))
     runs = [read(path) for path in paths]

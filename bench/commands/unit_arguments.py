@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..model.speed_of_light import Problem
+from ..model.validation import PRECISIONS, unit_spec
+from ..shapes import CLASSIC, GROUPS, PAPER, STAGES
 from .arguments import positive, sizes
-from .model.speed_of_light import Problem
-from .model.validation import PRECISIONS, unit_spec
-from .shapes import CLASSIC, GROUPS, PAPER, STAGES
 
 DEFAULT_BATCH = 128
 
