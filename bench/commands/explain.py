@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from sk_triton import planning
 from sk_triton.backend import Schedule
+from sk_triton.chips import Chip
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE
 
@@ -20,6 +21,9 @@ from ..model.gpus import Gpu, chip_for, find_gpu, refuse_precision
 from ..model.speed_of_light import Prediction, Problem
 from ..model.validation import Compared, committed, compare, measured_here, rank_correlation
 from .unit_arguments import add_unit_arguments, problem_of, unit_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHORT = {sol.MATRIX: "tensor", sol.SHARED: "shared", sol.ISSUE: "issue"}
 """Bounds as the table's head has them."""
@@ -148,19 +152,38 @@ def as_json(
 
 def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: list[Compared]) -> None:
     """Prints the tables."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    spec, chip = problem.spec, chip_for(gpu)
-    # Narrow: nine columns have to fit into 80.
+    console.print(_predicted_table(problem, gpu, predictions))
+    console.print()
+    heads = ", ".join(f"{short}: {bound}" for bound, short in SHORT.items())
+    console.print(
+        f"Each launch takes its largest bound and {microseconds(gpu.launch_seconds)} µs to start. {heads}; warps: "
+        "resident on a processor, of those that fit. ≥: loops that the compiler unrolled count once. Latency is not "
+        "modelled: these are predictions, mostly too short, not measurements.\n"
+    )
+    for line in _words(problem, predictions, chip_for(gpu)):
+        console.print(line, markup=False, highlight=False)
+    if not compared:
+        return
+    console.print(_measured_table(gpu, compared))
+    correlation = rank_correlation(compared)
+    if correlation is not None:
+        console.print(f"rank correlation (Spearman): {correlation:.2f} over {len(compared)} times")
+
+
+def _predicted_table(problem: Problem, gpu: Gpu, predictions: list[Prediction]) -> Table:
+    """Of each schedule, and of ours each launch: what every bound takes. Narrow: nine columns have to fit into 80."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,
-        title=f"Predicted for {gpu.name} ({gpu.chip}), in µs: {problem.n} x {spec.in_channels} x {problem.height} x "
-        f"{problem.width}, {', '.join(map(str, spec.branches))}",
+        title=f"Predicted for {gpu.name} ({gpu.chip}), in µs: {problem.n} x {problem.spec.in_channels} x "
+        f"{problem.height} x {problem.width}, {', '.join(map(str, problem.spec.branches))}",
     )
     table.add_column("schedule", no_wrap=True)
     for title in (*map(_short, sol.BOUNDS), "warps", "total"):
@@ -169,47 +192,43 @@ def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: li
     for prediction in predictions:
         table.add_section()
         bounds = [microseconds(prediction.seconds(bound)) for bound in sol.BOUNDS]
-        table.add_row(
-            prediction.schedule,
-            *bounds,
-            "",
-            microseconds(prediction.total),
-            _short(prediction.bound),
-            style="bold",
-        )
+        total = microseconds(prediction.total)
+        table.add_row(prediction.schedule, *bounds, "", total, _short(prediction.bound), style="bold")
         for step in prediction.steps if prediction.is_ours else ():
-            mark = "" if step.work.is_counted else "≥"
-            cells = [
-                # Memory is known from the tensors; what the code says is short of its uncounted loops.
-                ("" if bound == sol.MEMORY or step.seconds[bound] is None else mark)
-                + microseconds(step.seconds[bound])
-                for bound in sol.BOUNDS
-            ]
-            warps = f"{step.resident_warps}/{gpu.threads // gpu.warp}" if step.work.programs else ""
-            table.add_row(
-                f"  {step.work.name}", *cells, warps, mark + microseconds(step.total), _short(step.bound)
-            )
-    console.print(table)
-    console.print()
-    heads = ", ".join(f"{short}: {bound}" for bound, short in SHORT.items())
-    console.print(
-        f"Each launch takes its largest bound and {microseconds(gpu.launch_seconds)} µs to start. {heads}; warps: "
-        "resident on a processor, of those that fit. ≥: loops that the compiler unrolled count once. Latency is not "
-        "modelled: these are predictions, mostly too short, not measurements.\n"
-    )
+            table.add_row(*_launch_row(step, gpu))
+    return table
+
+
+def _launch_row(step: sol.Step, gpu: Gpu) -> list[str]:
+    mark = "" if step.work.is_counted else "≥"
+    cells = [
+        # Memory is known from the tensors; what the code says is short of its uncounted loops.
+        ("" if bound == sol.MEMORY or step.seconds[bound] is None else mark)
+        + microseconds(step.seconds[bound])
+        for bound in sol.BOUNDS
+    ]
+    warps = f"{step.resident_warps}/{gpu.threads // gpu.warp}" if step.work.programs else ""
+    return [f"  {step.work.name}", *cells, warps, mark + microseconds(step.total), _short(step.bound)]
+
+
+def _words(problem: Problem, predictions: list[Prediction], chip: Chip) -> Iterator[str]:
+    """Lines about the configs, what cannot run, and the choice."""
     for prediction in predictions:
         tasks = {task for task, *_ in prediction.configs}
         for task, config, source in prediction.configs:
             name = f"{prediction.schedule}, {task}" if len(tasks) > 1 else prediction.schedule
-            console.print(f"{name}: {config}, from {source}", markup=False, highlight=False)
-    for name, reason in refused(problem, chip).items():
-        console.print(f"{name}: {reason}", markup=False, highlight=False)
+            yield f"{name}: {config}, from {source}"
+    for schedule, reason in refused(problem, chip).items():
+        yield f"{schedule}: {reason}"
     chosen, reason = choice(problem, predictions, chip)
-    console.print(f"choice: {chosen}: {reason}", markup=False, highlight=False)
-    for name, reason in rejected(problem, predictions, chip).items():
-        console.print(f"  not {name}: {reason}", markup=False, highlight=False)
-    if not compared:
-        return
+    yield f"choice: {chosen}: {reason}"
+    for schedule, reason in rejected(problem, predictions, chip).items():
+        yield f"  not {schedule}: {reason}"
+
+
+def _measured_table(gpu: Gpu, compared: list[Compared]) -> Table:
+    from rich.table import Table
+
     table = Table(
         title=f"Predicted today and measured on {gpu.name} at the commits that bench/results names, in µs"
     )
@@ -219,13 +238,9 @@ def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: li
         table.add_column(title, justify="right")
     for found in compared:
         ratio = f"{found.measured / found.predicted:.2f}"
-        table.add_row(
-            found.case, found.schedule, microseconds(found.predicted), microseconds(found.measured), ratio
-        )
-    console.print(table)
-    correlation = rank_correlation(compared)
-    if correlation is not None:
-        console.print(f"rank correlation (Spearman): {correlation:.2f} over {len(compared)} times")
+        times = microseconds(found.predicted), microseconds(found.measured)
+        table.add_row(found.case, found.schedule, *times, ratio)
+    return table
 
 
 def _short(bound: str) -> str:

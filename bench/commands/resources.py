@@ -19,6 +19,9 @@ from ..grid import CASES, UNITS, Case
 from .arguments import positive
 
 if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
     from ..compiled.compile import Resources
 
 WIDTH = 220
@@ -79,38 +82,53 @@ def run(args: argparse.Namespace) -> int:
         )
         return BAD_USAGE
     from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH
+    rows = _compiled(args, console)
+    console.print(_table(rows, args.clocks))
+    if args.write_configs:
+        write_configs(rows)
+    faults = [row for row in rows if row.faults]
+    console.print(f"{len(rows)} kernels, {len(faults)} with faults")
+    return 1 if faults else 0
+
+
+def _compiled(args: argparse.Namespace, console: Console) -> list[Row]:
+    """A row for each kernel of the cases that the options ask for, chip by chip."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
 
     cases = [
         case
         for case in CASES
         if case.precision in args.precision and (not args.unit or case.name in args.unit)
     ]
-    chips = args.chip or compilable_chips()
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDTH
+    pairs = [(case, chip) for chip in args.chip or compilable_chips() for case in cases]
+    chosen: Callable[[Case, str], list[Row]] = measure_analytic if args.write_configs else measure
+    if args.training:
+        chosen = training_resources.measure
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("compiling", total=len(cases) * len(chips))
-        chosen: Callable[[Case, str], list[Row]] = measure_analytic if args.write_configs else measure
-        if args.training:
-            chosen = training_resources.measure
-        for found in measure_all([(case, chip) for chip in chips for case in cases], args.workers, chosen):
+        task = progress.add_task("compiling", total=len(pairs))
+        for found in measure_all(pairs, args.workers, chosen):
             rows.extend(found)
             progress.advance(task)
+    return rows
+
+
+def _table(rows: list[Row], with_clocks: bool) -> Table:
+    from rich.table import Table
 
     table = Table(title="Resources of the compiled kernels")
     for title in ("chip", "unit", "kernel", "precision"):
         table.add_column(title)
-    for title in ("registers", "spills", "shared", "16-byte loads", "matrix", "instr / output"):
-        table.add_column(title, justify="right")
-    clock_titles = (
-        ("alone", "products", *(f"loads {latency}" for latency in LATENCIES)) if args.clocks else ()
-    )
-    for title in clock_titles:
+    clock_titles = ("alone", "products", *(f"loads {latency}" for latency in LATENCIES))
+    for title in (
+        *("registers", "spills", "shared", "16-byte loads", "matrix", "instr / output"),
+        *(clock_titles if with_clocks else ()),
+    ):
         table.add_column(title, justify="right")
     table.add_column("fault", style="red")
     for row in rows:
@@ -126,15 +144,10 @@ def run(args: argparse.Namespace) -> int:
             f"{used.wide_loads}/{used.loads}",
             str(used.matrix),
             "-" if row.per_output is None or is_amd(used.target) else f"{row.per_output:.1f}",
-            *(clocks_of(used) if args.clocks else ()),
+            *(clocks_of(used) if with_clocks else ()),
             ", ".join(row.faults),
         )
-    console.print(table)
-    if args.write_configs:
-        write_configs(rows)
-    faults = [row for row in rows if row.faults]
-    console.print(f"{len(rows)} kernels, {len(faults)} with faults")
-    return 1 if faults else 0
+    return table
 
 
 def clocks_of(used: Resources) -> list[str]:
