@@ -14,8 +14,8 @@ from .resources import Row, measure, workload_of
 
 
 def measure_analytic(case: Case, target: str) -> list[Row]:
-    """:func:`measure` with the analytic configs, not with what is shipped today; for a process that does nothing else,
-    since its plans are remembered."""
+    """`resources.measure` with the analytic configs, not with what is shipped today; for a process that does nothing
+    else, since its plans are remembered."""
     with analytic_only():
         return measure(case, target)
 
