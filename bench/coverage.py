@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from . import results
-from .export import comparisons
 from .measuring.forms import BY_KEY, CHANNELS_LAST, NCHW, Form
 from .measuring.providers import Provider, competitors
 from .results import PEER, Record, Results
 from .shapes import UNITS, Case
+from .verdict import comparisons
 
 FORMATS = (NCHW.label, CHANNELS_LAST.label)
 MOST_CASES = 4

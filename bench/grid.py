@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from sk_triton.spec import BranchSpec, SKSpec
+from sk_triton.spec import BranchSpec, SKSpec, gate_width
+
+from .shapes import MIN_GATE_WIDTH, PAPER, REDUCTION, Shape
 
 
 @dataclass(frozen=True)
@@ -36,14 +38,14 @@ def paper_unit(
     stride: int = 1,
     split_input: bool = False,
 ) -> SKSpec:
-    """The paper's unit: norm and ReLU in the branches and the gate, `d = max(C / 16, 32)`."""
+    """The paper's unit: norm and ReLU in the branches and the gate."""
     return SKSpec(
         in_channels=channels if in_channels is None else in_channels,
         out_channels=channels,
         branches=tuple(BranchSpec(k, d, groups) for k, d in zip(kernels, dilations, strict=True)),
         stride=stride,
         split_input=split_input,
-        gate_width=max(channels // 16, 32),
+        gate_width=gate_width(channels, REDUCTION, MIN_GATE_WIDTH),
     )
 
 
@@ -56,12 +58,21 @@ def classic_unit(channels: int, num_branches: int = 2, groups: int = 32) -> SKSp
         branch_bias=True,
         branch_norm=False,
         branch_act="identity",
-        gate_width=max(channels // 16, 32),
+        gate_width=gate_width(channels, REDUCTION, MIN_GATE_WIDTH),
         gate_bias=True,
         gate_norm=False,
         gate_act="identity",
         select_bias=True,
     )
+
+
+def unit_spec(unit: str, shape: Shape) -> SKSpec:
+    """The paper's or the classic unit of a shape: what `SelectiveKernel` and `SKConv` make of it."""
+    usual = paper_unit(shape.channels) if unit == PAPER else classic_unit(shape.channels)
+    branches = tuple(
+        BranchSpec(k, d, shape.groups) for k, d in zip(shape.kernels, shape.dilations, strict=True)
+    )
+    return replace(usual, branches=branches, stride=shape.stride, split_input=shape.split_input)
 
 
 # (name, unit, batch, input size): the four SKNet-50 stages first.

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from . import results
-from .export import NOTHING, ratio, sk_triton_records
+from .formats import NOTHING, ratio
 from .measuring.forms import BY_KEY
 from .results import PEER, Record, Results
 from .shapes import DIRECTIONS, STAGES, Case
 from .suites import LAYER, TRAIN
+from .verdict import sk_triton_records
 
 Peer = tuple[str, str]
 """The unit that is computed, and who computes it: plain PyTorch has one for each unit."""

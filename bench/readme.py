@@ -14,13 +14,14 @@ from pathlib import Path
 from sk_triton.tuning import cache
 
 from . import coverage, unit_times
-from .export import comparisons, graph_summary, is_graph, losses, losses_count, markdown_table, speed_summary
 from .joining import join
+from .markdown import markdown_table
 from .peer_table import peer_table
 from .report import file as report_file
 from .results import Record, Results, read
 from .shapes import PAPER, SKNET50
 from .unit_times import UnitTime
+from .verdict import comparisons, graph_summary, is_graph, losses, losses_count, speed_summary
 
 FOLDER = "bench/results"
 PREFERRED_DTYPES = ("fp16", "bf16", "fp32")

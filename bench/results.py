@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from . import json_file
 from .shapes import Case, Shape
 from .stamp import Stamp
 
@@ -34,6 +33,11 @@ REVISION = "revision"
 FLOOR = "floor"
 """Roles. A revision is sk_triton at another commit, and no peer. The floor is a copy of the input to the output: what
 memory allows, measured in the same rounds."""
+
+SK_TRITON = "ours"
+"""Source key of sk_triton as its users get it; "ours-<schedule>" force one schedule."""
+SAVING_INPUT = "ours-input"
+"""Source key of sk_triton in training with save="input"."""
 
 
 @dataclass(frozen=True)
@@ -212,18 +216,12 @@ class Results:
         return int(not self.sound or any(record.status in (WRONG, FAILED) for record in self.records))
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        return json_file.text_of(self)
 
     @classmethod
     def from_json(cls, text: str) -> Results:
         """Inverse of `to_json`. Raises ValueError for text that is no results file of this schema version."""
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"not a results file: {error}") from None
-        schema = data.get("schema") if isinstance(data, dict) else None
-        if schema != SCHEMA:
-            raise ValueError(f"schema must be {SCHEMA}, got {schema!r}")
+        data = json_file.fields_of(text, SCHEMA, "results file")
         data["stamp"] = Stamp(**data["stamp"])
         data["records"] = tuple(_record(entry) for entry in data["records"])
         data["ceilings"] = Ceilings(**data["ceilings"]) if data["ceilings"] else None
@@ -238,9 +236,7 @@ class Results:
 
 def save(results: Results, path: Path) -> None:
     """Writes JSON in one atomic step, so that an interrupted save leaves no half file."""
-    partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text(results.to_json(), encoding="utf-8")
-    os.replace(partial, path)
+    json_file.write(results, path)
 
 
 def load(path: Path) -> Results:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import geometric_mean
 
-from .export import Comparison, cases_in_order, losses, losses_count, ratio, sk_triton_records
+from .formats import ratio
 from .results import REVISION, Record, Results, fastest_ours
+from .verdict import Comparison, cases_in_order, losses, losses_count, sk_triton_records
 
 
 @dataclass(frozen=True)

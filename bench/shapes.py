@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sk_triton import spec
+
 GROUPS = 32
 BRANCHES = 2
 REDUCTION = 16
@@ -62,8 +64,8 @@ class Shape:
 
     @property
     def gate_width(self) -> int:
-        """`d = max(C / r, L)` (paper, Eq. 4)."""
-        return max(self.channels // REDUCTION, MIN_GATE_WIDTH)
+        """`d` of the benchmark's units (paper, Eq. 4)."""
+        return spec.gate_width(self.channels, REDUCTION, MIN_GATE_WIDTH)
 
 
 def unit_shape(

@@ -12,23 +12,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import coverage, results
-from .export import (
-    NOTHING,
-    Comparison,
-    byte_size,
-    cases_in_order,
-    comparisons,
-    losses,
-    losses_count,
-    ratio,
-    speed_summary,
-    three_digits,
-)
+from .formats import NOTHING, byte_size, ratio, three_digits
 from .problems import complaints
 from .results import Record, Results
 from .revisions import against_revisions
 from .shapes import Case, subject_title
 from .stamp import Stamp
+from .verdict import Comparison, cases_in_order, comparisons, losses, losses_count, speed_summary
 
 Groups = dict[Case, list[Record]]
 

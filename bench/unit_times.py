@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import passes
-from .export import three_digits
+from .formats import three_digits
 from .model.gpus import Gpu, find_gpu
 from .shapes import CLASSIC, DIRECTIONS, INFERENCE, PAPER, UNITS, Case, unit_shape
 

@@ -22,25 +22,27 @@ class Command:
 
 
 COMMANDS = {
-    "bench": Command("sk_triton.bench.run", "measure the SK layer against its peers on this machine"),
+    "bench": Command(
+        "sk_triton.bench.commands.bench", "measure the SK layer against its peers on this machine"
+    ),
     "configs": Command("sk_triton.tuning.command", "list, show, export, import or clear tuned configs"),
     "doctor": Command("sk_triton.doctor", "say what is installed, which backend runs and why"),
     "explain": Command(
-        "sk_triton.bench.explain", "predict each schedule's time on a GPU that need not be present"
+        "sk_triton.bench.commands.explain", "predict each schedule's time on a GPU that need not be present"
     ),
     "plot": Command(
-        "sk_triton.bench.plot", "draw results files, write them as CSV or Markdown, fill the README"
+        "sk_triton.bench.commands.plot", "draw results files, write them as CSV or Markdown, fill the README"
     ),
-    "profile": Command("sk_triton.bench.profile_command", "time a unit's kernels one by one on this GPU"),
+    "profile": Command("sk_triton.bench.commands.profile", "time a unit's kernels one by one on this GPU"),
     "report": Command(
-        "sk_triton.bench.report.command",
+        "sk_triton.bench.commands.report",
         "test and measure everything on this machine, step by step, in one folder",
     ),
     "resources": Command(
-        "sk_triton.bench.resources_command", "compile the kernels for each chip, list what they use"
+        "sk_triton.bench.commands.resources", "compile the kernels for each chip, list what they use"
     ),
-    "traffic": Command("sk_triton.bench.traffic", "count each schedule's passes over memory"),
-    "tune": Command("sk_triton.bench.tune", "measure configs on this GPU, and keep what is faster"),
+    "traffic": Command("sk_triton.bench.commands.traffic", "count each schedule's passes over memory"),
+    "tune": Command("sk_triton.bench.commands.tune", "measure configs on this GPU, and keep what is faster"),
 }
 
 

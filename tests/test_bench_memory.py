@@ -8,10 +8,10 @@ from rich.console import Console
 
 from sk_triton import SelectiveKernel, save_for_backward, use_backend
 from sk_triton.bench import plots, results, table
-from sk_triton.bench.export import SAVING_INPUT
 from sk_triton.bench.measuring import memory
 from sk_triton.bench.measuring.providers import competitors
 from sk_triton.bench.measuring.sources import Ours
+from sk_triton.bench.results import SAVING_INPUT
 from sk_triton.bench.shapes import INFERENCE, TRAINING
 
 from .bench_fakes import CPU, FakeSource, run_small, small_case

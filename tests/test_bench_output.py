@@ -12,7 +12,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sk_triton.bench import export, results, stamp, table
+from sk_triton.bench import csv_file, formats, markdown, results, stamp, table, verdict
 from sk_triton.bench.results import Check, Timing
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
@@ -51,7 +51,7 @@ def test_the_stamp_says_where_and_with_what_it_was_measured():
 
 def test_a_case_compares_the_fastest_forms_and_the_floor():
     run = small()
-    for comparison in export.comparisons(run):
+    for comparison in verdict.comparisons(run):
         records = [record for record in run.records if record.case == comparison.case and record.timing]
         medians = {record.key: record.timing.median_ms for record in records}
         assert comparison.ours.timing.median_ms == min(medians[r.key] for r in records if r.ours)
@@ -64,10 +64,10 @@ def test_a_case_compares_the_fastest_forms_and_the_floor():
 
 def test_a_forced_schedule_claims_nothing_where_users_get_another():
     run = slowed(small(every=True), 0.01, lambda record: record.source == "ours-resident")
-    assert {comparison.ours.source for comparison in export.comparisons(run)} == {"ours"}
+    assert {comparison.ours.source for comparison in verdict.comparisons(run)} == {"ours"}
     forced = tuple(record for record in run.records if record.source != "ours")
     alone = dataclasses.replace(run, records=forced)
-    assert {comparison.ours.source for comparison in export.comparisons(alone)} == {"ours-resident"}
+    assert {comparison.ours.source for comparison in verdict.comparisons(alone)} == {"ours-resident"}
 
 
 def test_a_case_that_only_peers_can_run_is_lost():
@@ -75,27 +75,27 @@ def test_a_case_that_only_peers_can_run_is_lost():
     for position, record in enumerate(run.records):
         if record.ours:
             run = with_status(run, position, results.OUT_OF_MEMORY)
-    compared = export.comparisons(run)
+    compared = verdict.comparisons(run)
     assert all(comparison.is_loss for comparison in compared)
-    assert export.losses_count(compared) == "4 of 4 cases"
-    assert all("out of memory" in line for line in export.losses(compared))
+    assert verdict.losses_count(compared) == "4 of 4 cases"
+    assert all("out of memory" in line for line in verdict.losses(compared))
 
 
 @pytest.mark.parametrize(
     ("value", "text"), [(0.98765, "0.988"), (1.0, "1.00"), (22, "22.0"), (99.96, "100"), (12345.6, "12346")]
 )
 def test_numbers_have_three_digits(value, text):
-    assert export.three_digits(value) == text
+    assert formats.three_digits(value) == text
 
 
 def test_bytes_and_ratios():
-    assert [export.byte_size(n) for n in (12, 2048, 3 * 2**20, 2**31)] == [
+    assert [formats.byte_size(n) for n in (12, 2048, 3 * 2**20, 2**31)] == [
         "12 B",
         "2.00 KiB",
         "3.00 MiB",
         "2.00 GiB",
     ]
-    assert [export.ratio(n) for n in (0.954, 1, 9.996, 14.24)] == ["0.95x", "1.00x", "10.0x", "14.2x"]
+    assert [formats.ratio(n) for n in (0.954, 1, 9.996, 14.24)] == ["0.95x", "1.00x", "10.0x", "14.2x"]
 
 
 def printed(run, width=140) -> str:
@@ -109,7 +109,7 @@ def test_the_table_compares_with_the_fastest_peer_and_says_cpu():
     text = printed(run)
     assert "CPU: AMD EPYC" in text
     assert "sk_triton, channels_last" in text
-    speedups = {c.case.subject: c.speedup for c in export.comparisons(run)}
+    speedups = {c.case.subject: c.speedup for c in verdict.comparisons(run)}
     assert f"classic fp32 inference: {speedups[CLASSIC]:.2f}x the speed of the fastest measured peer" in text
     assert f"paper fp32 inference: {speedups[PAPER]:.2f}x the speed of the fastest measured peer" in text
     assert "its kernels need a GPU" in text
@@ -121,18 +121,18 @@ def test_the_table_lists_every_case_that_is_lost():
     text = printed(run)
     assert "We lose in 2 of 4 cases:" in text
     lost = text.partition("We lose")[2]
-    for comparison in export.comparisons(run):
+    for comparison in verdict.comparisons(run):
         assert (comparison.case.title in lost) == (comparison.case.batch == 8)
 
 
 def test_the_mean_says_over_how_many_cases_it_is():
     run = small()
-    assert " over " not in export.speed_summary(export.comparisons(run))
+    assert " over " not in verdict.speed_summary(verdict.comparisons(run))
     first = run.records[0].case
     for position, record in enumerate(run.records):
         if record.ours and record.case == first:
             run = with_status(run, position, results.FAILED)
-    summary = export.speed_summary(export.comparisons(run))
+    summary = verdict.speed_summary(verdict.comparisons(run))
     assert " over 3 of 4 cases, behind in 1 of 4 cases" in summary
 
 
@@ -148,17 +148,17 @@ def with_host_time(run, share):
 
 def test_a_peer_that_waits_for_the_host_beside_a_graph_is_marked():
     run = with_host_time(slowed(small(), 5, lambda r: r.ours and "graph" not in r.form), 0.95)
-    compared = export.comparisons(run)
+    compared = verdict.comparisons(run)
     assert all(c.is_ours_alone_in_graph and c.is_peer_host_bound for c in compared)
-    assert export.graph_summary(compared) == (
+    assert verdict.graph_summary(compared) == (
         "in 4 of 4 cases sk_triton is in a CUDA graph and that peer is not; 4 of these peers wait for the host"
     )
-    assert export.markdown_table(run).count("; host-bound)") == 4
+    assert markdown.markdown_table(run).count("; host-bound)") == 4
     quick = with_host_time(run, 0.5)
-    assert not any(c.is_peer_host_bound for c in export.comparisons(quick))
-    assert export.HOST_BOUND not in export.markdown_table(quick)
+    assert not any(c.is_peer_host_bound for c in verdict.comparisons(quick))
+    assert verdict.HOST_BOUND not in markdown.markdown_table(quick)
     ungraphed = dataclasses.replace(run, records=tuple(r for r in run.records if "graph" not in r.form))
-    assert export.graph_summary(export.comparisons(ungraphed)) is None
+    assert verdict.graph_summary(verdict.comparisons(ungraphed)) is None
 
 
 def test_a_busy_machine_is_mentioned():
@@ -211,7 +211,7 @@ def with_revision(run, factor):
 def test_a_revision_is_compared_beside_the_peers_and_never_among_them():
     run = small()
     faster, slower = with_revision(run, 0.5), with_revision(run, 2.0)
-    assert export.comparisons(faster) == export.comparisons(run)
+    assert verdict.comparisons(faster) == verdict.comparisons(run)
     text = printed(faster)
     assert "against sk_triton at 1: 0.50x its speed (0.50x to 0.50x), slower in 2 of 2 cases" in text
     assert text.count("0.50x the speed of sk_triton at 1") == 2
@@ -282,7 +282,7 @@ def test_the_table_orders_cases_however_they_were_measured():
 
 
 def read_csv(run, path):
-    export.write_csv(run, path)
+    csv_file.write_csv(run, path)
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
@@ -324,20 +324,20 @@ def cells(line):
 
 def test_markdown_has_a_row_for_each_case():
     run = small()
-    head, rule, *rows = export.markdown_table(run).splitlines()
+    head, rule, *rows = markdown.markdown_table(run).splitlines()
     assert set(rule) == {"|", "-"}
     assert len(cells(head)) == 5
-    compared = export.comparisons(run)
+    compared = verdict.comparisons(run)
     for row, comparison in zip(rows, compared, strict=True):
         case, ours, peer, speedup, share = cells(row)
         assert case == comparison.case.title
-        assert ours.startswith(export.three_digits(comparison.ours.timing.median_ms))
+        assert ours.startswith(formats.three_digits(comparison.ours.timing.median_ms))
         assert comparison.peer.label in peer
-        assert speedup.strip("*").startswith(export.ratio(comparison.speedup))
+        assert speedup.strip("*").startswith(formats.ratio(comparison.speedup))
         assert share == f"{comparison.floor_share:.0%}"
 
 
 def test_markdown_claims_nothing_against_an_objection():
-    text = export.markdown_table(small(objections=("a reason",)))
+    text = markdown.markdown_table(small(objections=("a reason",)))
     assert "No speed is claimed:** a reason" in text
     assert not re.search(r"\d\.\d\dx", text)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sk_triton import cli
-from sk_triton.bench import export, joining, plots, readme, results
+from sk_triton.bench import joining, markdown, plots, readme, results
 
 from .synthetic_results import a_stamp, slowed, small, some_results
 
@@ -138,7 +138,7 @@ def test_the_readme_shows_one_dtype_and_links_the_data():
     assert all(link.endswith("fp16") for link in shown)
     assert passes.endswith("-passes")
     assert "(bench/results/cuda/layer-cuda.json)" in readme.render("results", items)
-    assert export.markdown_table(items[0].run).strip() in readme.render("results", items)
+    assert markdown.markdown_table(items[0].run).strip() in readme.render("results", items)
 
 
 def two_runs(old_batches=(8, 32), new_batches=(8,), **changes):

@@ -12,9 +12,9 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
 from sk_triton.bench import plots, results
-from sk_triton.bench.export import SAVING_INPUT
 from sk_triton.bench.measuring import forms
 from sk_triton.bench.plots import roofline, scaling, several, style
+from sk_triton.bench.results import SAVING_INPUT
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .drawn_pictures import (

@@ -14,12 +14,13 @@ import torch
 
 from sk_triton import cli, environment
 from sk_triton.bench import plots, results, shapes, suites
+from sk_triton.bench.commands import report
 from sk_triton.bench.measuring import forms, protocol, session
 from sk_triton.bench.measuring.providers import Provider
-from sk_triton.bench.report import command as report
 from sk_triton.bench.report import file as report_file
 from sk_triton.bench.report import page as report_page
 from sk_triton.bench.report import predictions as report_predictions
+from sk_triton.bench.report import pytest_run
 from sk_triton.bench.report import steps as report_steps
 from sk_triton.bench.report.file import DONE, FAILED, INTERRUPTED, PARTIAL, Report, StepState
 from sk_triton.bench.report.steps import STEPS, Ending, Step
@@ -48,8 +49,8 @@ def tiny(monkeypatch):
     monkeypatch.setattr(report_steps, "measure_ceilings", lambda device, dtypes: results.Ceilings(1e15, {}))
     monkeypatch.setattr(plots, "pictures", lambda run: {"one": draw_little})
     monkeypatch.setattr(environment, "git_revision", lambda: REVISION)
-    monkeypatch.setattr(report_steps, "_run_pytest", lambda arguments, seconds: True)
-    monkeypatch.setattr(report_steps, "_read_junit", lambda path, command, complete: GREEN)
+    monkeypatch.setattr(pytest_run, "run_pytest", lambda arguments, seconds: True)
+    monkeypatch.setattr(pytest_run, "read_junit", lambda path, command, complete: GREEN)
     monkeypatch.setitem(STEPS, "evidence", Step(say_little, 1, with_gpu=False))
     monkeypatch.setitem(STEPS, "tune", Step(say_little, 1))
     monkeypatch.setattr(report_predictions, "predictions", lambda: "125 µs")
@@ -233,10 +234,10 @@ def test_again_measures_a_steps_cases_anew_and_keeps_the_others(tmp_path, monkey
 
 @pytest.mark.usefixtures("tiny")
 def test_tests_that_the_time_limit_stopped_have_not_failed_and_run_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(report_steps, "_run_pytest", lambda arguments, seconds: False)
+    monkeypatch.setattr(pytest_run, "run_pytest", lambda arguments, seconds: False)
     monkeypatch.setattr(
-        report_steps,
-        "_read_junit",
+        pytest_run,
+        "read_junit",
         lambda path, command, complete: dataclasses.replace(GREEN, complete=complete),
     )
     _, made = make(tmp_path, "--step", "tests")
@@ -249,7 +250,7 @@ def test_tests_that_the_time_limit_stopped_have_not_failed_and_run_again(tmp_pat
 def test_red_tests_forbid_every_claim_also_of_what_was_measured_before(tmp_path, monkeypatch):
     assert make(tmp_path, "--step", "layer-fp32")[0] == 0
     red = dataclasses.replace(GREEN, failed=1)
-    monkeypatch.setattr(report_steps, "_read_junit", lambda path, command, complete: red)
+    monkeypatch.setattr(pytest_run, "read_junit", lambda path, command, complete: red)
     code, made = make(tmp_path, "--step", "tests", "sweep", "summary")
     assert code == 1
     assert made.steps["tests"].status == FAILED
@@ -278,9 +279,9 @@ JUNIT = '<testsuites><testsuite name="pytest" errors="1" failures="2" skipped="3
 
 def test_counts_of_pytest(tmp_path):
     path = tmp_path / "tests.xml"
-    assert report_steps._read_junit(path, "pytest", True) is None
+    assert pytest_run.read_junit(path, "pytest", True) is None
     path.write_text(JUNIT)
-    found = report_steps._read_junit(path, "pytest", complete=True)
+    found = pytest_run.read_junit(path, "pytest", complete=True)
     assert (found.passed, found.failed, found.skipped, found.green) == (4, 3, 3, False)
 
 
@@ -316,8 +317,8 @@ def test_pytest_runs_in_the_checkout_and_is_stopped_in_time(
     checkout.write_text(checkout.read_text().replace("SECONDS", seconds))
     xml = tmp_path / "tests.xml"
     arguments = ["pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={xml}"]
-    assert report_steps._run_pytest(arguments, 120 if complete else 12) == complete
-    found = report_steps._read_junit(xml, "pytest", complete)
+    assert pytest_run.run_pytest(arguments, 120 if complete else 12) == complete
+    found = pytest_run.read_junit(xml, "pytest", complete)
     assert (found.green, found.passed >= 1) == (complete, True)
 
 
@@ -415,7 +416,7 @@ def test_the_report_survives_its_file(tmp_path):
     assert report_file.load(tmp_path / "elsewhere") is None
 
 
-@pytest.mark.parametrize("text", ["nonsense", "[]", json.dumps({"schema": 99})])
+@pytest.mark.parametrize("text", ["nonsense", "[]", json.dumps({"schema": 99}), json.dumps({"schema": 1})])
 def test_what_is_no_report_is_refused(text, tmp_path, capsys):
     (tmp_path / "report.json").write_text(text)
     assert cli.main(["report", "--device", "cpu", "--output", str(tmp_path)]) == 2

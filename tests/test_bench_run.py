@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from sk_triton import cli
-from sk_triton.bench import arguments, plots, results, run, shapes
+from sk_triton.bench import plots, results, shapes
+from sk_triton.bench.commands import arguments
+from sk_triton.bench.commands import bench as bench_command
 from sk_triton.bench.measuring import protocol, providers, session
 from sk_triton.bench.measuring.providers import Provider
 from sk_triton.bench.shapes import CLASSIC, PAPER
@@ -204,10 +206,10 @@ def test_what_cannot_be_done_is_refused_in_one_line(options, words, tmp_path, ca
 )
 def test_options_that_do_nothing_for_the_host_suite_are_refused(options, on_gpu, words):
     parser = argparse.ArgumentParser()
-    run.add_arguments(parser)
+    bench_command.add_arguments(parser)
     args = parser.parse_args(["--suite", "host", *options])
     with pytest.raises(ValueError, match=words) if words else contextlib.nullcontext():
-        run.refuse_idle_options(args, on_gpu)
+        bench_command.refuse_idle_options(args, on_gpu)
 
 
 @pytest.mark.parametrize("folder", ["/proc", "/proc/some/where"])

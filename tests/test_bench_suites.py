@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from sk_triton.bench import export, results, shapes, suites
+from sk_triton.bench import results, shapes, suites, verdict
 from sk_triton.bench.grid import UNITS, paper_unit
 from sk_triton.bench.measuring import competition, host, protocol, providers, session
 from sk_triton.bench.measuring.peers import SKNet50
@@ -122,7 +122,7 @@ def test_a_unit_of_the_grid_that_is_lost_is_listed(monkeypatch):
     assert left == 0
     assert {(record.status, record.message) for record in run.records} == {(results.OK, None)}
     slow = slowed(run, 1000.0, lambda record: record.ours and record.case.name != "dense")
-    lost = export.losses(export.comparisons(slow))
+    lost = verdict.losses(verdict.comparisons(slow))
     assert [line.partition(":")[2].partition(")")[0] for line in lost if "0.00x" in line] == [
         " paper (split", " paper (strided",
     ]  # fmt: skip

@@ -8,10 +8,11 @@ import json
 import pytest
 
 from sk_triton import cli
-from sk_triton.bench import explain, progress, results
+from sk_triton.bench import progress, results
 from sk_triton.bench.model import speed_of_light as sol
 from sk_triton.bench.model import validation
 from sk_triton.bench.model.gpus import find_gpu
+from sk_triton.bench.report.predictions import predictions
 from sk_triton.bench.shapes import CLASSIC, PAPER
 from sk_triton.chips import Chip
 
@@ -211,7 +212,7 @@ def test_explain_refuses_what_it_does_not_know(arguments, message, command):
 @needs_narrow_products
 @pytest.mark.usefixtures("fake_code")
 def test_the_readme_table_has_a_row_per_stage():
-    header, rule, *rows = explain.predicted_markdown().splitlines()
+    header, rule, *rows = predictions().splitlines()
     assert len(rows) == 4
     assert {line.count("|") for line in (header, rule, *rows)} == {header.count("|")}
     assert [row.split("|")[2].strip() for row in rows] == ["recompute", "recompute", "recompute", "store"]

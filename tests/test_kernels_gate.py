@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sk_triton.bench.traffic import Meter
+from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.kernels.config import GateConfig
 
 from .tolerances import assert_errs_like_eager

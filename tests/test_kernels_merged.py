@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sk_triton.bench.traffic import Meter
+from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.kernels.config import BorderConfig, MergedConfig, WindowConfig
 from sk_triton.kernels.geometry import ConvShape, cdiv
 from sk_triton.kernels.merging import (

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from sk_triton.bench.traffic import Meter
+from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.kernels.config import SelectConfig
 
 from .interpreter import exact_bfloat16

@@ -213,7 +213,7 @@ print(json.dumps({"names": names, "files": files, "all": sorted(sys.modules)}))
 def test_every_module_imports_under_its_own_name_only(from_wheel, installed):
     pytest.importorskip("triton")
     found = from_wheel(IMPORT_ALL)
-    assert {"sk_triton.kernels.gate", "sk_triton.bench.run", "sk_triton.schedules.store"} <= set(
+    assert {"sk_triton.kernels.gate", "sk_triton.bench.commands.bench", "sk_triton.schedules.store"} <= set(
         found["names"]
     )
     assert all(Path(file).is_relative_to(installed / "sk_triton") for file in found["files"])

@@ -9,7 +9,7 @@ import torch
 
 from sk_triton.analytic.grad import grad_config
 from sk_triton.analytic.window import merged_window_candidates, window_candidates
-from sk_triton.bench.traffic import Meter
+from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.chips import CHIPS, PREFETCHING
 from sk_triton.kernels.config import GradWideConfig, WindowConfig
 from sk_triton.kernels.geometry import ConvShape

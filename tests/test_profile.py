@@ -7,7 +7,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from sk_triton.bench import profile_command, unit_times
+from sk_triton.bench import unit_times
+from sk_triton.bench.commands import profile
 from sk_triton.bench.measuring import kernel_times
 from sk_triton.bench.measuring.entrant import Entrant
 from sk_triton.bench.measuring.kernel_times import CallTimes, Kernel, append, measure, medians
@@ -26,13 +27,13 @@ def call(*kernels, start=0.0, gap=1.0):
 
 def asked(*arguments):
     parser = argparse.ArgumentParser()
-    profile_command.add_arguments(parser)
+    profile.add_arguments(parser)
     return parser.parse_args(arguments)
 
 
 def small_case(direction):
     options = ("--stages", "4", "--units", "paper", "--batch", "2", "--dtype", "fp32", "--directions")
-    (case,) = profile_command.cases(asked(*options, direction))
+    (case,) = profile.cases(asked(*options, direction))
     return case
 
 
@@ -71,7 +72,7 @@ def test_without_kernels_there_is_nothing_to_tell(calls):
 
 def test_the_tables_are_what_the_readme_reads(tmp_path):
     folder = tmp_path / "h100"
-    inference, training = profile_command.cases(
+    inference, training = profile.cases(
         asked("--stages", "2", "--units", "paper", "--directions", "inference", "training")
     )
     append(folder, "0123456789", inference, "recompute", CallTimes((("pool", 40.0), ("select", 60.0)), 104.0))
@@ -90,7 +91,7 @@ def test_the_tables_are_what_the_readme_reads(tmp_path):
 
 
 def test_a_table_goes_on_where_it_was(tmp_path):
-    (case,) = profile_command.cases(asked("--stages", "1", "--units", "classic"))
+    (case,) = profile.cases(asked("--stages", "1", "--units", "classic"))
     for total in (200.0, 100.0):
         append(tmp_path / "h100", "0", case, "merged", CallTimes((("k", total),), total))
     (time,) = unit_times.load(tmp_path / "h100" / unit_times.NAME)
@@ -98,12 +99,12 @@ def test_a_table_goes_on_where_it_was(tmp_path):
 
 
 def test_all_stages_of_both_units_by_default():
-    found = profile_command.cases(asked())
+    found = profile.cases(asked())
     assert [(case.subject, case.shape.channels) for case in found] == [
         (subject, channels) for channels in (128, 256, 512, 1024) for subject in (PAPER, CLASSIC)
     ]
     assert {(case.direction, case.batch, case.dtype) for case in found} == {(INFERENCE, 128, "fp16")}
-    assert {case.direction for case in profile_command.cases(asked("--directions", TRAINING))} == {TRAINING}
+    assert {case.direction for case in profile.cases(asked("--directions", TRAINING))} == {TRAINING}
 
 
 def test_a_cpu_has_no_kernels_to_time(capsys):
@@ -112,9 +113,9 @@ def test_a_cpu_has_no_kernels_to_time(capsys):
 
 
 def test_a_call_and_its_kernels_are_printed():
-    (case,) = profile_command.cases(asked("--stages", "1", "--units", "paper"))
+    (case,) = profile.cases(asked("--stages", "1", "--units", "paper"))
     console = Console(file=io.StringIO(), width=200)
-    profile_command.show(case, "recompute", CallTimes((("pool", 40.5), ("select", 60.0)), 104.0), console)
+    profile.show(case, "recompute", CallTimes((("pool", 40.5), ("select", 60.0)), 104.0), console)
     printed = console.file.getvalue()
     assert "recompute: 100.5 µs in 2 kernels, 104.0 µs from the first to the last" in printed
     assert [line.split() for line in printed.splitlines()[1:]] == [["40.50", "pool"], ["60.00", "select"]]

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from sk_triton import cli, environment, planning
-from sk_triton.bench import resources_command
-from sk_triton.bench.compiled import resources
+from sk_triton.bench.commands import resources as command
+from sk_triton.bench.compiled import resources, shipping
 from sk_triton.bench.grid import CASES
 from sk_triton.tuning import lookup, shipped
 
@@ -22,7 +22,7 @@ def test_shipped_configs_name_the_triton_that_amds_pytorch_brings(monkeypatch, t
     monkeypatch.setattr(shipped, "shipped", lambda chip: {})
     monkeypatch.setattr(environment, "version", {"pytorch-triton-rocm": "3.5.0+rocm"}.get)
     used = dataclasses.replace(fake_code.resources({}), target="gfx942")
-    resources_command.write_configs([resources.Row(CASES[0], "select", "", used, None, None)])
+    shipping.write_configs([resources.Row(CASES[0], "select", "", used, None, None)])
     assert json.loads((tmp_path / "gfx942.json").read_text())["triton"] == "3.5.0+rocm"
 
 
@@ -38,18 +38,16 @@ def test_what_is_written_is_analytic_whatever_is_shipped_today(monkeypatch):
     other = dataclasses.replace(analytic, num_warps=2 * analytic.num_warps)
     monkeypatch.setattr(lookup, "shipped", lambda chip: SimpleNamespace(get=lambda key: other))
     assert measure(case, "sm_90") == [other]
-    monkeypatch.setattr(resources_command, "measure", measure)
-    assert resources_command.measure_analytic(case, "sm_90") == [analytic]
+    monkeypatch.setattr(shipping, "measure", measure)
+    assert shipping.measure_analytic(case, "sm_90") == [analytic]
 
 
 def test_configs_are_written_from_analytic_plans_of_inference_alone(monkeypatch, capsys):
     measured = []
-    monkeypatch.setattr(
-        resources_command, "measure_all", lambda pairs, workers, how: measured.append(how) or []
-    )
-    monkeypatch.setattr(resources_command, "write_configs", lambda rows: None)
+    monkeypatch.setattr(command, "measure_all", lambda pairs, workers, how: measured.append(how) or [])
+    monkeypatch.setattr(command, "write_configs", lambda rows: None)
     assert cli.main(["resources", "--unit", "stage 4", "--write-configs"]) == 0
-    assert measured == [resources_command.measure_analytic]
+    assert measured == [shipping.measure_analytic]
     assert cli.main(["resources", "--unit", "stage 4", "--training", "--write-configs"]) == 2
     assert "--write-configs does not act on --training" in capsys.readouterr().err
 
@@ -61,4 +59,4 @@ def test_a_batch_that_is_no_power_of_two_is_not_shipped(monkeypatch, tmp_path):
     (launch,) = planning.make_plan("store", resources.workload_of(case, "sm_90")).branch_launches
     used = dataclasses.replace(fake_code.resources({"HMMA.16816.F32": 1}), target="sm_90")
     with pytest.raises(ValueError, match="a batch that is shipped for must be a power of two, got 100"):
-        resources_command.write_configs([resources.Row(case, "branch_conv_window", "", used, None, launch)])
+        shipping.write_configs([resources.Row(case, "branch_conv_window", "", used, None, launch)])

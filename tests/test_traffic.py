@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from sk_triton import cli, dispatch, launching, planning
-from sk_triton.bench import traffic
+from sk_triton.bench.commands import traffic as traffic_command
 from sk_triton.bench.grid import classic_unit, paper_unit
+from sk_triton.bench.interpreted import traffic
+from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.bench.shapes import CLASSIC
 from sk_triton.chips import CHIPS
 from sk_triton.workload import Workload
@@ -119,7 +121,7 @@ def test_an_access_outside_of_its_tensors_is_caught():
 
     u, attention, v = torch.randn(2, 1, 2, 2, 16), torch.rand(1, 2, 16), torch.empty(1, 16, 2, 2)
     launch = select_fwd(u, attention, v, config=SelectConfig(4, 16))
-    with traffic.Meter({"u": u, "attention": attention, "v": v}).watch() as rows:
+    with Meter({"u": u, "attention": attention, "v": v}).watch() as rows:
         launch()
     assert {row.tensor: (row.read, row.written) for row in rows} == {
         "u": (u.numel() * 4, 0),
@@ -128,7 +130,7 @@ def test_an_access_outside_of_its_tensors_is_caught():
     }
     with (
         pytest.raises(Exception, match="16 accesses outside of every tensor"),
-        traffic.Meter({"u": u, "v": v}).watch(),
+        Meter({"u": u, "v": v}).watch(),
     ):
         launch()
 
@@ -212,7 +214,7 @@ def test_where_kernels_are_compiled_the_command_counts_in_another_process(ended,
         return SimpleNamespace(returncode=ended)
 
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
-    monkeypatch.setattr(traffic.subprocess, "run", child)
+    monkeypatch.setattr(traffic_command.subprocess, "run", child)
     monkeypatch.setattr(sys, "argv", ["another program", "its option"])
     assert cli.main(["traffic", "--stage", "2", "--schedule", "train", "--save", "input"]) == code
     options = ["--stage=2", "--schedule=train", "--unit=paper", "--save=input"]

@@ -7,7 +7,7 @@ import torch
 
 from sk_triton import functional, save_for_backward, use_backend
 from sk_triton.bench.grid import classic_unit, paper_unit
-from sk_triton.bench.traffic import Meter
+from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.launch import Launch
 from sk_triton.training import plan as training_plan

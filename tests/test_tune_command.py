@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sk_triton import cli
-from sk_triton.bench import tune
+from sk_triton.bench.commands import tune
 from sk_triton.bench.model.gpus import find_gpu
-from sk_triton.bench.tuning import machine, ranking
+from sk_triton.bench.tuning import machine, ranking, session
 from sk_triton.bench.tuning.assessing import Assessor
 from sk_triton.bench.tuning.flow import LEFT
 from sk_triton.chips import CHIPS, Chip
@@ -107,13 +107,13 @@ def test_a_folder_that_there_is_not_is_refused_before_anything_is_measured(gpu, 
 
 
 def test_predictions_take_the_figures_of_the_product_or_of_a_relative(monkeypatch):
-    monkeypatch.setattr(tune, "chip_of", lambda device: H100)
-    assert tune._present(torch.device("cuda")) == (H100, find_gpu("H100 SXM"))
+    monkeypatch.setattr(session, "chip_of", lambda device: H100)
+    assert session.present(torch.device("cuda")) == (H100, find_gpu("H100 SXM"))
     unknown = Chip("sm_90", 100, 50, "NVIDIA H100 NVL")
-    monkeypatch.setattr(tune, "chip_of", lambda device: unknown)
-    chip, gpu = tune._present(torch.device("cuda"))
+    monkeypatch.setattr(session, "chip_of", lambda device: unknown)
+    chip, gpu = session.present(torch.device("cuda"))
     assert (chip, gpu.chip, gpu.processors) == (unknown, "sm_90", 100)
-    assert tune._product("h100 pcie")[0] == Chip("sm_90", 114, 50)
+    assert session.product("h100 pcie")[0] == Chip("sm_90", 114, 50)
     assert CHIPS["sm_90"].processors == 132
 
 
@@ -186,19 +186,19 @@ def gpu(monkeypatch, folder):
             self.given = {target.choices[-1]: 50e-6}
 
     monkeypatch.setattr(tune, "_gpu_device", lambda args: torch.device("cuda"))
-    monkeypatch.setattr(tune, "chip_of", lambda device: H100)
+    monkeypatch.setattr(session, "chip_of", lambda device: H100)
     monkeypatch.setattr(machine, "Device", FakeDevice)
     return made
 
 
 def test_a_run_whose_configs_cannot_be_kept_says_so(gpu, folder, monkeypatch, capsys):
     folder.write_text("a file where the folder should be")
-    monkeypatch.setattr(tune, "Assessor", partial(Assessor, make_pool=Instant))
+    monkeypatch.setattr(session, "Assessor", partial(Assessor, make_pool=Instant))
     with pytest.warns(RuntimeWarning, match="tuned configs are not kept"):
         code, out, _ = run(*SMALL, capsys=capsys)
     assert code == 1
     assert "100.0%" in out
-    assert tune.UNKEPT in out
+    assert session.UNKEPT in out
 
 
 @needs_narrow_products
@@ -210,7 +210,7 @@ def test_a_run_whose_configs_cannot_be_kept_says_so(gpu, folder, monkeypatch, ca
     ],
 )
 def test_a_direction_is_tuned_and_kept_under_its_own_kinds(direction, kinds, gpu, monkeypatch, capsys):
-    monkeypatch.setattr(tune, "Assessor", partial(Assessor, make_pool=Instant))
+    monkeypatch.setattr(session, "Assessor", partial(Assessor, make_pool=Instant))
     code, out, _ = run(*SMALL, "--direction", direction, capsys=capsys)
     assert code == 0
     ((_, entries),) = cache.read().items()
@@ -221,7 +221,7 @@ def test_a_direction_is_tuned_and_kept_under_its_own_kinds(direction, kinds, gpu
 
 def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu, folder, monkeypatch, capsys):
     """Candidates are compiled in `test_a_dry_run_ranks_every_launch_by_prediction_and_keeps_nothing`."""
-    monkeypatch.setattr(tune, "Assessor", partial(Assessor, make_pool=Instant))
+    monkeypatch.setattr(session, "Assessor", partial(Assessor, make_pool=Instant))
     code, out, _ = run(*SMALL, "--budget", "2s", capsys=capsys)
     assert code == 0
     assert re.search(rf"^\d+ targets {LEFT}$", out, re.MULTILINE)

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from sk_triton.bench import results, unit_times
+from sk_triton.bench import results, suites, unit_times
+from sk_triton.bench.grid import UNITS
 from sk_triton.bench.model import speed_of_light as sol
 from sk_triton.bench.model import validation
 from sk_triton.bench.model.gpus import find_gpu
@@ -64,6 +65,13 @@ def test_predictions_meet_the_fastest_measured_form():
     # The synthetic run allows TF32, so its fp32 is not IEEE.
     assert validation.compare(validation.seconds_of(measured, CLASSIC, "tf32"), H100, "tf32")
     assert not validation.seconds_of(measured, CLASSIC, "fp32")
+
+
+def test_units_of_the_support_grid_are_predicted_as_they_are_measured():
+    specs = {name: spec for name, spec, *_ in UNITS}
+    cases = list(suites.grid(suites.Choice(on_gpu=True, dtypes=("fp16",))))
+    assert any(case.shape.split_input for case in cases)
+    assert [case.name for case in cases if validation.problem_of(case, "fp16").spec != specs[case.name]] == []
 
 
 def test_committed_results_are_those_of_the_gpu(tmp_path, monkeypatch):

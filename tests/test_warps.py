@@ -107,7 +107,7 @@ def test_chips_whose_products_were_not_measured_are_refused():
 
 
 def test_the_table_has_them_for_chips_that_were_measured():
-    from sk_triton.bench.resources_command import LATENCIES, clocks_of
+    from sk_triton.bench.commands.resources import LATENCIES, clocks_of
 
     used = SimpleNamespace(loop=(*[PRODUCT] * 10, ADD), target="sm_90", registers=255)
     alone, products, *simulated = clocks_of(used)

@@ -132,7 +132,7 @@ def _stubbed_records(setting: Setting, sources: Sequence[Ours]) -> Iterator[resu
 
 def _stubbed(source: Ours) -> Provider:
     """The source's kernels, whose launches are left out."""
-    key = "ours-stubbed" if source.key == "ours" else source.key
+    key = "ours-stubbed" if source.key == results.SK_TRITON else source.key
     label = f"{source.label}, launches stubbed out"
     stubbed = Ours(key, label, backend="triton", role=source.role, package=source.package)
     return Provider(stubbed, forms.CHANNELS_LAST)
@@ -251,7 +251,7 @@ def _start_up_records(on_gpu: bool) -> Iterator[results.Record]:
         )
     for name, (before, timed) in scripts.items():
         case = Case(HOST, name, Shape(0, 0, 0, 1, (), ()), 1, dtype="", direction="")
-        record = results.Record(case, "ours", "sk_triton", "", "", results.OURS)
+        record = results.Record(case, results.SK_TRITON, "sk_triton", "", "", results.OURS)
         if name == IMPORT_TORCH:
             record = replace(record, source="torch", source_label="PyTorch", role=results.PEER)
         try:

@@ -17,7 +17,7 @@ from sk_triton.environment import MissingPackageError, require
 from sk_triton.save import Save
 
 from .. import results
-from ..export import SAVING_INPUT
+from ..results import SAVING_INPUT
 from ..shapes import CLASSIC, MIN_GATE_WIDTH, PAPER, REDUCTION, SKNET50, SKRESNEXT50, Case, Shape
 from .peers import ClassicSKConv, ClassicUnit, PaperUnit, SKNet50
 from .protocol import NotApplicableError
@@ -108,7 +108,7 @@ class Ours(Source):
 
     def __init__(
         self,
-        key: str = "ours",
+        key: str = results.SK_TRITON,
         label: str = "sk_triton",
         *,
         backend: str = "auto",

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from sk_triton.backend import SCHEDULES
-from sk_triton.spec import BranchSpec, SKSpec
 
 from .. import results, unit_times
-from ..grid import classic_unit, paper_unit
+from ..grid import unit_spec
 from ..results import Record, Results
-from ..shapes import INFERENCE, PAPER, Case
+from ..shapes import INFERENCE, Case
 from . import speed_of_light as sol
 from .gpus import Gpu, find_gpu
 from .speed_of_light import Prediction, Problem
@@ -44,13 +41,6 @@ class Compared:
     schedule: str
     predicted: float
     measured: float
-
-
-def unit_spec(unit: str, channels: int, groups: int, kernels: Any, dilations: Any, stride: int = 1) -> SKSpec:
-    """The paper's or the classic unit with branches of any kernel and dilation."""
-    spec = paper_unit(channels) if unit == PAPER else classic_unit(channels)
-    branches = tuple(BranchSpec(k, d, groups) for k, d in zip(kernels, dilations, strict=True))
-    return dataclasses.replace(spec, branches=branches, stride=stride)
 
 
 Seconds = dict[Case, dict[str, float]]
@@ -101,8 +91,19 @@ def compare(
 def problem_of(case: Case, dtype: str) -> Problem:
     """The problem whose prediction a measured case is compared with."""
     shape = case.shape
-    spec = unit_spec(case.subject, shape.channels, shape.groups, shape.kernels, shape.dilations, shape.stride)
-    return Problem(spec, case.batch, shape.height, shape.width, *PRECISIONS[dtype])
+    return Problem(unit_spec(case.subject, shape), case.batch, shape.height, shape.width, *PRECISIONS[dtype])
+
+
+def measured_here(
+    problem: Problem, measured: Seconds, dtype: str, predictions: list[Prediction]
+) -> list[Compared]:
+    """The predictions beside what was measured of the very problem, if anything was."""
+    return [
+        found
+        for case, seconds in measured.items()
+        if problem_of(case, dtype) == problem
+        for found in beside(case, seconds, predictions)
+    ]
 
 
 def beside(case: Case, measured: Mapping[str, float], predictions: Iterable[Prediction]) -> list[Compared]:

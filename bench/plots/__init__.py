@@ -10,9 +10,9 @@ from typing import TypeVar
 from matplotlib.figure import Figure
 
 from .. import results
-from ..export import cases_in_order
 from ..results import Results
 from ..shapes import NETWORKS, UNITS
+from ..verdict import cases_in_order
 from . import host, memory, networks, roofline, scaling, several, speedup, style, sweep, throughput, waterfall
 from .selection import Groups
 

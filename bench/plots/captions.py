@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .. import coverage, results
-from ..export import comparisons, speed_summary, three_digits
+from ..formats import three_digits
 from ..results import Record, Results
 from ..shapes import STAGES, TRAINING, Case, Shape, subject_title
 from ..suites import HOST
+from ..verdict import comparisons, speed_summary
 from .card import Words
 
 CPU_NOTICE = "Measured on a CPU, where sk_triton runs PyTorch operators. Its kernels need a GPU."

@@ -5,7 +5,7 @@ All lengths are in inches, so that text keeps its size and its distance whatever
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -64,75 +64,99 @@ class Words:
     notices: Sequence[tuple[str, str]] = ()
 
 
+@dataclass(frozen=True)
+class Block:
+    """A part of a card as wide as the card: its height, and what draws it on the figure, its top so far below the
+    figure's. Without the latter it is a gap."""
+
+    height: float
+    draw: Callable[[Figure, float], object] = lambda figure, y: None
+
+
 def draw_card(
     words: Words, legends: Sequence[Sequence[Entry]], grid: Grid
 ) -> tuple[Figure, list[list[Axes]]]:
     """A figure with everything but the data, and its empty panels by row and column."""
-    width = grid.width
-    room = width - 2 * MARGIN
-    subtitle = wrap(words.subtitle.split(" · "), room, style.SUBTITLE, "  ·  ")
-    badges = [(kind, wrap(text.split(), room - 0.2, style.SUBTITLE, " ")) for kind, text in words.notices]
-    footer = [line for facts in words.footer for line in wrap(facts, room, style.FOOTER, "  ·  ")]
-    takeaway = wrap(words.takeaway.split(), room, style.TAKEAWAY, " ", "bold") if words.takeaway else []
-    rows = [row for entries in legends for row in _legend_rows(entries, room)]
-
-    top = 0.36 + 0.19 * len(takeaway) + 0.165 * len(subtitle) + 0.06
-    top += sum(0.22 + 0.155 * len(lines) for _, lines in badges)
-    top += 0.2 * len(rows) + 0.04
-    bottom = 0.16 + 0.14 * len(footer)
-    height = top + grid.height + bottom
-    figure = Figure(figsize=(width, height), facecolor=style.BACKGROUND, dpi=style.DPI)
+    room = grid.width - 2 * MARGIN
+    panels: list[list[Axes]] = []
+    blocks = [
+        *_heading(words, room),
+        Block(0.06),
+        *(_badge(kind, text, room) for kind, text in words.notices),
+        *(_legend_row(row) for entries in legends for row in _legend_rows(entries, room)),
+        Block(0.04),
+        Block(grid.height, lambda figure, y: panels.extend(_add_panels(figure, grid, y))),
+        *_footer(words.footer, room),
+        Block(0.16),
+    ]
+    height = sum(block.height for block in blocks)
+    figure = Figure(figsize=(grid.width, height), facecolor=style.BACKGROUND, dpi=style.DPI)
     FigureCanvasAgg(figure)
-
-    def write(x: float, y: float, text: str, size: float, **more: Any) -> None:
-        figure.text(x / width, 1 - y / height, text, fontsize=size, va="center", **more)
-
-    y = 0.25
-    write(MARGIN, y, words.title, style.TITLE, color=style.INK, weight="bold")
-    y += 0.11
-    for line in takeaway:
-        y += 0.19
-        write(MARGIN, y - 0.03, line, style.TAKEAWAY, color=style.colour("ours"), weight="bold")
-    for line in subtitle:
-        y += 0.165
-        write(MARGIN, y - 0.03, line, style.SUBTITLE, color=style.MUTED)
-    y += 0.06
-    for kind, lines in badges:
-        tall = 0.22 + 0.155 * len(lines)
-        fill, edge = style.BADGES[kind]
-        box = {"facecolor": fill, "edgecolor": edge, "linewidth": 0.7, "boxstyle": "round,pad=0.35"}
-        write(MARGIN + 0.05, y + tall / 2, "\n".join(lines), style.SUBTITLE, color=style.INK, bbox=box)
-        y += tall
-    for row in rows:
-        y += 0.2
-        _draw_legend_row(figure, row, y - 0.08)
-
-    panels = []
-    y = top
-    for panel_height in grid.heights:
-        y += grid.above
-        panels.append(
-            [
-                figure.add_axes(
-                    (
-                        (grid.left + column * (grid.panel_width + grid.gap)) / width,
-                        1 - (y + panel_height) / height,
-                        grid.panel_width / width,
-                        panel_height / height,
-                    )
-                )
-                for column in range(grid.columns)
-            ]
-        )
-        y += panel_height + grid.below
-
-    for index, line in enumerate(footer):
-        write(MARGIN, height - bottom + 0.1 + 0.14 * index, line, style.FOOTER, color=style.MUTED)
+    y = 0.0
+    for block in blocks:
+        block.draw(figure, y)
+        y += block.height
     frame = Rectangle(
         (0, 0), 1, 1, fill=False, edgecolor=style.GRID, linewidth=1.2, transform=figure.transFigure
     )
     figure.add_artist(frame)
     return figure, panels
+
+
+def _heading(words: Words, room: float) -> Iterator[Block]:
+    yield _line(0.36, 0.25, words.title, style.TITLE, color=style.INK, weight="bold")
+    for line in wrap(words.takeaway.split(), room, style.TAKEAWAY, " ", "bold") if words.takeaway else ():
+        yield _line(0.19, 0.16, line, style.TAKEAWAY, color=style.colour("ours"), weight="bold")
+    for line in wrap(words.subtitle.split(" · "), room, style.SUBTITLE, "  ·  "):
+        yield _line(0.165, 0.135, line, style.SUBTITLE, color=style.MUTED)
+
+
+def _badge(kind: str, text: str, room: float) -> Block:
+    lines = wrap(text.split(), room - 0.2, style.SUBTITLE, " ")
+    height = 0.22 + 0.155 * len(lines)
+    fill, edge = style.BADGES[kind]
+    box = {"facecolor": fill, "edgecolor": edge, "linewidth": 0.7, "boxstyle": "round,pad=0.35"}
+    return _line(
+        height, height / 2, "\n".join(lines), style.SUBTITLE, MARGIN + 0.05, color=style.INK, bbox=box
+    )
+
+
+def _legend_row(row: list[tuple[float, Entry]]) -> Block:
+    return Block(0.2, lambda figure, y: _draw_legend_row(figure, row, y + 0.12))
+
+
+def _footer(paragraphs: Sequence[Sequence[str]], room: float) -> Iterator[Block]:
+    for facts in paragraphs:
+        for line in wrap(facts, room, style.FOOTER, "  ·  "):
+            yield _line(0.14, 0.1, line, style.FOOTER, color=style.MUTED)
+
+
+def _line(height: float, centre: float, text: str, size: float, left: float = MARGIN, **more: Any) -> Block:
+    """A block of text whose centre is so far below the block's top."""
+
+    def write(figure: Figure, y: float) -> None:
+        width, tall = figure.get_size_inches()
+        figure.text(left / width, 1 - (y + centre) / tall, text, fontsize=size, va="center", **more)
+
+    return Block(height, write)
+
+
+def _add_panels(figure: Figure, grid: Grid, y: float) -> Iterator[list[Axes]]:
+    width, height = figure.get_size_inches()
+    for panel_height in grid.heights:
+        y += grid.above
+        yield [
+            figure.add_axes(
+                (
+                    (grid.left + column * (grid.panel_width + grid.gap)) / width,
+                    1 - (y + panel_height) / height,
+                    grid.panel_width / width,
+                    panel_height / height,
+                )
+            )
+            for column in range(grid.columns)
+        ]
+        y += panel_height + grid.below
 
 
 @lru_cache(maxsize=4096)

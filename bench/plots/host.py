@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..export import three_digits
+from ..formats import three_digits
 from ..results import Record, Results
 from ..shapes import INFERENCE, TRAINING, Case
 from . import style

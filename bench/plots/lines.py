@@ -8,6 +8,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
+from ..formats import byte_size
 from ..results import Record, Timing
 from . import style
 from .selection import FLOOR_LINE, line_width
@@ -91,22 +92,7 @@ def scale_bytes(ax: Axes) -> None:
     low, high = ax.get_ylim()
     ax.yaxis.set_major_locator(LogLocator(4 if high / low < 300 else 16))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: _whole_bytes(y)))
-
-
-def _whole_bytes(count: float) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:g} {unit}"
-    return f"{count:g} B"
-
-
-def thousands(value: float) -> str:
-    """A count in the shortest of its usual forms: 950, 12k, 3.5M."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size * 0.9995:
-            return f"{value / size:.3g}{unit}"
-    return f"{value:.3g}"
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda y, _: byte_size(y, "{:g}".format)))
 
 
 def _band(

@@ -6,7 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .. import results
-from ..export import byte_size
+from ..formats import byte_size
 from ..results import Record, Results
 from . import style
 from .bars import Bar

@@ -7,9 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from ..export import comparisons, three_digits
+from ..formats import three_digits
 from ..results import Record, Results
 from ..shapes import NETWORKS, Case
+from ..verdict import comparisons
 from . import style
 from .bars import Bar, draw_bars, number_room
 from .captions import direction, words

@@ -11,9 +11,10 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
 from .. import results
-from ..export import sk_triton_records, three_digits
+from ..formats import three_digits
 from ..results import Ceilings, Record, Results
 from ..shapes import UNITS, Case
+from ..verdict import sk_triton_records
 from . import style
 from .captions import direction, words
 from .card import Entry, Grid, draw_card

@@ -9,8 +9,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
 from .. import results
-from ..export import SAVING_INPUT, SK_TRITON
-from ..results import Record
+from ..results import SAVING_INPUT, SK_TRITON, Record
 from ..shapes import Case
 from . import style
 from .card import Entry

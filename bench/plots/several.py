@@ -8,9 +8,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from .. import results
-from ..export import sk_triton_records
 from ..results import Record, Results
 from ..shapes import Case
+from ..verdict import sk_triton_records
 from . import style
 from .bars import Bar
 from .captions import Clock, commit, notices, stamp, unit_title

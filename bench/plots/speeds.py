@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from matplotlib.axes import Axes
 
-from ..export import Comparison, ratio
+from ..formats import ratio
+from ..verdict import Comparison
 from . import style
 
 

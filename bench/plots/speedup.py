@@ -5,8 +5,8 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from .. import results
-from ..export import comparisons
 from ..results import Record, Results
+from ..verdict import comparisons
 from . import style
 from .bars import Bar
 from .captions import Clock, unit_title, words

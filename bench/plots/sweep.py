@@ -5,9 +5,9 @@ from __future__ import annotations
 from matplotlib.figure import Figure
 
 from .. import results
-from ..export import comparisons
 from ..results import Record, Results
 from ..shapes import Case
+from ..verdict import comparisons
 from . import style
 from .captions import Clock, unit_title, words
 from .card import Grid, draw_card

@@ -6,11 +6,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from .. import results
+from ..formats import thousands
 from ..results import Record, Results
 from . import style
 from .captions import stage_title, unit_title, words
 from .card import Grid, draw_card
-from .lines import draw_floor, draw_form, draw_source, scale_x, scale_y, thousands
+from .lines import draw_floor, draw_form, draw_source, scale_x, scale_y
 from .selection import Groups, line_legends, series, shown
 
 PANEL_HEIGHT = 1.9

@@ -10,7 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullFormatter
 
-from ..export import three_digits
+from ..formats import three_digits
 from ..shapes import CLASSIC, INFERENCE, PAPER, Case
 from ..unit_times import EAGER, NAME, UnitTime, by_case, fastest_schedule, other_runs
 from . import style

@@ -10,10 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from sk_triton.spec import BranchSpec, SKSpec
-
+from ..grid import unit_spec
 from ..passes import FLOOR, PHASES, Route, routes
-from ..shapes import CLASSIC, PAPER, UNITS, Shape, stage_shape
+from ..shapes import CLASSIC, PAPER, UNITS, stage_shape
 from . import style
 from .card import Grid, Words, draw_card, text_width
 from .selection import FLOOR_LINE
@@ -21,26 +20,6 @@ from .selection import FLOOR_LINE
 BAR_INCHES = 0.34
 THICKNESS = 0.78
 PHASE_TINTS = dict(zip(PHASES, (0.0, 0.35, 0.62), strict=True))
-
-
-def unit_spec(unit: str, shape: Shape) -> SKSpec:
-    """The benchmark's unit as a spec: what `SKConv` and `SelectiveKernel` make of it."""
-    is_paper = unit == PAPER
-    return SKSpec(
-        in_channels=shape.channels,
-        out_channels=shape.channels,
-        branches=tuple(
-            BranchSpec(k, d, shape.groups) for k, d in zip(shape.kernels, shape.dilations, strict=True)
-        ),
-        branch_bias=not is_paper,
-        branch_norm=is_paper,
-        branch_act="relu" if is_paper else "identity",
-        gate_width=shape.gate_width,
-        gate_bias=not is_paper,
-        gate_norm=is_paper,
-        gate_act="relu" if is_paper else "identity",
-        select_bias=not is_paper,
-    )
 
 
 def draw() -> Figure:

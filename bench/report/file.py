@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import json_file
 from ..results import Ceilings, Tests
 from ..stamp import Stamp
 
@@ -70,12 +68,19 @@ def load(folder: Path) -> Report | None:
     if not path.exists():
         return None
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        schema = data["schema"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no report: {error!r}") from None
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema!r}, this version reads {SCHEMA}")
+        return _report(json_file.fields_of(path.read_text(encoding="utf-8"), SCHEMA, "report"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: not a report of schema {SCHEMA}: {error!r}") from None
+
+
+def save(report: Report, folder: Path) -> None:
+    """Writes the report in one atomic step."""
+    json_file.write(report, folder / NAME)
+
+
+def _report(data: dict[str, Any]) -> Report:
     steps = {
         name: StepState(**{**state, "stamp": Stamp(**state["stamp"])})
         for name, state in data["steps"].items()
@@ -88,12 +93,3 @@ def load(folder: Path) -> Report | None:
         ceilings=Ceilings(**data["ceilings"]) if data["ceilings"] else None,
         evidence=data["evidence"],
     )
-
-
-def save(report: Report, folder: Path) -> None:
-    """Writes the report in one atomic step."""
-    path = folder / NAME
-    partial = path.with_suffix(".part")
-    text = json.dumps(dataclasses.asdict(report), indent=1, ensure_ascii=False)
-    partial.write_text(text + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from .. import coverage, export, plots, results
-from ..export import NOTHING, Comparison, comparisons, ratio, three_digits
+from .. import coverage, plots
 from ..plots import style
 from ..problems import complaints, in_one_line
 from ..results import Results
+from ..verdict import Comparison, cells, comparisons, losses, losses_count, speed_summary
 from .file import Report
 
 NAME = "report.html"
@@ -107,7 +107,7 @@ def _verdicts(report: Report, runs: Sequence[Results]) -> Iterator[str]:
         yield f"<p>{escape(words)}</p>\n" if tests.green else _alarm(words)
     yield "<ul>\n"
     for run in runs:
-        summary = export.speed_summary(comparisons(run))
+        summary = speed_summary(comparisons(run))
         words = (summary or "nothing to compare") if run.sound else "no speed is claimed"
         if summary and run.sound and (missing := coverage.sentence(run)):
             words += f". {missing}"
@@ -146,29 +146,18 @@ def _suite(run: Results, pictures: dict[str, str]) -> Iterator[str]:
         yield f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>\n"
         yield from (_row(run, comparison) for comparison in compared)
         yield "</table>\n"
-        lost = export.losses(compared)
+        lost = losses(compared)
         if lost and run.sound:
-            yield f"<p>Behind in {escape(export.losses_count(compared))}:</p>\n<ul>\n"
+            yield f"<p>Behind in {escape(losses_count(compared))}:</p>\n<ul>\n"
             yield from (f"<li>{escape(line)}</li>\n" for line in lost)
             yield "</ul>\n"
 
 
 def _row(run: Results, comparison: Comparison) -> str:
-    speed = NOTHING
-    if run.sound and comparison.speedup is not None:
-        speed = ratio(comparison.speedup) + ("" if comparison.is_beyond_noise else " (noise)")
-    share = f"{comparison.floor_share:.0%}" if comparison.floor_share else NOTHING
-    numbers = (_time(comparison.ours), _time(comparison.peer), speed, share)
-    cells = "".join(f"<td class='number'>{escape(number)}</td>" for number in numbers)
-    return f"<tr><td>{escape(comparison.case.title)}</td>{cells}</tr>\n"
-
-
-def _time(record: results.Record | None) -> str:
-    if record is None:
-        return NOTHING
-    if record.timing is None:
-        return record.status
-    return f"{three_digits(record.timing.median_ms)} ({record.label})"
+    peer = comparison.peer.label if comparison.peer else ""
+    title, *numbers = cells(run, comparison, comparison.ours.label, peer)
+    row = "".join(f"<td class='number'>{escape(number)}</td>" for number in numbers)
+    return f"<tr><td>{escape(title)}</td>{row}</tr>\n"
 
 
 def _alarm(words: str) -> str:

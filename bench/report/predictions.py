@@ -6,11 +6,18 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from .. import explain, results
+import torch
+
+from .. import results
+from ..formats import microseconds
+from ..grid import paper_unit
+from ..model import speed_of_light as sol
 from ..model import validation
-from ..model.gpus import find_gpu
+from ..model.choice import choice
+from ..model.gpus import chip_for, find_gpu
+from ..model.speed_of_light import Problem
 from ..model.validation import Compared
-from ..shapes import CLASSIC, PAPER
+from ..shapes import CLASSIC, PAPER, STAGES
 
 PREDICTED = "Predicted for an H100 SXM, batch 128, fp16"
 COMPARED = "Predicted against measured"
@@ -22,9 +29,40 @@ class NothingToCompareError(Exception):
     """There are no measured times, or the model does not know the GPU; the message says which."""
 
 
-def predictions() -> str:
-    """The table of SKNet-50's stages on a GPU that is not here."""
-    return explain.predicted_markdown()
+def predictions(gpu: str = "H100 SXM", batch: int = 128) -> str:
+    """The table of what is known without a GPU: SKNet-50's stages in fp16, as "auto" runs them.
+
+    Raises:
+        ValueError: the GPU is unknown.
+    """
+    product = find_gpu(gpu)
+    problems = [Problem(paper_unit(c), batch, size, size, torch.float16) for c, size in STAGES.values()]
+    lines = [
+        "| stage | schedule | passes | convolution, instructions per output | memory | L2 | issue slots | **unit** | "
+        "bound by | eager, by its passes |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for problem, predicted in zip(problems, sol.predict_all(problems, product), strict=True):
+        by_name = {prediction.schedule: prediction for prediction in predicted}
+        chosen = by_name[choice(problem, predicted, chip_for(product))[0]]
+        counts = [
+            step.work.warp_instructions * product.warp / problem.outputs / problem.spec.num_branches
+            for step in chosen.steps
+            if step.work.name.startswith(("branch_conv", "unit")) and step.work.warp_instructions is not None
+        ]
+        times = [f"{microseconds(chosen.seconds(bound))} µs" for bound in (sol.MEMORY, sol.L2, sol.ISSUE)]
+        cells = [
+            f"{problem.spec.in_channels} @ {problem.height}²",
+            chosen.schedule,
+            f"{chosen.memory_bytes / problem.tensor_bytes:.2f} T",
+            " + ".join(f"{count:.1f}" for count in counts),
+            *times,
+            f"**{microseconds(chosen.total)} µs**",
+            chosen.bound,
+            f"{microseconds(by_name[sol.EAGER].total)} µs",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def against_measured(layer: Path, seconds: float) -> str:

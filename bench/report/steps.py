@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -13,25 +12,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
-from xml.etree import ElementTree
 
 import torch
 
 from sk_triton import doctor, environment
 from sk_triton.tuning import cache
 
-from .. import export, results, suites
+from .. import results, suites
 from ..measuring.ceilings import measure_ceilings
-from ..measuring.guards import judged
 from ..problems import complaints
-from ..shapes import SKNET50, Case
+from ..shapes import SKNET50
 from ..tuning.flow import LEFT
+from ..verdict import comparisons, speed_summary
+from . import pytest_run, runs
 from .file import DONE, FAILED, PARTIAL, Report
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from ..measuring.session import Request
 
 DTYPES = {"cuda": ("fp16", "bf16", "fp32"), "cpu": ("fp32",)}
 NO_GPU = "no GPU here: "
@@ -59,7 +56,7 @@ class Context:
         return self.device.type == "cuda"
 
     def path(self, suite: str) -> Path:
-        return self.folder / f"{suite}.json"
+        return runs.file_of(self.folder, suite)
 
 
 @dataclass(frozen=True)
@@ -99,13 +96,13 @@ def run_tests(context: Context) -> Ending:
     with tempfile.TemporaryDirectory() as scratch:
         xml = Path(scratch) / "tests.xml"
         arguments = ["pytest", "-n", "0", *chosen, "-q", "-p", "no:cacheprovider"]
-        complete = _run_pytest([*arguments, f"--junitxml={xml}"], context.time_limit)
-        tests = _read_junit(xml, " ".join(arguments[:-2]), complete)
+        complete = pytest_run.run_pytest([*arguments, f"--junitxml={xml}"], context.time_limit)
+        tests = pytest_run.read_junit(xml, " ".join(arguments[:-2]), complete)
     if tests is None:
         context.report.tests = None
         return Ending(FAILED, "not run: pytest did not start (pip install -e '.[test]')")
     context.report.tests = tests
-    _judge_anew(context)
+    runs.judge_anew(context.folder, tests)
     counts = f"{tests.passed} passed, {tests.failed} failed, {tests.skipped} skipped"
     what = counts if context.on_gpu else f"{NO_GPU}interpreted schedules only; {counts}"
     if not tests.complete:
@@ -141,7 +138,7 @@ def measure(context: Context, *, suite: str, dtype: str | None = None) -> Ending
     )
     path = context.path(suite)
     own = set() if suite == suites.HOST else set(suites.SUITES[suite](choice))
-    earlier = _earlier(context, request, own)
+    earlier = runs.earlier(context.folder, request, own, context.again)
     measured, left = session.measure_suite(
         request, context.console, earlier, lambda run: results.save(run, path)
     )
@@ -166,29 +163,6 @@ def _failures(run: results.Results) -> list[str]:
     failed = [found.words for found in complaints(run.records) if found.status == results.FAILED]
     more = f" and {len(failed) - 1} more" if failed[1:] else ""
     return [f"failed: {failed[0]}{more}; --again measures it anew"] if failed else []
-
-
-def _earlier(context: Context, request: Request, own: set[Case]) -> results.Results | None:
-    """What the suite's file holds beside the step's own cases, where those are measured again, and else with them.
-
-    Raises:
-        ValueError: it was measured in another way, and nobody asked to replace it.
-    """
-    from ..measuring import session
-
-    path = context.path(request.suite)
-    if request.suite == suites.HOST:
-        return None
-    try:
-        earlier = session.reusable(path, request)
-    except ValueError as error:
-        if context.again:
-            return None
-        raise ValueError(f"{error}: take another --output, or --again to replace it") from None
-    if earlier is None or not context.again:
-        return earlier
-    kept = tuple(record for record in earlier.records if record.case not in own)
-    return replace(earlier, records=kept, clocks=(), notes=earlier.notes if kept else ())
 
 
 def tune(context: Context) -> Ending:
@@ -278,12 +252,12 @@ def summarise(context: Context) -> Ending:
     """Verdicts in the terminal, pictures and tables in report.html."""
     from .page import write_page
 
-    runs = load_runs(context.folder)
-    for run in runs:
-        summary = export.speed_summary(export.comparisons(run))
+    found = runs.load_runs(context.folder)
+    for run in found:
+        summary = speed_summary(comparisons(run))
         words = summary if run.sound else f"no speed is claimed: {run.objections[0]}"
         context.console.print(f"{run.suite}: {words or 'nothing to compare'}", markup=False, soft_wrap=True)
-    left_out = write_page(context.report, runs, context.folder)
+    left_out = write_page(context.report, found, context.folder)
     if left_out:
         return Ending(DONE, f"left out of the page: {', '.join(left_out)}")
     return Ending()
@@ -308,64 +282,3 @@ STEPS: dict[str, Step] = {
     "summary": Step(summarise, 1),
 }
 """The steps in their order, by name."""
-
-
-def load_runs(folder: Path) -> list[results.Results]:
-    """The suites' results in a folder, in the steps' order."""
-    paths = [folder / f"{suite}.json" for suite in suites.OPTIONS]
-    return [results.read(path) for path in paths if path.exists()]
-
-
-def _judge_anew(context: Context) -> None:
-    """Puts the tests' result into the suites' files that were measured at the same commit."""
-    tests = context.report.tests
-    for run in load_runs(context.folder):
-        if tests is not None and run.stamp.git_commit == tests.git_commit:
-            results.save(judged(replace(run, tests=tests)), context.path(run.suite))
-
-
-# A background job of a shell ignores Ctrl-C, and so would the Python that it starts.
-_STOPPABLE = (
-    "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-    "sys.argv = sys.argv[1:]; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-)
-
-
-def _run_pytest(arguments: list[str], seconds: float) -> bool:
-    """Runs pytest in the checkout; False if it had to be stopped."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    process = subprocess.Popen(
-        [sys.executable, "-c", _STOPPABLE, *arguments], cwd=environment.CLONE_DIR, env=kept
-    )
-    try:
-        process.wait(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    finally:
-        if process.poll() is None:
-            _stop(process)
-    return True
-
-
-def _stop(process: subprocess.Popen) -> None:
-    """As Ctrl-C does, so that pytest still writes its results; by force if it does not listen."""
-    process.send_signal(signal.SIGINT)
-    try:
-        process.wait(timeout=20)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _read_junit(path: Path, command: str, complete: bool) -> results.Tests | None:
-    """Counts from pytest's XML file; None without one."""
-    try:
-        suite = next(ElementTree.parse(path).iter("testsuite"))
-    except (OSError, ElementTree.ParseError, StopIteration):
-        return None
-    total, failures, errors, skipped = (
-        int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")
-    )
-    failed = failures + errors
-    commit = environment.git_revision().commit
-    return results.Tests(command, total - failed - skipped, failed, skipped, commit, complete)

@@ -7,43 +7,36 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 
 from sk_triton import dispatch
-from sk_triton.chips import CHIPS, Chip, chip_of
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, INTERRUPTED
 from sk_triton.tuning import cache
-from sk_triton.tuning.entries import Entry, Origin, Trial
-from sk_triton.tuning.keys import DIRECTIONS, FORWARD, stamp
+from sk_triton.tuning.keys import DIRECTIONS, FORWARD
 
+from ..model.gpus import Gpu, refuse_precision
+from ..model.speed_of_light import Problem
+from ..model.validation import PRECISIONS
+from ..progress import case_progress
+from ..shapes import NETWORKS
+from ..tuning import tables
+from ..tuning.flow import LEFT, Outcome
+from ..tuning.ranking import failures, rank
+from ..tuning.session import BUDGET_SECONDS, INTERRUPT, Request, present, product, tune_here
+from ..tuning.targets import Target, refusal, targets_of
+from ..tuning.units import network_problems, title
 from .arguments import choose_device, positive
-from .model.gpus import GPUS, Gpu, chip_for, find_gpu, refuse_precision
-from .model.speed_of_light import Problem
-from .model.validation import PRECISIONS
-from .progress import case_progress
-from .shapes import NETWORKS
-from .tuning import tables
-from .tuning.assessing import Assessor
-from .tuning.flow import LEFT, DeviceLostError, Outcome, tune
-from .tuning.ranking import failures, rank
-from .tuning.targets import Settled, Target, refusal, targets_of
-from .tuning.units import network_problems, title
 from .unit_arguments import add_unit_arguments, batch_of, problem_of, refuse_unit_options
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.console import Console
 
 BOTH = "both"
 CANDIDATES, DRY_CANDIDATES = 6, 3
-BUDGET_SECONDS, DRY_BUDGET_SECONDS = 300.0, 100.0
+DRY_BUDGET_SECONDS = 100.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         _refuse(args)
         device = None if args.gpu else _gpu_device(args)
-        chip, gpu = _product(args.gpu) if device is None else _present(device)
+        chip, gpu = product(args.gpu) if device is None else present(device)
         refuse_precision(gpu, args.dtype)
         problems = _problems(args)
         cache.path()  # not to find out after the measurements
@@ -138,85 +131,6 @@ def run(args: argparse.Namespace) -> int:
     if trouble == INTERRUPT:
         return INTERRUPTED
     return int(bool(trouble) or any(o.entry is None and o.note != LEFT for o in outcomes))
-
-
-@dataclass(frozen=True)
-class Request:
-    """Where and how long to tune. `gpu`: the figures that predictions take."""
-
-    device: torch.device
-    chip: Chip
-    gpu: Gpu
-    seconds: float = BUDGET_SECONDS
-    again: bool = False
-    workers: int = 2
-
-    @property
-    def origin(self) -> Origin:
-        """What the entries are kept under."""
-        current = stamp()
-        return Origin(self.chip.gpu, self.chip.processors, self.chip.name, current.triton, current.kernels)
-
-
-UNKEPT = "not everything that was tuned could be kept, see the warning"
-INTERRUPT = "interrupted; what was tuned is kept, the next run goes on"
-
-
-def tune_here(targets: list[Target], request: Request, console: Console) -> tuple[list[Outcome], str]:
-    """What became of each target, and why it ended early, or "". Entries are kept as they come."""
-    from .tuning.machine import Device
-
-    earlier = {} if request.again else cache.read().get(request.origin, {})
-    outcomes: list[Outcome] = []
-
-    unkept: list[Target] = []
-
-    def keep(target: Target, entry: Entry) -> None:
-        if not cache.save(request.origin, {target.key: entry}):
-            unkept.append(target)
-
-    try:
-        with (
-            _assessing(targets, earlier, request) as assessed,
-            case_progress(console, len(targets)) as report,
-        ):
-            for outcome in tune(
-                targets,
-                Device(request.device),
-                assessed,
-                earlier.get,
-                keep,
-                request.seconds,
-                lambda target: report(len(outcomes), f"{target.unit}: {target.kind}", 0.0),
-            ):
-                outcomes.append(outcome)
-    except KeyboardInterrupt:
-        return outcomes, INTERRUPT
-    except DeviceLostError as error:
-        return outcomes, f"the GPU failed, which ends this run; the next one goes on: {error}"
-    return outcomes, UNKEPT if unkept else ""
-
-
-@contextmanager
-def _assessing(
-    targets: list[Target], earlier: dict[str, Entry], request: Request
-) -> Iterator[Callable[[Target, Settled], list[Trial]]]:
-    """Compiles ahead in other processes while this one measures."""
-    assessor = Assessor(request.gpu, request.workers)
-    for target in targets:
-        if not target.is_schedule and not (target.key in earlier and target.takes(earlier[target.key])):
-            for choice in target.choices:
-                assessor.begin(target, choice, {})
-
-    def assessed(target: Target, settled: Settled) -> list[Trial]:
-        for choice in target.choices:
-            assessor.begin(target, choice, dict(settled))
-        return [assessor.trial(target, choice, settled) for choice in target.choices]
-
-    try:
-        yield assessed
-    finally:
-        assessor.close()
 
 
 def dry_run(targets: list[Target], gpu: Gpu, seconds: float, workers: int, console: Console) -> int:
@@ -271,25 +185,6 @@ def _gpu_device(args: argparse.Namespace) -> torch.device:
         raise ValueError("TRITON_INTERPRET is set: interpreted kernels tell no times")
     torch.cuda.set_device(device)
     return device
-
-
-def _product(name: str) -> tuple[Chip, Gpu]:
-    gpu = find_gpu(name)
-    return chip_for(gpu), gpu
-
-
-def _present(device: torch.device) -> tuple[Chip, Gpu]:
-    """The device's chip, and the figures of its product; of a relative where the product is not in the table."""
-    chip = chip_of(device)
-    if chip is None:
-        raise ValueError(
-            f"{torch.cuda.get_device_name(device)} is not supported; supported are {', '.join(CHIPS)}"
-        )
-    try:
-        return chip, find_gpu(chip.gpu)
-    except ValueError:
-        relative = next(gpu for gpu in GPUS if gpu.chip == chip.name)
-        return chip, replace(relative, processors=chip.processors)
 
 
 def _problems(args: argparse.Namespace) -> list[Problem]:

@@ -5,25 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from sk_triton import planning, preference
-from sk_triton.backend import SCHEDULES, Schedule
+from sk_triton import planning
+from sk_triton.backend import Schedule
 from sk_triton.chips import Chip
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE
 
-from .grid import paper_unit
-from .model import speed_of_light as sol
-from .model.gpus import Gpu, chip_for, find_gpu, refuse_precision
-from .model.speed_of_light import Prediction, Problem
-from .model.validation import Compared, Seconds, beside, committed, compare, rank_correlation
-from .model.validation import problem_of as case_problem
-from .shapes import STAGES
+from ..formats import microseconds
+from ..model import speed_of_light as sol
+from ..model.choice import choice, refused, rejected
+from ..model.gpus import Gpu, chip_for, find_gpu, refuse_precision
+from ..model.speed_of_light import Prediction, Problem
+from ..model.validation import Compared, committed, compare, measured_here, rank_correlation
 from .unit_arguments import add_unit_arguments, problem_of, unit_of
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 SHORT = {sol.MATRIX: "tensor", sol.SHARED: "shared", sol.ISSUE: "issue"}
 """Bounds as the table's head has them."""
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
     require("rich", "triton")
     from rich.console import Console
 
-    from .progress import case_progress
+    from ..progress import case_progress
 
     try:
         gpu = find_gpu(args.gpu)
@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
                     measured, gpu, args.dtype, lambda done, case: report(len(names) + done, case.title, 0.0)
                 )
             else:
-                compared = _measured_here(problem, measured, args.dtype, predictions)
+                compared = measured_here(problem, measured, args.dtype, predictions)
     except ValueError as error:
         print(f"sk-triton explain: {error}", file=sys.stderr)
         return BAD_USAGE
@@ -88,79 +88,11 @@ def _predict(
     return found + sol.predict_all([problem], gpu, [])[0]
 
 
-def _measured_here(
-    problem: Problem, measured: Seconds, dtype: str, predictions: list[Prediction]
-) -> list[Compared]:
-    """The predictions beside what was measured of the very problem, if anything was."""
-    return [
-        found
-        for case, seconds in measured.items()
-        if case_problem(case, dtype) == problem
-        for found in beside(case, seconds, predictions)
-    ]
-
-
 def _why_not_measured(gpu: Gpu, dtype: str, cases: int) -> str:
     if not cases:
         return f"not measured: no results of {gpu.name} in {dtype} are committed"
     among = f"the {cases} cases of {gpu.name} in {dtype}"
     return f"not measured: this input is not among {among}; --validate compares those"
-
-
-def rejected(problem: Problem, predictions: list[Prediction], chip: Chip) -> dict[str, str]:
-    """Why "auto" runs no other of the predicted schedules, in the dispatcher's words."""
-    words = dict(preference.fastest_plan(problem.on(chip)).rejected)
-    return {p.schedule: words[p.schedule] for p in predictions if p.schedule in words}
-
-
-def refused(problem: Problem, chip: Chip) -> dict[str, str]:
-    """Why a schedule cannot run the problem, for those that cannot."""
-    reasons = {name: planning.refusal(name, problem.on(chip)) for name in SCHEDULES}
-    return {name: reason for name, reason in reasons.items() if reason}
-
-
-def choice(problem: Problem, predictions: list[Prediction], chip: Chip) -> tuple[str, str]:
-    """(what "auto" runs, why): the dispatcher's own choice, beside the predictions."""
-    chosen = preference.fastest_plan(problem.on(chip)).schedule
-    by_name = {prediction.schedule: prediction for prediction in predictions}
-    others = ", ".join(f"{name} {_us(p.total)}" for name, p in by_name.items() if name != chosen)
-    return chosen, f"predicted {_us(by_name[chosen].total)} µs, bound by {by_name[chosen].bound}; {others}"
-
-
-def predicted_markdown(gpu: str = "H100 SXM", batch: int = 128) -> str:
-    """A report's table of what is known without a GPU: SKNet-50's stages in fp16, as "auto" runs them.
-
-    Raises:
-        ValueError: the GPU is unknown.
-    """
-    product = find_gpu(gpu)
-    problems = [Problem(paper_unit(c), batch, size, size, torch.float16) for c, size in STAGES.values()]
-    lines = [
-        "| stage | schedule | passes | convolution, instructions per output | memory | L2 | issue slots | **unit** | "
-        "bound by | eager, by its passes |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for problem, predictions in zip(problems, sol.predict_all(problems, product), strict=True):
-        by_name = {prediction.schedule: prediction for prediction in predictions}
-        chosen = by_name[choice(problem, predictions, chip_for(product))[0]]
-        counts = [
-            step.work.warp_instructions * product.warp / problem.outputs / problem.spec.num_branches
-            for step in chosen.steps
-            if step.work.name.startswith(("branch_conv", "unit")) and step.work.warp_instructions is not None
-        ]
-        times = [f"{_us(chosen.seconds(bound))} µs" for bound in (sol.MEMORY, sol.L2, sol.ISSUE)]
-        cells = [
-            f"{problem.spec.in_channels} @ {problem.height}²",
-            chosen.schedule,
-            f"{chosen.memory_bytes / problem.tensor_bytes:.2f} T",
-            " + ".join(f"{count:.1f}" for count in counts),
-            *times,
-            f"**{_us(chosen.total)} µs**",
-            chosen.bound,
-            f"{_us(by_name[sol.EAGER].total)} µs",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
 
 
 def as_json(
@@ -220,19 +152,38 @@ def as_json(
 
 def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: list[Compared]) -> None:
     """Prints the tables."""
-    from rich import box
     from rich.console import Console
-    from rich.table import Table
 
     console = Console()
-    spec, chip = problem.spec, chip_for(gpu)
-    # Narrow: nine columns have to fit into 80.
+    console.print(_predicted_table(problem, gpu, predictions))
+    console.print()
+    heads = ", ".join(f"{short}: {bound}" for bound, short in SHORT.items())
+    console.print(
+        f"Each launch takes its largest bound and {microseconds(gpu.launch_seconds)} µs to start. {heads}; warps: "
+        "resident on a processor, of those that fit. ≥: loops that the compiler unrolled count once. Latency is not "
+        "modelled: these are predictions, mostly too short, not measurements.\n"
+    )
+    for line in _words(problem, predictions, chip_for(gpu)):
+        console.print(line, markup=False, highlight=False)
+    if not compared:
+        return
+    console.print(_measured_table(gpu, compared))
+    correlation = rank_correlation(compared)
+    if correlation is not None:
+        console.print(f"rank correlation (Spearman): {correlation:.2f} over {len(compared)} times")
+
+
+def _predicted_table(problem: Problem, gpu: Gpu, predictions: list[Prediction]) -> Table:
+    """Of each schedule, and of ours each launch: what every bound takes. Narrow: nine columns have to fit into 80."""
+    from rich import box
+    from rich.table import Table
+
     table = Table(
         box=box.SIMPLE_HEAD,
         show_edge=False,
         padding=0,
-        title=f"Predicted for {gpu.name} ({gpu.chip}), in µs: {problem.n} x {spec.in_channels} x {problem.height} x "
-        f"{problem.width}, {', '.join(map(str, spec.branches))}",
+        title=f"Predicted for {gpu.name} ({gpu.chip}), in µs: {problem.n} x {problem.spec.in_channels} x "
+        f"{problem.height} x {problem.width}, {', '.join(map(str, problem.spec.branches))}",
     )
     table.add_column("schedule", no_wrap=True)
     for title in (*map(_short, sol.BOUNDS), "warps", "total"):
@@ -240,41 +191,44 @@ def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: li
     table.add_column("bound by", no_wrap=True)
     for prediction in predictions:
         table.add_section()
-        bounds = [_us(prediction.seconds(bound)) for bound in sol.BOUNDS]
-        table.add_row(
-            prediction.schedule, *bounds, "", _us(prediction.total), _short(prediction.bound), style="bold"
-        )
+        bounds = [microseconds(prediction.seconds(bound)) for bound in sol.BOUNDS]
+        total = microseconds(prediction.total)
+        table.add_row(prediction.schedule, *bounds, "", total, _short(prediction.bound), style="bold")
         for step in prediction.steps if prediction.is_ours else ():
-            mark = "" if step.work.is_counted else "≥"
-            cells = [
-                # Memory is known from the tensors; what the code says is short of its uncounted loops.
-                ("" if bound == sol.MEMORY or step.seconds[bound] is None else mark)
-                + _us(step.seconds[bound])
-                for bound in sol.BOUNDS
-            ]
-            warps = f"{step.resident_warps}/{gpu.threads // gpu.warp}" if step.work.programs else ""
-            table.add_row(f"  {step.work.name}", *cells, warps, mark + _us(step.total), _short(step.bound))
-    console.print(table)
-    console.print()
-    heads = ", ".join(f"{short}: {bound}" for bound, short in SHORT.items())
-    console.print(
-        f"Each launch takes its largest bound and {_us(gpu.launch_seconds)} µs to start. {heads}; warps: resident on a "
-        "processor, of those that fit. ≥: loops that the compiler unrolled count once. Latency is not modelled: "
-        "these are predictions, mostly too short, not measurements.\n"
-    )
+            table.add_row(*_launch_row(step, gpu))
+    return table
+
+
+def _launch_row(step: sol.Step, gpu: Gpu) -> list[str]:
+    mark = "" if step.work.is_counted else "≥"
+    cells = [
+        # Memory is known from the tensors; what the code says is short of its uncounted loops.
+        ("" if bound == sol.MEMORY or step.seconds[bound] is None else mark)
+        + microseconds(step.seconds[bound])
+        for bound in sol.BOUNDS
+    ]
+    warps = f"{step.resident_warps}/{gpu.threads // gpu.warp}" if step.work.programs else ""
+    return [f"  {step.work.name}", *cells, warps, mark + microseconds(step.total), _short(step.bound)]
+
+
+def _words(problem: Problem, predictions: list[Prediction], chip: Chip) -> Iterator[str]:
+    """Lines about the configs, what cannot run, and the choice."""
     for prediction in predictions:
         tasks = {task for task, *_ in prediction.configs}
         for task, config, source in prediction.configs:
             name = f"{prediction.schedule}, {task}" if len(tasks) > 1 else prediction.schedule
-            console.print(f"{name}: {config}, from {source}", markup=False, highlight=False)
-    for name, reason in refused(problem, chip).items():
-        console.print(f"{name}: {reason}", markup=False, highlight=False)
+            yield f"{name}: {config}, from {source}"
+    for schedule, reason in refused(problem, chip).items():
+        yield f"{schedule}: {reason}"
     chosen, reason = choice(problem, predictions, chip)
-    console.print(f"choice: {chosen}: {reason}", markup=False, highlight=False)
-    for name, reason in rejected(problem, predictions, chip).items():
-        console.print(f"  not {name}: {reason}", markup=False, highlight=False)
-    if not compared:
-        return
+    yield f"choice: {chosen}: {reason}"
+    for schedule, reason in rejected(problem, predictions, chip).items():
+        yield f"  not {schedule}: {reason}"
+
+
+def _measured_table(gpu: Gpu, compared: list[Compared]) -> Table:
+    from rich.table import Table
+
     table = Table(
         title=f"Predicted today and measured on {gpu.name} at the commits that bench/results names, in µs"
     )
@@ -284,11 +238,9 @@ def show(problem: Problem, gpu: Gpu, predictions: list[Prediction], compared: li
         table.add_column(title, justify="right")
     for found in compared:
         ratio = f"{found.measured / found.predicted:.2f}"
-        table.add_row(found.case, found.schedule, _us(found.predicted), _us(found.measured), ratio)
-    console.print(table)
-    correlation = rank_correlation(compared)
-    if correlation is not None:
-        console.print(f"rank correlation (Spearman): {correlation:.2f} over {len(compared)} times")
+        times = microseconds(found.predicted), microseconds(found.measured)
+        table.add_row(found.case, found.schedule, *times, ratio)
+    return table
 
 
 def _short(bound: str) -> str:
@@ -297,10 +249,3 @@ def _short(bound: str) -> str:
 
 def _microseconds(seconds: float | None) -> float | None:
     return None if seconds is None else seconds * 1e6
-
-
-def _us(seconds: float | None) -> str:
-    """Microseconds as people read them; "-" for what the code does not say."""
-    if seconds is None:
-        return "-"
-    return f"{seconds * 1e6:.0f}" if seconds >= 100e-6 else f"{seconds * 1e6:.1f}"

@@ -10,10 +10,12 @@ from pathlib import Path
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, FAILED
 
-from . import export, readme
+from .. import readme
+from ..csv_file import write_csv
+from ..markdown import markdown_table
+from ..problems import in_one_line
+from ..results import read
 from .arguments import writable_folder
-from .problems import in_one_line
-from .results import read
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _draw(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """The files written, and a line for each picture that could not be drawn."""
-    from . import plots
+    from .. import plots
 
     paths = list(dict.fromkeys(args.results))
     runs = [read(path) for path in paths]
@@ -92,10 +94,10 @@ def _draw(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
             raise ValueError(f"{path}: {error}") from None
         collect(saved)
         if args.csv:
-            export.write_csv(run, folder / f"{stem}.csv")
+            write_csv(run, folder / f"{stem}.csv")
             written.append(folder / f"{stem}.csv")
         if args.markdown:
-            (folder / f"{stem}.md").write_text(export.markdown_table(run), encoding="utf-8")
+            (folder / f"{stem}.md").write_text(markdown_table(run), encoding="utf-8")
             written.append(folder / f"{stem}.md")
     if len(runs) > 1:
         before = len(written) + len(failures)

@@ -12,18 +12,18 @@ import torch
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, FAILED, INTERRUPTED
 
+from ..problems import in_one_line
+from ..suites import GPU_OPTIONS, HOST, LAYER, ONE_BATCH, OPTIONS, SUITES, Choice
 from .arguments import DTYPE_NAMES, choose_device, positive, writable_folder
-from .problems import in_one_line
-from .suites import GPU_OPTIONS, HOST, LAYER, ONE_BATCH, OPTIONS, SUITES, Choice
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rich.console import Console
 
-    from .measuring.session import Request
-    from .measuring.sources import Ours
-    from .results import Results
+    from ..measuring.session import Request
+    from ..measuring.sources import Ours
+    from ..results import Results
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -75,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
     require("rich", "matplotlib", "sklearn")
     from rich.console import Console
 
-    from .measuring.revision import RevisionError, revision_source
-    from .measuring.session import device_trouble
+    from ..measuring.revision import RevisionError, revision_source
+    from ..measuring.session import device_trouble
 
     console = Console()
     with contextlib.ExitStack() as stack:
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
 def _request(
     suite: str, args: argparse.Namespace, device: torch.device, revisions: Sequence[Ours]
 ) -> Request:
-    from .measuring.session import Request
+    from ..measuring.session import Request
 
     choice = Choice(
         on_gpu=device.type == "cuda",
@@ -129,7 +129,7 @@ def _request(
 
 def _earlier(request: Request, args: argparse.Namespace) -> Results | None:
     """What `--resume` keeps. Raises ValueError where that was measured in another way: it would be overwritten."""
-    from .measuring.session import reusable
+    from ..measuring.session import reusable
 
     if not args.resume or request.suite == HOST:
         return None
@@ -145,7 +145,7 @@ def _path(request: Request, folder: Path) -> Path:
 
 def _run_suite(request: Request, earlier: Results | None, folder: Path, console: Console) -> int:
     """Measures a suite, writes and shows it; what fails on the way costs the other suites nothing."""
-    from . import results
+    from .. import results
 
     path, saves = _path(request, folder), 0
 
@@ -170,12 +170,12 @@ def _measure_and_show(
     save: Callable[[Results], object],
     console: Console,
 ) -> int:
-    from . import export, plots, table
-    from .measuring.session import measure_suite
+    from .. import csv_file, plots, table
+    from ..measuring.session import measure_suite
 
     measured, left = measure_suite(request, console, earlier, save)
     save(measured)
-    export.write_csv(measured, path.with_suffix(".csv"))
+    csv_file.write_csv(measured, path.with_suffix(".csv"))
     table.show(measured, console)
     if left:
         console.print(f"time limit: {left} cases left; go on with --resume", style="yellow")

@@ -12,14 +12,14 @@ from sk_triton.backend import SCHEDULES
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, FAILED
 
+from ..shapes import CLASSIC, DIRECTIONS, INFERENCE, PAPER, STAGES, Case, stage_shape
+from ..unit_times import EAGER, SUITE
 from .arguments import DTYPE_NAMES, choose_device, positive
-from .shapes import CLASSIC, DIRECTIONS, INFERENCE, PAPER, STAGES, Case, stage_shape
-from .unit_times import EAGER, SUITE
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from .measuring.kernel_times import CallTimes
+    from ..measuring.kernel_times import CallTimes
 
 AUTO = "auto"
 UNKNOWN_COMMIT, DIRTY = "unknown", "-dirty"
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     require("rich", "triton")
     from rich.console import Console
 
-    from .stamp import take_stamp
+    from ..stamp import take_stamp
 
     console = Console()
     try:
@@ -102,8 +102,8 @@ def _measure_one(
     case: Case, schedule: str, device: torch.device, commit: str, folder: Path | None, console: Console
 ) -> bool:
     """Whether it could be measured."""
-    from .measuring.kernel_times import append, measure
-    from .measuring.protocol import failure
+    from ..measuring.kernel_times import append, measure
+    from ..measuring.protocol import failure
 
     try:
         name, times = measure(case, schedule, device)

@@ -1,32 +1,20 @@
-"""What a run says case by case, as numbers that the table, the plots and the README share, as CSV and as Markdown."""
+"""sk_triton against the fastest measured peer, case by case, in the numbers and words that every output shares."""
 
 from __future__ import annotations
 
-import csv
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
 
 from . import results
+from .formats import NOTHING, ratio, three_digits
 from .measuring.forms import BY_KEY
-from .results import Memory, Record, Results, Timing
-from .shapes import Case, Shape
-
-SK_TRITON = "ours"
-"""Source key of sk_triton as its users get it; "ours-<schedule>" force one schedule."""
-SAVING_INPUT = "ours-input"
-"""Source key of sk_triton in training with save="input"."""
-
+from .results import SK_TRITON, Record, Results
+from .shapes import Case
 
 HOST_BOUND_SHARE = 0.9
 """Of a call's time: where the host needs as much until the call returns, the device waits for it."""
 
 HOST_BOUND = "host-bound"
-
-NOTHING = "-"
-"""A cell without a value."""
 
 
 @dataclass(frozen=True)
@@ -176,105 +164,23 @@ def _loss(comparison: Comparison) -> str:
     return f"{ratio(comparison.speedup)} the speed of {comparison.peer.label}{noise}"
 
 
-def three_digits(value: float) -> str:
-    """Three significant digits at any scale from microseconds to minutes."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
-
-
-def ratio(value: float) -> str:
-    """A speed against another: 0.95x, 2.13x, 14.2x."""
-    return f"{value:.2f}x" if value < 9.995 else f"{value:.1f}x"
-
-
-def byte_size(count: float) -> str:
-    """Bytes in the largest binary unit that leaves at least one."""
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{three_digits(count / size)} {unit}"
-    return f"{count:.0f} B"
-
-
-def write_csv(run: Results, path: Path) -> None:
-    """One row for each record with everything in it and the run's stamp; column names end in their unit.
-
-    Kernels and dilations are lists with spaces between; of each check there are four columns.
-    """
-    rows = [_row(run, record) for record in run.records]
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _row(run: Results, record: Record) -> dict[str, Any]:
-    case = record.case
-    row = _fields(case, Case)
-    row |= {
-        "samples_per_s": record.samples_per_second,
-        "tensor_bytes": case.tensor_bytes,
-        "floor_passes": case.floor_passes,
-        "flop": case.flops,
-    }
-    row = _fields(case.shape, Shape) | row | _fields(record, Record)
-    row |= _fields(record.timing, Timing) | _fields(record.warm, Timing, "warm_")
-    row |= _fields(record.memory, Memory)
-    row |= _fields(run.stamp, type(run.stamp), "stamp_")
-    row |= {"seed": run.seed, "interrupted": run.interrupted}
-    row |= {"objections": "; ".join(run.objections), "notes": "; ".join(run.notes)}
-    for check in record.checks:
-        prefix = f"check_{check.input}_{check.tensor}_{check.norm}".replace(" ", "_")
-        for name in ("error", "eager_error", "allowed", "passed"):
-            row[f"{prefix}_{name}"] = getattr(check, name)
-    return row
-
-
-def _fields(value: Any, kind: type, prefix: str = "") -> dict[str, Any]:
-    """The plain fields of a dataclass by name; all None for None."""
-    row = {}
-    for field in dataclasses.fields(kind):
-        entry = getattr(value, field.name, None)
-        if dataclasses.is_dataclass(entry) or field.name in ("checks", "timing", "warm", "memory"):
-            continue
-        row[prefix + field.name] = " ".join(map(str, entry)) if isinstance(entry, tuple) else entry
-    return row
-
-
-def markdown_table(run: Results) -> str:
-    """One row for each case; without speed-ups, and saying why, where no speed may be claimed."""
-    compared = comparisons(run)
-    lines = [
-        "| case | sk_triton, ms | fastest measured peer, ms | speed-up | share of the memory floor |",
-        "|---|---|---|---|---|",
-    ]
-    for comparison in compared:
-        peer = _time_and_name(comparison.peer, _peer_name(comparison)) if comparison.peer else NOTHING
-        ours = _time_and_name(comparison.ours, comparison.ours.form_label)
-        share = f"{comparison.floor_share:.0%}" if comparison.floor_share else NOTHING
-        cells = (comparison.case.title, ours, peer, _speedup_cell(run, comparison), share)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    if run.sound and any(comparison.is_peer_host_bound for comparison in compared):
-        lines += [
-            "",
-            f"{HOST_BOUND}: out of a CUDA graph, the device waits for the host; sk_triton is in a graph.",
-        ]
-    if not run.sound:
-        lines += ["", f"**No speed is claimed:** {'; '.join(run.objections)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _peer_name(comparison: Comparison) -> str:
-    assert comparison.peer is not None
+def cells(run: Results, comparison: Comparison, ours: str, peer: str) -> tuple[str, str, str, str, str]:
+    """A case's row of a table: its title, sk_triton's time and the peer's, called `ours` and `peer`, the speed-up, the
+    share of the memory floor. No speed-up where none may be claimed."""
+    share = f"{comparison.floor_share:.0%}" if comparison.floor_share else NOTHING
     return (
-        f"{comparison.peer.label}; {HOST_BOUND}" if comparison.is_peer_host_bound else comparison.peer.label
+        comparison.case.title,
+        _time_and_name(comparison.ours, ours),
+        _time_and_name(comparison.peer, peer) if comparison.peer else NOTHING,
+        _speedup_cell(run, comparison),
+        share,
     )
 
 
 def _speedup_cell(run: Results, comparison: Comparison) -> str:
     if not run.sound or comparison.speedup is None:
         return NOTHING
-    speedup = ratio(comparison.speedup)
-    return f"**{speedup}**" if comparison.is_beyond_noise else f"{speedup} (noise)"
+    return ratio(comparison.speedup) + ("" if comparison.is_beyond_noise else " (noise)")
 
 
 def _time_and_name(record: Record, name: str) -> str:

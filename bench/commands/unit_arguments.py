@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..grid import unit_spec
+from ..model.speed_of_light import Problem
+from ..model.validation import PRECISIONS
+from ..shapes import CLASSIC, GROUPS, PAPER, STAGES, Shape
 from .arguments import positive, sizes
-from .model.speed_of_light import Problem
-from .model.validation import PRECISIONS, unit_spec
-from .shapes import CLASSIC, GROUPS, PAPER, STAGES
 
 DEFAULT_BATCH = 128
 
@@ -61,8 +62,8 @@ def problem_of(args: argparse.Namespace) -> Problem:
         raise ValueError(
             f"kernels and dilations must be as many as there are branches, got {len(kernels)} and {len(dilations)}"
         )
-    spec = unit_spec(unit, shape[1], args.groups or GROUPS, kernels, dilations)
-    return Problem(spec, shape[0], *shape[2:], *PRECISIONS[args.dtype])
+    described = Shape(*shape[1:], args.groups or GROUPS, tuple(kernels), tuple(dilations))
+    return Problem(unit_spec(unit, described), shape[0], *shape[2:], *PRECISIONS[args.dtype])
 
 
 def unit_of(args: argparse.Namespace) -> str:

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from sk_triton.chips import CHIPS, is_amd
-from sk_triton.environment import installed_triton, require
+from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE
-from sk_triton.tuning import shipped
-from sk_triton.tuning.launches import branch_key
-from sk_triton.tuning.lookup import analytic_only
 
+from ..compiled import training_resources
+from ..compiled.resources import Row, compilable_chips, measure, measure_all
+from ..compiled.shipping import measure_analytic, write_configs
+from ..grid import CASES, UNITS, Case
 from .arguments import positive
-from .compiled import training_resources
-from .compiled.resources import Row, compilable_chips, measure, measure_all, workload_of
-from .grid import CASES, UNITS, Case
 
 if TYPE_CHECKING:
-    from .compiled.compile import Resources
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..compiled.compile import Resources
 
 WIDTH = 220
 """Columns of the table where no terminal says how many there are, so that a row is a line."""
@@ -82,38 +82,53 @@ def run(args: argparse.Namespace) -> int:
         )
         return BAD_USAGE
     from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH
+    rows = _compiled(args, console)
+    console.print(_table(rows, args.clocks))
+    if args.write_configs:
+        write_configs(rows)
+    faults = [row for row in rows if row.faults]
+    console.print(f"{len(rows)} kernels, {len(faults)} with faults")
+    return 1 if faults else 0
+
+
+def _compiled(args: argparse.Namespace, console: Console) -> list[Row]:
+    """A row for each kernel of the cases that the options ask for, chip by chip."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.table import Table
 
     cases = [
         case
         for case in CASES
         if case.precision in args.precision and (not args.unit or case.name in args.unit)
     ]
-    chips = args.chip or compilable_chips()
-    console = Console()
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDTH
+    pairs = [(case, chip) for chip in args.chip or compilable_chips() for case in cases]
+    chosen: Callable[[Case, str], list[Row]] = measure_analytic if args.write_configs else measure
+    if args.training:
+        chosen = training_resources.measure
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("compiling", total=len(cases) * len(chips))
-        chosen: Callable[[Case, str], list[Row]] = measure_analytic if args.write_configs else measure
-        if args.training:
-            chosen = training_resources.measure
-        for found in measure_all([(case, chip) for chip in chips for case in cases], args.workers, chosen):
+        task = progress.add_task("compiling", total=len(pairs))
+        for found in measure_all(pairs, args.workers, chosen):
             rows.extend(found)
             progress.advance(task)
+    return rows
+
+
+def _table(rows: list[Row], with_clocks: bool) -> Table:
+    from rich.table import Table
 
     table = Table(title="Resources of the compiled kernels")
     for title in ("chip", "unit", "kernel", "precision"):
         table.add_column(title)
-    for title in ("registers", "spills", "shared", "16-byte loads", "matrix", "instr / output"):
-        table.add_column(title, justify="right")
-    clock_titles = (
-        ("alone", "products", *(f"loads {latency}" for latency in LATENCIES)) if args.clocks else ()
-    )
-    for title in clock_titles:
+    clock_titles = ("alone", "products", *(f"loads {latency}" for latency in LATENCIES))
+    for title in (
+        *("registers", "spills", "shared", "16-byte loads", "matrix", "instr / output"),
+        *(clock_titles if with_clocks else ()),
+    ):
         table.add_column(title, justify="right")
     table.add_column("fault", style="red")
     for row in rows:
@@ -129,48 +144,15 @@ def run(args: argparse.Namespace) -> int:
             f"{used.wide_loads}/{used.loads}",
             str(used.matrix),
             "-" if row.per_output is None or is_amd(used.target) else f"{row.per_output:.1f}",
-            *(clocks_of(used) if args.clocks else ()),
+            *(clocks_of(used) if with_clocks else ()),
             ", ".join(row.faults),
         )
-    console.print(table)
-    if args.write_configs:
-        write_configs(rows)
-    faults = [row for row in rows if row.faults]
-    console.print(f"{len(rows)} kernels, {len(faults)} with faults")
-    return 1 if faults else 0
-
-
-def measure_analytic(case: Case, target: str) -> list[Row]:
-    """:func:`measure` with the analytic configs, not with what is shipped today; for a process that does nothing else,
-    since its plans are remembered."""
-    with analytic_only():
-        return measure(case, target)
-
-
-def write_configs(rows: list[Row]) -> None:
-    """Put the configs of the branch launches in `rows` that have no fault into their chips' shipped files.
-
-    Entries for other launches stay if they were made for the kernels as they are.
-
-    Raises:
-        ValueError: a batch that no lookup asks for.
-    """
-    by_chip = {row.resources.target: dict(shipped.shipped(row.resources.target)) for row in rows}
-    for row in rows:
-        if row.branch_launch is not None and not row.faults:
-            case, launch = row.case, row.branch_launch
-            if case.n & (case.n - 1):  # see `lookup`: what is shipped is looked up for these alone
-                raise ValueError(f"a batch that is shipped for must be a power of two, got {case.n}")
-            key = branch_key(workload_of(case, row.resources.target), launch.shape, launch.task)
-            by_chip[row.resources.target][key] = launch.config
-    for chip, entries in by_chip.items():
-        content = json.dumps(shipped.shipped_content(chip, entries, installed_triton() or "none"), indent=1)
-        shipped.shipped_file(chip).write_text(content + "\n")
+    return table
 
 
 def clocks_of(used: Resources) -> list[str]:
     """What `--clocks` adds to a kernel's row."""
-    from .compiled.warps import TARGETS, clocks_per_trip, product_clocks, resident_warps
+    from ..compiled.warps import TARGETS, clocks_per_trip, product_clocks, resident_warps
 
     if not used.loop or used.target not in TARGETS:
         return ["-"] * (2 + len(LATENCIES))

@@ -19,12 +19,13 @@ from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE
 from sk_triton.exit_codes import INTERRUPTED as INTERRUPTED_CODE
 
-from ..arguments import choose_device, writable_folder
 from ..problems import in_one_line
+from ..report import file as report_file
+from ..report.file import FAILED, INTERRUPTED, Report, StepState
+from ..report.runs import load_runs
+from ..report.steps import STEPS, Context, Ending
 from ..stamp import Stamp, take_stamp
-from . import file as report_file
-from .file import FAILED, INTERRUPTED, Report, StepState
-from .steps import STEPS, Context, Ending, load_runs
+from .arguments import choose_device, writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console

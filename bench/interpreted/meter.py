@@ -1,0 +1,100 @@
+"""Counts the bytes that interpreted kernels ask for and the distinct bytes they touch, tensor by tensor."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+@dataclass
+class Traffic:
+    """Counts for one tensor under one launch, in bytes."""
+
+    kernel: str
+    tensor: str
+    read: int = 0
+    written: int = 0
+    touched: int = 0
+
+    @property
+    def requested(self) -> int:
+        return self.read + self.written
+
+
+class Meter:
+    """Counts accesses per tensor while the interpreter runs kernels inside :meth:`watch`.
+
+    An access outside of every tensor's storage raises ``IndexError``: on a GPU it would be a fault, or worse, nothing.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor | Sequence[Tensor]]) -> None:
+        self._storages: dict[int, tuple[str, int]] = {}
+        """Name and size of each storage, by its address."""
+        for name, value in tensors.items():
+            for tensor in (value,) if isinstance(value, Tensor) else value:
+                storage = tensor.untyped_storage()
+                self._storages.setdefault(storage.data_ptr(), (name, storage.nbytes()))
+        self._rows: dict[str, Traffic] = {}
+        self._touched: dict[int, np.ndarray] = {}
+
+    @contextlib.contextmanager
+    def watch(self, kernel: str = "") -> Iterator[list[Traffic]]:
+        """Count what runs inside; the list that is handed out is filled at the end, one row per tensor used."""
+        from triton.runtime.interpreter import InterpreterBuilder
+
+        self._rows = {name: Traffic(kernel, name) for name, _ in self._storages.values()}
+        self._touched = {}
+        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+        def metered_load(builder, ptrs, mask, *args, **kwargs):
+            self._count(ptrs, mask, is_write=False)
+            return load(builder, ptrs, mask, *args, **kwargs)
+
+        def metered_store(builder, ptrs, value, mask, *args, **kwargs):
+            self._count(ptrs, mask, is_write=True)
+            return store(builder, ptrs, value, mask, *args, **kwargs)
+
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
+            metered_load,
+            metered_store,
+        )
+        result: list[Traffic] = []
+        try:
+            yield result
+        finally:
+            InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
+        for address, touched in self._touched.items():
+            self._rows[self._storages[address][0]].touched += int(touched.sum())
+        result.extend(row for row in self._rows.values() if row.requested)
+
+    def _count(self, ptrs: Any, mask: Any, *, is_write: bool) -> None:
+        import numpy as np
+
+        size = ptrs.get_element_ty().primitive_bitwidth // 8
+        # A mask and a scalar condition make integers of it, which would count as indices.
+        wanted = mask.data.astype(bool)
+        addresses = np.broadcast_to(ptrs.data, wanted.shape)[wanted].astype(np.int64).reshape(-1)
+        found = 0
+        for address, (name, nbytes) in self._storages.items():
+            offsets = addresses - address
+            offsets = offsets[(offsets >= 0) & (offsets + size <= nbytes)]
+            if not offsets.size:
+                continue
+            found += offsets.size
+            row = self._rows[name]
+            if is_write:
+                row.written += offsets.size * size
+            else:
+                row.read += offsets.size * size
+            touched = self._touched.setdefault(address, np.zeros(nbytes, bool))
+            for byte in range(size):
+                touched[offsets + byte] = True
+        if found != addresses.size:
+            raise IndexError(f"{addresses.size - found} accesses outside of every tensor")
