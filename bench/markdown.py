@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .results import Results
-from .verdict import HOST_BOUND, Comparison, cells, comparisons
+from .verdict import Comparison, cells, comparisons, host_bound_note
 
 
 def markdown_table(run: Results) -> str:
@@ -14,29 +14,16 @@ def markdown_table(run: Results) -> str:
         "|---|---|---|---|---|",
     ]
     lines += [_row(run, comparison) for comparison in compared]
-    if run.sound and any(comparison.is_peer_host_bound for comparison in compared):
-        lines += [
-            "",
-            f"{HOST_BOUND}: out of a CUDA graph, the device waits for the host; sk_triton is in a graph.",
-        ]
+    if note := host_bound_note(run, compared):
+        lines += ["", note]
     if not run.sound:
         lines += ["", f"**No speed is claimed:** {'; '.join(run.objections)}"]
     return "\n".join(lines) + "\n"
 
 
 def _row(run: Results, comparison: Comparison) -> str:
-    title, ours, peer, speedup, share = cells(
-        run, comparison, comparison.ours.form_label, _peer_name(comparison)
-    )
+    title, ours, peer, speedup, share = cells(run, comparison, comparison.ours.form_label)
     if run.sound and comparison.is_beyond_noise:
         speedup = f"**{speedup}**"
     row = (title, ours, peer, speedup, share)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-
-
-def _peer_name(comparison: Comparison) -> str:
-    if comparison.peer is None:
-        return ""
-    return (
-        f"{comparison.peer.label}; {HOST_BOUND}" if comparison.is_peer_host_bound else comparison.peer.label
-    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import geometric_mean
 
@@ -66,6 +67,13 @@ class Comparison:
         if not self.is_ours_alone_in_graph or peer is None or peer.timing is None or peer.host_us is None:
             return False
         return peer.host_us >= HOST_BOUND_SHARE * peer.timing.median_ms * 1e3
+
+    @property
+    def peer_name(self) -> str:
+        """The peer's label, and whether it waits for the host; "" without one."""
+        if self.peer is None:
+            return ""
+        return f"{self.peer.label}; {HOST_BOUND}" if self.is_peer_host_bound else self.peer.label
 
     @property
     def floor_share(self) -> float | None:
@@ -164,14 +172,21 @@ def _loss(comparison: Comparison) -> str:
     return f"{ratio(comparison.speedup)} the speed of {comparison.peer.label}{noise}"
 
 
-def cells(run: Results, comparison: Comparison, ours: str, peer: str) -> tuple[str, str, str, str, str]:
-    """A case's row of a table: its title, sk_triton's time and the peer's, called `ours` and `peer`, the speed-up, the
-    share of the memory floor. No speed-up where none may be claimed."""
+def host_bound_note(run: Results, compared: Sequence[Comparison]) -> str:
+    """What stands below a table in which peers wait for the host; "" where none does."""
+    if not run.sound or not any(comparison.is_peer_host_bound for comparison in compared):
+        return ""
+    return f"{HOST_BOUND}: out of a CUDA graph, the device waits for the host; sk_triton is in a graph."
+
+
+def cells(run: Results, comparison: Comparison, ours: str) -> tuple[str, str, str, str, str]:
+    """A case's row of a table: its title, sk_triton's time, called `ours`, and the peer's, the speed-up, the share of
+    the memory floor. No speed-up where none may be claimed."""
     share = f"{comparison.floor_share:.0%}" if comparison.floor_share else NOTHING
     return (
         comparison.case.title,
         _time_and_name(comparison.ours, ours),
-        _time_and_name(comparison.peer, peer) if comparison.peer else NOTHING,
+        _time_and_name(comparison.peer, comparison.peer_name) if comparison.peer else NOTHING,
         _speedup_cell(run, comparison),
         share,
     )

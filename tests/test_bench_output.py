@@ -13,6 +13,7 @@ import torch
 from rich.console import Console
 
 from sk_triton.bench import csv_file, formats, markdown, results, stamp, table, verdict
+from sk_triton.bench.report import page as report_page
 from sk_triton.bench.results import Check, Timing
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
@@ -154,9 +155,12 @@ def test_a_peer_that_waits_for_the_host_beside_a_graph_is_marked():
         "in 4 of 4 cases sk_triton is in a CUDA graph and that peer is not; 4 of these peers wait for the host"
     )
     assert markdown.markdown_table(run).count("; host-bound)") == 4
+    page = "".join(report_page._suite(run, {}))
+    assert page.count("; host-bound)") == 4
+    assert "the device waits for the host" in page
     quick = with_host_time(run, 0.5)
     assert not any(c.is_peer_host_bound for c in verdict.comparisons(quick))
-    assert verdict.HOST_BOUND not in markdown.markdown_table(quick)
+    assert verdict.HOST_BOUND not in markdown.markdown_table(quick) + "".join(report_page._suite(quick, {}))
     ungraphed = dataclasses.replace(run, records=tuple(r for r in run.records if "graph" not in r.form))
     assert verdict.graph_summary(verdict.comparisons(ungraphed)) is None
 

@@ -15,7 +15,7 @@ from .. import coverage, plots
 from ..plots import style
 from ..problems import complaints, in_one_line
 from ..results import Results
-from ..verdict import Comparison, cells, comparisons, losses, losses_count, speed_summary
+from ..verdict import Comparison, cells, comparisons, host_bound_note, losses, losses_count, speed_summary
 from .file import Report
 
 NAME = "report.html"
@@ -146,6 +146,8 @@ def _suite(run: Results, pictures: dict[str, str]) -> Iterator[str]:
         yield f"<table><tr>{''.join(f'<th>{head}</th>' for head in heads)}</tr>\n"
         yield from (_row(run, comparison) for comparison in compared)
         yield "</table>\n"
+        if note := host_bound_note(run, compared):
+            yield f"<p class='soft'>{escape(note)}</p>\n"
         lost = losses(compared)
         if lost and run.sound:
             yield f"<p>Behind in {escape(losses_count(compared))}:</p>\n<ul>\n"
@@ -154,8 +156,7 @@ def _suite(run: Results, pictures: dict[str, str]) -> Iterator[str]:
 
 
 def _row(run: Results, comparison: Comparison) -> str:
-    peer = comparison.peer.label if comparison.peer else ""
-    title, *numbers = cells(run, comparison, comparison.ours.label, peer)
+    title, *numbers = cells(run, comparison, comparison.ours.label)
     row = "".join(f"<td class='number'>{escape(number)}</td>" for number in numbers)
     return f"<tr><td>{escape(title)}</td>{row}</tr>\n"
 
