@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import io
 import json
 import re
 
 import pytest
 import torch
-from rich.console import Console
 
-from sk_triton.bench import csv_file, formats, markdown, results, stamp, table, verdict
+from sk_triton.bench import csv_file, formats, markdown, results, stamp, verdict
 from sk_triton.bench.report import page as report_page
 from sk_triton.bench.results import Check, Timing
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
+from .printed import printed
 from .synthetic_results import a_stamp, changed, slowed, small, some_results, with_status
 
 
@@ -97,12 +96,6 @@ def test_bytes_and_ratios():
         "2.00 GiB",
     ]
     assert [formats.ratio(n) for n in (0.954, 1, 9.996, 14.24)] == ["0.95x", "1.00x", "10.0x", "14.2x"]
-
-
-def printed(run, width=140) -> str:
-    stream = io.StringIO()
-    table.show(run, Console(file=stream, width=width))
-    return stream.getvalue()
 
 
 def test_the_table_compares_with_the_fastest_peer_and_says_cpu():

@@ -11,8 +11,8 @@ from sk_triton.bench.measuring.providers import competitors
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
 from .drawn_pictures import figures, words
+from .printed import printed
 from .synthetic_results import a_stamp, small
-from .test_bench_output import printed
 
 ROCM = a_stamp(torch_built_for="ROCm 7.0")
 """Without the forms that are for NVIDIA's GPUs, which the synthetic runs lack."""

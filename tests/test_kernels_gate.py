@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.kernels.config import GateConfig
 
 from .tolerances import assert_errs_like_eager
+from .watched import run_watched
 
 pytestmark = pytest.mark.interpret
 
@@ -40,8 +40,7 @@ def run(n, tiles, c, m, d, dtype, *, has_bias=True, partial=None, config=CONFIG)
         partial, reduce_weight, scale, shift, select_weight, bias, attention,
         pixels=7, has_relu=True, config=config,
     )  # fmt: skip
-    with Meter({str(i): t for i, t in enumerate(launch.arguments) if isinstance(t, torch.Tensor)}).watch():
-        launch()
+    run_watched(launch)
 
     def attend(to):
         s = (partial.double().sum(1) / 7).to(to)

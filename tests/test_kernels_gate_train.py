@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from sk_triton.kernels.running import Running
 
-from .test_kernels_training import launch, nans
 from .tolerances import assert_errs_like_eager, assert_typical_errors_like_eager
+from .watched import nans, run_allowing
 
 pytestmark = pytest.mark.interpret
 
@@ -72,7 +72,7 @@ def run_forward(t, statistics, *, pixels, has_norm, is_lean):
         t["active"], t["pooled"], t["affine"], t["reduce"], total, out["s"], out["summands"], pixels=pixels,
         has_norm=has_norm,
     )  # fmt: skip
-    launch(step, **out, **{name: t[name] for name in ("active", "pooled", "affine", "reduce")})
+    run_allowing(step, **out, **{name: t[name] for name in ("active", "pooled", "affine", "reduce")})
     if total is not None:
         assert_errs_like_eager(total[0], t["active"].sum(0), t["active"].double().sum(0))
         assert_errs_like_eager(total[1], t["pooled"].sum(0), t["pooled"].double().sum(0))
@@ -85,7 +85,7 @@ def run_forward(t, statistics, *, pixels, has_norm, is_lean):
         tuple(given.values()) or None, out["h"], out["z"], out["mean_out"], out["rstd"], out["var_out"], running,
         statistics=statistics, epsilon=EPSILON, has_relu=not is_lean,
     )  # fmt: skip
-    launch(step, **out, **params, **given, **{f"running {i}": own for i, own in enumerate(running[:3])})
+    run_allowing(step, **out, **params, **given, **{f"running {i}": own for i, own in enumerate(running[:3])})
     is_batch = statistics == "batch"
     assert running.counter == 6 + is_batch
     for own, before, by in zip(
@@ -96,7 +96,9 @@ def run_forward(t, statistics, *, pixels, has_norm, is_lean):
     out["attention"] = nans(n, m, c)
     biases = None if is_lean else t["select_bias"].unbind(0)
     step = gate_select_fwd(out["z"], t["select"].unbind(0), biases, out["attention"])
-    launch(step, z=out["z"], attention=out["attention"], select=t["select"], select_bias=t["select_bias"])
+    run_allowing(
+        step, z=out["z"], attention=out["attention"], select=t["select"], select_bias=t["select_bias"]
+    )
     return out
 
 
@@ -167,7 +169,7 @@ def backward_samples(name, statistics, has_norm, is_lean):
         both, t["affine"], out["attention"], t["select"].unbind(0), total, work["dlogits"], work["dz"],
         has_norm=has_norm,
     )  # fmt: skip
-    launch(step, **work, both=both, affine=t["affine"], select=t["select"], attention=out["attention"])
+    run_allowing(step, **work, both=both, affine=t["affine"], select=t["select"], attention=out["attention"])
     grads = torch.stack([t["grad"][0], t["scaled"][0]]) if total is None else total
     work |= {"dh": nans(n, d), "dgamma": nans(d), "dbeta": nans(d).half(), "dbias": nans(d)}
     gate_gamma = None if is_lean else t["gamma"]
@@ -175,9 +177,9 @@ def backward_samples(name, statistics, has_norm, is_lean):
         work["dz"], out["h"], out["z"], out["mean_out"], out["rstd"], gate_gamma, work["dh"], work["dgamma"],
         work["dbeta"], work["dbias"], statistics=statistics, has_relu=not is_lean,
     )  # fmt: skip
-    launch(step, **work, **out, gate_gamma=t["gamma"])
+    run_allowing(step, **work, **out, gate_gamma=t["gamma"])
     work["g"] = nans(n, c)
-    launch(gate_reduce_bwd(work["dh"], t["reduce"], work["g"], pixels=6), **work, reduce=t["reduce"])
+    run_allowing(gate_reduce_bwd(work["dh"], t["reduce"], work["g"], pixels=6), **work, reduce=t["reduce"])
     work |= {
         "affine_grad": nans(2, m, c), "terms": nans(2, m, c), "dbetas": nans(m, c).half(), "dgammas": nans(m, c),
         "dbiases": nans(m, c), "dreduce": nans(d, c), "dselect": nans(m, c, d), "dselect_bias": nans(m, c),
@@ -189,7 +191,7 @@ def backward_samples(name, statistics, has_norm, is_lean):
         has["dbiases"], work["dreduce"], work["dselect"].unbind(0), has["dselect_bias"],
         batch_norms=batch_norms, values=5, has_norm=has_norm,
     )  # fmt: skip
-    launch(step, **work, **out, grads=grads, sums=sums, rstd_in=rstd, gamma_in=gamma)
+    run_allowing(step, **work, **out, grads=grads, sums=sums, rstd_in=rstd, gamma_in=gamma)
 
     def gradients(dtype):
         leaves = {

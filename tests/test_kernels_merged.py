@@ -1,6 +1,5 @@
 """The kernels of schedule "merged", interpreted, against float64."""
 
-import contextlib
 import math
 from dataclasses import replace
 
@@ -8,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.kernels.config import BorderConfig, MergedConfig, WindowConfig
 from sk_triton.kernels.geometry import ConvShape, cdiv
 from sk_triton.kernels.merging import (
@@ -22,9 +20,9 @@ from sk_triton.kernels.merging import (
     widen_kernel,
 )
 
-from .interpreter import exact_bfloat16
 from .packed import pack_branch_weights, sum_by_sections
 from .tolerances import assert_errs_like_eager
+from .watched import run_watched
 
 pytestmark = pytest.mark.interpret
 
@@ -95,17 +93,6 @@ def make(shape, n, h, w, dtype):
     return x, weights, scale, shift, torch.randn(n, m, shape.c_out).softmax(1)
 
 
-def launch_watched(launch, x):
-    """Run a launch; an access outside of its tensors raises, where they are small enough to watch."""
-    tensors = [t for t in launch.arguments if isinstance(t, torch.Tensor)]
-    is_small = x.untyped_storage().nbytes() < 2**20
-    with (
-        exact_bfloat16() if x.dtype == torch.bfloat16 else contextlib.nullcontext(),
-        Meter({str(i): t for i, t in enumerate(tensors)}).watch() if is_small else contextlib.nullcontext(),
-    ):
-        launch()
-
-
 def pool(x, weights, scale, shift, shape, config=BORDER):
     """Pooled sums `[N, C]` from a launch into NaN-filled memory with guards around it."""
     from sk_triton.kernels.border_sums import border_sums_fwd
@@ -120,7 +107,7 @@ def pool(x, weights, scale, shift, shape, config=BORDER):
         torch.tensor(column_sections(merged, w), dtype=torch.int32), partial[1:-1, 1:-1],
         shape=merged, pixels=math.prod(shape.output_size(h, w)), config=config,
     )  # fmt: skip
-    launch_watched(launch, x)
+    run_watched(launch)
     assert partial.isfinite().sum() <= partial[1:-1, 1:-1].numel(), "the kernel wrote outside of its output"
     return partial[1:-1, 1:-1].sum(1)
 
@@ -139,7 +126,7 @@ def convolve(x, weights, scale, shift, attention, shape, config, memory_format=t
     launch = merged_conv_fwd(
         x, packed, scale, shift, attention, v, branches=shape, allow_tf32=True, config=config
     )
-    launch_watched(launch, x)
+    run_watched(launch)
     assert guarded.isfinite().sum() <= v.numel(), "the kernel wrote outside of its output"
     return v
 

@@ -1,16 +1,14 @@
 """The select kernel, interpreted, against float64."""
 
-import contextlib
 import math
 
 import pytest
 import torch
 
-from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.kernels.config import SelectConfig
 
-from .interpreter import exact_bfloat16
 from .tolerances import assert_errs_like_eager
+from .watched import run_watched
 
 pytestmark = pytest.mark.interpret
 
@@ -21,11 +19,7 @@ def run(u, attention, memory_format=torch.channels_last):
     _, n, h, w, c = u.shape
     v = torch.full((n, c, h, w), math.nan, dtype=u.dtype).contiguous(memory_format=memory_format)
     launch = select_fwd(u, attention, v, config=SelectConfig(BLOCK_P=16, BLOCK_C=16))
-    with (
-        exact_bfloat16() if u.dtype == torch.bfloat16 else contextlib.nullcontext(),
-        Meter({"u": u, "attention": attention, "v": v}).watch(),
-    ):
-        launch()
+    run_watched(launch)
     return v
 
 

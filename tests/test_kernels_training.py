@@ -1,20 +1,18 @@
 """The training kernels, interpreted, against float64."""
 
-import contextlib
 import math
 
 import pytest
 import torch
 
-from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.kernels.config import ReductionConfig, SelectConfig
 from sk_triton.kernels.geometry import tiles
 from sk_triton.kernels.running import Running
 
-from .interpreter import exact_bfloat16
+from .branch_cases import CASES, make
 from .packed import pack_branch_weights
-from .test_kernels_branch_conv import CASES, make
 from .tolerances import assert_same
+from .watched import nans, run_allowing
 
 pytestmark = pytest.mark.interpret
 
@@ -23,18 +21,6 @@ SHAPES = pytest.mark.parametrize("shape", [(2, 3, 5, 7, 20), (3, 1, 1, 9, 1)], i
 # A thread loads more pixels at a time than it has sums.
 CONFIG = ReductionConfig(BLOCK_P=8, BLOCK_C=64, STEPS=3, num_warps=1)
 EPSILON = 1e-5
-
-
-def launch(prepared, **tensors):
-    """Run a launch whose outputs start as NaN, allowing it its own tensors alone."""
-    dtype = next(iter(tensors.values())).dtype
-    exact = exact_bfloat16() if dtype == torch.bfloat16 else contextlib.nullcontext()
-    with exact, Meter(tensors).watch():
-        prepared()
-
-
-def nans(*size):
-    return torch.full(size, math.nan)
 
 
 def norm_tensors(m, c):
@@ -64,10 +50,12 @@ def statistics(y):
     m, n, h, w, c = y.shape
     count = moment_tiles(n * h * w, CONFIG)
     moments = nans(m, 3, count, c)
-    launch(tile_moments_fwd(y, moments, config=CONFIG), y=y, moments=moments)
+    run_allowing(tile_moments_fwd(y, moments, config=CONFIG), y=y, moments=moments)
     found = {"mean": nans(m, c), "rstd": nans(m, c), "var": nans(m, c)}
     settings = {"pixels": n * h * w, "epsilon": EPSILON, "is_unbiased": False}
-    launch(combine_moments_fwd(moments, *found.values(), [None] * m, **settings), moments=moments, **found)
+    run_allowing(
+        combine_moments_fwd(moments, *found.values(), [None] * m, **settings), moments=moments, **found
+    )
     return found["mean"], found["var"], found["rstd"]
 
 
@@ -96,7 +84,7 @@ def test_statistics_of_many_tiles():
     running = Running(*(t.clone() for t in before), momentum=0.3)
     combine = combine_moments_fwd(moments, found, rstd, var, [running], **settings)
     own = {f"running {i}": tensor for i, tensor in enumerate(running[:3])}
-    launch(combine, moments=moments, mean=found, rstd=rstd, var=var, **own)
+    run_allowing(combine, moments=moments, mean=found, rstd=rstd, var=var, **own)
     assert running.counter == 5
     torch.testing.assert_close(running.mean, torch.lerp(before[0], found[0], 0.3))
     updated = torch.lerp(before[1].float(), var[0], 0.3).half()
@@ -127,7 +115,7 @@ def test_pooled_moments(shape, dtype, has_norm, has_relu):
     y, norm = torch.randn(shape).to(dtype), norm_tensors(m, c)
     count = math.ceil(h * w / (CONFIG.BLOCK_P * CONFIG.STEPS))
     active, pooled = nans(count, n, m, c), nans(count, n, m, c)
-    launch(
+    run_allowing(
         pooled_moments_fwd(y, *norm.values(), active, pooled, has_norm=has_norm, has_relu=has_relu, config=CONFIG),
         y=y, active=active, pooled=pooled, **norm,
     )  # fmt: skip
@@ -145,7 +133,7 @@ def test_select_of_unnormalized_branches(shape, dtype, has_norm, has_relu, memor
     m, n, h, w, c = shape
     y, norm, attention = torch.randn(shape).to(dtype), norm_tensors(m, c), torch.rand(n, m, c)
     v = nans(n, c, h, w).to(dtype).contiguous(memory_format=memory_format)
-    launch(
+    run_allowing(
         select_fwd(
             y, attention, v, norm=tuple(norm.values()) if has_norm else None, has_relu=has_relu,
             config=SelectConfig(16, 16),
@@ -176,7 +164,7 @@ def test_backward_sums_and_gradients(shape, dtype, has_norm, has_relu):
     count = math.ceil(h * w / (CONFIG.BLOCK_P * CONFIG.STEPS))
     grad, scaled = nans(count, n, m, c), nans(count, n, m, c)
     flags = {"has_norm": has_norm, "has_relu": has_relu}
-    launch(
+    run_allowing(
         select_bwd(dv, y, *norm.values(), grad, scaled, **flags, config=CONFIG),
         dv=dv, y=y, grad=grad, scaled=scaled, **norm,
     )  # fmt: skip
@@ -185,7 +173,7 @@ def test_backward_sums_and_gradients(shape, dtype, has_norm, has_relu):
     assert_same(grad.sum(0), (mask * exact_dv).sum((2, 3)).transpose(0, 1).float())
     assert_same(scaled.sum(0), (mask * exact_dv * y_hat).sum((2, 3)).transpose(0, 1).float())
     with_pooled = [nans(count, n, m, c) for _ in range(4)]
-    launch(
+    run_allowing(
         select_bwd(dv, y, *norm.values(), *with_pooled, **flags, config=CONFIG),
         dv=dv, y=y, **norm, **{str(i): sums for i, sums in enumerate(with_pooled)},
     )  # fmt: skip
@@ -196,7 +184,7 @@ def test_backward_sums_and_gradients(shape, dtype, has_norm, has_relu):
 
     attention, g, dbeta, dgamma = torch.rand(n, m, c), torch.randn(n, c), torch.randn(m, c), torch.randn(m, c)
     dy = torch.full_like(y, math.nan)
-    launch(
+    run_allowing(
         norm_bwd(
             dv, y, attention, g, *norm.values(), dbeta, dgamma, dy, **flags, config=SelectConfig(16, 16)
         ),
@@ -220,7 +208,7 @@ def test_terms_of_the_gradients(c, has_norm):
     norm, names = norm_tensors(m, c), ("attention", "g", "dbeta", "dgamma")
     attention, g, dbeta, dgamma = torch.rand(n, m, c), torch.randn(n, c), torch.randn(m, c), torch.randn(m, c)
     terms = nans(n, m, c, 6 if has_norm else 2)
-    launch(
+    run_allowing(
         grad_terms(attention, g, *norm.values(), dbeta, dgamma, terms, has_norm=has_norm),
         terms=terms, **norm, **dict(zip(names, (attention, g, dbeta, dgamma), strict=True)),
     )  # fmt: skip
@@ -271,7 +259,7 @@ def test_convolutions_take_the_moments_of_what_they_store(name):
     moments = nans(m, 3, -(-n // config.BLOCK_N) * count, c)
     settings = {"shape": shape, "allow_tf32": False, "config": config}
     branch_conv_fwd(x, packed, shift, stored, partial, has_relu=False, **settings)()
-    launch(
+    run_allowing(
         branch_train_fwd(x, packed, shift, y, moments, **settings),
         x=x, packed=packed, shift=shift, y=y, moments=moments,
     )  # fmt: skip
@@ -286,7 +274,7 @@ def test_convolutions_take_the_moments_of_what_they_store(name):
     torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=1e-11)
     alone = torch.full_like(moments, math.nan)
     if not isinstance(config, TapConfig):
-        launch(
+        run_allowing(
             branch_measure_fwd(x, packed, shift, alone, **settings),
             x=x,
             packed=packed,

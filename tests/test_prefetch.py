@@ -14,8 +14,8 @@ from sk_triton.chips import CHIPS, PREFETCHING
 from sk_triton.kernels.config import GradWideConfig, WindowConfig
 from sk_triton.kernels.geometry import ConvShape
 
+from .grad_cases import make, terms_of
 from .packed import pack_branch_weights
-from .test_kernels_branch_grad import make, terms_of
 
 TWO = ConvShape(128, 128, 32, (3, 3), (1, 2))
 # name: (branches, config, N, H, W): tiles that overhang images, several samples and strips to a tile, few channels

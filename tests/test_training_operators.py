@@ -1,43 +1,17 @@
 """What a training step runs besides kernels: small operators, each of which costs the host and the GPU a launch."""
 
-from collections import Counter
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import sk_triton
 from sk_triton import SelectiveKernel, SKConv, use_backend
 from sk_triton.bench.measuring.host import stubbed_launches
 from sk_triton.training import call
 
+from .counting import Counting
 from .versions import HAS_NARROW_PRODUCTS
 
 pytestmark = pytest.mark.interpret
-
-# Of views and of memory that is not written: nothing runs on the GPU.
-FREE = {
-    "_local_scalar_dense", "_reshape_alias", "_unsafe_view", "alias", "as_strided", "chunk", "detach", "diagonal",
-    "empty", "empty_like", "empty_strided", "expand", "expand_as", "flatten", "is_same_size", "lift_fresh",
-    "new_empty", "new_empty_strided", "numpy_T", "permute", "reshape", "select", "slice", "split", "split_with_sizes",
-    "squeeze", "sym_size", "t", "transpose", "unbind", "unflatten", "unfold", "unsqueeze", "view", "view_as",
-}  # fmt: skip
-
-
-class Counting(TorchDispatchMode):
-    """Counts the operators that run inside, but for `FREE` and casts to the dtype that a tensor has."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        is_same = name == "to" and any(a == args[0].dtype for a in args[1:] if isinstance(a, torch.dtype))
-        if function.namespace == "aten" and name not in FREE and not is_same:
-            self.counts[name] += 1
-        return function(*args, **(kwargs or {}))
-
 
 # A layer, what it saves, and the operators of a step at most: two update the running statistics, from which four casts
 # lead to fp16; the rest is the library's convolution.

@@ -17,7 +17,7 @@ from sk_triton.library import LibraryCall
 from sk_triton.training import call as training_call
 from sk_triton.training.tape import Tape
 
-from .test_training_operators import Counting
+from .counting import Counting
 from .training_steps import BY_LIBRARY, LAYERS, assert_equal, image, paper, step, steps_alike
 from .versions import needs_narrow_products
 

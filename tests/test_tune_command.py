@@ -19,7 +19,7 @@ from sk_triton.chips import CHIPS, Chip
 from sk_triton.tuning import cache, keys
 from sk_triton.tuning.entries import Trial
 
-from .test_tune_flow import FakeMachine
+from .fake_machine import FakeMachine
 from .tuned import H100
 from .versions import needs_narrow_products, needs_unhoisted_loops
 
