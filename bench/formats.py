@@ -27,9 +27,9 @@ def byte_size(count: float, digits: Callable[[float], str] = three_digits) -> st
 
 
 def microseconds(seconds: float | None) -> str:
-    """Microseconds as people read them; "-" for what the code does not say."""
+    """Microseconds as people read them; a cell without a value for what the code does not say."""
     if seconds is None:
-        return "-"
+        return NOTHING
     return f"{seconds * 1e6:.0f}" if seconds >= 100e-6 else f"{seconds * 1e6:.1f}"
 
 

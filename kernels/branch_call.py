@@ -24,12 +24,15 @@ BLOCK_POOL = 8 if TRITON >= (3, 5) else 16
 ConfigT = TypeVar("ConfigT", bound=BranchConfig, covariant=True)
 
 
-@dataclass
+@dataclass(eq=False)
 class BranchCall(Generic[ConfigT]):
     """What a launch computes, whichever kernel runs it; tensors as the launchers in `branch_conv` take them.
 
     `task`: "store", "train", "measure", "pool" or "select". `out` is `u`, `y` or `v`; `partial` are pooled sums, or the
     first branch's moments.
+
+    Of these follow `layout` and `runs` (`geometry`), the pixels of the output (`output_size`), `tiles` along its height
+    and width, and `channel_programs`, those that share a tile.
     """
 
     task: str
@@ -49,7 +52,6 @@ class BranchCall(Generic[ConfigT]):
         self.runs = column_runs(self.shape, self.config, self.task == "select")
         self.output_size = h, w = self.shape.output_size(*self.x.shape[2:])
         self.tiles = tiles(self.shape, self.config, h, w, is_common=self.task == "select")
-        # Those that share a tile.
         self.channel_programs = self.layout.blocks // blocks_per_program(self.config)
 
     @property
@@ -91,6 +93,12 @@ class BranchCall(Generic[ConfigT]):
             return 0, n, c, h, w
         m, n, h, w, c = self.out.stride()
         return m, n, c, h, w
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """Pixels of `out`, which there must be."""
+        assert self.out is not None
+        return tuple(self.out.shape[2:] if self.task == "select" else self.out.shape[2:4])  # type: ignore[return-value]
 
     @property
     def partial_strides(self) -> tuple[int, int]:

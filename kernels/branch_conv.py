@@ -21,7 +21,7 @@ from .config import (
     TapConfig,
     WindowConfig,
 )
-from .geometry import ConvShape, refusal
+from .geometry import ConvShape, branch_refusal
 from .launch import Launch
 
 LAUNCHERS: dict[type, Callable[[BranchCall[Any]], Launch]] = {
@@ -53,7 +53,7 @@ def branch_conv_fwd(
     sums over branches and each tile's pixels (`tiles` as `geometry.tiles`). Results are rounded to the dtype of `u`.
 
     Raises:
-        ValueError: a config whose kernel does not do this (`geometry.refusal`).
+        ValueError: a config whose kernel does not do this (`geometry.branch_refusal`), or an output of another size.
     """
     return _launch(
         BranchCall("store", x, w, shift, shape, config, has_relu, allow_tf32, out=u, partial=partial)
@@ -78,7 +78,7 @@ def branch_train_fwd(
     `branch_conv_fwd`.
 
     Raises:
-        ValueError: a config whose kernel does not do this (`geometry.refusal`).
+        ValueError: a config whose kernel does not do this (`geometry.branch_refusal`), or an output of another size.
     """
     return _launch(
         BranchCall("train", x, w, shift, shape, config, False, allow_tf32, out=y, partial=moments[0])
@@ -98,7 +98,7 @@ def branch_measure_fwd(
     """The moments of `branch_train_fwd` alone, bit for bit; the convolutions are not written.
 
     Raises:
-        ValueError: a config whose kernel does not do this (`geometry.refusal`).
+        ValueError: a config whose kernel does not do this (`geometry.branch_refusal`).
     """
     return _launch(BranchCall("measure", x, w, shift, shape, config, False, allow_tf32, partial=moments[0]))
 
@@ -117,7 +117,7 @@ def branch_pool_fwd(
     """The pooled sums of `branch_conv_fwd` alone; the branches are not written.
 
     Raises:
-        ValueError: a config whose kernel does not do this (`geometry.refusal`).
+        ValueError: a config whose kernel does not do this (`geometry.branch_refusal`).
     """
     return _launch(BranchCall("pool", x, w, shift, shape, config, has_relu, allow_tf32, partial=partial))
 
@@ -139,7 +139,7 @@ def branch_select_fwd(
     `attention [N, M, C_out]` fp32, contiguous; `v [N, C_out, H, W]` of any strides; the rest as `branch_conv_fwd`.
 
     Raises:
-        ValueError: a config whose kernel does not do this (`geometry.refusal`).
+        ValueError: a config whose kernel does not do this (`geometry.branch_refusal`), or an output of another size.
     """
     return _launch(
         BranchCall("select", x, w, shift, shape, config, has_relu, allow_tf32, attention=attention, out=v)
@@ -147,9 +147,8 @@ def branch_select_fwd(
 
 
 def _launch(call: BranchCall[BranchConfig]) -> Launch:
-    reason = refusal(call.task, call.shape, call.config)
-    if not reason and isinstance(call.config, WindowConfig) and call.x.element_size() != 2:
-        reason = f"a window of rows takes 16-bit inputs, got {call.x.dtype}"
-    if reason:
+    if reason := branch_refusal(call.task, call.shape, call.config, call.x.element_size()):
         raise ValueError(f"config: {reason}")
+    if call.out is not None and (size := call.out_size) != call.output_size:
+        raise ValueError(f"the output must have {call.output_size} pixels, got {size}")
     return LAUNCHERS[type(call.config)](call)

@@ -17,9 +17,9 @@ from .grad_geometry import (
     branch_halo,
     can_run_grad,
     grad_blocks,
+    grad_programs,
     grad_tiles,
     is_paired,
-    strips,
     wide_halo,
 )
 from .launch import Launch
@@ -78,7 +78,7 @@ def _stream(
     n, _, h, width = x.shape
     blocks = grad_blocks(shape, config)
     tiles_h, tiles_w = grad_tiles(shape, config, h, width)
-    programs, tiles_per_program = strips(shape, config, n, h, width)
+    programs, tiles_per_program = grad_programs(shape, config, n, h, width)
     arguments = (
         x, dv, y, w, terms, dx, partial, h, width, shape.c_in, shape.c_out,
         n * tiles_h * tiles_w, tiles_h, tiles_w, tiles_per_program,

@@ -1,4 +1,5 @@
-"""Frozen configs of launches. Fields in capitals are constexprs of the kernels by name, so a JSON entry is a config."""
+"""Frozen configs of launches, one entry in JSON each. Fields in capitals are constexprs of branch kernels by name; of
+others most are."""
 
 from dataclasses import dataclass
 
@@ -193,8 +194,8 @@ BranchConfig = StreamConfig | WindowConfig | ColumnConfig | TapConfig | Depthwis
 
 @dataclass(frozen=True)
 class GradStreamConfig:
-    """`branch_grad_stream_kernel`: tiles of RUN_H rows x 16 runs of two pixels; a program walks TILES_PER_PROGRAM. Each
-    of its num_warps takes a channel block."""
+    """`branch_grad_stream_kernel`: tiles of RUN_H rows x 16 runs of two pixels; a program walks TILES_PER_PROGRAM, or
+    more (`grad_geometry.grad_programs`). Each of its num_warps takes a channel block."""
 
     RUN_H: int
     TILES_PER_PROGRAM: int

@@ -241,11 +241,13 @@ def is_whole_height(shape: ConvShape, config: BranchConfig, h: int) -> bool:
     return h == config.RUN_H and config.BLOCK_H == 1 and shape.stride == 1 and is_dense
 
 
-def refusal(task: str, shape: ConvShape, config: BranchConfig) -> str:
-    """Why the kernel of `config` does not do `task` ("store", "train", "measure", "pool" or "select") for `shape`; ""
-    if it does."""
+def branch_refusal(task: str, shape: ConvShape, config: BranchConfig, itemsize: int = 2) -> str:
+    """Why the kernel of `config` does not do `task` ("store", "train", "measure", "pool" or "select") for `shape`, on
+    inputs of `itemsize` bytes; "" if it does."""
+    if isinstance(config, MergedConfig):
+        return f"a MergedConfig is of another kernel, asked to {task}"
     if isinstance(config, WindowConfig):
-        return _window_refusal(shape, config)
+        return _window_refusal(shape, config, itemsize)
     if isinstance(config, DepthwiseConfig):
         if not shape.is_depthwise:
             return f"a DepthwiseConfig takes groups of one channel, got {shape}"
@@ -266,8 +268,10 @@ def refusal(task: str, shape: ConvShape, config: BranchConfig) -> str:
     return ""
 
 
-def _window_refusal(shape: ConvShape, config: WindowConfig) -> str:
+def _window_refusal(shape: ConvShape, config: WindowConfig, itemsize: int) -> str:
     """One window of rows serves all branches."""
+    if itemsize != 2:
+        return f"a window of rows takes inputs of 16 bits, got {8 * itemsize}"
     if shape.stride != 1 or shape.is_split:
         return f"a window of rows takes stride 1 and branches of the same channels, got {shape}"
     lanes = config.BLOCK_N * config.BLOCK_H * config.BLOCK_W
@@ -280,7 +284,7 @@ def _window_refusal(shape: ConvShape, config: WindowConfig) -> str:
 
 def can_run(task: str, shape: ConvShape, config: BranchConfig) -> bool:
     """Whether the kernel of `config` does `task` for `shape`."""
-    return not refusal(task, shape, config)
+    return not branch_refusal(task, shape, config)
 
 
 # Work items of all samples: twice as many, and a round of programs, are still counted in 31 bits.

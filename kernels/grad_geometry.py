@@ -88,7 +88,7 @@ def grad_tiles(shape: ConvShape, config: GradConfig, h: int, w: int) -> tuple[in
     return cdiv(h, config.RUN_H), cdiv(w, columns)
 
 
-def strips(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) -> tuple[int, int]:
+def grad_programs(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) -> tuple[int, int]:
     """How many programs walk the tiles of weight gradients of `n` images, and how many tiles each: as `config` says, or
     more where a grid would have too many programs."""
     tiles_h, tiles_w = grad_tiles(shape, config, h, w)
@@ -105,7 +105,7 @@ def is_paired(shape: ConvShape) -> bool:
 def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) -> tuple[int, ...]:
     """Shape of the fp32 workspace for `n` images of `h` x `w` pixels: summands, blocks of output channels, kernel taps
     of all branches, channels of a block, input channels of a group."""
-    count, _ = strips(shape, config, n, h, w)
+    count, _ = grad_programs(shape, config, n, h, w)
     blocks = grad_blocks(shape, config)
     taps = sum(k * k for k in shape.kernels)
     summands = 2 * count if isinstance(config, GradStreamConfig) and is_paired(shape) else count

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .config import WindowConfig
-from .geometry import ConvShape, blocking, is_crossed, is_full, known_stride, reach, refusal, tiles
+from .geometry import ConvShape, blocking, branch_refusal, is_crossed, is_full, known_stride, reach, tiles
 from .launch import Launch
 from .merging import lattice_points
 from .prefetch import can_prefetch
@@ -212,9 +212,9 @@ def merged_conv_window_fwd(
     Raises:
         ValueError: other than 16 bits, a stride, groups or tiles that windows do not take.
     """
-    reason = refusal("select", branches, config)
-    if not reason and (x.element_size() != 2 or config.BLOCK_N > 1):
-        reason = f"a window of rows merges 16-bit branches, a sample a program; got {x.dtype} and {config}"
+    reason = branch_refusal("select", branches, config, x.element_size())
+    if not reason and config.BLOCK_N > 1:
+        reason = f"a window of rows merges branches for a sample a program, got {config}"
     if reason:
         raise ValueError(f"config: {reason}")
     n, _, h_in, w_in = x.shape

@@ -47,8 +47,10 @@ def select_fwd_kernel(
 
 
 def check_pixels(v: torch.Tensor) -> None:
-    """Raises:
-    ValueError: pixels of `v [N, C, H, W]` that are not equally spaced.
+    """Refuse a `v [N, C, H, W]` whose pixels are not equally spaced.
+
+    Raises:
+        ValueError: such a tensor.
     """
     _, _, h, w = v.shape
     if h > 1 and v.stride(2) != w * v.stride(3):

@@ -21,7 +21,7 @@ from .gate import gate_sample
 from .geometry import (
     MAX_ITEMS,
     ConvShape,
-    can_run,
+    branch_refusal,
     cdiv,
     next_power_of_2,
     resident_items,
@@ -207,8 +207,11 @@ def unit_resident_fwd(
         ValueError: a config whose kernel cannot pool and select with the same tiles of one sample.
     """
     branch = config.branch
-    if not (can_run("select", shape, branch) and branch.BLOCK_N == 1):
-        raise ValueError(f"config: its branch kernel must select, one sample at a time; got {branch}")
+    reason = branch_refusal("select", shape, branch, x.element_size())
+    if not reason and branch.BLOCK_N > 1:
+        reason = f"a tile must be of one sample, got {branch}"
+    if reason:
+        raise ValueError(f"config: {reason}")
     if not 0 <= config.GATE_LAG <= config.SELECT_LAG:
         raise ValueError(
             f"config: a sample is selected after its gate, got GATE_LAG {config.GATE_LAG} and SELECT_LAG "
@@ -223,7 +226,7 @@ def unit_resident_fwd(
         raise ValueError(f"x must have fewer than {MAX_ITEMS} tiles, got {n * items.step} in {n} samples")
     is_column = isinstance(branch, ColumnConfig)
     pool = BranchCall("pool", x, w, shift, shape, branch, has_relu, allow_tf32, partial=partial)
-    select = replace(pool, task="select", attention=attention, out=v, partial=None)
+    select = replace(pool, task="select", out=v, partial=None)
     constexprs_of: Callable[[BranchCall[Any]], dict[str, Any]] = (
         column_constexprs if is_column else stream_constexprs
     )
@@ -240,7 +243,7 @@ def unit_resident_fwd(
     constexprs = {
         **(columns if is_column else rows),
         **of_pool,
-        "IS_LARGE": of_select["IS_LARGE"],
+        "IS_LARGE": of_select["IS_LARGE"],  # of x and v
         "PHASE": "all",
         "IS_COLUMN": is_column,
         "ITEMS_PER_TURN": config.ITEMS_PER_TURN,

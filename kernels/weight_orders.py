@@ -140,15 +140,15 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
         entries = (row * points + point) * config.BLOCK_CI + ci
     else:
         entries = (point * block_m + row) * config.BLOCK_CI + ci
-    index_in_memory = []
+    found = []
     for start, stop in pairwise(parts):
         part = entries[:, start:stop].flatten(1)
         part = part[:, operand_elements(part.shape[1])]
         # (half, thread, parity) of the outputs, (pair of 8 columns, one of the pair, column), most significant first.
         part = part.reshape(2, 4, 2, -1, 2, 8).permute(3, 5, 1, 4, 0, 2)
-        index_in_memory.append(part.reshape(-1))
+        found.append(part.reshape(-1))
     rows = torch.arange(kernel, device="cpu")[:, None] * (block_m * points * config.BLOCK_CI)
-    return (rows + torch.cat(index_in_memory)).reshape(-1)
+    return (rows + torch.cat(found)).reshape(-1)
 
 
 # The fields of a config that decide where a weight is packed; batch and image size only change the others.

@@ -30,7 +30,7 @@ def current_schedule() -> Schedule | None:
     return _schedule.get()
 
 
-def training_reason() -> str:
+def inference_schedule_reason() -> str:
     """Why a call that trains cannot run the schedule that is asked for; "" if none is."""
     schedule = current_schedule()
     if schedule is None:

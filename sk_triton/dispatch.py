@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .backend import Backend, cannot_run, training_reason
+from .backend import Backend, cannot_run, inference_schedule_reason
 from .chips import AMD_COMPILES, CHIPS, chip_of
 from .cpu import choice as cpu
 from .environment import triton_version
@@ -154,7 +154,7 @@ def _kernels_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKS
         return reason, False
     reason = state_reason(x, branches, gate, _KERNELS, is_training=True)
     if not reason and not torch.compiler.is_compiling():  # the operator asks when it runs
-        reason = training_reason()
+        reason = inference_schedule_reason()
     return reason, True
 
 

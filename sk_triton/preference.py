@@ -187,17 +187,20 @@ def _fewest_passes(workload: Workload) -> Plan:
             .rejecting("recompute", "as many passes as merged, and every branch convolved twice")
             .rejecting("resident", "every branch convolved twice, where merged convolves once for all")
         )
+    recompute = _worthwhile_recompute(workload)
     others = {
         "resident": _unmeasured_reason(workload),
         "merged": merged if isinstance(merged, str) else _more_passes(merged, store),
     }
-    recompute = _worthwhile_recompute(workload)
     if isinstance(recompute, str):
-        taken, others["recompute"] = store, recompute
+        taken = store
+        others["recompute"] = recompute
     elif recompute.passes >= store.passes:
-        taken, others["recompute"] = store, _more_passes(recompute, store)
+        taken = store
+        others["recompute"] = _more_passes(recompute, store)
     else:
-        taken, others["store"] = recompute, _more_passes(store, recompute)
+        taken = recompute
+        others["store"] = _more_passes(store, recompute)
     for name, reason in others.items():
         taken = taken.rejecting(name, reason)
     return taken

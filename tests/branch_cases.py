@@ -95,7 +95,7 @@ CASES = {
         ConvShape(24, 24, 2, (3, 3), (1, 3)), ColumnConfig(16, 16, 1, 8, RUN_H=4, BLOCK_N=2), 3, 6, 9,
     ),
     "column, several groups, stride 2": (
-        ConvShape(32, 32, 8, (3, 3), (1, 2), stride=2), ColumnConfig(16, 16, 2, 8, RUN_H=2), 2, 11, 9,
+        ConvShape(32, 32, 8, (3, 3), (1, 2), stride=2), ColumnConfig(16, 16, 2, 8, RUN_H=2), 2, 11, 17,
     ),
     "column, stride 2": (ConvShape(20, 40, 2, (3, 1), (2, 1), stride=2), ColumnConfig(16, 32, 1, 16, RUN_H=3), 2, 9, 5),
     "column, split input": (
@@ -201,6 +201,14 @@ IN_BFLOAT16 = (
     "stream", "stream, two samples per tile", "window", "window, four warps, several samples", "window, sparse",
     "window, sparse, groups of 8", "column", "column, two samples per tile", "held", "tap, dense", "tap, one pixel",
     "depthwise",
+)  # fmt: skip
+
+
+# Cases that select into NCHW as well.
+IN_NCHW = (
+    "stream", "stream, two samples per tile", "stream, stride 2", "window", "window, two warps",
+    "window, four warps, several samples", "window, sparse", "column", "column, two samples per tile",
+    "column, several groups, stride 2",
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ def output_of(script: str, *arguments: str) -> str:
     """What a script beside this file prints, given arguments."""
     done = subprocess.run(
         [sys.executable, Path(__file__).with_name(script), *arguments],
-        # Nothing is imported from the script's folder.
+        # From Python 3.11 on nothing is imported from the script's folder.
         env={**os.environ, "TRITON_INTERPRET": "0", "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,

@@ -37,7 +37,7 @@ def a_run(suite, device_type="cuda", **options):
 
 
 class Figures(Mapping):
-    """A run's pictures by name, drawn when asked for."""
+    """A run's pictures by name, drawn whenever they are asked for."""
 
     def __init__(self, run, all_forms=False):
         self._draw = plots.pictures(run, all_forms)
@@ -50,10 +50,6 @@ class Figures(Mapping):
 
     def __len__(self):
         return len(self._draw)
-
-
-def figures(run, all_forms=False):
-    return Figures(run, all_forms)
 
 
 def drawn_texts(figure) -> list[Text]:

@@ -11,14 +11,14 @@ from matplotlib.text import Text
 from sk_triton.bench import readme, results
 from sk_triton.bench.plots import bars, card, units
 
-from .drawn_pictures import OBJECTIONS, SUITES, a_run, assert_texts_are_apart, drawn_texts, figures
+from .drawn_pictures import OBJECTIONS, SUITES, Figures, a_run, assert_texts_are_apart, drawn_texts
 from .synthetic_results import a_stamp, some_results, with_status
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("suite", SUITES)
 def test_no_label_overlaps_another_or_leaves_the_card(suite, device_type):
-    for figure in figures(a_run(suite, device_type)).values():
+    for figure in Figures(a_run(suite, device_type)).values():
         assert_texts_are_apart(figure)
 
 
@@ -30,24 +30,24 @@ def test_units_measured_launch_by_launch_are_apart():
 def test_a_crowd_of_providers_is_still_apart():
     run = some_results(dtypes=("fp32",), stages=(1,), every=True)
     run = with_status(run, 3, results.OUT_OF_MEMORY)
-    for figure in figures(dataclasses.replace(run, objections=OBJECTIONS), all_forms=True).values():
+    for figure in Figures(dataclasses.replace(run, objections=OBJECTIONS), all_forms=True).values():
         assert_texts_are_apart(figure)
 
 
 def test_host_costs_of_many_cases_are_still_apart():
-    for figure in figures(a_run("host", batches=(1, 8, 32, 128, 256))).values():
+    for figure in Figures(a_run("host", batches=(1, 8, 32, 128, 256))).values():
         assert_texts_are_apart(figure)
 
 
 def test_long_names_are_wrapped():
     stamp = a_stamp(device="A Very Long Name of a Graphics Processing Unit " * 3, driver="1.2.3 " * 12)
     run = some_results(stages=(1,), batches=(1, 8), stamp=stamp, objections=("an objection " * 40,))
-    for figure in figures(run).values():
+    for figure in Figures(run).values():
         assert_texts_are_apart(figure)
 
 
 def test_the_overlap_check_sees_an_overlap():
-    figure = next(iter(figures(some_results(stages=(1,))).values()))
+    figure = next(iter(Figures(some_results(stages=(1,))).values()))
     figure.text(0.1, 0.9, "a new label")
     figure.text(0.12, 0.9, "another label")
     with pytest.raises(AssertionError, match="overlap"):
@@ -55,7 +55,7 @@ def test_the_overlap_check_sees_an_overlap():
 
 
 def test_text_is_measured_as_it_is_drawn():
-    figure = next(iter(figures(some_results(stages=(1,))).values()))
+    figure = next(iter(Figures(some_results(stages=(1,))).values()))
     text = figure.text(0.5, 0.5, "A label of some length, 128@56²", fontsize=8)
     inches = Text.get_window_extent(text, figure.canvas.get_renderer()).width / figure.dpi
     assert card.text_width(text.get_text(), 8) == pytest.approx(inches, rel=0.05)

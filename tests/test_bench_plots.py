@@ -20,10 +20,10 @@ from sk_triton.bench.shapes import CLASSIC, PAPER
 from .drawn_pictures import (
     OBJECTIONS,
     SUITES,
+    Figures,
     a_run,
     assert_texts_are_apart,
     drawn_texts,
-    figures,
     words,
 )
 from .synthetic_results import FORMS, SOURCES, a_stamp, form_label, some_results, with_status
@@ -52,7 +52,7 @@ def test_pictures_are_opaque_and_show_every_source_in_its_colour(suite, tmp_path
 
 def test_drawing_leaves_no_global_state():
     before = dict(matplotlib.rcParams)
-    figure = next(iter(figures(some_results(stages=(1,))).values()))
+    figure = next(iter(Figures(some_results(stages=(1,))).values()))
     assert isinstance(figure.canvas, FigureCanvasAgg)
     assert dict(matplotlib.rcParams) == before
 
@@ -77,7 +77,7 @@ def test_every_form_has_its_own_hatch_and_marker():
 
 
 def test_a_picture_says_device_dtype_and_stamp():
-    for figure in figures(some_results(dtypes=("bf16",), stages=(1, 3), batches=(1, 8))).values():
+    for figure in Figures(some_results(dtypes=("bf16",), stages=(1, 3), batches=(1, 8))).values():
         text = words(figure)
         if "counted, not measured" in text:
             continue
@@ -88,7 +88,7 @@ def test_a_picture_says_device_dtype_and_stamp():
 
 def test_a_cpu_picture_says_so():
     run = some_results(device_type="cpu", dtypes=("fp32",), stages=(1,), batches=(1,))
-    for name, figure in figures(run).items():
+    for name, figure in Figures(run).items():
         assert ("Measured on a CPU" in words(figure)) == (name != plots.PASSES)
 
 
@@ -96,7 +96,7 @@ def test_the_speed_picture_prints_times_and_the_speed_against_the_fastest_peer()
     run = some_results(stages=(1,), batches=(8,))
     records = [record for record in run.records if record.case.subject == PAPER]
     peer, ours = results.fastest_peer(records), results.fastest_ours(records)
-    text = words(figures(run)[f"speed-{PAPER}-fp16"])
+    text = words(Figures(run)[f"speed-{PAPER}-fp16"])
     assert f"{peer.timing.median_ms / ours.timing.median_ms:.2f}x" in text
     assert f"{ours.timing.median_ms * 1e3:#.3g}" in text
     assert f"{peer.timing.median_ms * 1e3:#.3g}" in text
@@ -106,7 +106,7 @@ def test_the_speed_picture_prints_times_and_the_speed_against_the_fastest_peer()
 @pytest.mark.parametrize("suite", SUITES)
 def test_objections_are_shown_and_end_all_comparisons(suite):
     run = a_run(suite, stages=(1,), batches=(8,), objections=OBJECTIONS)
-    for name, figure in figures(run).items():
+    for name, figure in Figures(run).items():
         text = words(figure)
         if name == plots.PASSES:
             continue
@@ -136,14 +136,14 @@ def test_the_red_badge_shows_in_the_picture(tmp_path):
 def test_a_provider_without_a_time_says_why(status):
     run = some_results(stages=(1,), batches=(8,))
     position = next(i for i, record in enumerate(run.records) if record.case.subject == PAPER)
-    text = words(figures(with_status(run, position, status), all_forms=True)[f"speed-{PAPER}-fp16"])
+    text = words(Figures(with_status(run, position, status), all_forms=True)[f"speed-{PAPER}-fp16"])
     assert status in text.splitlines()
 
 
 def test_the_default_shows_the_fastest_form_of_each_source_and_all_forms_everything():
     run = some_results(stages=(1,), batches=(8,), every=True)
     name = f"speed-{PAPER}-fp16"
-    few, every = (words(figures(run, all_forms)[name]) for all_forms in (False, True))
+    few, every = (words(Figures(run, all_forms)[name]) for all_forms in (False, True))
     assert all(form_label(form) in every for form in FORMS)
     assert "sk_triton, resident" in every
     assert "sk_triton, resident" not in few
@@ -155,14 +155,14 @@ def test_cases_are_ordered_however_they_were_measured():
     records = list(run.records)
     random.Random(1).shuffle(records)
     name = f"throughput-{PAPER}-fp16"
-    ordered, shuffled = (figures(r)[name] for r in (run, dataclasses.replace(run, records=tuple(records))))
+    ordered, shuffled = (Figures(r)[name] for r in (run, dataclasses.replace(run, records=tuple(records))))
     for one, other in zip(ordered.axes, shuffled.axes, strict=True):
         assert one.get_title(loc="left") == other.get_title(loc="left")
         assert all(list(line.get_xdata()) == sorted(line.get_xdata()) for line in other.lines)
 
 
 def test_the_floor_is_drawn_above_every_line_of_the_throughput():
-    figure = figures(some_results(stages=(1,)))[f"throughput-{PAPER}-fp16"]
+    figure = Figures(some_results(stages=(1,)))[f"throughput-{PAPER}-fp16"]
     (ax,) = figure.axes
     floors = [line for line in ax.lines if line.get_color() == style.FAMILY_COLOURS["copy"]]
     assert len(floors) == 1
@@ -182,7 +182,7 @@ def least_peaks(run, subject=PAPER):
 def test_memory_stands_in_activation_tensors():
     """Of every source, though the fastest form of each is a graph, which nobody weighs."""
     run = some_results("train", stages=(1,), batches=(8,))
-    figure = figures(run)[f"memory-{PAPER}-fp16"]
+    figure = Figures(run)[f"memory-{PAPER}-fp16"]
     records = [record for record in run.records if record.case.subject == PAPER]
     assert results.fastest_ours(records).memory is None
     heights = {round(patch.get_height(), 3) for patch in figure.axes[0].patches}
@@ -199,14 +199,14 @@ def test_memory_stands_in_activation_tensors():
 def test_what_nobody_weighed_is_said():
     run = some_results("train", stages=(1,), batches=(8,))
     records = tuple(dataclasses.replace(r, memory=None) if r.source == "timm" else r for r in run.records)
-    lines = words(figures(dataclasses.replace(run, records=records))[f"memory-{PAPER}-fp16"]).splitlines()
+    lines = words(Figures(dataclasses.replace(run, records=records))[f"memory-{PAPER}-fp16"]).splitlines()
     assert "not weighed" in lines
     assert "ok" not in lines
 
 
 def test_memory_of_every_form_is_that_of_the_forms_that_were_weighed():
     run = some_results("train", stages=(1,), batches=(8,))
-    text = words(figures(run, all_forms=True)[f"memory-{PAPER}-fp16"]).partition("Not measured")[0]
+    text = words(Figures(run, all_forms=True)[f"memory-{PAPER}-fp16"]).partition("Not measured")[0]
     assert "NCHW" in text
     assert "CUDA graph" not in text
     assert "not weighed" not in text
@@ -214,7 +214,7 @@ def test_memory_of_every_form_is_that_of_the_forms_that_were_weighed():
 
 def test_scaling_shows_the_memory_of_every_source():
     run = some_results("scaling")
-    figure = figures(run)[f"growth-{PAPER}-fp16"]
+    figure = Figures(run)[f"growth-{PAPER}-fp16"]
     time, memory = figure.axes[0], figure.axes[3]
     assert "peak memory" in memory.get_title(loc="left")
     for ax in (time, memory):
@@ -227,14 +227,14 @@ def test_a_single_batch_has_no_line_of_throughput():
     assert not [name for name in plots.pictures(some_results(batches=(8,))) if name.startswith("throughput")]
     assert [name for name in plots.pictures(some_results(batches=(1, 8))) if name.startswith("throughput")]
     run = some_results("train", stages=(1,), batches=(1, 8))
-    text = words(figures(run)[f"throughput-{PAPER}-fp16"])
+    text = words(Figures(run)[f"throughput-{PAPER}-fp16"])
     assert "memory floor: 5 passes" in text
     assert "copy of the input" not in text
 
 
 def test_a_roofline_of_one_batch_has_large_markers():
     def sizes(*batches):
-        figure = figures(some_results(stages=(1,), batches=batches))["roofline-inference-fp16"]
+        figure = Figures(some_results(stages=(1,), batches=batches))["roofline-inference-fp16"]
         return {line.get_markersize() for line in figure.axes[0].lines if line.get_marker() == "o"}
 
     assert sizes(8) == {roofline.LARGEST}
@@ -244,9 +244,9 @@ def test_a_roofline_of_one_batch_has_large_markers():
 def test_a_speed_that_only_a_graph_reached_is_marked():
     name = f"speed-{PAPER}-fp16"
     run = some_results(stages=(1,), batches=(8,))
-    assert "*" not in words(figures(run)[name])
+    assert "*" not in words(Figures(run)[name])
     bare = dataclasses.replace(run, records=tuple(r for r in run.records if r.ours or "graph" not in r.form))
-    text = words(figures(bare)[name])
+    text = words(Figures(bare)[name])
     assert "x*" in text
     assert "*: sk_triton in a CUDA graph" in text
 
@@ -256,7 +256,7 @@ def test_a_picture_has_the_notes_on_its_own_cases():
     run = some_results(stages=(1,), batches=(8,))
     records = tuple(dataclasses.replace(r, commit=commits[r.case.subject]) for r in run.records)
     notes = ("of all", *(f"{commit}: of {subject}" for subject, commit in commits.items()))
-    drawn = figures(dataclasses.replace(run, records=records, notes=notes))
+    drawn = Figures(dataclasses.replace(run, records=records, notes=notes))
     for subject, other in ((CLASSIC, PAPER), (PAPER, CLASSIC)):
         text = words(drawn[f"speed-{subject}-fp16"])
         assert "of all" in text
@@ -266,7 +266,7 @@ def test_a_picture_has_the_notes_on_its_own_cases():
 
 
 def test_host_costs_on_a_cpu_say_that_no_kernel_ran():
-    text = words(figures(a_run("host", "cpu", stages=(1,)))[f"calls-{PAPER}-fp32"]).replace("\n", " ")
+    text = words(Figures(a_run("host", "cpu", stages=(1,)))[f"calls-{PAPER}-fp32"]).replace("\n", " ")
     assert "launches stubbed out, so that no kernel runs" in text
     assert "where sk_triton runs PyTorch operators" not in text
 
@@ -289,7 +289,7 @@ def test_a_run_without_ceilings_has_no_roofline():
 
 
 def test_a_dense_convolution_is_named_in_the_sweep():
-    text = words(figures(some_results("sweep"))[f"time-{PAPER}-fp16"])
+    text = words(Figures(some_results("sweep"))[f"time-{PAPER}-fp16"])
     assert all(axis in text for axis in ("channels per group", "dilation", "kernel size", "branches"))
     assert "256\ndense" in text
 
@@ -300,7 +300,7 @@ def test_networks_show_images_per_second_in_both_directions():
         dataclasses.replace(record, case=dataclasses.replace(record.case, direction="training"))
         for record in run.records
     )
-    drawn = figures(dataclasses.replace(run, records=run.records + trained))
+    drawn = Figures(dataclasses.replace(run, records=run.records + trained))
     assert set(drawn) == {"images-inference-fp16", "images-training-fp16"}
     fastest = results.fastest_ours([r for r in run.records if r.case.subject == "sknet50"])
     assert f"{fastest.samples_per_second:.0f}" in words(drawn["images-inference-fp16"])
@@ -312,7 +312,7 @@ def test_host_costs_take_the_cheaper_memory_format():
     records = [
         r for r in run.records if r.case.subject == PAPER and r.source == "ours" and "graph" not in r.form
     ]
-    text = words(figures(run)[f"calls-{PAPER}-fp16"])
+    text = words(Figures(run)[f"calls-{PAPER}-fp16"])
     least, most = (f"{pick(r.host_us for r in records):#.3g}" for pick in (min, max))
     assert least in text
     assert most not in text
@@ -340,7 +340,7 @@ def test_exponents_stand_in_the_picture():
         dataclasses.replace(r, timing=dataclasses.replace(r.timing, median_ms=r.case.value**1.25))
         for r in run.records
     )
-    assert "exponent 1.25" in words(figures(dataclasses.replace(run, records=linear))[f"growth-{PAPER}-fp16"])
+    assert "exponent 1.25" in words(Figures(dataclasses.replace(run, records=linear))[f"growth-{PAPER}-fp16"])
 
 
 def test_an_unknown_suite_is_refused():
@@ -367,7 +367,7 @@ def test_a_sweep_is_drawn_where_an_axis_was_not_measured(all_forms):
         dataclasses.replace(r, timing=None, status=results.NOT_MEASURED) if r.case.axis == "dilation" else r
         for r in run.records
     )
-    (figure,) = figures(dataclasses.replace(run, records=records), all_forms).values()
+    (figure,) = Figures(dataclasses.replace(run, records=records), all_forms).values()
     assert "dilation" in words(figure)
 
 

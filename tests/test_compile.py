@@ -26,15 +26,15 @@ NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
 # Of 16-bit narrow groups, branches of slices of the input alone still stream, on NVIDIA.
 SPLIT = Case("stage 1, split", paper_unit(128, in_channels=256, split_input=True), 128, 56, torch.float16)
 LARGE = Case("over 2^31 elements", paper_unit(64, groups=16), 1, 8192, torch.float16)
-# What is compiled here, cold in some minutes: everything for sm_90, and of the other chips each formulation for one or
-# two. `sk-triton resources` compiles the whole support grid.
+# What is compiled here, cold in some minutes: everything for sm_90, the chip that was measured, each formulation for
+# gfx942, whose compiler is another, and some of both for the others. `sk-triton resources` compiles the support grid.
 UNITS = {
     ("stage 1", "fp16"): ["sm_80", "sm_90", "sm_100", "gfx942"],
     ("stage 2", "fp16"): ["sm_86", "sm_90"],
-    ("stage 3", "fp16"): ["sm_90", "sm_120"],
+    ("stage 3", "fp16"): ["sm_90", "sm_120", "gfx942"],
     ("stage 4", "fp16"): ["sm_89", "sm_90"],
-    ("classic, M = 2", "fp16"): ["sm_80", "sm_90"],
-    ("dense", "fp16"): ["sm_89", "sm_90"],
+    ("classic, M = 2", "fp16"): ["sm_80", "sm_90", "gfx942"],
+    ("dense", "fp16"): ["sm_89", "sm_90", "gfx942"],
     ("stage 1", "tf32"): ["sm_86", "sm_90", "gfx942"],
     ("depthwise", "tf32"): ["sm_90", "gfx942"],
 }
@@ -48,17 +48,31 @@ CHOSEN = [
     *((SPLIT, chip) for chip in ("sm_90", "sm_120")),
     (LARGE, "sm_90"),
 ]
-# The units that are compiled under every schedule, the first of each precision: of the others, what their branches
-# leave to the library is the same code, and "resident" is compiled by `test_resident.py` and `pressed_kernels.py`.
-WHOLE = [(case, chip) for case, chip in CHOSEN if case.name == "stage 1" and chip in ("sm_90", "gfx942")]
+# With "resident": stage 3's columns are compiled by `test_resident.py`, what is short of registers by
+# `pressed_kernels.py`.
+WITH_RESIDENT = [
+    (case, chip)
+    for case, chip in CHOSEN
+    if case.precision == "fp16"
+    and (case.name, chip) in {("stage 1", "sm_80"), ("stage 1", "sm_90"), ("stage 2", "sm_90")}
+]
+# With the gate inside of the selection, and with pooling and selecting of what a library convolved: small kernels.
+WITH_SMALL = [(case, chip) for case, chip in CHOSEN if chip in ("sm_90", "gfx942")]
+
+
+def left_out(pair):
+    """The schedules under which a unit is not compiled for a chip."""
+    large = () if pair in WITH_RESIDENT else ("resident",)
+    return large if pair in WITH_SMALL else (*large, "gated", "library")
 
 
 @pytest.fixture(scope="module")
 def rows():
-    measure = functools.partial(resources.measure, with_phases=False)
-    others = [pair for pair in CHOSEN if pair not in WHOLE]
-    branches = functools.partial(measure, without=("resident", "gated", "library"))
-    measured = (*resources.measure_all(WHOLE, 2, measure), *resources.measure_all(others, 2, branches))
+    measured = []
+    for without in dict.fromkeys(map(left_out, CHOSEN)):
+        pairs = [pair for pair in CHOSEN if left_out(pair) == without]
+        measure = functools.partial(resources.measure, with_phases=False, without=without)
+        measured += resources.measure_all(pairs, 2, measure)
     return [row for found in measured for row in found]
 
 
@@ -69,8 +83,8 @@ def test_no_kernel_has_a_fault(rows, chip):
     found = [row for row in rows if row.resources.target == chip]
     units = {(case.name, case.precision) for case, target in CHOSEN if target == chip}
     assert {(row.case.name, row.case.precision) for row in found if row.kernel == "select"} == units
-    whole = {(case.name, case.precision) for case, target in WHOLE if target == chip}
-    assert {(row.case.name, row.case.precision) for row in found if row.kernel == "gated_select"} == whole
+    small = {(case.name, case.precision) for case, target in WITH_SMALL if target == chip}
+    assert {(row.case.name, row.case.precision) for row in found if row.kernel == "gated_select"} == small
     assert not [(row.case.name, row.case.precision, row.kernel, row.faults) for row in found if faults(row)]
 
 
@@ -155,7 +169,7 @@ def test_instructions_per_output_of_the_convolution(rows, stage, most):
 @needs_narrow_products
 def test_instructions_of_the_resident_kernel_are_those_of_its_phases():
     """It convolves twice: twice the budget of a convolution."""
-    case = next(case for case, chip in WHOLE if chip == "sm_90")
+    case = next(case for case, chip in WITH_RESIDENT if chip == "sm_90")
     others = [schedule for schedule in SCHEDULES if schedule != "resident"]
     measure = functools.partial(resources.measure, without=others)
     (rows,) = resources.measure_all([(case, "sm_90")], 1, measure)
@@ -167,7 +181,7 @@ def test_large_tensors_take_64_bit_offsets(rows):
     large = [row for row in rows if row.case is not None and row.case.name == LARGE.name]
     branches = "branch_conv_window" if HAS_NARROW_PRODUCTS else "branch_conv_stream"
     assert {row.kernel for row in large} == {
-        branches, "gate", "select", f"{branches}, pool", f"{branches}, select",
+        branches, "gate", "select", "gated_select", f"{branches}, pool", f"{branches}, select", "pooled_sums",
     }  # fmt: skip
     _, planned = resources.launches(LARGE, "sm_90")
     assert planned[0].constexprs["IS_LARGE"]

@@ -10,7 +10,7 @@ from sk_triton.bench import coverage, results
 from sk_triton.bench.measuring.providers import competitors
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
-from .drawn_pictures import figures, words
+from .drawn_pictures import Figures, words
 from .printed import printed
 from .synthetic_results import a_stamp, small
 
@@ -82,5 +82,5 @@ def test_a_quick_run_names_what_it_left_out_in_table_and_picture():
     for unit in (CLASSIC, PAPER):
         line = next(line for line in text.splitlines() if line.startswith(f"{unit} fp16 inference: "))
         assert "; not measured: torch.compile" in line
-    headline = words(figures(quick)[f"speed-{PAPER}-fp16"]).replace("\n", " ")
+    headline = words(Figures(quick)[f"speed-{PAPER}-fp16"]).replace("\n", " ")
     assert "not measured: torch.compile" in headline

@@ -13,7 +13,7 @@ from sk_triton.kernels.geometry import ConvShape, tiles
 
 from .branch_cases import (
     CASES,
-    IN_BFLOAT16,
+    IN_NCHW,
     SELECTING,
     STREAM,
     check,
@@ -60,7 +60,7 @@ def test_recomputing_matches_float64(name, dtype):
     x, weights, shift = make(shape, *size, dtype)
     m, n, c = len(shape.kernels), size[0], shape.c_out
     attention = torch.randn(n, m, c).softmax(1)
-    formats = [torch.channels_last, *[torch.contiguous_format] * (name in IN_BFLOAT16)]
+    formats = [torch.channels_last, *[torch.contiguous_format] * (name in IN_NCHW)]
     pooled, *vs = recompute(
         x, weights, shift, attention, shape, config, has_relu=True, memory_formats=formats
     )

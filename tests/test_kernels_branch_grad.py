@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.kernels.config import GradStreamConfig
 from sk_triton.kernels.geometry import ConvShape
-from sk_triton.kernels.grad_geometry import can_run_grad, partial_shape, strips
+from sk_triton.kernels.grad_geometry import can_run_grad, grad_programs, partial_shape
 
 from .grad_cases import CASES, DTYPES, STREAM, WIDE, check, make, run, terms_of
 from .packed import pack_grad_weights
@@ -84,7 +84,7 @@ def test_more_tiles_than_a_grid_has_rows(name, most, monkeypatch):
     expected, expected_dw = run(x, dv, y, weights, terms, shape, config, has_relu=True)
     for module in ("branch_grad", "grad_geometry"):
         monkeypatch.setattr(f"sk_triton.kernels.{module}.MAX_GRID_Y", most)
-    assert strips(shape, config, *size)[0] <= most
+    assert grad_programs(shape, config, *size)[0] <= most
     dx, dw = run(x, dv, y, weights, terms, shape, config, has_relu=True)
     assert torch.equal(dx, expected)
     for found, whole in zip(dw, expected_dw, strict=True):

@@ -7,6 +7,7 @@ from sk_triton.kernels.config import (
     ColumnConfig,
     DepthwiseConfig,
     HeldConfig,
+    MergedConfig,
     StreamConfig,
     TapConfig,
     WindowConfig,
@@ -25,7 +26,9 @@ SETTINGS = {
     "pool": {"has_relu": True},
     "select": {"has_relu": True},
 }
+MERGED = MergedConfig(16, 16, 2, 8, RUN_H=2, RUN_W=2)
 REFUSED = [
+    ("pool", GROUPED, MERGED, "a MergedConfig is of another kernel"),
     ("store", GROUPED, DEPTHWISE, "a DepthwiseConfig takes groups of one channel"),
     ("train", ConvShape(32, 32, 32, (3,), (1,)), DEPTHWISE, "nothing but store, asked to train"),
     ("pool", ConvShape(32, 32, 32, (3,), (1,)), DEPTHWISE, "nothing but store, asked to pool"),
@@ -46,13 +49,13 @@ REFUSED = [
 ]
 
 
-def launch(task, shape, config, dtype=torch.float16):
+def launch(task, shape, config, dtype=torch.float16, narrower=0):
     from sk_triton.kernels import branch_conv
 
     n, h, w, m = 1, 9, 7, len(shape.kernels)
     channels = shape.c_in * (m if shape.is_split else 1)
     x = torch.empty(n, channels, h, w, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    out_h, out_w = shape.output_size(h, w)
+    out_h, out_w = shape.output_size(h, w - narrower)
     sums = torch.empty(n, 64, shape.c_out)
     moments = torch.empty(m, 3, 64, shape.c_out)
     u = torch.empty(m, n, out_h, out_w, shape.c_out, dtype=dtype)
@@ -86,5 +89,11 @@ def test_kernels_of_narrow_groups_do_everything(task, config):
 
 
 def test_a_window_takes_16_bits():
-    with pytest.raises(ValueError, match=r"config: a window of rows takes 16-bit inputs, got torch\.float32"):
+    with pytest.raises(ValueError, match=r"config: a window of rows takes inputs of 16 bits, got 32"):
         launch("store", GROUPED, WINDOW, torch.float32)
+
+
+@pytest.mark.parametrize("task", ["store", "train", "select"])
+def test_an_output_of_another_size_is_refused(task):
+    with pytest.raises(ValueError, match=r"the output must have \(9, 7\) pixels, got \(9, 6\)"):
+        launch(task, GROUPED, STREAM, narrower=1)

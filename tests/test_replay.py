@@ -37,6 +37,14 @@ def image(*shape, channels=8):
     return torch.randn(*shape[:1], channels, *shape[1:])
 
 
+SCHEDULES = [
+    ("store", 3),
+    ("gated", 2),
+    ("recompute", 3),
+    pytest.param("resident", 1, marks=needs_unhoisted_loops),
+]
+
+
 def expected(layer, x):
     """By a planned call: without a layer's memory of earlier ones."""
     from sk_triton.functional import sk_conv
@@ -49,15 +57,12 @@ def expected(layer, x):
     [paper_layer(), SKConv(8, 2, 2, 2), paper_layer(stride=2), paper_layer(out_channels=16)],
     ids=["paper", "linear", "stride 2", "more outputs"],
 )
-@pytest.mark.parametrize(
-    ("schedule", "launches"),
-    [("store", 3), ("gated", 2), ("recompute", 3), pytest.param("resident", 1, marks=needs_unhoisted_loops)],
-)
+@pytest.mark.parametrize(("schedule", "launches"), SCHEDULES)
 def test_a_second_call_starts_the_same_kernels_on_its_own_tensors(layer, schedule, launches, direct):
     check_second_calls(layer, schedule, launches, torch.channels_last, direct)
 
 
-@pytest.mark.parametrize(("schedule", "launches"), [("store", 3), ("recompute", 3)])
+@pytest.mark.parametrize(("schedule", "launches"), SCHEDULES)
 def test_a_second_call_converts_its_own_input(schedule, launches, direct):
     check_second_calls(paper_layer(), schedule, launches, torch.contiguous_format, direct)
 

@@ -142,6 +142,7 @@ def test_merged_schedule_moves_three_passes_of_linear_branches(stage):
     rows, unit = traffic.count(spec, n, size, full, "merged")
     assert {row.kernel for row in rows} == {"border_sums", "gate", "merged_conv_window"}
     assert traffic.passes(rows, unit) == 3
+    assert (traffic.passes(rows, unit, ("x",)), traffic.passes(rows, unit, ("v",))) == (2, 1)
     assert traffic.passes(rows, unit, ("partial", "attention")) <= 0.1
 
 

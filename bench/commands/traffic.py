@@ -17,10 +17,10 @@ from ..interpreted.traffic import (
     STAGES,
     SUMS,
     UNITS,
+    batch_workload,
     count,
     count_training,
     passes,
-    workload_of,
 )
 from ..shapes import CLASSIC, PAPER
 
@@ -113,7 +113,7 @@ def refuse(args: argparse.Namespace) -> None:
 
     full, spec, _, size = UNITS[args.unit][args.stage]
     for each in (full, spec):
-        if reason := planning.refusal(args.schedule, workload_of(each, size)):
+        if reason := planning.refusal(args.schedule, batch_workload(each, size)):
             raise ValueError(
                 f"schedule {args.schedule!r} cannot run the {args.unit} unit of stage {args.stage}: {reason}"
             )

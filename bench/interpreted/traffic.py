@@ -48,7 +48,7 @@ def count(
         raise RuntimeError(
             "traffic is counted by Triton's interpreter: set TRITON_INTERPRET=1 before the first import"
         )
-    workload = workload_of(spec, size)
+    workload = batch_workload(spec, size)
     plan = planning.plan_schedule(schedule, workload)
     if full is not None:
         planned = planning.plan_schedule(schedule, replace(workload, spec=full))
@@ -95,7 +95,7 @@ def count_training(
 
     from ..compiled.training_steps import take_step
 
-    workload = workload_of(spec, size)
+    workload = batch_workload(spec, size)
     plan = plan_training(workload, save)
     if full is not None:
         planned = plan_training(replace(workload, spec=full), save)
@@ -116,7 +116,8 @@ def count_training(
     return rows, v.numel() * v.element_size()
 
 
-def workload_of(spec: SKSpec, size: int) -> Workload:
+def batch_workload(spec: SKSpec, size: int) -> Workload:
+    """What is planned to be counted: 128 samples in fp16 on an H100, of which a few are run."""
     return Workload(spec, 128, size, size, torch.float16, CHIPS["sm_90"])
 
 

@@ -35,8 +35,8 @@ def grad_config(
             tiles_h, tiles_w = grad_tiles(shape, config, h, w)
             pieces = blocks.count * blocks.chunks_ci * blocks.chunks_co
             per_processor = STREAM_RESIDENT if isinstance(config, GradStreamConfig) else WIDE_RESIDENT
-            strips = max(1, per_processor * chip.processors // pieces)
-            return replace(config, TILES_PER_PROGRAM=cdiv(n * tiles_h * tiles_w, strips))
+            programs = max(1, per_processor * chip.processors // pieces)
+            return replace(config, TILES_PER_PROGRAM=cdiv(n * tiles_h * tiles_w, programs))
     return None
 
 

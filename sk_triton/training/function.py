@@ -14,7 +14,7 @@ from ..spec import SKSpec
 from .call import UnitCall, run_backward
 from .norms import NormSettings
 from .operators import FIRST_SAVED, results_of
-from .tensors import UnitTensors, in_places
+from .tensors import UnitTensors, where_needed
 
 if TYPE_CHECKING:
     from ..kernels.running import Running
@@ -71,5 +71,5 @@ class UnitFunction(torch.autograd.Function):
         params, rest = tensors[:count], tensors[count:]
         num_running = num_inputs - 3 - count
         found = run_backward(grads[0], x, ctx.call, params, rest[:num_running], rest[num_running:], needs)
-        dx, *dparams = in_places(found, needs)
+        dx, *dparams = where_needed(found, needs)
         return dx, None, None, *dparams, *(None,) * num_running

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import cannot_run, training_reason
+from ..backend import cannot_run, inference_schedule_reason
 from ..layout import memory_format
 from ..save import Save
 from ..spec import SKSpec
 from .norms import NormSettings
-from .tensors import Saved, UnitTensors, in_places
+from .tensors import Saved, UnitTensors, where_needed
 
 # Outputs of the forward operator that its gradient reads: all after v and the two unbiased variances.
 FIRST_SAVED = 3
@@ -70,7 +70,7 @@ def unit_fwd(
     """
     from .operator_replay import forward
 
-    if reason := training_reason():
+    if reason := inference_schedule_reason():
         raise cannot_run("triton", reason)
     norms = NormSettings(kinds, list(epsilons), groups)
     return forward(x, params, running, tuple(has), SKSpec.decode(spec), norms, save)
@@ -154,7 +154,7 @@ def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     x, *rest = ctx.saved_tensors
     params, rest = rest[:num_params], rest[num_params:]
     found = unit_bwd(dv, x, params, rest[:num_running], rest[num_running:], *ctx.static, needs)
-    dx, *dparams = in_places(found, needs)
+    dx, *dparams = where_needed(found, needs)
     return dx, dparams, [None] * num_running, *(None,) * 6
 
 

@@ -22,7 +22,7 @@ from .call import UnitCall, is_watched, run_backward
 from .operators import FIRST_SAVED
 from .passes import backward_pass, in_format_of, kernel_inputs
 from .tape import Tape
-from .tensors import in_places
+from .tensors import where_needed
 
 Slot = tuple[dict[str, Any], str]
 """Where a layer keeps a parameter."""
@@ -48,14 +48,14 @@ class TrainingCall:
         x: Tensor,
         v: Tensor,
         saved: Sequence[Tensor],
-        packing: SideBySide,
+        side_by_side: SideBySide,
         recording: Recording,
     ) -> None:
         self.call, self.slots, self.running = call, slots, running
         self.dtype, self.is_converted = x.dtype, x.stride(1) != 1
         self.v = v.shape, v.stride()
-        self.saved = [Part.of(tensor, packing.add(tensor)) for tensor in saved]
-        self.saved_bytes = packing.nbytes
+        self.saved = [Part.of(tensor, side_by_side.add(tensor)) for tensor in saved]
+        self.saved_bytes = side_by_side.nbytes
         self.changed = tensors_of(call.updates)
         self.recording = recording
         self.backwards: dict[Hashable, Recording] = {}
@@ -153,7 +153,7 @@ class _RecordedUnit(torch.autograd.Function):
         if dv is None or not any(needs):
             return (None,) * (1 + len(needs))
         x, saved, *params = ctx.saved_tensors
-        dx, *dparams = in_places(ctx.call.backward(dv, x, saved, params, needs), needs)
+        dx, *dparams = where_needed(ctx.call.backward(dv, x, saved, params, needs), needs)
         return dx, None, *dparams
 
 
@@ -180,12 +180,12 @@ def record_call(
     if slots is None or any(isinstance(m, nn.SyncBatchNorm) for m in recorder.layer.modules()):
         return  # a group of processes may form later
     v, saved = outputs[0], outputs[FIRST_SAVED:]
-    packing = SideBySide(tensor for tensor in saved if tensor.numel())
+    side_by_side = SideBySide(tensor for tensor in saved if tensor.numel())
     fixed = (*params, *running, *tensors_of(call.updates))
-    recording = record(tape.steps, tape.started, (x_in, packing, v), fixed, outputs=1)
+    recording = record(tape.steps, tape.started, (x_in, side_by_side, v), fixed, outputs=1)
     if recording is not None:
         plain = call._replace(recorder=None)
-        recorder.add(TrainingCall(plain, slots, running, x, v, saved, packing, recording).start)
+        recorder.add(TrainingCall(plain, slots, running, x, v, saved, side_by_side, recording).start)
 
 
 def _slots(layer: nn.Module, params: Sequence[Tensor]) -> list[Slot] | None:

@@ -62,7 +62,22 @@ def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, 
     if save != "branches" or not unit.spec.branch_norm:
         sums = sums.new_empty(0)
     # Outputs of an operator must not share memory.
-    return [v, unbiased, gate_unbiased, *Saved(y, mean, rstd, sizes, vectors.stacked, sums, *state)]
+    saved = Saved(
+        y=y,
+        mean=mean,
+        rstd=rstd,
+        sizes=sizes,
+        vectors=vectors.stacked,
+        sums=sums,
+        s=state.s,
+        h=state.h,
+        z=state.z,
+        gate_mean=state.mean,
+        gate_rstd=state.rstd,
+        gate_size=state.size,
+        attention=state.attention,
+    )
+    return [v, unbiased, gate_unbiased, *saved]
 
 
 def backward(

@@ -76,7 +76,7 @@ class Saved(NamedTuple):
     attention: Tensor
 
 
-def in_places(found: Iterable[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
+def where_needed(found: Iterable[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """The gradients that were `found`, each where one of `needs` asks for it; None elsewhere."""
     rest = iter(found)
     return [next(rest) if is_needed else None for is_needed in needs]
