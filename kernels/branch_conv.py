@@ -150,5 +150,8 @@ def _launch(call: BranchCall[BranchConfig]) -> Launch:
     if reason := branch_refusal(call.task, call.shape, call.config, call.x.element_size()):
         raise ValueError(f"config: {reason}")
     if call.out is not None and (size := call.out_size) != call.output_size:
-        raise ValueError(f"the output must have {call.output_size} pixels, got {size}")
+        name = {"store": "u", "train": "y", "select": "v"}[call.task]
+        raise ValueError(
+            f"{name} must have {call.output_size} pixels for an x of {tuple(call.x.shape)}, got {size}"
+        )
     return LAUNCHERS[type(call.config)](call)
