@@ -21,7 +21,6 @@ CHOSEN = (
     ("stage 2", "store"),
     ("classic, M = 2", "merged"),
     PRESSED,
-    ("stage 3", "train"),
 )
 WARPS = 4
 
