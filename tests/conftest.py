@@ -35,7 +35,15 @@ def pytest_xdist_auto_num_workers():
     return 1 if torch.cuda.is_available() else os.cpu_count()
 
 
+def pytest_configure(config):
+    # Else xdist begins with the files of most tests; those of a few that compile for minutes would come last.
+    if hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False
+
+
 def pytest_collection_modifyitems(items):
+    compiling = {item.path for item in items if "compile" in item.keywords}
+    items.sort(key=lambda item: item.path not in compiling)
     for item in items:
         if "gpu" in item.keywords and (IS_INTERPRETED or not torch.cuda.is_available()):
             item.add_marker(pytest.mark.skip(reason="needs a GPU and compiled kernels"))
