@@ -98,7 +98,8 @@ class BranchCall(Generic[ConfigT]):
     def out_size(self) -> tuple[int, int]:
         """Pixels of `out`, which there must be."""
         assert self.out is not None
-        return tuple(self.out.shape[2:] if self.task == "select" else self.out.shape[2:4])  # type: ignore[return-value]
+        h, w = self.out.shape[2:4]  # of v [N, C, H, W] as of u [M, N, H, W, C]
+        return h, w
 
     @property
     def partial_strides(self) -> tuple[int, int]:

@@ -37,12 +37,8 @@ def image(*shape, channels=8):
     return torch.randn(*shape[:1], channels, *shape[1:])
 
 
-SCHEDULES = [
-    ("store", 3),
-    ("gated", 2),
-    ("recompute", 3),
-    pytest.param("resident", 1, marks=needs_unhoisted_loops),
-]
+RESIDENT = pytest.param("resident", 1, marks=needs_unhoisted_loops)
+SCHEDULES = [("store", 3), ("gated", 2), ("recompute", 3), RESIDENT]
 
 
 def expected(layer, x):
@@ -53,21 +49,19 @@ def expected(layer, x):
 
 
 @pytest.mark.parametrize(
-    "layer",
-    [paper_layer(), SKConv(8, 2, 2, 2), paper_layer(stride=2), paper_layer(out_channels=16)],
-    ids=["paper", "linear", "stride 2", "more outputs"],
+    ("layer", "memory_format"),
+    [
+        pytest.param(paper_layer(), torch.channels_last, id="paper"),
+        pytest.param(paper_layer(), torch.contiguous_format, id="paper, nchw"),
+        pytest.param(SKConv(8, 2, 2, 2), torch.channels_last, id="linear"),
+        pytest.param(paper_layer(stride=2), torch.channels_last, id="stride 2"),
+        pytest.param(paper_layer(out_channels=16), torch.channels_last, id="more outputs"),
+    ],
 )
 @pytest.mark.parametrize(("schedule", "launches"), SCHEDULES)
-def test_a_second_call_starts_the_same_kernels_on_its_own_tensors(layer, schedule, launches, direct):
-    check_second_calls(layer, schedule, launches, torch.channels_last, direct)
-
-
-@pytest.mark.parametrize(("schedule", "launches"), SCHEDULES)
-def test_a_second_call_converts_its_own_input(schedule, launches, direct):
-    check_second_calls(paper_layer(), schedule, launches, torch.contiguous_format, direct)
-
-
-def check_second_calls(layer, schedule, launches, memory_format, direct):
+def test_a_second_call_starts_the_same_kernels_on_its_own_tensors(
+    layer, memory_format, schedule, launches, direct
+):
     layer = copy.deepcopy(layer).half()
     with use_backend("triton", schedule=schedule):
         layer(image(2, 5, 6).half().to(memory_format=memory_format))
