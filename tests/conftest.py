@@ -15,13 +15,6 @@ from .interpreter import checked_overflow, quicken
 # What this machine's user tuned is none of the tests' business.
 os.environ["SK_TRITON_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "sk-triton-tests-tuned-nothing")
 
-# Triton reads the switch when a kernel is defined: in one process kernels are either interpreted or compiled.
-if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
-IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-if IS_INTERPRETED and importlib.util.find_spec("triton"):
-    quicken()
-
 # No deadline: two busy cores time nothing. Derandomised: a failure on one machine is a failure on all.
 settings.register_profile("sk_triton", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("sk_triton")
@@ -35,22 +28,76 @@ def pytest_xdist_auto_num_workers():
     return 1 if torch.cuda.is_available() else os.cpu_count()
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--emulate",
+        metavar="CHIP",
+        default=None,
+        choices=("sm_80", "sm_86", "sm_89", "sm_90", "sm_120"),
+        help="run what is marked interpret by the compiled code for a chip, emulated, not by Triton's interpreter",
+    )
+
+
 def pytest_configure(config):
+    # Triton reads the switch when a kernel is defined: in one process kernels are either interpreted or compiled.
+    if config.getoption("--emulate", None):
+        os.environ["TRITON_INTERPRET"] = "0"
+    elif not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    if is_interpreted() and importlib.util.find_spec("triton"):
+        quicken()
     # Else xdist begins with the files of most tests; those of a few that compile for minutes would come last.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
 
 
-def pytest_collection_modifyitems(items):
+def is_interpreted():
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config, items):
     compiling = {item.path for item in items if "compile" in item.keywords}
     items.sort(key=lambda item: item.path not in compiling)
     for item in items:
-        if "gpu" in item.keywords and (IS_INTERPRETED or not torch.cuda.is_available()):
+        if "gpu" in item.keywords and (is_interpreted() or not torch.cuda.is_available()):
             item.add_marker(pytest.mark.skip(reason="needs a GPU and compiled kernels"))
-        if "interpret" in item.keywords and not IS_INTERPRETED:
+        if "interpret" in item.keywords and not (is_interpreted() or config.getoption("--emulate", None)):
             item.add_marker(
                 pytest.mark.skip(reason="kernels are compiled here: TRITON_INTERPRET=1 pytest -m interpret")
             )
+        if config.getoption("--emulate", None):
+            if "interpret" not in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="runs no kernel on the CPU"))
+            if "interpreter_only" in item.keywords or "started_directly" in item.fixturenames:
+                item.add_marker(pytest.mark.skip(reason="looks into the interpreter"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _emulated(pytestconfig):
+    """With --emulate: launches of tensors on the CPU, which the dispatcher lets through as for the interpreter."""
+    chip = pytestconfig.getoption("--emulate", None)
+    if not chip:
+        yield
+        return
+    from sk_triton import dispatch
+    from sk_triton.bench.interpreted import meter
+    from sk_triton.kernels import branch_conv_window, branch_grad, merged_conv_window
+    from sk_triton.kernels.launch import Launch
+    from sk_triton.kernels.prefetch import can_prefetch
+
+    from .emulator import emulate, observed_accesses
+
+    def can_prefetch_on_a_gpu(x):
+        alike = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        return can_prefetch(alike) and x.data_ptr() % 16 == 0
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Launch, "__call__", lambda launch: emulate(launch, chip))
+        for module in (branch_conv_window, branch_grad, merged_conv_window):
+            patched.setattr(module, "can_prefetch", can_prefetch_on_a_gpu)
+        patched.setattr(dispatch, "is_interpreted", lambda: True)
+        patched.setattr(meter, "observed_accesses", observed_accesses)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import triton.language as tl
 from . import interpreter
 from .interpreter import checked_overflow
 
-pytestmark = pytest.mark.interpret
+pytestmark = [pytest.mark.interpret, pytest.mark.interpreter_only]
 
 
 @triton.jit

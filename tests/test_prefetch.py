@@ -125,6 +125,7 @@ def in_memory_of(tensor, pieces):
 
 
 @pytest.mark.interpret
+@pytest.mark.interpreter_only
 @pytest.mark.parametrize("name", WINDOWS)
 def test_a_window_of_rows_prefetches_all_that_it_loads(name):
     from sk_triton.kernels import window
@@ -152,6 +153,7 @@ def test_a_window_of_rows_prefetches_all_that_it_loads(name):
 
 
 @pytest.mark.interpret
+@pytest.mark.interpreter_only
 @pytest.mark.parametrize("num_warps", [1, 4])
 def test_the_merged_convolution_prefetches_all_that_it_loads(num_warps):
     from sk_triton.kernels import window
@@ -172,6 +174,7 @@ def test_the_merged_convolution_prefetches_all_that_it_loads(num_warps):
 
 
 @pytest.mark.interpret
+@pytest.mark.interpreter_only
 @pytest.mark.parametrize("name", GRADS)
 def test_weight_gradients_prefetch_what_the_next_tile_loads(name):
     from sk_triton.kernels import prefetch
@@ -221,6 +224,7 @@ def test_on_the_chips_that_have_the_instruction():
 
 
 @pytest.mark.interpret
+@pytest.mark.interpreter_only
 def test_only_pixels_that_are_one_aligned_piece_of_memory():
     from sk_triton.kernels.prefetch import can_prefetch
 

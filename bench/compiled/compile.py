@@ -113,9 +113,9 @@ def _compiling_for(target: str) -> Iterator[None]:
 
 
 def jit_compiled(launch: Launch, target: str) -> Any:
-    """What Triton's JIT compiles where a launch is started on a chip, on aligned tensors: it finds this in its cache
-    then. Tensors may be on the meta device."""
-    arguments = (_small(argument) for argument in launch.arguments)
+    """What Triton's JIT compiles where a launch is started on a chip: it finds this in its cache then. Tensors on the
+    meta device count as aligned."""
+    arguments = (_in_memory(argument) for argument in launch.arguments)
     options = launch.options_for(is_amd=is_amd(target))
     with _compiling_for(target):
         return launch.kernel.warmup(*arguments, grid=launch.grid, **launch.constexprs, **options)
@@ -130,11 +130,13 @@ def compile_launch(launch: Launch, target: str) -> Resources:
     return _read_cubin(compiled, target, launch.trips)
 
 
-def _small(argument: object) -> object:
+def _in_memory(argument: object) -> object:
     """A tensor in memory in place of one that has none, alone or in a tuple."""
     if isinstance(argument, tuple):
-        return tuple(map(_small, argument))
-    return torch.empty(64, dtype=argument.dtype) if isinstance(argument, torch.Tensor) else argument
+        return tuple(map(_in_memory, argument))
+    if isinstance(argument, torch.Tensor) and argument.is_meta:
+        return torch.empty(64, dtype=argument.dtype)
+    return argument
 
 
 def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,40 +47,18 @@ class Meter:
     @contextlib.contextmanager
     def watch(self, kernel: str = "") -> Iterator[list[Traffic]]:
         """Count what runs inside; the list that is handed out is filled at the end, one row per tensor used."""
-        from triton.runtime.interpreter import InterpreterBuilder
-
         self._rows = {name: Traffic(kernel, name) for name, _ in self._storages.values()}
         self._touched = {}
-        load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
-
-        def metered_load(builder, ptrs, mask, *args, **kwargs):
-            self._count(ptrs, mask, is_write=False)
-            return load(builder, ptrs, mask, *args, **kwargs)
-
-        def metered_store(builder, ptrs, value, mask, *args, **kwargs):
-            self._count(ptrs, mask, is_write=True)
-            return store(builder, ptrs, value, mask, *args, **kwargs)
-
-        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = (
-            metered_load,
-            metered_store,
-        )
         result: list[Traffic] = []
-        try:
+        with observed_accesses(self._count):
             yield result
-        finally:
-            InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
         for address, touched in self._touched.items():
             self._rows[self._storages[address][0]].touched += int(touched.sum())
         result.extend(row for row in self._rows.values() if row.requested)
 
-    def _count(self, ptrs: Any, mask: Any, *, is_write: bool) -> None:
+    def _count(self, addresses: np.ndarray, size: int, is_write: bool) -> None:
         import numpy as np
 
-        size = ptrs.get_element_ty().primitive_bitwidth // 8
-        # A mask and a scalar condition make integers of it, which would count as indices.
-        wanted = mask.data.astype(bool)
-        addresses = np.broadcast_to(ptrs.data, wanted.shape)[wanted].astype(np.int64).reshape(-1)
         found = 0
         for address, (name, nbytes) in self._storages.items():
             offsets = addresses - address
@@ -98,3 +76,33 @@ class Meter:
                 touched[offsets + byte] = True
         if found != addresses.size:
             raise IndexError(f"{addresses.size - found} accesses outside of every tensor")
+
+
+@contextlib.contextmanager
+def observed_accesses(observer: Callable[[np.ndarray, int, bool], None]) -> Iterator[None]:
+    """Inside, `observer(addresses, bytes of each, is_write)` is told of all loads and stores of the interpreter."""
+    import numpy as np
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def tell(ptrs: Any, mask: Any, is_write: bool) -> None:
+        # A mask and a scalar condition make integers of it, which would count as indices.
+        wanted = mask.data.astype(bool)
+        addresses = np.broadcast_to(ptrs.data, wanted.shape)[wanted].astype(np.int64).reshape(-1)
+        observer(addresses, ptrs.get_element_ty().primitive_bitwidth // 8, is_write)
+
+    def observed_load(builder, ptrs, mask, *args, **kwargs):
+        tell(ptrs, mask, False)
+        return load(builder, ptrs, mask, *args, **kwargs)
+
+    def observed_store(builder, ptrs, value, mask, *args, **kwargs):
+        tell(ptrs, mask, True)
+        return store(builder, ptrs, value, mask, *args, **kwargs)
+
+    InterpreterBuilder.create_masked_load = observed_load
+    InterpreterBuilder.create_masked_store = observed_store
+    try:
+        yield
+    finally:
+        InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store = load, store
