@@ -74,29 +74,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture(autouse=True, scope="session")
 def _emulated(pytestconfig):
-    """With --emulate: launches of tensors on the CPU, which the dispatcher lets through as for the interpreter."""
+    """With --emulate."""
     chip = pytestconfig.getoption("--emulate", None)
-    if not chip:
-        yield
-        return
-    from sk_triton import dispatch
-    from sk_triton.bench.interpreted import meter
-    from sk_triton.kernels import branch_conv_window, branch_grad, merged_conv_window
-    from sk_triton.kernels.launch import Launch
-    from sk_triton.kernels.prefetch import can_prefetch
+    if chip:
+        from .emulator.session import emulating
 
-    from .emulator import emulate, observed_accesses
-
-    def can_prefetch_on_a_gpu(x):
-        alike = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
-        return can_prefetch(alike) and x.data_ptr() % 16 == 0
-
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(Launch, "__call__", lambda launch: emulate(launch, chip))
-        for module in (branch_conv_window, branch_grad, merged_conv_window):
-            patched.setattr(module, "can_prefetch", can_prefetch_on_a_gpu)
-        patched.setattr(dispatch, "is_interpreted", lambda: True)
-        patched.setattr(meter, "observed_accesses", observed_accesses)
+        with emulating(chip):
+            yield
+    else:
         yield
 
 

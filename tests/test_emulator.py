@@ -1,6 +1,8 @@
 """The emulator of compiled kernels, on PTX by hand: who holds what of a matrix is spelt out as in the PTX ISA."""
 
+import importlib
 import itertools
+import pkgutil
 import re
 
 import numpy as np
@@ -402,6 +404,16 @@ def test_what_is_not_written_is_not_finite(body, dtype):
 def test_arguments_that_are_missing_are_an_error():
     with pytest.raises(ValueError, match="0 arguments for"):
         run(f"{HEAD}.visible .entry k(\n{PARAMETERS}\n)\n.reqntid 32\n{{\nret;\n}}\n", [], (1,), 0, [])
+
+
+def test_all_kernels_that_fetch_ahead_do_so_when_emulated():
+    from sk_triton import kernels
+
+    from .emulator.session import PREFETCHING
+
+    names = [info.name for info in pkgutil.iter_modules(kernels.__path__, f"{kernels.__name__}.")]
+    modules = [importlib.import_module(name) for name in names if not name.endswith(".prefetch")]
+    assert {module for module in modules if hasattr(module, "can_prefetch")} == set(PREFETCHING)
 
 
 def test_accesses_are_told_of():
