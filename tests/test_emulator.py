@@ -99,6 +99,11 @@ def test_integers(body, inputs, expected):
             "mov.b32 {%rs0, %rs1}, %r7;\ncvt.f32.f16 %r9, %rs1;",
             [2.0, np.nan, np.nan],
         ),
+        (
+            "cvt.rn.f16x2.f32 %r7, %r0, %r1;\ncvt.rn.f16x2.f32 %r8, %r1, %r0;\nsetp.gt.f16x2 %p1|%p2, %r7, %r8;\n"
+            "selp.f32 %r9, 0f3F800000, 0f00000000, %p1;\n@%p2 mov.b32 %r9, 0f40000000;",
+            [1.0, 0.0, 0.0],
+        ),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .numbers import TYPES, bits_of, immediate, is_float
+from .numbers import PACKED, TYPES, bits_of, immediate, is_float
 
 COMPARED = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater, "ge": np.greater_equal,
@@ -188,14 +188,16 @@ def _bit_field(instruction):
 
 
 def _compare(instruction):
-    """`setp`: with NaN only `nan` and comparisons that end in "u" hold, and `.ne` of fp32 does not."""
+    """`setp`: with NaN only `nan` and comparisons that end in "u" hold, and `.ne` of fp32 does not. Of packed numbers,
+    a predicate each, `p|q`."""
     _, name, *join, kind = instruction.parts
     result, a, b, *other = instruction.operands
     unordered = is_float(kind) and name[-1] == "u"
     compare = COMPARED.get(name[:-1] if unordered else name)
     if name == "nan":
         unordered, compare = True, lambda a, b: a != a
-    if compare is None:
+    results = result.split("|")
+    if compare is None or len(results) != (2 if kind in PACKED else 1) or (join and kind in PACKED):
         raise NotImplementedError(instruction.text)
 
     def act(machine, where):
@@ -206,7 +208,8 @@ def _compare(instruction):
             holds = holds | has_nan if unordered else holds & ~has_nan
         if join:
             holds = JOINED[join[0]](holds, machine.predicate(other[0]))
-        machine.set(result, holds, where)
+        for i, predicate in enumerate(results):
+            machine.set(predicate, holds[i :: len(results)], where)
 
     return act
 
