@@ -40,7 +40,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     # Triton reads the switch when a kernel is defined: in one process kernels are either interpreted or compiled.
-    if config.getoption("--emulate", None):
+    if emulated_chip(config):
         os.environ["TRITON_INTERPRET"] = "0"
     elif not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -49,6 +49,11 @@ def pytest_configure(config):
     # Else xdist begins with the files of most tests; those of a few that compile for minutes would come last.
     if hasattr(config.option, "loadscopereorder"):
         config.option.loadscopereorder = False
+
+
+def emulated_chip(config):
+    """Of --emulate, None without."""
+    return config.getoption("--emulate", None)
 
 
 def is_interpreted():
@@ -61,11 +66,11 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and (is_interpreted() or not torch.cuda.is_available()):
             item.add_marker(pytest.mark.skip(reason="needs a GPU and compiled kernels"))
-        if "interpret" in item.keywords and not (is_interpreted() or config.getoption("--emulate", None)):
+        if "interpret" in item.keywords and not (is_interpreted() or emulated_chip(config)):
             item.add_marker(
                 pytest.mark.skip(reason="kernels are compiled here: TRITON_INTERPRET=1 pytest -m interpret")
             )
-        if config.getoption("--emulate", None):
+        if emulated_chip(config):
             if "interpret" not in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="runs no kernel on the CPU"))
             if "interpreter_only" in item.keywords or "started_directly" in item.fixturenames:
@@ -75,7 +80,7 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True, scope="session")
 def _emulated(pytestconfig):
     """With --emulate."""
-    chip = pytestconfig.getoption("--emulate", None)
+    chip = emulated_chip(pytestconfig)
     if chip:
         from .emulator.session import emulating
 

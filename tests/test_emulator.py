@@ -1,7 +1,6 @@
-"""The emulator of compiled kernels, on PTX by hand: who holds what of a matrix is spelt out as in the PTX ISA."""
+"""The emulator of compiled kernels, on PTX by hand: instructions of a thread, programs, faults."""
 
 import importlib
-import itertools
 import pkgutil
 import re
 
@@ -11,35 +10,7 @@ import torch
 
 from .emulator import FaultError, observed_accesses, run
 from .emulator.launching import LANES
-
-HEAD = ".version 8.7\n.target sm_90\n.address_size 64\n.extern .shared .align 16 .b8 global_smem[];\n"
-PARAMETERS = ",\n".join(f"\t.param .u64 k_param_{i}" for i in range(3))
-REGISTERS = ".reg .pred %p<9>;\n.reg .b16 %rs<9>;\n.reg .b32 %r<99>;\n.reg .b64 %rd<9>;\n"
-
-
-def start(body, *values, threads=32, grid=(1,), shared=0):
-    """Run `body`; a tensor of `values` is given by its address, in `%rd0` and so on, a number in `%rd` likewise."""
-    names = [f"k_param_{i}" for i in range(len(values))]
-    parameters = ",\n".join(f"\t.param .u64 .ptr .global .align 1 {name}" for name in names)
-    loads = "".join(f"ld.param.b64 %rd{i}, [{name}];\n" for i, name in enumerate(names))
-    text = f"{HEAD}.visible .entry k(\n{parameters}\n)\n.reqntid {threads}\n{{\n{REGISTERS}{loads}{body}\nret;\n}}\n"
-    given = [value.data_ptr() if isinstance(value, torch.Tensor) else value for value in values]
-    run(text, given, grid, shared, [value for value in values if isinstance(value, torch.Tensor)])
-
-
-def results(body, *inputs, dtype=torch.int32):
-    """`%r9` of a warp's threads after `body`; `%r0` and so on are the threads' entries of `inputs`, in 32 bits each."""
-    out = torch.zeros(32, dtype=dtype)
-    loads = "".join(
-        f"add.s64 %rd8, %rd{i + 1}, %rd7;\nld.global.b32 %r{i}, [%rd8];\n" for i in range(len(inputs))
-    )
-    lane = "mov.u32 %r98, %tid.x;\nmul.wide.u32 %rd7, %r98, 4;\n"
-    start(f"{lane}{loads}{body}\nadd.s64 %rd8, %rd0, %rd7;\nst.global.b32 [%rd8], %r9;", out, *inputs)
-    return out
-
-
-def threads():
-    return torch.arange(32, dtype=torch.int32)
+from .ptx_by_hand import HEAD, results, start
 
 
 def whole(*values):
@@ -64,7 +35,6 @@ def floats(*values):
         ("bfe.u32 %r9, %r0, 4, 8;", [(0x12345678, -1)], [0x67, 0xFF]),
         ("bfe.s32 %r9, %r0, 4, 4;", [(0x80, 0x70)], [-8, 7]),
         ("prmt.b32 %r9, %r0, %r1, 0x7810;", [(0x443322F1,), (0x8899AABB,)], [0x88FF22F1 - 2**32]),
-        ("lop3.b32 %r9, %r0, %r1, %r2, 0x96;", [(12,), (10,), (6,)], [12 ^ 10 ^ 6]),
         ("mov.b32 {%rs0, %rs1}, %r0;\nmov.b32 %r9, {%rs1, %rs0};", [(0x12345678,)], [0x56781234]),
         ("mov.b32 {%rs0, _}, %r0;\ncvt.s32.s8 %r9, %rs0;", [(0x1FF, 0x17F)], [-1, 127]),
         ("setp.lt.s32 %p1, %r0, 0;\nselp.b32 %r9, 7, %r0, %p1;", [(-5, 5)], [7, 5]),
@@ -176,7 +146,10 @@ def test_lanes_part_and_meet_again():
         add.s32 %r9, %r2, %r3;
     """
     own = torch.arange(32) * (torch.arange(32) + 1) // 2
-    assert results(body, threads()).tolist() == (own + own.reshape(16, 2).flip(1).reshape(-1)).tolist()
+    assert (
+        results(body, torch.arange(32, dtype=torch.int32)).tolist()
+        == (own + own.reshape(16, 2).flip(1).reshape(-1)).tolist()
+    )
 
 
 def test_programs_have_their_own_shared_memory():
@@ -205,139 +178,6 @@ def test_programs_have_their_own_shared_memory():
     start(body, out, threads=64, grid=(3, 2), shared=256)
     thread = torch.arange(64)
     assert torch.equal(out.reshape(6, 64), (torch.arange(6)[:, None] * 64 + (thread - 40) % 64).int())
-
-
-def lanes_words(values, dtype):
-    """`values [32, words, 2]`, or `[32, words]` in 32 bits, as a thread's adjacent words."""
-    return torch.tensor(np.ascontiguousarray(values), dtype=dtype).reshape(32, -1)
-
-
-def multiply(opcode, left, right, start_values, metadata=None):
-    """What a product makes of each thread's words: `[32, 4]`."""
-    out = torch.zeros(32, 4)
-    sizes = [t.shape[1] * t.element_size() for t in (left, right, start_values)]
-    body, register, vectors = "mov.u32 %r98, %tid.x;\n", 0, []
-    for i, size in enumerate(sizes):
-        names = [f"%r{register + k}" for k in range(size // 4)]
-        register += len(names)
-        vectors.append(f"{{{', '.join(names)}}}")
-        body += f"mul.wide.u32 %rd7, %r98, {size};\nadd.s64 %rd8, %rd{i + 1}, %rd7;\n"
-        body += "".join(f"ld.global.b32 {name}, [%rd8+{4 * k}];\n" for k, name in enumerate(names))
-    sparsity = ""
-    if metadata is not None:
-        body += "mul.wide.u32 %rd7, %r98, 4;\nadd.s64 %rd8, %rd4, %rd7;\nld.global.b32 %r97, [%rd8];\n"
-        sparsity = ", %r97, 0x0"
-    result = "{%r90, %r91, %r92, %r93}"
-    body += f"{opcode} {result}, {', '.join(vectors)}{sparsity};\n"
-    body += f"mul.wide.u32 %rd7, %r98, 16;\nadd.s64 %rd8, %rd0, %rd7;\nst.global.v4.b32 [%rd8], {result};"
-    start(body, out, left, right, start_values, *([] if metadata is None else [metadata]))
-    return out
-
-
-def accumulators(matrix):
-    """c0 to c3: row g for i < 2, else g + 8; column 2 t + i % 2."""
-    found = np.zeros((32, 4), np.float32)
-    for lane, i in itertools.product(range(32), range(4)):
-        found[lane, i] = matrix[lane // 4 + 8 * (i // 2), 2 * (lane % 4) + i % 2]
-    return found
-
-
-def right_operand(matrix):
-    """b0, b1, …: row 2 t + i % 2 + 8 (i // 2), column g."""
-    found = np.zeros((32, len(matrix) // 4), np.float32)
-    for lane, i in itertools.product(range(32), range(len(matrix) // 4)):
-        found[lane, i] = matrix[2 * (lane % 4) + i % 2 + 8 * (i // 2), lane // 4]
-    return found
-
-
-def small_integers(*shape):
-    """Of which products are exact in every type."""
-    return np.random.default_rng(0).integers(-8, 9, shape).astype(np.float32)
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_products(dtype):
-    a, b, c = small_integers(16, 16), small_integers(16, 8), small_integers(16, 8)
-    left = np.zeros((32, 8), np.float32)
-    for lane, i in itertools.product(range(32), range(8)):
-        # a0 to a7: row g for i in 0, 1, 4, 5, else g + 8; column 2 t + i % 2, for i >= 4 plus 8
-        left[lane, i] = a[lane // 4 + 8 * (i // 2 % 2), 2 * (lane % 4) + i % 2 + 8 * (i // 4)]
-    kind = "f16" if dtype == torch.float16 else "bf16"
-    found = multiply(
-        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32",
-        lanes_words(left, dtype), lanes_words(right_operand(b), dtype), torch.tensor(accumulators(c)),
-    )  # fmt: skip
-    assert np.array_equal(found.numpy(), accumulators(a @ b + c))
-
-
-def test_products_in_tf32():
-    a, b, c = small_integers(16, 8), small_integers(8, 8), small_integers(16, 8)
-    left, right = np.zeros((32, 4), np.float32), np.zeros((32, 2), np.float32)
-    for lane, i in itertools.product(range(32), range(4)):
-        # a0 to a3: row g for i = 0, 2, else g + 8; column t, for i >= 2 plus 4
-        left[lane, i] = a[lane // 4 + 8 * (i % 2), lane % 4 + 4 * (i // 2)]
-    for lane, i in itertools.product(range(32), range(2)):
-        right[lane, i] = b[lane % 4 + 4 * i, lane // 4]
-    found = multiply(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32",
-        lanes_words(left, torch.float32), lanes_words(right, torch.float32),
-        torch.tensor(accumulators(c)),
-    )  # fmt: skip
-    assert np.array_equal(found.numpy(), accumulators(a @ b + c))
-
-
-@pytest.mark.parametrize("columns", [16, 32])
-def test_sparse_products(columns):
-    """Rows of a group of four threads have the same pattern; in others it differs."""
-    patterns = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3), (0, 1), (1, 3)]
-    entries = small_integers(16, columns // 2)
-    a, metadata = np.zeros((16, columns), np.float32), np.zeros(32, np.uint32)
-    for row, four, k in itertools.product(range(16), range(columns // 4), range(2)):
-        a[row, 4 * four + patterns[row % 8][k]] = entries[row, 2 * four + k]
-    for lane in range(32):
-        first, second = patterns[lane // 4]
-        metadata[lane] = 0x11111111 * (first + 4 * second)
-    b, c = small_integers(columns, 8), small_integers(16, 8)
-    left = np.zeros((32, columns // 4), np.float32)
-    for lane, i in itertools.product(range(32), range(columns // 4)):
-        # Two entries of four columns, from 4 t on, for i >= 4 from 4 t + 16; rows as of dense operands
-        left[lane, i] = entries[lane // 4 + 8 * (i // 2 % 2), 2 * (lane % 4) + i % 2 + 8 * (i // 4)]
-    found = multiply(
-        f"mma.sp::ordered_metadata.sync.aligned.m16n8k{columns}.row.col.f32.f16.f16.f32",
-        lanes_words(left, torch.float16), lanes_words(right_operand(b), torch.float16),
-        torch.tensor(accumulators(c)), torch.tensor(metadata.view(np.int32)),
-    )  # fmt: skip
-    assert np.array_equal(found.numpy(), accumulators(a @ b + c))
-
-
-@pytest.mark.parametrize("transposed", [False, True])
-def test_matrices_in_shared_memory(transposed):
-    """Thread i names row i % 8 of matrix i // 8; lane 4 g + t gets row g, columns 2 t and 2 t + 1 of each."""
-    words = torch.arange(4 * 8 * 8, dtype=torch.int16)
-    out = torch.zeros(32, 4, 2, dtype=torch.int16)
-    body = f"""
-        mov.u32 %r98, %tid.x;
-        shl.b32 %r1, %r98, 4;
-        mul.wide.u32 %rd7, %r98, 16;
-        add.s64 %rd8, %rd1, %rd7;
-        ld.global.v4.b32 {{%r2, %r3, %r4, %r5}}, [%rd8];
-        st.shared.v4.b32 [%r1], {{%r2, %r3, %r4, %r5}};
-        bar.sync 0;
-        ldmatrix.sync.aligned.m8n8.x4{".trans" * transposed}.shared.b16 {{%r2, %r3, %r4, %r5}}, [%r1];
-        bar.sync 0;
-        stmatrix.sync.aligned.m8n8.x4.shared.b16 [%r1], {{%r2, %r3, %r4, %r5}};
-        bar.sync 0;
-        ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{%r2, %r3, %r4, %r5}}, [%r1];
-        add.s64 %rd8, %rd0, %rd7;
-        st.global.v4.b32 [%rd8], {{%r2, %r3, %r4, %r5}};
-    """
-    start(body, out, words, shared=512)
-    matrices = words.reshape(4, 8, 8)
-    matrices = matrices.transpose(1, 2) if transposed else matrices
-    expected = [
-        [matrices[i, lane // 4, 2 * (lane % 4) :][:2].tolist() for i in range(4)] for lane in range(32)
-    ]
-    assert out.tolist() == expected
 
 
 # What follows, to the label `$end`, is for nine threads.
@@ -407,8 +247,9 @@ def test_what_is_not_written_is_not_finite(body, dtype):
 
 
 def test_arguments_that_are_missing_are_an_error():
+    parameters = ",\n".join(f"\t.param .u64 k_param_{i}" for i in range(3))
     with pytest.raises(ValueError, match="0 arguments for"):
-        run(f"{HEAD}.visible .entry k(\n{PARAMETERS}\n)\n.reqntid 32\n{{\nret;\n}}\n", [], (1,), 0, [])
+        run(f"{HEAD}.visible .entry k(\n{parameters}\n)\n.reqntid 32\n{{\nret;\n}}\n", [], (1,), 0, [])
 
 
 def test_all_kernels_that_fetch_ahead_do_so_when_emulated():

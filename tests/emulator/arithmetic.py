@@ -10,7 +10,6 @@ COMPARED = {
 
 JOINED = {"and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor}
 
-
 # Those that change no result, or that the functions see.
 MODIFIERS = {"rn", "full", "approx", "ftz", "lo", "hi", "wide", "NaN"}
 
@@ -270,26 +269,8 @@ def _permute_bytes(instruction):
     return act
 
 
-def _combine_bits(instruction):
-    """`lop3`: a table says what becomes of each three bits."""
-    result, *operands, table = instruction.operands
-    table = int(immediate(table, "b32"))
-
-    def act(machine, where):
-        words = [machine.words(operand, 32) for operand in operands]
-        combined = np.zeros(machine.lanes, np.uint32)
-        for row in range(8):
-            if table >> row & 1:
-                chosen = [word if row >> 2 - i & 1 else ~word for i, word in enumerate(words)]
-                combined |= chosen[0] & chosen[1] & chosen[2]
-        machine.set(result, combined, where)
-
-    return act
-
-
 FACTORIES = {
     "mov": _move,
-    "cvta": _move,
     "add": _addition(lambda _, a, b: a + b),
     "sub": _addition(lambda _, a, b: a - b),
     "mul": _multiplication(_multiplied),
@@ -302,10 +283,7 @@ FACTORIES = {
     "neg": _by_numbers(lambda _, a: -a),
     "abs": _by_numbers(lambda _, a: abs(a)),
     "sqrt": _by_numbers(lambda _, a: np.sqrt(a)),
-    "rsqrt": _by_numbers(lambda _, a: 1 / np.sqrt(a)),
-    "rcp": _by_numbers(lambda _, a: 1 / a),
     "ex2": _by_numbers(lambda _, a: np.exp2(a)),
-    "lg2": _by_numbers(lambda _, a: np.log2(a)),
     "not": _logic(np.invert),
     "and": _logic(np.bitwise_and),
     "or": _logic(np.bitwise_or),
@@ -317,5 +295,4 @@ FACTORIES = {
     "selp": _select,
     "cvt": _convert,
     "prmt": _permute_bytes,
-    "lop3": _combine_bits,
 }
