@@ -9,7 +9,7 @@ from .branch_grad_reduce import branch_grad_reduce_kernel
 from .branch_grad_stream import branch_grad_stream_kernel
 from .branch_grad_wide import branch_grad_data_kernel, branch_grad_weight_kernel
 from .config import GradConfig, GradStreamConfig, GradWideConfig
-from .geometry import ConvShape, cdiv, next_power_of_2
+from .geometry import ConvShape, cdiv, known_stride, next_power_of_2
 from .grad_geometry import (
     HALO,
     MAX_GRID_Y,
@@ -19,7 +19,6 @@ from .grad_geometry import (
     grad_blocks,
     grad_programs,
     grad_tiles,
-    is_paired,
     wide_halo,
 )
 from .launch import Launch
@@ -29,6 +28,7 @@ from .prefetch import can_prefetch
 # linear branches take fewer registers.
 ROWS_KY = {1: 1, 3: 3, 5: 2, 7: 1}
 LINEAR_ROWS_KY = {1: 1, 3: 3, 5: 3, 7: 2}
+ONE_BRANCH_REGISTERS = 192
 
 
 def branch_grad(
@@ -79,6 +79,9 @@ def _stream(
     blocks = grad_blocks(shape, config)
     tiles_h, tiles_w = grad_tiles(shape, config, h, width)
     programs, tiles_per_program = grad_programs(shape, config, n, h, width)
+    reach = max(shape.dilations)
+    # A strip's first rows read none beyond the image.
+    rows = config.RUN_H + (reach if tiles_h == 1 else 2 * reach)
     arguments = (
         x, dv, y, w, terms, dx, partial, h, width, shape.c_in, shape.c_out,
         n * tiles_h * tiles_w, tiles_h, tiles_w, tiles_per_program,
@@ -87,20 +90,30 @@ def _stream(
         dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3),
     )  # fmt: skip
     is_full = blocks.ci == blocks.co == blocks.size and blocks.count * blocks.groups == shape.groups
+    read = (x, dv, *y.permute(0, 1, 4, 2, 3))
+    extent = _extent((*read, dx))
     constexprs: dict[str, Any] = {
+        **_common(shape, config, (*read, dx), has_relu, terms),
         "M": len(shape.kernels),
         "DILATIONS": shape.dilations,
+        "WINDOWS": tuple(m * reach + sum(shape.dilations[:m]) for m in range(len(shape.kernels))),
+        "REACH": reach,
         "HALO": HALO,
-        "IS_EVEN_H": h % config.RUN_H == 0,
-        "IS_PAIRED": is_paired(shape),
         "HAS_CHANNEL_MASK": not is_full,
-        **_common(shape, config, (x, dv, *y.permute(0, 1, 4, 2, 3)), dx, has_relu, terms),
         "GROUP_CI": shape.c_in // shape.groups,
         "GROUP_CO": shape.c_out // shape.groups,
+        "STRIDE_XW": known_stride(x.stride(3), shape.c_in, extent),
+        "STRIDE_DVW": known_stride(dv.stride(3), shape.c_out, extent),
+        "STRIDE_YW": known_stride(y.stride(3), shape.c_out, extent),
         "BLOCKS": config.num_warps,
     }
     grid = (blocks.count // config.num_warps, programs)
-    return (_prepared(branch_grad_stream_kernel, grid, arguments, constexprs, config, (tiles_per_program,)),)
+    trips = (tiles_per_program, rows)
+    launch = _prepared(branch_grad_stream_kernel, grid, arguments, constexprs, config, trips)
+    if len(shape.kernels) == 1:
+        # Else ptxas spills a few values for more warps a processor.
+        launch.options["maxnreg"] = ONE_BRANCH_REGISTERS
+    return (launch,)
 
 
 def _wide(
@@ -113,7 +126,7 @@ def _wide(
     data_tiles_h, data_tiles_w = cdiv(h, config.DATA_RUN_H), cdiv(width, PIXELS - 2 * halo)
     read = (x, dv, *y.permute(0, 1, 4, 2, 3))
     common = {
-        **_common(shape, config, read, dx, has_relu, terms),
+        **_common(shape, config, (*read, dx), has_relu, terms),
         "CHUNKS_CI": blocks.chunks_ci,
         "CHUNKS_CO": blocks.chunks_co,
     }
@@ -177,27 +190,26 @@ def _wide(
     return tuple(launches)
 
 
-def _common(
-    shape: ConvShape,
-    config: GradConfig,
-    read: Sequence[torch.Tensor],
-    dx: torch.Tensor,
-    has_relu: bool,
-    terms: torch.Tensor,
-) -> dict[str, Any]:
-    """Constexprs that all kernels have; what they read are images `[N, C, H, W]` as dx."""
-    blocks = grad_blocks(shape, config)
-    extents = [
+def _extent(images: Sequence[torch.Tensor]) -> int:
+    """How far from a sample's first element its last one lies, in the largest of `images [N, C, H, W]`."""
+    return max(
         sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
-        for t in (*read, dx)
-    ]
+        for t in images
+    )
+
+
+def _common(
+    shape: ConvShape, config: GradConfig, images: Sequence[torch.Tensor], has_relu: bool, terms: torch.Tensor
+) -> dict[str, Any]:
+    """Constexprs that all kernels have; `images` are what they read and write."""
+    blocks = grad_blocks(shape, config)
     return {
         "RUN_H": config.RUN_H,
         "CHANNELS_CI": blocks.ci,
         "CHANNELS_CO": blocks.co,
         "HAS_RELU": has_relu,
         "HAS_NORM": terms.shape[3] == 6,
-        "IS_LARGE": max(extents) >= 2**31,
+        "IS_LARGE": _extent(images) >= 2**31,
     }
 
 

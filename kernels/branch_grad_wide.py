@@ -92,7 +92,7 @@ def branch_grad_data_kernel(
                 is_row = (rows >= 0) & (rows < H)
                 dy = row_gradient(
                     dv_ptr + n * stride_dvn + co0 + y_row * stride_dvh + offs_dv,
-                    y_ptr + m * stride_ym + n * stride_yn + co0 + y_row * stride_yh + offs_y,
+                    y_ptr + m * tl.cast(stride_ym, tl.int64) + n * stride_yn + co0 + y_row * stride_yh + offs_y,
                     mask_read & is_row, to_accumulator, terms, HAS_RELU, HAS_NORM,
                 )  # fmt: skip
                 columns = columns + (transposed((dy * is_row.to(tl.float32)).to(dtype)),)

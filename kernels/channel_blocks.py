@@ -11,6 +11,9 @@ import triton.language as tl
 
 from .versions import TRITON
 
+# Up to 3.7, Triton gives a thread four adjacent elements along K of an operand that was joined; from 3.8 on, two.
+JOINED_FOURS = tl.constexpr(TRITON < (3, 8))
+
 # Where no axis but one has neighbours in memory, Triton hands threads and warps to the others from the last one on, and
 # from the first one on before 3.8 (3.6 does; 3.7 was not tried).
 LAST_FIRST = tl.constexpr(TRITON >= (3, 8))
@@ -18,12 +21,13 @@ LAST_FIRST = tl.constexpr(TRITON >= (3, 8))
 
 @triton.jit
 def split_columns(COLUMNS: tl.constexpr):
-    """Columns 0, 1, … of a tile in the order of reading. [2, 1, COLUMNS / 2, 1]"""
+    """Columns 0, 1, … of a tile in the order of reading, as sums of two: the first of a half, that within it. Together
+    [2, 1, COLUMNS / 2, 1]"""
     half, column = tl.arange(0, 2) * (COLUMNS // 2), tl.arange(0, COLUMNS // 2)
     if LAST_FIRST:
-        return half[:, None, None, None] + column[None, None, :, None]
+        return half[:, None, None, None], column[None, None, :, None]
     else:
-        return column[:, None, None, None] + half[None, None, :, None]
+        return half[None, None, :, None], column[:, None, None, None]
 
 
 @triton.jit

@@ -194,8 +194,8 @@ BranchConfig = StreamConfig | WindowConfig | ColumnConfig | TapConfig | Depthwis
 
 @dataclass(frozen=True)
 class GradStreamConfig:
-    """`branch_grad_stream_kernel`: tiles of RUN_H rows x 16 runs of two pixels; a program walks TILES_PER_PROGRAM, or
-    more (`grad_geometry.grad_programs`). Each of its num_warps takes a channel block."""
+    """`branch_grad_stream_kernel`: tiles of RUN_H rows x 16 runs of two pixels, down which a program walks; it does so
+    for TILES_PER_PROGRAM, or more (`grad_geometry.grad_programs`). Each of its num_warps takes a channel block."""
 
     RUN_H: int
     TILES_PER_PROGRAM: int

@@ -87,9 +87,9 @@ def grad_weight_launch(
     `dtype`, and the launch that does it: transposed and rotated, each 16 x 16 matrix in the order of the tensor core's
     registers.
 
-    GradStreamConfig: `[blocks][M][3][2]` matrices of input `(o, ci)` and gradient `(half of co, h, co)`, or `(h, co)`
-    unless `is_paired`: of kernel row ky, the weight of row `2 - ky` and column `o - j + 2`, where point j of a run is
-    `1 + h` in the first matrix, and 3 and 0 in the second; then the seven 0/1 matrices that move data between threads.
+    GradStreamConfig: `[blocks][M][3][2]` matrices of input `(o, ci)` and gradient `(h, co)`: of kernel row ky, the
+    weight of row `2 - ky` and column `o - j + 2`, where point j of a run is `1 + h` in the first matrix, 3 and 0 in the
+    second; then the six 0/1 matrices that move data between threads.
     GradWideConfig: `[blocks][pieces of ci][M][pieces of co][k][k]` matrices of input and output channels.
     """
     first = weights[0]

@@ -97,22 +97,15 @@ def grad_programs(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) 
     return cdiv(tiles, per_program), per_program
 
 
-def is_paired(shape: ConvShape) -> bool:
-    """Whether `branch_grad_stream` keeps weight gradients of either half of a channel block: no group has both."""
-    return shape.c_in == shape.c_out and 4 % (shape.c_in // shape.groups) == 0
-
-
 def partial_shape(shape: ConvShape, config: GradConfig, n: int, h: int, w: int) -> tuple[int, ...]:
     """Shape of the fp32 workspace for `n` images of `h` x `w` pixels: summands, blocks of output channels, kernel taps
     of all branches, channels of a block, input channels of a group."""
     count, _ = grad_programs(shape, config, n, h, w)
     blocks = grad_blocks(shape, config)
     taps = sum(k * k for k in shape.kernels)
-    summands = 2 * count if isinstance(config, GradStreamConfig) and is_paired(shape) else count
-    return summands, blocks.count * blocks.chunks_co, taps, blocks.size, shape.c_in // shape.groups
+    return count, blocks.count * blocks.chunks_co, taps, blocks.size, shape.c_in // shape.groups
 
 
-@cache
 def grad_weight_order(
     shape: ConvShape,
     config: GradConfig,
@@ -123,11 +116,23 @@ def grad_weight_order(
     """Where each entry that `gather.grad_weight_launch` packs comes from, in the weights, one after another as
     `in_memory`, and behind them the second tensor, of `dtype`: what is no weight. Both are kept for good: CUDA graphs
     go on reading them."""
+    # All configs of a kernel read the same; they differ by batch and image size.
+    return _kept_order(shape, type(config)(1, 1), dtype, device, strides)
+
+
+@cache
+def _kept_order(
+    shape: ConvShape,
+    config: GradConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    strides: tuple[tuple[int, ...], ...] | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
     sizes = [shape.c_out * (shape.c_in // shape.groups) * kernel * kernel for kernel in shape.kernels]
 
     def build() -> tuple[torch.Tensor, torch.Tensor]:
         is_stream = isinstance(config, GradStreamConfig)
-        moves = _moves(is_paired(shape)) if is_stream else torch.zeros(0, device="cpu")
+        moves = _moves() if is_stream else torch.zeros(0, device="cpu")
         zero = sum(sizes) + moves.numel()
         indices = []
         for m, kernel in enumerate(shape.kernels):
@@ -145,11 +150,7 @@ def _gather_index(shape: ConvShape, config: GradConfig, kernel: int) -> tuple[to
     blocks = grad_blocks(shape, config)
     pieces = blocks.count
     if isinstance(config, GradStreamConfig):
-        if is_paired(shape):
-            block, ky, part, o, ci, half, h, co = axes((blocks.count, 3, 2, 2, 8, 2, 2, 4))
-            co = half * 4 + co
-        else:
-            block, ky, part, o, ci, h, co = axes((blocks.count, 3, 2, 2, 8, 2, 8))
+        block, ky, part, o, ci, h, co = axes((blocks.count, 3, 2, 2, 8, 2, 8))
         kx = 2 + o - torch.where(part == 0, 1 + h, 3 * (1 - h))
     else:
         sizes = (blocks.count, blocks.chunks_ci, blocks.chunks_co, kernel, kernel, 16, 16)
@@ -172,19 +173,15 @@ def _by_register(matrices: torch.Tensor) -> torch.Tensor:
     return matrices.reshape(-1, 2, 8, 2, 4, 2).permute(0, 2, 4, 3, 1, 5)
 
 
-def _moves(pairs_halves: bool) -> torch.Tensor:
+def _moves() -> torch.Tensor:
     """What `branch_grad_stream` multiplies with to move data, flat: the order of memory to that of accumulators; the
-    identity; runs shifted by a dilation of 1 to the right and to the left, and of 2; the next point of every run.
+    identity; for every run the one to its right by a dilation of 1, the one to its left, and both of 2.
     """
     entry = torch.arange(16, device="cpu")
     read = entry // 2 % 4 * 4 + entry // 8 * 2 + entry % 2
     half, position, channel = read // 8, read // 4 % 2, read % 4
-    # Rows of accumulators are (half of the channels, position, channel) or (position, channel).
-    row = half * 8 + position * 4 + channel if pairs_halves else position * 8 + half * 4 + channel
-    next_point = torch.where(entry // 2 % 4 < 3, entry + 2, -1)
-    sources = [(entry, row), (entry, entry)]
+    sources = [(entry, position * 8 + half * 4 + channel), (entry, entry)]
     for dilation in (1, 2):
-        sources += [(entry, entry + dilation), (entry, entry - dilation)]
-    sources.append((next_point, entry))
+        sources += [(entry, entry - dilation), (entry, entry + dilation)]
     matrices = torch.stack([rows[:, None] == columns for rows, columns in sources])
     return _by_register(matrices).reshape(-1).to(torch.float32)

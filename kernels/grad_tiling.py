@@ -7,7 +7,6 @@ one or two channels, by products with 0/1 matrices: exact, and conversions to fp
 import triton
 import triton.language as tl
 
-from .channel_blocks import right_operands
 from .tiling import right_operand
 
 
@@ -111,28 +110,27 @@ def load_terms(terms_ptr, co, mask_co, in_image, HAS_RELU: tl.constexpr, HAS_NOR
 
 
 @triton.jit
-def load_operand(ptrs, mask):
-    """A row of pixels as a right operand, or as one for each of a program's channel blocks."""
-    tile = tl.load(ptrs, mask=mask, other=0.0)
-    if len(tile.shape) == 4:
-        return right_operands(tile)
-    else:
-        return right_operand(tile, True)
+def branch_gradient(dv, y, terms, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr):
+    """The gradient of a branch's convolution from accumulators of dv and of its output y (not read without norm and
+    ReLU), in fp32."""
+    dy = terms[0] * dv + terms[1]
+    if HAS_RELU and HAS_NORM:
+        dy = tl.where(terms[2] * y + terms[3] > 0.0, dy, terms[5]) + terms[4] * y
+    elif HAS_NORM:
+        dy += terms[2] * y
+    elif HAS_RELU:
+        # Not `y > 0`: a NaN passes, as it does in `torch.relu`.
+        dy = tl.where(y <= 0.0, 0.0, dy)
+    return dy
 
 
 @triton.jit
 def row_gradient(
     dv_ptrs, y_ptrs, mask, to_accumulator, terms, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr
 ):
-    """The gradient of a branch's convolution for one row of pixels, in fp32. [16, pixels], or [BLOCKS, 16, pixels]"""
-    dy = terms[0] * tl.dot(to_accumulator, load_operand(dv_ptrs, mask)) + terms[1]
+    """`branch_gradient` of one row of pixels. [16, pixels]"""
+    dv = tl.dot(to_accumulator, right_operand(tl.load(dv_ptrs, mask=mask, other=0.0), True))
+    y = dv
     if HAS_RELU or HAS_NORM:
-        conv = tl.dot(to_accumulator, load_operand(y_ptrs, mask))
-        if HAS_RELU and HAS_NORM:
-            dy = tl.where(terms[2] * conv + terms[3] > 0.0, dy, terms[5]) + terms[4] * conv
-        elif HAS_NORM:
-            dy += terms[2] * conv
-        else:
-            # Not `conv > 0`: a NaN passes, as it does in `torch.relu`.
-            dy = tl.where(conv <= 0.0, 0.0, dy)
-    return dy
+        y = tl.dot(to_accumulator, right_operand(tl.load(y_ptrs, mask=mask, other=0.0), True))
+    return branch_gradient(dv, y, terms, HAS_RELU, HAS_NORM)

@@ -151,15 +151,18 @@ def merging_order(shape: ConvShape, config: MergedConfig, dtype: torch.dtype) ->
     return (rows + torch.cat(found)).reshape(-1)
 
 
-# The fields of a config that decide where a weight is packed; batch and image size only change the others.
+# The fields of a config that decide where a weight is packed; batch and image size only change the others. A window's
+# run does not: each of its pixels is a product of its own.
 _PACKED_FIELDS = ("BLOCK_CI", "BLOCK_CO", "RUN_W", "SPARSE")
+_PACKED_WINDOW_FIELDS = ("BLOCK_CI", "BLOCK_CO", "SPARSE")
 
 
 @lru_cache(maxsize=1024)
 def weight_order(shape: ConvShape, config: BranchConfig) -> Hashable:
     """What the order of packed weights depends on besides their dtypes: equal for configs that read the same."""
     packed = merged_shape(shape) if isinstance(config, MergedConfig) else shape
-    fields = tuple(getattr(config, name, None) for name in _PACKED_FIELDS)
+    names = _PACKED_WINDOW_FIELDS if isinstance(config, WindowConfig) else _PACKED_FIELDS
+    fields = tuple(getattr(config, name, None) for name in names)
     return shape, type(config), fields, blocking(packed, config).blocks
 
 

@@ -8,14 +8,10 @@ image with adjacent pixels; neighbouring pixels of a row are other registers of 
 import triton
 import triton.language as tl
 
-from .channel_blocks import LAST_FIRST
+from .channel_blocks import JOINED_FOURS, LAST_FIRST
 from .prefetch import prefetch_l1, prefetch_l2
 from .sparse_product import slot_channel
 from .tiling import packed, pairs
-from .versions import TRITON
-
-# Up to 3.7, Triton gives a thread four adjacent elements along K of an operand that was joined; from 3.8 on, two.
-JOINED_FOURS = tl.constexpr(TRITON < (3, 8))
 
 # Rows that are on their way into L2 before a loop over rows asks for them.
 ROWS_INTO_L2 = tl.constexpr(3)

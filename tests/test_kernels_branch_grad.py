@@ -65,6 +65,21 @@ def test_strides_beyond_31_bits(name, axis):
     check((shape, config, 2, 3, 2), change=change)
 
 
+@pytest.mark.usefixtures("overflow_is_an_error")
+def test_branches_beyond_31_bits():
+    """The third of three branches that lie 2^30 elements apart."""
+    shape, config, n, h, w = CASES["wide, three branches"]
+    x, dv, y, weights, *rest = make(shape, n, h, w, torch.float16)
+    terms = terms_of(*rest, has_norm=True)
+    strides = (2**30 + 16, *y.stride()[1:])
+    last = sum((size - 1) * stride for size, stride in zip(y.shape, strides, strict=True))
+    far = torch.empty(last + 1, dtype=y.dtype).as_strided(y.shape, strides).copy_(y)
+    near_dx, near_dw = run(x, dv, y, weights, terms, shape, config, has_relu=True)
+    far_dx, far_dw = run(x, dv, far, weights, terms, shape, config, has_relu=True)
+    assert torch.equal(far_dx, near_dx)
+    assert all(torch.equal(a, b) for a, b in zip(far_dw, near_dw, strict=True))
+
+
 @pytest.mark.parametrize("name", ["stream", "wide, 16 channels per group"])
 def test_repeated_runs_are_equal_to_the_bit(name):
     shape, config, *size = CASES[name]

@@ -16,6 +16,7 @@ from sk_triton.kernels.config import (
     WindowConfig,
 )
 from sk_triton.kernels.geometry import ConvShape, blocking
+from sk_triton.kernels.grad_geometry import grad_weight_order
 from sk_triton.kernels.merging import merged_shape
 from sk_triton.kernels.weight_orders import branch_weight_order
 
@@ -94,8 +95,19 @@ def test_one_table_serves_all_configs_of_one_order():
         return branch_weight_order(shape, config, torch.half, torch.half, torch.device("cpu"))
 
     assert table(replace(config, RUN_H=8, BLOCK_H=2, BLOCK_W=4)) is table(config)
+    assert table(replace(config, RUN_W=5)) is table(config)
     assert table(replace(config, SPARSE=True)) is not table(config)
     assert table(replace(config, num_warps=4)) is not table(config)  # three more blocks to fill its programs
+
+
+@pytest.mark.parametrize("config", [GradStreamConfig(1, 4), GradWideConfig(4, 2)], ids=str)
+def test_one_table_of_gradient_weights_serves_all_batches(config):
+    shape = ConvShape(16, 16, 4, (3, 3), (1, 2))
+    first, other = (
+        grad_weight_order(shape, own, torch.half, torch.device("cpu"))
+        for own in (config, replace(config, RUN_H=8, TILES_PER_PROGRAM=3))
+    )
+    assert first is other
 
 
 def test_weights_with_gaps_are_not_packed_where_they_lie():

@@ -10,7 +10,7 @@ def code(*texts):
     found = []
     for i, text in enumerate(texts):
         opcode = next(word for word in text.split() if not word.startswith("@"))
-        if opcode.startswith("BRA"):
+        if opcode.startswith(("BRA", "CALL")):
             *start, line = text.split()
             text = " ".join((*start, hex(int(line) * 16)))
         found.append(Instruction(i * 16, opcode, f"        /*{i * 16:04x}*/                   {text} ;"))
@@ -44,6 +44,13 @@ def test_a_jump_back_from_rarely_run_code_is_no_loop():
     instructions = code("MOV", "FFMA", "BRA.DIV UR4, 6", "STG", "@P0 BRA 1", "EXIT", "WARPSYNC", "BRA 3")
     assert natural_loops(instructions) == [{1, 2, 3, 4, 6, 7}]
     assert loop_weights(instructions, (7,)) == [1, 7, 7, 7, 7, 1, 7, 7]
+
+
+def test_a_call_may_leave_a_loop():
+    """As ptxas has it for sm_80: the call goes where the loop ends, and nothing returns from there."""
+    instructions = code("MOV", "IADD3", "FFMA", "@!P5 CALL.REL.NOINC 5", "BRA 2", "STG", "@!P1 BRA 1", "EXIT")
+    assert natural_loops(instructions) == [{1, 2, 3, 4, 5, 6}, {2, 3, 4}]
+    assert loop_weights(instructions, (5, 3)) == [1, 5, 15, 15, 15, 5, 5, 1]
 
 
 def test_a_loop_behind_the_end():

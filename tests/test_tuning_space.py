@@ -72,7 +72,7 @@ def test_what_the_package_ships_is_in_the_space_of_its_launch(chip):
 def test_configs_of_gradients_are_ranked_whatever_prefetches(chip, groups):
     shape = ConvShape(128, 128, groups, (3, 3), (1, 2))
     choice = grad_config(shape, 128, 56, 56, torch.float16, chip)
-    found = space.grad_configs(shape, 56, torch.float16, choice, chip)
+    found = space.grad_configs(shape, 56, 56, torch.float16, choice, chip)
     wide = {config.PREFETCH for config in found if isinstance(config, GradWideConfig)}
     assert wide == {True, False} & {chip.name in PREFETCHING, False}
     ranked = space.shortlist(found, choice, None, 6)

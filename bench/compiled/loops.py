@@ -17,8 +17,8 @@ class Instruction(NamedTuple):
 
     @property
     def target(self) -> int | None:
-        """Where a branch goes, None of other instructions."""
-        found = re.search(r"\bBRA[^;]*?\b0x([0-9a-f]+)", self.text)
+        """Where a branch goes, or a call, from which ptxas need not return; None of other instructions."""
+        found = re.search(r"\b(?:BRA|CALL\.REL\.NOINC)\b[^;]*?\b0x([0-9a-f]+)", self.text)
         return int(found[1], 16) if found else None
 
     @property

@@ -11,13 +11,15 @@ from ..kernels.config import GradConfig, GradStreamConfig, GradWideConfig
 from ..kernels.geometry import ConvShape, cdiv
 from ..kernels.grad_geometry import can_run_grad, grad_blocks, grad_tiles
 
+# Warps that a processor holds at 255 registers a thread.
+RESIDENT_WARPS = 8
 # Warps that a launch has per processor: as few as keep it busy, since each leaves its partial weight gradients in
-# memory. A processor holds 8 at 255 registers a thread.
+# memory.
 STREAM_RESIDENT, WIDE_RESIDENT = 16, 8
 # Warps of a program, each with 8 channels: two of them share sectors.
 STREAM_WARPS = 2
-# Chip whose compiler spills more than two rows of groups of fewer than 8 channels, and more than one warp.
-SPILLING_STREAM_CHIP = "sm_120"
+# Rows of a strip of the image that a program walks down, at the least: it reads up to four more.
+MIN_STRIP = 7
 SEVEN_ROWS_CHIPS = ("sm_90",)
 
 
@@ -26,25 +28,28 @@ def grad_config(
 ) -> GradConfig | None:
     """Config for the gradients of `shape` on `n` images of `h` x `w` pixels; None where `can_run_grad` refuses all."""
     candidates: tuple[GradConfig, ...] = (
-        *_stream_configs(shape, chip),
+        *(GradStreamConfig(h, 1, warps) for warps in (STREAM_WARPS, 1)),
         GradWideConfig(_weight_rows(h, chip), 1, _data_rows(shape), PREFETCH=chip.name in PREFETCHING),
     )
     for config in candidates:
         if can_run_grad(shape, dtype, config, w) is None:
             blocks = grad_blocks(shape, config)
+            per_processor = WIDE_RESIDENT
+            if isinstance(config, GradStreamConfig):
+                per_processor = STREAM_RESIDENT
+                columns = grad_tiles(shape, config, h, w)[1]
+                config = replace(config, RUN_H=_strip_rows(n * columns * blocks.count, h, chip))
             tiles_h, tiles_w = grad_tiles(shape, config, h, w)
             pieces = blocks.count * blocks.chunks_ci * blocks.chunks_co
-            per_processor = STREAM_RESIDENT if isinstance(config, GradStreamConfig) else WIDE_RESIDENT
             programs = max(1, per_processor * chip.processors // pieces)
             return replace(config, TILES_PER_PROGRAM=cdiv(n * tiles_h * tiles_w, programs))
     return None
 
 
-def _stream_configs(shape: ConvShape, chip: Chip) -> tuple[GradStreamConfig, ...]:
-    """Of narrow groups, the better first."""
-    if chip.name == SPILLING_STREAM_CHIP and shape.c_out // shape.groups < 8:
-        return (GradStreamConfig(2, 1),)
-    return GradStreamConfig(4, 1, STREAM_WARPS), GradStreamConfig(4, 1)
+def _strip_rows(warps: int, h: int, chip: Chip) -> int:
+    """Rows of a strip: all `h` of an image where there are as many warps then as processors hold, else fewer."""
+    strips = min(cdiv(RESIDENT_WARPS * chip.processors, warps), max(1, h // MIN_STRIP))
+    return cdiv(h, strips)
 
 
 def _weight_rows(h: int, chip: Chip) -> int:

@@ -111,7 +111,7 @@ def grad_config(workload: Workload, shape: ConvShape) -> Found | None:
     request = Request(
         "branch_grad",
         _key(workload, "branch_grad", conv_text(shape)),
-        partial(space.grad_configs, shape, w, dtype, choice, chip),
+        partial(space.grad_configs, shape, h, w, dtype, choice, chip),
         lambda: choice,
         n,
     )

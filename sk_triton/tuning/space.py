@@ -155,13 +155,16 @@ def reduction_configs(m: int, pixels: int, c: int, chip: Chip) -> list[Reduction
 
 
 def grad_configs(
-    shape: ConvShape, w: int, dtype: torch.dtype, analytic_choice: GradConfig, chip: Chip
+    shape: ConvShape, h: int, w: int, dtype: torch.dtype, analytic_choice: GradConfig, chip: Chip
 ) -> list[GradConfig]:
-    """Of the gradients of `shape` on images of `w` columns; the analytic choice depends on the batch as well."""
+    """Of the gradients of `shape` on images of `h` x `w` pixels; the analytic choice depends on the batch as well."""
     walks = [1 << i for i in range(MAX_GRAD_TILES.bit_length())]
     prefetches = (True, False) if chip.name in PREFETCHING else (False,)
     found: list[GradConfig] = [
-        GradStreamConfig(rows, walk, warps) for warps in (2, 1) for rows in (2, 4, 7, 8) for walk in walks
+        GradStreamConfig(cdiv(h, strips), walk, warps)
+        for warps in (2, 4, 1)
+        for strips in (1, 2, 4)
+        for walk in walks
     ]
     found += [
         GradWideConfig(rows, walk, data_rows, PREFETCH=prefetch)
