@@ -76,21 +76,22 @@ class ConvPath(nn.Module):
         has_tensors = any(True for _ in (*module.parameters(), *module.buffers()))
         (self.bn if has_tensors else self).add_module(name, module)
 
-    def branch(self) -> Branch:
-        """The parameters as they are now.
+    def branch(self, name: str) -> Branch:
+        """The parameters as they are now, of the layer's part `name`.
 
         Raises:
+            RuntimeError: as :func:`weight_and_bias`.
             ValueError: the convolution's settings were changed.
         """
         modules = self._modules
-        check_conv_settings("conv", modules["conv"], self._built)
-        weight, bias = weight_and_bias(modules["conv"])  # type: ignore[arg-type]
+        weight, bias = weight_and_bias(f"{name}.conv", modules["conv"])  # type: ignore[arg-type]
+        check_conv_settings(f"{name}.conv", modules["conv"], self._built)
         bn: Any = modules["bn"]
         drop, act = (bn._modules.get(name, modules.get(name)) for name in ("drop", "act"))
         norm = None if type(bn) is FoldedNorm else bn
         if norm is None:
-            warn_of_hooks(bn)
-        warn_of_hooks(self)
+            warn_of_hooks(f"{name}.bn", bn)
+        warn_of_hooks(name, self)
         return Branch(weight, bias, norm, drop, act, self.aa)
 
 
@@ -104,15 +105,15 @@ class GateLayers(nn.Module):
         self.act = nn.ReLU(inplace=True)
         self.fc_select = nn.Conv2d(width, channels * num_branches, 1, bias=False, **placement)
 
-    def gate(self) -> Gate:
-        """The parameters as they are now."""
-        reduce_weight, reduce_bias = weight_and_bias(self.fc_reduce)
-        weight, bias = weight_and_bias(self.fc_select)
+    def gate(self, name: str) -> Gate:
+        """The parameters as they are now, of the layer's part `name`."""
+        reduce_weight, reduce_bias = weight_and_bias(f"{name}.fc_reduce", self.fc_reduce)
+        weight, bias = weight_and_bias(f"{name}.fc_select", self.fc_select)
         select_bias = None if bias is None else (bias,)
         norm = None if isinstance(self.bn, FoldedNorm) else self.bn
         if norm is None:
-            warn_of_hooks(self.bn)
-        warn_of_hooks(self)
+            warn_of_hooks(f"{name}.bn", self.bn)
+        warn_of_hooks(name, self)
         return Gate(reduce_weight, reduce_bias, norm, self.act, (weight,), select_bias)
 
 
@@ -166,8 +167,8 @@ def _computes_plainly(kind: type[nn.Module]) -> bool:
     return issubclass(kind, nn.Linear) and kind.forward is nn.Linear.forward
 
 
-def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """The module's ``weight`` and ``bias`` as they are now, parametrised ones included.
+def weight_and_bias(name: str, module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """``weight`` and ``bias`` of a layer's part `name` as they are now, parametrised ones included.
 
     Raises:
         RuntimeError: a hook of ``torch.nn.utils`` (pruning, the old weight and spectral norm) would compute them, or
@@ -179,21 +180,21 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     kind = type(module)
     if "forward" in module.__dict__:
         raise RuntimeError(
-            f"the forward of a {kind.__name__} has been replaced (by an adapter, a quantizer, offloading); it does not "
-            "run here: merge or remove it, or leave this layer out"
+            f"{name}: the forward of a {kind.__name__} has been replaced (by an adapter, a quantizer, offloading); it "
+            "does not run here: merge or remove it, or leave this layer out"
         )
     if kind not in _PLAIN_KINDS and not _computes_plainly(kind):
         raise RuntimeError(
-            f"{kind.__name__} stands where a Conv2d or a Linear was built; its own forward does not run here: merge "
-            "or remove it, or leave this layer out"
+            f"{name}: {kind.__name__} stands where a Conv2d or a Linear was built; its own forward does not run here: "
+            "merge or remove it, or leave this layer out"
         )
     for hook in module._forward_pre_hooks.values():
         if type(hook).__module__.startswith("torch.nn.utils."):
             raise RuntimeError(
-                f"{type(hook).__name__} recomputes a weight in a forward hook, which does not run here: "
+                f"{name}: {type(hook).__name__} recomputes a weight in a forward hook, which does not run here: "
                 "use torch.nn.utils.parametrizations, or make the change permanent"
             )
-    warn_of_hooks(module)
+    warn_of_hooks(name, module)
     # Plain attribute access costs about 1 us each through nn.Module.__getattr__, which shows at batch 1.
     own = module._parameters
     if "weight" in own and "bias" in own:
@@ -201,11 +202,11 @@ def weight_and_bias(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return module.weight, module.bias  # type: ignore[return-value]
 
 
-def warn_of_hooks(module: nn.Module) -> None:
-    """Warn of hooks on a part whose forward the layer does not call."""
+def warn_of_hooks(name: str, module: nn.Module) -> None:
+    """Warn of hooks on a layer's part `name`, whose forward the layer does not call."""
     if not torch.compiler.is_compiling() and any(hooks_of(module)):
         warnings.warn(
-            f"hooks of this {type(module).__name__} never run: a selective-kernel layer takes its parameters and "
+            f"hooks of {name}, a {type(module).__name__}, never run: a selective-kernel layer takes its parameters and "
             "does not call it; register them on the layer itself",
             RuntimeWarning,
             stacklevel=2,
@@ -223,8 +224,10 @@ def make_norm(norm_layer: Factory, channels: int, placement: Placement) -> nn.Mo
     if isinstance(target, functools.partial) and not target.args:
         target, keywords = target.func, target.keywords
     if target is nn.GroupNorm:  # its first argument is the number of groups, unlike every other norm
-        norm_layer = functools.partial(nn.GroupNorm, **{"num_groups": 32, **keywords})
-        return _placed("norm_layer", norm_layer, placement, num_channels=channels)
+        norm_layer = functools.partial(
+            nn.GroupNorm, **{"num_groups": 32, **keywords, "num_channels": channels}
+        )
+        return _placed("norm_layer", norm_layer, placement)
     return _placed("norm_layer", norm_layer, placement, channels)
 
 
@@ -236,10 +239,7 @@ def make_act(act_layer: Factory | None, placement: Placement) -> nn.Module | Non
     """
     if act_layer is None:
         return None
-    try:
-        act = _placed("act_layer", act_layer, placement, inplace=True)
-    except TypeError:
-        act = _placed("act_layer", act_layer, placement)
+    act = _placed("act_layer", act_layer, placement, keywords={"inplace": True})
     return None if isinstance(act, nn.Identity) else act
 
 
@@ -258,20 +258,27 @@ def make_aa(aa_layer: Factory, channels: int, stride: int, placement: Placement)
     Raises:
         TypeError: ``aa_layer`` is not a callable that returns a module.
     """
-    try:
-        return _placed("aa_layer", aa_layer, placement, channels=channels, stride=stride)
-    except TypeError:
-        return _placed("aa_layer", aa_layer, placement, stride)
+    return _placed("aa_layer", aa_layer, placement, stride, keywords={"channels": channels, "stride": stride})
 
 
-def _placed(name: str, factory: Factory, placement: Placement, *args: Any, **kwargs: Any) -> nn.Module:
+def _placed(
+    name: str, factory: Factory, placement: Placement, *args: Any, keywords: dict[str, Any] | None = None
+) -> nn.Module:
+    """What the factory makes of `keywords`, or of `args` where it takes none such, where it belongs."""
     if isinstance(factory, nn.Module):
         kind = type(factory).__name__
         raise TypeError(
             f"{name} must be a class or a function that makes a module, got a module: {kind}, not {kind}(...)"
         )
     # Moved afterwards rather than built in place: not every factory takes device and dtype.
-    module = factory(*args, **kwargs) if callable(factory) else None
+    module = None
+    if callable(factory):
+        try:
+            module = factory(**keywords) if keywords else factory(*args)
+        except TypeError:
+            if not keywords:
+                raise
+            module = factory(*args)
     if not isinstance(module, nn.Module):
         returned = f", which returns {type(module).__name__}" if callable(factory) else ""
         raise TypeError(f"{name} must be a callable that returns an nn.Module, got {factory!r}{returned}")

@@ -69,7 +69,8 @@ def choose(
             not_trained = cpu.training_reason(x, branches, gate, spec)
             if not not_trained:
                 return cpu.training_plan(x, spec)
-            reason = f"{reason}; for training, {not_trained}"
+            if not_trained != reason:
+                reason = f"{reason}; for training, {not_trained}"
         if backend == "torch":
             raise cannot_run(backend, reason)
         return reference_plan(x.dtype, spec, 'x is on "cpu", where "auto" takes no kernels', reason)

@@ -116,13 +116,16 @@ class SKConv(SKUnit):
         self.fcs = nn.ModuleList(nn.Linear(gate_width, features, **placement) for _ in range(M))
 
     def branches(self) -> tuple[Branch, ...]:
+        found = []
         for i, (conv, built) in enumerate(zip(self.convs, self._built, strict=True)):
+            found.append(Branch(*weight_and_bias(f"convs.{i}", conv)))
             check_conv_settings(f"convs.{i}", conv, built)
-        return tuple(Branch(*weight_and_bias(conv)) for conv in self.convs)
+        return tuple(found)
 
     def gate(self) -> Gate:
-        weights, biases = zip(*map(weight_and_bias, self.fcs), strict=True)
-        return Gate(*weight_and_bias(self.fc), None, None, weights, biases)
+        select = (weight_and_bias(f"fcs.{i}", fc) for i, fc in enumerate(self.fcs))
+        weights, biases = zip(*select, strict=True)
+        return Gate(*weight_and_bias("fc", self.fc), None, None, weights, biases)
 
     def extra_repr(self) -> str:
         return (
@@ -153,8 +156,9 @@ class SKConv(SKUnit):
             for i in range(self.M):
                 for name in ("weight", "bias"):
                     wrapped = f"{convs}{i}.0.{name}"
-                    if wrapped in state_dict:
-                        state_dict.setdefault(f"{convs}{i}.{name}", state_dict.pop(wrapped))
+                    # Beside the plain key it stays, an unexpected one.
+                    if wrapped in state_dict and f"{convs}{i}.{name}" not in state_dict:
+                        state_dict[f"{convs}{i}.{name}"] = state_dict.pop(wrapped)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
@@ -265,10 +269,11 @@ class SelectiveKernel(SKUnit):
         )
 
     def branches(self) -> tuple[Branch, ...]:
-        return tuple(path.branch() for path in cast("Iterable[ConvPath]", self.paths))
+        paths = cast("Iterable[ConvPath]", self.paths)
+        return tuple(path.branch(f"paths.{i}") for i, path in enumerate(paths))
 
     def gate(self) -> Gate:
-        return self.attn.gate()
+        return self.attn.gate("attn")
 
     def _fuse(self) -> None:
         if isinstance(self.attn.bn, FoldedNorm):

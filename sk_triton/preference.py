@@ -184,8 +184,16 @@ def _fewest_passes(workload: Workload) -> Plan:
     if not isinstance(merged, str) and merged.passes < store.passes:
         return (
             merged.rejecting("store", _more_passes(store, merged))
-            .rejecting("recompute", "as many passes as merged, and every branch convolved twice")
-            .rejecting("resident", "every branch convolved twice, where merged convolves once for all")
+            .rejecting(
+                "recompute",
+                refusal("recompute", workload)
+                or "as many passes as merged, and every branch convolved twice",
+            )
+            .rejecting(
+                "resident",
+                refusal("resident", workload)
+                or "every branch convolved twice, where merged convolves once for all",
+            )
         )
     recompute = _worthwhile_recompute(workload)
     others = {

@@ -325,6 +325,11 @@ TIMM = [
         "norm_layer must return a norm without a 'act' of its own, got BatchNormAct2d",
     ),
     ({"act_layer": "relu"}, TypeError, "act_layer must be a callable .* got 'relu'"),
+    (
+        {"act_layer": lambda inplace: 1},
+        TypeError,
+        "act_layer must be a callable .* got .*, which returns int",
+    ),
     ({"aa_layer": "blur", "stride": 2}, TypeError, "aa_layer must be a callable .* got 'blur'"),
     ({"drop_layer": 0.5}, TypeError, r"drop_layer must be a callable .* got 0\.5"),
 ]

@@ -74,8 +74,16 @@ def test_layers_that_compute_something_else_are_refused(make):
         layer(torch.randn(2, 16, 5, 5))
     linear = SKConv(16, M=2, G=4, r=4)
     linear.fc = Adapter(linear.fc)
-    with pytest.raises(RuntimeError, match="Adapter stands where"):
+    with pytest.raises(RuntimeError, match="fc: Adapter stands where"):
         linear(torch.randn(2, 16, 5, 5))
+    linear = SKConv(16, M=2, G=4, r=4)
+    linear.convs[1] = Adapter(linear.convs[1])
+    with pytest.raises(RuntimeError, match=r"convs\.1: Adapter stands where"):
+        linear(torch.randn(2, 16, 5, 5))
+    wrapped = SelectiveKernel(16)
+    wrapped.paths[1].conv = Adapter(wrapped.paths[1].conv)
+    with pytest.raises(RuntimeError, match=r"paths\.1\.conv: Adapter stands where"):
+        wrapped(torch.randn(2, 16, 5, 5))
 
 
 def test_replaced_forwards_are_refused_where_they_would_not_run(make):
@@ -105,7 +113,7 @@ def test_hooks_that_never_run_are_warned_of(name):
     layer, x = SelectiveKernel(16).eval(), torch.randn(2, 16, 5, 5)
     part = layer.get_submodule(name)
     part.register_forward_hook(lambda *_: pytest.fail("ran"))
-    with pytest.warns(RuntimeWarning, match=f"hooks of this {type(part).__name__} never run"):
+    with pytest.warns(RuntimeWarning, match=f"hooks of {name}, a {type(part).__name__}, never run"):
         layer(x)
     with torch.no_grad():
         torch.compile(layer, fullgraph=True, backend="eager")(x)  # which has no warnings

@@ -313,6 +313,14 @@ def test_wrapped_branches_load():
     assert_same(ours(x), peer(x))
 
 
+def test_a_wrapped_branch_beside_a_plain_one_is_unexpected():
+    ours = SKConv(16, 2, 4, 4, L=8)
+    state = ours.state_dict()
+    state["convs.0.0.weight"] = state["convs.0.weight"] + 1
+    with pytest.raises(RuntimeError, match=r'Unexpected key.* "convs\.0\.0\.weight"'):
+        ours.load_state_dict(state)
+
+
 def test_wrapped_branches_load_inside_a_model():
     peer, ours = (nn.Sequential(nn.ReLU(), cls(16, 2, 4, 4, L=8)) for cls in (WrappedClassicSKConv, SKConv))
     ours.load_state_dict(peer.state_dict())

@@ -40,6 +40,17 @@ def test_merged_is_taken_where_it_saves_passes():
     assert dict(plan.rejected)["store"] == "6 passes over memory, against 3"
 
 
+def test_what_merged_leaves_out_says_what_it_cannot_do():
+    """Kernels that no launch selects by are no matter of passes."""
+    unit = classic_unit(128)
+    unit = replace(unit, branches=replace_kernels(unit.branches, (3, 7)))
+    work = workload(chip=SM_90, spec=unit)
+    plan = expected_plan(work)
+    assert plan.schedule == "merged"
+    for name in ("recompute", "resident"):
+        assert dict(plan.rejected)[name] == planning.refusal(name, work) != ""
+
+
 @needs_narrow_products
 def test_no_chips_choice_is_explained_by_times_of_another():
     narrow = replace(classic_unit(1024), branches=replace_kernels(classic_unit(1024).branches, (3, 7)))
