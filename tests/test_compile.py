@@ -68,12 +68,11 @@ def left_out(pair):
 
 @pytest.fixture(scope="module")
 def rows():
-    measured = []
-    for without in dict.fromkeys(map(left_out, CHOSEN)):
-        pairs = [pair for pair in CHOSEN if left_out(pair) == without]
-        measure = functools.partial(resources.measure, with_phases=False, without=without)
-        measured += resources.measure_all(pairs, 2, measure)
-    return [row for found in measured for row in found]
+    jobs = [
+        functools.partial(resources.measure, *pair, with_phases=False, without=left_out(pair))
+        for pair in CHOSEN
+    ]
+    return [row for found in resources.measure_all(jobs, 2) for row in found]
 
 
 @needs_narrow_products
@@ -171,8 +170,8 @@ def test_instructions_of_the_resident_kernel_are_those_of_its_phases():
     """It convolves twice: twice the budget of a convolution."""
     case = next(case for case, chip in WITH_RESIDENT if chip == "sm_90")
     others = [schedule for schedule in SCHEDULES if schedule != "resident"]
-    measure = functools.partial(resources.measure, without=others)
-    (rows,) = resources.measure_all([(case, "sm_90")], 1, measure)
+    job = functools.partial(resources.measure, case, "sm_90", without=others)
+    (rows,) = resources.measure_all([job], 1)
     (row,) = (row for row in rows if row.kernel == "unit_resident")
     assert 15 < row.per_output <= 20
 

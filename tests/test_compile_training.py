@@ -39,22 +39,19 @@ def rows():
     """For sm_90, the chip that was measured, each kernel; for the others the backward kernels, and windows.
     `sk-triton resources --training` compiles the whole grid."""
     backward = ("branch_grad", "select_bwd")
-    measured = [
-        *measured_on(["sm_90"], [FP16["stage 1"]]),
-        *measured_on(
-            ["sm_90"], [FP16["stage 3"], FP16["stage 4"]], ("branch_", "pooled", "select", "norm_bwd")
-        ),
-        *measured_on(["sm_90"], GRADIENTS, "branch_grad"),
-        *measured_on(["sm_90"], SPLIT, "branch_conv"),
-        *measured_on(["sm_80", "sm_100"], [FP16["stage 1"], FP16["stage 3"]], backward),
-        *measured_on(["sm_80"], [FP16["stage 1"]], "branch_conv_window"),
+    jobs = [
+        *jobs_on(["sm_90"], [FP16["stage 1"]]),
+        *jobs_on(["sm_90"], [FP16["stage 3"], FP16["stage 4"]], ("branch_", "pooled", "select", "norm_bwd")),
+        *jobs_on(["sm_90"], GRADIENTS, "branch_grad"),
+        *jobs_on(["sm_90"], SPLIT, "branch_conv"),
+        *jobs_on(["sm_80", "sm_100"], [FP16["stage 1"], FP16["stage 3"]], backward),
+        *jobs_on(["sm_80"], [FP16["stage 1"]], "branch_conv_window"),
     ]
-    return [row for found in measured for row in found]
+    return [row for found in resources.measure_all(jobs, 2) for row in found]
 
 
-def measured_on(chips, cases, kernels=""):
-    measure = partial(training_resources.measure, kernels=kernels)
-    return resources.measure_all(list(product(cases, chips)), 2, measure)
+def jobs_on(chips, cases, kernels=""):
+    return [partial(training_resources.measure, case, chip, kernels) for case, chip in product(cases, chips)]
 
 
 def test_every_product_takes_the_tensor_cores(rows):

@@ -145,7 +145,7 @@ def test_how_many_samples_an_h100_takes_in_16_bits(channels, size, most):
 def test_it_is_taken_up_to_some_batch_and_never_above(channels, size, chip):
     for spec in (paper_unit(channels), classic_unit(channels)):
         for dtype in (torch.float16, torch.float32):
-            batches = (1, 2, 3, 4, 6, 8, 12, 16)
+            batches = (1, 2, 4, 16)
             taken = [plan(spec, n, size, dtype, chip).schedule == "gated" for n in batches]
             assert taken == sorted(taken, reverse=True)
             # Of the classic class in the last stage the library convolves; sm_86 has 84 processors for 98 programs.

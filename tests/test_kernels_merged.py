@@ -161,8 +161,12 @@ def check_conv(arguments, attention, shape, config, memory_format=torch.channels
     assert_errs_like_eager(v, eager, exact)
 
 
+# Pooled sums know of no config: cases that differ by it alone are one.
+SUMMED = list({(shape, *size): name for name, (shape, _, *size) in reversed(CASES.items())}.values())
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SUMMED)
 def test_pooled_sums(name, dtype):
     shape, _, *size = CASES[name]
     *arguments, _ = make(shape, *size, dtype)

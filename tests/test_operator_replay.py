@@ -29,8 +29,8 @@ def through_operators(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "memory_format"),
     [
-        *product(["paper", "classic", "input saved", "more outputs", *BY_LIBRARY], [torch.channels_last]),
-        *product(["paper", "stride 2"], [torch.contiguous_format]),
+        *product(["paper", "input saved", *BY_LIBRARY], [torch.channels_last]),
+        ("stride 2", torch.contiguous_format),
     ],
     ids=str,
 )

@@ -152,13 +152,6 @@ def test_the_backward_pass_ignores_autocast():
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpoint(reentrant):
-    layer, x = paper(), torch.randn(2, 8, 5, 4)
-    expected = gradients(layer, layer, x)
-    assert_all_same(gradients(layer, lambda x: checkpoint(layer, x, use_reentrant=reentrant), x), expected)
-
-
-@pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("is_own", [False, True], ids=["a block inside", "the layer's own choice"])
 def test_checkpoint_of_a_layer_that_saves_its_input(reentrant, is_own):
     layer, x = paper(), torch.randn(2, 8, 5, 4)

@@ -157,7 +157,7 @@ def test_parameters_that_move_before_the_backward_pass(recorded, direct):
 )
 def test_gradients_of_another_layout(spread, recorded, direct):
     layer, planned = recorded
-    size = 2, *layer.spec.output_size(5, 4)
+    size = 2, *layer.spec.output_size(3, 3)
     for _ in range(2):
         x, dv = image(), spread(image(size=size))
         direct.clear()

@@ -64,7 +64,7 @@ BY_LIBRARY = {
 }
 
 
-def image(channels=8, size=(2, 5, 4), memory_format=torch.channels_last):
+def image(channels=8, size=(2, 3, 3), memory_format=torch.channels_last):
     return torch.randn(size[0], channels, *size[1:]).half().to(memory_format=memory_format)
 
 

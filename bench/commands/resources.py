@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from sk_triton.chips import CHIPS, is_amd
@@ -104,15 +105,15 @@ def _compiled(args: argparse.Namespace, console: Console) -> list[Row]:
         for case in CASES
         if case.precision in args.precision and (not args.unit or case.name in args.unit)
     ]
-    pairs = [(case, chip) for chip in args.chip or compilable_chips() for case in cases]
     chosen: Callable[[Case, str], list[Row]] = measure_analytic if args.write_configs else measure
     if args.training:
         chosen = training_resources.measure
+    jobs = [partial(chosen, case, chip) for chip in args.chip or compilable_chips() for case in cases]
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("compiling", total=len(pairs))
-        for found in measure_all(pairs, args.workers, chosen):
+        task = progress.add_task("compiling", total=len(jobs))
+        for found in measure_all(jobs, args.workers):
             rows.extend(found)
             progress.advance(task)
     return rows

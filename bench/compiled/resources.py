@@ -160,15 +160,12 @@ def _branches_first(found: list[Launch]) -> list[Launch]:
     return sorted(found, key=lambda launch: "KERNELS" not in launch.constexprs)
 
 
-def measure_all(
-    pairs: Sequence[tuple[Case, str]],
-    workers: int,
-    measure: Callable[[Case, str], list[Row]] = measure,
-) -> Iterator[list[Row]]:
-    """`measure` for every case and target, in order, in `workers` new processes, where kernels are compiled, not
-    interpreted."""
+def measure_all(jobs: Sequence[Callable[[], list[Row]]], workers: int) -> Iterator[list[Row]]:
+    """What each job gives, in order, in `workers` new processes, where kernels are compiled, not interpreted. A job is
+    a partial of `measure`, or of another module's."""
     with compiling_processes(workers) as pool:
-        yield from pool.map(measure, *zip(*pairs, strict=True))
+        for future in [pool.submit(job) for job in jobs]:
+            yield future.result()
 
 
 def compilable_chips() -> list[str]:
