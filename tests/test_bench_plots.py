@@ -9,6 +9,7 @@ import matplotlib
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from sk_triton.bench import plots, results
@@ -398,6 +399,17 @@ def test_several_runs_are_compared_where_they_share_cases(tmp_path):
     assert_texts_are_apart(figure)
     assert len(list(plots.save_comparisons([slow, fast], tmp_path))) == 2
     assert list(plots.save_comparisons([slow, some_results("train", stages=(1,))], tmp_path)) == []
+
+
+def test_a_run_of_another_suite_costs_a_comparison_nothing(tmp_path, monkeypatch):
+    slow, fast = (some_results(stages=(3,), batches=(8,), faster=faster) for faster in (1.0, 2.0))
+    drawn = []
+    monkeypatch.setattr(several, "draw", lambda runs, best: drawn.append((runs, best)) or Figure())
+    list(plots.save_comparisons([some_results("train", stages=(1,)), slow, fast], tmp_path))
+    assert drawn
+    for runs, best in drawn:
+        assert runs == [slow, fast]
+        assert all(len(records) == 2 and all(records) for records in best.values())
 
 
 def test_an_objection_against_one_of_several_runs_ends_the_comparison():

@@ -376,12 +376,11 @@ def test_a_step_has_its_machine():
         report.choose_steps(["layer-fp16"], on_gpu=False)
 
 
-def test_a_step_may_not_take_longer_than_nine_minutes(capsys):
-    for seconds in ("541", "0", "abc"):
-        with pytest.raises(SystemExit):
-            cli.main(["report", "--time-limit", seconds])
-        assert f"must be a whole number from 1 to 530, got '{seconds}'" in capsys.readouterr().err
-    assert report.MAX_STEP_SECONDS < 540
+@pytest.mark.parametrize("seconds", ["0", "abc"])
+def test_a_time_limit_that_is_none_is_refused(seconds, capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["report", "--time-limit", seconds])
+    assert f"must be a whole number from 1 on, got '{seconds}'" in capsys.readouterr().err
 
 
 def test_the_page_stays_small_and_says_which_pictures_it_leaves_out(tmp_path, monkeypatch):

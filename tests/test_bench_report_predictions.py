@@ -11,7 +11,11 @@ from sk_triton.bench.model import validation
 from sk_triton.bench.model.validation import Compared
 from sk_triton.bench.report import predictions as report_predictions
 from sk_triton.bench.report.file import DONE, FAILED, Report
-from sk_triton.bench.report.predictions import NothingToCompareError, against_measured
+from sk_triton.bench.report.predictions import (
+    NothingToCompareError,
+    UnknownGpuError,
+    against_measured,
+)
 from sk_triton.bench.report.steps import STEPS, Context
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
@@ -54,7 +58,7 @@ def test_why_there_is_nothing_to_compare_is_said(layer, tmp_path, monkeypatch):
     measured = results.load(layer)
     unknown = dataclasses.replace(measured.stamp, device="Tegra X1")
     results.save(dataclasses.replace(measured, stamp=unknown), layer)
-    with pytest.raises(NothingToCompareError, match=r"gpu must be one of .*Tegra X1"):
+    with pytest.raises(UnknownGpuError, match=r"gpu must be one of .*Tegra X1"):
         against_measured(layer, 60)
 
 

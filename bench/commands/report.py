@@ -25,14 +25,13 @@ from ..report.file import FAILED, INTERRUPTED, Report, StepState
 from ..report.runs import load_runs
 from ..report.steps import STEPS, Context, Ending
 from ..stamp import Stamp, take_stamp
-from .arguments import choose_device, writable_folder
+from .arguments import choose_device, positive, writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 SUMMARY = "summary"
 STEP_SECONDS = 480
-MAX_STEP_SECONDS = 530
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=_step_seconds,
+        type=positive,
         default=STEP_SECONDS,
         metavar="SECONDS",
-        help=f"for each step, at most {MAX_STEP_SECONDS} (default {STEP_SECONDS}); what is left is for the next run",
+        help=f"for each step (default {STEP_SECONDS}); what is left is for the next run",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and inputs (default 0)")
 
@@ -142,13 +141,3 @@ def _tell(name: str, ending: Ending, seconds: float, console: Console) -> None:
     console.print(
         f"{name} {ending.status} in {seconds:.0f} s{message}", markup=False, style="bold", soft_wrap=True
     )
-
-
-def _step_seconds(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if not 1 <= value <= MAX_STEP_SECONDS:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {MAX_STEP_SECONDS}, got {text!r}")
-    return value

@@ -61,7 +61,7 @@ def pictures(run: Results, all_forms: bool = False) -> dict[str, Picture]:
 def save_plots(
     run: Results, folder: Path, stem: str | None = None, all_forms: bool = False
 ) -> Iterator[tuple[str, Path | Exception]]:
-    """Draws a run into `folder`, PNG files 1650 px wide named `stem` and what they show; yields as `drawn`.
+    """Draws a run into `folder`, PNG files named `stem` and what they show; yields as `drawn`.
 
     Without `stem` the suite and the device type name them.
 
@@ -73,14 +73,18 @@ def save_plots(
 
 
 def save_comparisons(runs: Sequence[Results], folder: Path) -> Iterator[tuple[str, Path | Exception]]:
-    """Draws sk_triton in several runs side by side, for the cases that they share, maybe none; yields as `drawn`."""
+    """Draws sk_triton in several runs side by side, for the cases that they share, maybe none; yields as `drawn`. A
+    picture shows the runs that have any of its cases, and the cases that the first of these has."""
     best = several.shared_cases(runs)
     found: dict[str, Picture] = {}
     for subject, dtype, direction in dict.fromkeys((c.subject, c.dtype, c.direction) for c in best):
         chosen = {
             c: r for c, r in best.items() if (c.subject, c.dtype, c.direction) == (subject, dtype, direction)
         }
-        found[f"comparison-{subject}-{direction}-{dtype}"] = partial(several.draw, runs, chosen)
+        present = [i for i in range(len(runs)) if any(records[i] for records in chosen.values())]
+        drawn_cases = {c: [r[i] for i in present] for c, r in chosen.items() if r[present[0]]}
+        picture = partial(several.draw, [runs[i] for i in present], drawn_cases)
+        found[f"comparison-{subject}-{direction}-{dtype}"] = picture
     return _saved(found, folder)
 
 

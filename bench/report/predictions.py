@@ -25,6 +25,10 @@ COMPARED = "Predicted against measured"
 PAIRS = tuple((unit, dtype) for dtype in ("fp16", "bf16") for unit in (PAPER, CLASSIC))
 
 
+class UnknownGpuError(Exception):
+    """The model does not know the GPU that was measured."""
+
+
 class NothingToCompareError(Exception):
     """There are no measured times, or the model does not know the GPU; the message says which."""
 
@@ -71,7 +75,8 @@ def against_measured(layer: Path, seconds: float) -> str:
     Units and dtypes are compiled one after another; none begins after `seconds`.
 
     Raises:
-        NothingToCompareError: no file, no measured schedule, or an unknown GPU.
+        NothingToCompareError: no file, or no measured schedule.
+        UnknownGpuError: such a GPU.
     """
     if not layer.exists():
         raise NothingToCompareError("suite layer has not been measured")
@@ -79,7 +84,7 @@ def against_measured(layer: Path, seconds: float) -> str:
     try:
         gpu = find_gpu(measured.stamp.device)
     except ValueError as error:
-        raise NothingToCompareError(str(error)) from None
+        raise UnknownGpuError(str(error)) from None
     deadline = time.monotonic() + seconds
     parts = []
     for unit, dtype in PAIRS:
