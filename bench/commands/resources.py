@@ -108,7 +108,12 @@ def _compiled(args: argparse.Namespace, console: Console) -> list[Row]:
     chosen: Callable[[Case, str], list[Row]] = measure_analytic if args.write_configs else measure
     if args.training:
         chosen = training_resources.measure
-    jobs = [partial(chosen, case, chip) for chip in args.chip or compilable_chips() for case in cases]
+    jobs = [
+        partial(chosen, case, chip)
+        for chip in args.chip or compilable_chips()
+        for case in cases
+        if not (case.allow_tf32 and is_amd(chip))  # which PyTorch's switch never allows there
+    ]
     rows: list[Row] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
