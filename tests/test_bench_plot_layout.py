@@ -15,10 +15,10 @@ from .drawn_pictures import OBJECTIONS, SUITES, Figures, a_run, assert_texts_are
 from .synthetic_results import a_stamp, some_results, with_status
 
 
-@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
 @pytest.mark.parametrize("suite", SUITES)
-def test_no_label_overlaps_another_or_leaves_the_card(suite, device_type):
-    for figure in Figures(a_run(suite, device_type)).values():
+def test_no_label_overlaps_another_or_leaves_the_card_on_a_cpu(suite):
+    """On a GPU: `test_bench_plots.py`."""
+    for figure in Figures(a_run(suite, "cpu")).values():
         assert_texts_are_apart(figure)
 
 

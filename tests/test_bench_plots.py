@@ -31,24 +31,28 @@ from .synthetic_results import FORMS, SOURCES, a_stamp, form_label, some_results
 
 
 @pytest.mark.parametrize("suite", SUITES)
-def test_pictures_are_opaque_and_show_every_source_in_its_colour(suite, tmp_path):
+def test_pictures_are_opaque_and_show_every_source_in_its_colour_and_every_label(suite, tmp_path):
     run = a_run(suite)
-    paths = [path for _, path in plots.save_plots(run, tmp_path)]
-    assert len(paths) == len(plots.pictures(run))
-    for path in paths:
-        assert path.name.startswith(f"{suite}-cuda-")
-        picture = imread(path)
+    for name, figure in Figures(run).items():
+        assert_texts_are_apart(figure)
+        picture = imread(plots.save_picture(figure, tmp_path / "picture.png"))
         assert picture.shape[1] == 1650
         assert picture.shape[2] == 3 or picture[..., 3].min() == 1
         pixels = picture[..., :3].reshape(-1, 3)
-        subject = next((unit for unit in (CLASSIC, PAPER) if f"-{unit}-" in path.name), None)
+        subject = next((unit for unit in (CLASSIC, PAPER) if f"-{unit}-" in name), None)
         records = [r for r in run.records if subject in (None, r.case.subject) and r.role != results.FLOOR]
         sources = {record.source for record in records}
-        if "-roofline-" in path.name:
+        if name.startswith("roofline-"):
             sources.discard(SAVING_INPUT)  # sk_triton stands there once
         for source in sources:
             near = abs(pixels - to_rgb(style.colour(source))).max(1) < 0.02
-            assert near.sum() > 300, (path.name, source)
+            assert near.sum() > 300, (name, source)
+
+
+def test_saved_pictures_are_named_by_suite_and_device(tmp_path):
+    run = a_run("scaling")
+    names = {path.name for _, path in plots.save_plots(run, tmp_path)}
+    assert names == {f"scaling-cuda-{name}.png" for name in plots.pictures(run)}
 
 
 def test_drawing_leaves_no_global_state():
