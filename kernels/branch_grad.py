@@ -80,8 +80,8 @@ def _stream(
     tiles_h, tiles_w = grad_tiles(shape, config, h, width)
     programs, tiles_per_program = grad_programs(shape, config, n, h, width)
     reach = max(shape.dilations)
-    # A strip's first rows read none beyond the image.
-    rows = config.RUN_H + (reach if tiles_h == 1 else 2 * reach)
+    # Nothing is read above an image; of several strips each counts as one in the middle does.
+    rows = min(config.RUN_H, h) + (reach if tiles_h == 1 else 2 * reach)
     arguments = (
         x, dv, y, w, terms, dx, partial, h, width, shape.c_in, shape.c_out,
         n * tiles_h * tiles_w, tiles_h, tiles_w, tiles_per_program,
@@ -109,11 +109,9 @@ def _stream(
     }
     grid = (blocks.count // config.num_warps, programs)
     trips = (tiles_per_program, rows)
-    launch = _prepared(branch_grad_stream_kernel, grid, arguments, constexprs, config, trips)
-    if len(shape.kernels) == 1:
-        # Else ptxas spills a few values for more warps a processor.
-        launch.options["maxnreg"] = ONE_BRANCH_REGISTERS
-    return (launch,)
+    # Uncapped, ptxas spills a few values for more warps a processor.
+    cap = {"maxnreg": ONE_BRANCH_REGISTERS} if len(shape.kernels) == 1 else {}
+    return (_prepared(branch_grad_stream_kernel, grid, arguments, constexprs, config, trips, cap),)
 
 
 def _wide(
@@ -220,8 +218,9 @@ def _prepared(
     constexprs: dict[str, Any],
     config: GradConfig,
     trips: tuple[int, ...],
+    cap: dict[str, Any] | None = None,
 ) -> Launch:
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, **(cap or {})}
     return Launch(kernel, grid, arguments, constexprs, options, trips)
 
 

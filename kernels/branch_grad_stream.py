@@ -36,7 +36,7 @@ def by_dilation(values, DILATION: tl.constexpr):
 
 
 @triton.jit
-def part(values, FIRST: tl.constexpr, COUNT: tl.constexpr):
+def entries_of(values, FIRST: tl.constexpr, COUNT: tl.constexpr):
     """COUNT entries of the tuple `values` from FIRST on."""
     out = ()
     for i in tl.static_range(COUNT):
@@ -119,7 +119,7 @@ def beyond_points(own, right_runs, left_runs):
 
 
 @triton.jit
-def halves(values):
+def by_position(values):
     """`values [BLOCKS, 16, RUNS]`, transposed, by position: two right operands `[BLOCKS, RUNS, 8]`."""
     first, second = positions(values)
     return (
@@ -129,22 +129,22 @@ def halves(values):
 
 
 @triton.jit
-def weight_products(own, beyond, dy, kx_low, kx_first):
+def weight_products(own, beyond, dy, columns_12, column_0):
     """What one row of x and one of a branch's gradient add to the weight gradients of a kernel row.
 
     `own` and `beyond [BLOCKS, 16, RUNS]`: x at the two points of a run, and at the points after and before them, rows
-    (point, input channel); `dy` likewise, rows (position, output channel). Accumulators `[BLOCKS, 16, BLOCK]`: `kx_low`
-    holds kernel columns 1 and 2, rows (column, input channel), `kx_first` column 0 in its upper half; the lower means
-    nothing.
+    (point, input channel); `dy` likewise, rows (position, output channel). Accumulators `[BLOCKS, 16, BLOCK]`:
+    `columns_12` holds kernel columns 1 and 2, rows (column, input channel), `column_0` column 0 in its upper half; the
+    lower means nothing.
     """
     first, second = positions(own)
     after, _ = positions(beyond)
-    dy_first, dy_second = halves(dy)
-    kx_low = tl.dot(joined_columns_order(own), dy_first, kx_low)
-    kx_low = tl.dot(joined_columns_order(stacked(second, after)), dy_second, kx_low)
-    kx_first = tl.dot(joined_columns_order(beyond), dy_first, kx_first)
-    kx_first = tl.dot(joined_columns_order(stacked(second, first)), dy_second, kx_first)
-    return kx_low, kx_first
+    dy_first, dy_second = by_position(dy)
+    columns_12 = tl.dot(joined_columns_order(own), dy_first, columns_12)
+    columns_12 = tl.dot(joined_columns_order(stacked(second, after)), dy_second, columns_12)
+    column_0 = tl.dot(joined_columns_order(beyond), dy_first, column_0)
+    column_0 = tl.dot(joined_columns_order(stacked(second, first)), dy_second, column_0)
+    return columns_12, column_0
 
 
 @triton.jit(do_not_specialize=("H", "W", "TILES", "TILES_H", "TILES_W", "TILES_PER_PROGRAM"))
@@ -160,12 +160,12 @@ def branch_grad_stream_kernel(
     HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
     """`dx` of BLOCKS channel blocks, a warp each, in TILES_PER_PROGRAM tiles, and what they add to the weight
-    gradients. Programs: channel blocks / BLOCKS x strips of tiles.
+    gradients. Programs: channel blocks / BLOCKS x walks over tiles.
 
     A tile is RUN_H rows x (2 * RUNS - 2 * HALO) columns of one sample, read with HALO columns on either side, and REACH
-    rows, the largest dilation. Of branch m's gradients REACH + DILATIONS[m] rows are held, in `dys` from WINDOWS[m] on.
-    A channel block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK. STRIDE_XW, STRIDE_DVW
-    and STRIDE_YW: the strides of that name, or 0 where a compilation is for any.
+    rows above and below, the largest dilation. Of branch m's gradients REACH + DILATIONS[m] rows are held, in `dys`
+    from WINDOWS[m] on. A channel block is CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK.
+    STRIDE_XW, STRIDE_DVW and STRIDE_YW: the strides of that name, or 0 where a compilation is for any.
     """
     OWN: tl.constexpr = 2 * RUNS - 2 * HALO
     TERMS: tl.constexpr = 6 if HAS_NORM else 2
@@ -198,9 +198,9 @@ def branch_grad_stream_kernel(
     mask_co = (entry % BLOCK < CHANNELS_CO)[None, :, None] & (co < C_OUT)
 
     moves_ptr = w_ptr + blocks * (M * 6 * 256)
-    none = tl.zeros([BLOCKS], tl.int32)
-    to_accumulator = load_weight_operands(moves_ptr, none)
-    own_runs = load_weight_operands(moves_ptr + 256, none)
+    no_offset = tl.zeros([BLOCKS], tl.int32)
+    to_accumulator = load_weight_operands(moves_ptr, no_offset)
+    identity = load_weight_operands(moves_ptr + 256, no_offset)
 
     dw = ()
     for _ in tl.static_range(6 * M):
@@ -266,9 +266,9 @@ def branch_grad_stream_kernel(
                 words = row_words(dy, dtype, DILATIONS[m]) & inside[m] & row_mask
                 columns = joined_rows_order(transposed(of_words(words, dtype)))
                 # What the data gradient reads: a run's own two points, and the two beyond it.
-                right_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512, none)
-                left_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512 + 256, none)
-                own = transposed(moved(joined_columns_order(own_runs), columns))
+                right_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512, no_offset)
+                left_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512 + 256, no_offset)
+                own = transposed(moved(joined_columns_order(identity), columns))
                 beyond = tl.where(
                     tl.permute(position, (0, 2, 1)) == 0,
                     tl.dot(joined_columns_order(right_runs), columns),
@@ -284,9 +284,9 @@ def branch_grad_stream_kernel(
                     acc = tl.dot(w_own, own, acc)
                     acc = tl.dot(w_beyond, beyond, acc)
                     dx = replaced(dx, REACH + (1 - tap) * DILATIONS[m], by_dilation(acc, DILATIONS[m]))
-                window = part(dys, WINDOWS[m], REACH + DILATIONS[m]) + (words,)
+                window = entries_of(dys, WINDOWS[m], REACH + DILATIONS[m]) + (words,)
                 windows = windows + (window,)
-                kept = kept + part(window, 1, REACH + DILATIONS[m])
+                kept = kept + entries_of(window, 1, REACH + DILATIONS[m])
             dys = kept
 
             row = y - REACH
@@ -297,8 +297,8 @@ def branch_grad_stream_kernel(
             pixels = tl.dot(to_accumulator, right_operands(x_row))
             added = ()
             for m in tl.static_range(M):
-                right_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512, none)
-                left_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512 + 256, none)
+                right_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512, no_offset)
+                left_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512 + 256, no_offset)
                 own = by_dilation(pixels, DILATIONS[m]).to(dtype)
                 beyond = beyond_points(own, right_runs, left_runs)
                 for ky in tl.static_range(3):
@@ -315,7 +315,7 @@ def branch_grad_stream_kernel(
                 dx[0].to(dx_ptr.dtype.element_ty),
                 mask=mask_dx & is_own_row,
             )
-            dx = part(dx, 1, 2 * REACH)
+            dx = entries_of(dx, 1, 2 * REACH)
 
     co_column = tl.arange(0, BLOCK)
     ci_row = entry % BLOCK

@@ -77,7 +77,7 @@ def memory_rows(SIZE: tl.constexpr):
 
 @triton.jit
 def load_terms(terms_ptr, co, mask_co, in_image, HAS_RELU: tl.constexpr, HAS_NORM: tl.constexpr):
-    """What `row_gradient` needs of the channels `co` of one sample and branch: see `branch_grad.branch_grad`.
+    """What `branch_gradient` needs of the channels `co` of one sample and branch: see `branch_grad.branch_grad`.
 
     Beyond the image the gradient is zero: `in_image` can be broadcast with a row's gradient, as can `co` and `mask_co`.
     """

@@ -69,6 +69,15 @@ def test_what_the_package_ships_is_in_the_space_of_its_launch(chip):
     assert met == set(configs)
 
 
+@pytest.mark.parametrize("n", [0, 1, 5, 32, 128])
+def test_a_strip_of_gradients_is_as_high_as_the_warps_that_a_gpu_holds_allow(n):
+    shape = ConvShape(128, 128, 32, (3, 3), (1, 2))
+    config = grad_config(shape, n, 56, 56, torch.float16, CHIPS["sm_90"])
+    rows = {0: 7, 1: 7, 5: 10, 32: 56, 128: 56}
+    assert rows[n] == config.RUN_H
+    assert config in space.grad_configs(shape, 56, 56, torch.float16, config, CHIPS["sm_90"])
+
+
 @pytest.mark.parametrize("groups", [8, 32, 128])
 @pytest.mark.parametrize("chip", CHIPS.values(), ids=CHIPS)
 def test_configs_of_gradients_are_ranked_whatever_prefetches(chip, groups):

@@ -30,7 +30,7 @@ class UnknownGpuError(Exception):
 
 
 class NothingToCompareError(Exception):
-    """There are no measured times, or the model does not know the GPU; the message says which."""
+    """There are no measured times."""
 
 
 def predictions(gpu: str = "H100 SXM", batch: int = 128) -> str:

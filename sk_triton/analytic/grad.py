@@ -47,9 +47,9 @@ def grad_config(
 
 
 def _strip_rows(warps: int, h: int, chip: Chip) -> int:
-    """Rows of a strip: all `h` of an image where there are as many warps then as processors hold, else fewer."""
-    strips = min(cdiv(RESIDENT_WARPS * chip.processors, warps), max(1, h // MIN_STRIP))
-    return cdiv(h, strips)
+    """Rows of a strip, of which images of `h` rows make `warps`: as few as leave no warp without a place."""
+    strips = min(RESIDENT_WARPS * chip.processors // max(1, warps), h // MIN_STRIP)
+    return cdiv(h, max(1, strips))
 
 
 def _weight_rows(h: int, chip: Chip) -> int:

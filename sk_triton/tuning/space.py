@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..analytic import branch, gate, gated, merged, pixelwise
+from ..analytic.grad import MIN_STRIP
 from ..analytic.window import in_usual_warps, merged_window_candidates, takes_window, window_candidates
 from ..chips import PREFETCHING, Chip
 from ..kernels.config import (
@@ -163,7 +164,8 @@ def grad_configs(
     found: list[GradConfig] = [
         GradStreamConfig(cdiv(h, strips), walk, warps)
         for warps in (2, 4, 1)
-        for strips in (1, 2, 4)
+        for strips in (1, 2, 3, 4, 8)
+        if strips <= max(1, h // MIN_STRIP)
         for walk in walks
     ]
     found += [
