@@ -11,7 +11,7 @@ from timm.layers.selective_kernel import SelectiveKernel as TimmSelectiveKernel
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from sk_triton import BranchSpec, SelectiveKernel, SKConv, use_backend
+from sk_triton import BranchSpec, SelectiveKernel, SKConv, pack_cache, use_backend
 from sk_triton.pack_cache import PackCache
 
 from .peers import ClassicSKConv, NormedClassicSKConv, WrappedClassicSKConv
@@ -279,6 +279,7 @@ def test_deepcopy_and_pickle(make):
 @pytest.mark.parametrize("mode", [True, False])
 def test_a_change_of_mode_clears_the_cache(make, mode, monkeypatch):
     layer, cleared = make().train(not mode), []
+    monkeypatch.setattr(pack_cache, "_shared", {})  # which other tests filled
     monkeypatch.setattr(PackCache, "clear", lambda self: cleared.append(self))
     assert nn.Sequential(layer).train(mode)[0].training is mode
     assert cleared == [layer._cache]
