@@ -87,7 +87,7 @@ class ConvPath(nn.Module):
         weight, bias = weight_and_bias(f"{name}.conv", modules["conv"])  # type: ignore[arg-type]
         check_conv_settings(f"{name}.conv", modules["conv"], self._built)
         bn: Any = modules["bn"]
-        drop, act = (bn._modules.get(name, modules.get(name)) for name in ("drop", "act"))
+        drop, act = (bn._modules.get(part, modules.get(part)) for part in ("drop", "act"))
         norm = None if type(bn) is FoldedNorm else bn
         if norm is None:
             warn_of_hooks(f"{name}.bn", bn)

@@ -74,16 +74,18 @@ def save_plots(
 
 def save_comparisons(runs: Sequence[Results], folder: Path) -> Iterator[tuple[str, Path | Exception]]:
     """Draws sk_triton in several runs side by side, for the cases that they share, maybe none; yields as `drawn`. A
-    picture shows the runs that have any of its cases, and the cases that the first of these has."""
+    picture shows the cases of the first run that has any, and the runs that have some of these."""
     best = several.shared_cases(runs)
     found: dict[str, Picture] = {}
     for subject, dtype, direction in dict.fromkeys((c.subject, c.dtype, c.direction) for c in best):
         chosen = {
             c: r for c, r in best.items() if (c.subject, c.dtype, c.direction) == (subject, dtype, direction)
         }
+        first = min(i for i in range(len(runs)) if any(records[i] for records in chosen.values()))
+        chosen = {case: records for case, records in chosen.items() if records[first]}
         present = [i for i in range(len(runs)) if any(records[i] for records in chosen.values())]
-        drawn_cases = {c: [r[i] for i in present] for c, r in chosen.items() if r[present[0]]}
-        picture = partial(several.draw, [runs[i] for i in present], drawn_cases)
+        shared = {case: [records[i] for i in present] for case, records in chosen.items()}
+        picture = partial(several.draw, [runs[i] for i in present], shared)
         found[f"comparison-{subject}-{direction}-{dtype}"] = picture
     return _saved(found, folder)
 
