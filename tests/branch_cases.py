@@ -196,13 +196,20 @@ def check(x, weights, shift, shape, config, *, has_relu=True):
     assert_errs_like_eager(pooled, ours.double().sum(0).sum((2, 3)).float(), sums)
 
 
-# Bfloat16 takes the same way through a kernel as float16: one or two cases of each.
+# Bfloat16 and float32 take the same way through a kernel as float16, but for their products: a few cases of each.
 IN_BFLOAT16 = (
     "stream", "stream, two samples per tile", "window", "window, four warps, several samples", "window, sparse",
     "window, sparse, groups of 8", "column", "column, two samples per tile", "held", "tap, dense", "tap, one pixel",
     "depthwise",
 )  # fmt: skip
 
+
+IN_FLOAT32 = (
+    "stream", "stream, 1x1 and dilation 3", "stream, channel multiplier", "stream, stride 3", "stream, 5x5", "column",
+    "column, unrolled, few rows at a time", "column, half a group, two samples", "held",
+    "held, split input, two samples", "tap, 3 to 7 with runs", "tap, dense", "tap, wide groups", "depthwise",
+    "depthwise, stride 2", "depthwise, split input",
+)  # fmt: skip
 
 # Cases that select into NCHW as well.
 IN_NCHW = (
@@ -218,7 +225,7 @@ def in_dtypes(names):
         yield name, torch.float16
         if name in IN_BFLOAT16:
             yield name, torch.bfloat16
-        if not name.startswith("window"):
+        if name in IN_FLOAT32:
             yield name, torch.float32
 
 

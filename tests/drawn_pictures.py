@@ -54,7 +54,7 @@ class Figures(Mapping):
 
 def drawn_texts(figure) -> list[Text]:
     """Every text that shows."""
-    figure.canvas.draw()
+    figure.draw_without_rendering()
     unseen: set[int] = set()
     for ax in figure.axes:
         for axis in (ax.xaxis, ax.yaxis):

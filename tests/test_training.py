@@ -102,14 +102,14 @@ saves = st.sampled_from(["branches", "input"])
 INPUTS = 4
 
 
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(specs(acts=("relu", "identity")), sizes, layouts, saves)
 def test_any_unit(spec, size, layout, save):
     compare_unit(spec, size, torch.float32, layout, save)
 
 
 @needs_narrow_products
-@settings(max_examples=12)
+@settings(max_examples=8)
 @given(specs(acts=("relu", "identity")), sizes, layouts, saves)
 def test_any_unit_whose_gradients_are_computed_by_kernels(spec, size, layout, save):
     groups = spec.branches[0].groups
