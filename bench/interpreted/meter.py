@@ -59,19 +59,23 @@ class Meter:
     def _count(self, addresses: np.ndarray, size: int, is_write: bool) -> None:
         import numpy as np
 
-        found = 0
+        if not addresses.size:
+            return
+        found, first, last = 0, int(addresses.min()), int(addresses.max())
         for address, (name, nbytes) in self._storages.items():
+            if last < address or first >= address + nbytes:
+                continue
             offsets = addresses - address
             offsets = offsets[(offsets >= 0) & (offsets + size <= nbytes)]
-            if not offsets.size:
-                continue
             found += offsets.size
             row = self._rows[name]
             if is_write:
                 row.written += offsets.size * size
             else:
                 row.read += offsets.size * size
-            touched = self._touched.setdefault(address, np.zeros(nbytes, bool))
+            if address not in self._touched:
+                self._touched[address] = np.zeros(nbytes, bool)
+            touched = self._touched[address]
             for byte in range(size):
                 touched[offsets + byte] = True
         if found != addresses.size:
