@@ -36,7 +36,7 @@ def branch_conv_held_fwd_kernel(
 ):  # fmt: skip
     """TILES_PER_PROGRAM of the TILES tiles of all samples, one channel block: `column_tile` of each branch.
 
-    TASK "store", "train", "measure" or "pool".
+    TASK "store" or "pool".
     """
     M: tl.constexpr = len(KERNELS)
     block = tl.program_id(0) % CHANNEL_PROGRAMS
@@ -52,11 +52,8 @@ def branch_conv_held_fwd_kernel(
         # Triton would take the loads of the other columns out of the loop, where no registers are left for them.
         for item in tl.range(first, tl.minimum(first + TILES_PER_PROGRAM, TILES), disable_licm=True):
             tile = item % tiles
-            own_partial_ptr = partial_ptr
-            if TASK == "train" or TASK == "measure":  # moments of tiles of all samples
-                own_partial_ptr += item * tl.cast(stride_partial_t, tl.int64)
             column_tile(
-                x_ptr, w_ptr, held, shift_ptr, x_ptr, 0, own_out_ptr, own_partial_ptr,
+                x_ptr, w_ptr, held, shift_ptr, x_ptr, 0, own_out_ptr, partial_ptr,
                 block, tile, tile // TILES_W, tile % TILES_W, item // tiles, N, H_IN, W_IN, H, W, C_IN, C_OUT,
                 stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
                 stride_partial_n, stride_partial_t,

@@ -254,10 +254,10 @@ def branch_refusal(task: str, shape: ConvShape, config: BranchConfig, itemsize: 
         return "" if task == "store" else f"a DepthwiseConfig does nothing but store, asked to {task}"
     if isinstance(config, TapConfig):
         return "" if task in ("store", "train") else f"a TapConfig stores and trains, asked to {task}"
+    if isinstance(config, HeldConfig):
+        return "" if task in ("store", "pool") else f"a HeldConfig stores and pools, asked to {task}"
     if task != "select":
         return ""
-    if isinstance(config, HeldConfig):
-        return "a HeldConfig does not select"
     # A tile's row runs must be brought into the same order in every branch.
     spacings = blocking(shape, config).spacings if row_run(config) > 1 else ()
     if any(spacing & (spacing - 1) or config.BLOCK_W % spacing for spacing in spacings):

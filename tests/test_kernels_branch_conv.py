@@ -50,7 +50,7 @@ def test_held_weights_pool_what_is_stored(name):
     settings = {"shape": shape, "has_relu": True, "allow_tf32": False, "config": config}
     branch_pool_fwd(x, packed, shift, partial, **settings)()
     torch.testing.assert_close(partial.sum(1), expected, rtol=0, atol=0)
-    with pytest.raises(ValueError, match="config: a HeldConfig does not select"):
+    with pytest.raises(ValueError, match="config: a HeldConfig stores and pools, asked to select"):
         branch_select_fwd(x, packed, shift, partial, x, **settings)
 
 

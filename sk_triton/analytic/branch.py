@@ -89,7 +89,7 @@ def branch_candidates(
         is_narrow = group <= 8 and kernel <= 3
         candidates = stream_candidates(shape, is_ieee, dtype, chip, task) if is_narrow else []
     elif takes_columns(shape):
-        candidates = [*column_candidates(shape, h, chip, task), *held_candidates(shape, h, chip, task)]
+        candidates = [*column_candidates(shape, h, chip, task), *held_candidates(shape, h, chip)]
     elif group <= 8 and kernel <= 5:
         candidates = stream_candidates(shape, is_ieee, dtype, chip, task)
     else:

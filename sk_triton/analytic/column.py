@@ -107,12 +107,12 @@ def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[B
     return candidates
 
 
-def held_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[BranchConfig]:
+def held_candidates(shape: ConvShape, h: int, chip: Chip) -> list[BranchConfig]:
     """Configs that hold weights while they walk over tiles: for two 3x3 branches of 17 to 32 channels, in images of
-    HELD_ROWS rows. Moments, masks, other rows or another branch's code would take the registers of weights."""
+    HELD_ROWS rows. Masks, other rows or another branch's code would take the registers of weights."""
     group = max(shape.c_in, shape.c_out) // shape.groups
     is_fitting = 16 < group <= 32 and shape.kernels == (3, 3) and shape.stride == 1 and h == HELD_ROWS
-    if task not in ("store", "pool") or not is_fitting or 8 not in pixel_counts(chip):
+    if not is_fitting or 8 not in pixel_counts(chip):
         return []
     is_half = chip.name in SPILLING_HELD_CHIPS
     config = HeldConfig(

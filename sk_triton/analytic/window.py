@@ -69,7 +69,7 @@ def window_candidates(
 
     `sparse`: by sparse products. Those have never run on a GPU, so they are for tuning alone, which measures them.
     """
-    is_measured = task in ("train", "measure")
+    is_measured = task == "train"
     # Sums of a branch take the registers of the other's weights.
     holds = (False,) if (is_measured and not sparse) or len(shape.kernels) > 2 else (True, False)
     found = []
@@ -151,7 +151,7 @@ def _registers(shape: ConvShape, run_w: int, hold: bool, task: str, sparse: bool
     window = 2 * (2 * far + 1 + sparse) * (run_w + 2 * far)
     taps = [kernel * kernel for kernel in shape.kernels]
     weights = (2 if sparse else 4) * (sum(taps) if hold else max(taps))
-    sums = MOMENT_REGISTERS * len(taps) if task in ("train", "measure") else 0
+    sums = MOMENT_REGISTERS * len(taps) if task == "train" else 0
     stored = STORE_REGISTERS[sparse] if task == "store" and hold and len(taps) > 1 else 0
     return window + 4 * run_w + weights + sums + stored + OTHER_REGISTERS
 
