@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .config import BorderConfig
-from .geometry import ConvShape, cdiv, next_power_of_2
+from .geometry import ConvShape, cdiv, needs_64_bits, next_power_of_2
 from .launch import Launch
 from .tiling import packed, pairs, widen
 
@@ -132,7 +132,7 @@ def border_sums_fwd(
     C_out / groups, C_in]` fp32 from `section_weights`; `shift [C_out]` fp32, the sum of the branches'; `strips
     [strips, 3]` int32 (first row, rows, section) and `columns [W_in]` int32 (section, or -1) from `merging`.
     """
-    n, _, h_in, w_in = x.shape
+    n, _, _, w_in = x.shape
     _, tiles, c_out = partial.shape
     group_ci, group_co = shape.c_in // shape.groups, shape.c_out // shape.groups
     block_ci = next_power_of_2(group_ci)
@@ -142,7 +142,6 @@ def border_sums_fwd(
     tiles_w = cdiv(w_in, config.BLOCK_W)
     if tiles != programs_h * tiles_w:
         raise ValueError(f"partial must have {programs_h * tiles_w} tiles, got shape {tuple(partial.shape)}")
-    extent = h_in * x.stride(2) + w_in * x.stride(3) + shape.c_in
     arguments = (
         x, w, w if shift is None else shift, strips, columns, partial,
         w_in, shape.c_in, c_out, pixels, len(strips), config.STRIPS_PER_PROGRAM, programs_h, tiles_w, blocks,
@@ -157,7 +156,7 @@ def border_sums_fwd(
         "BLOCK_CO": next_power_of_2(group_co),
         "BLOCK_W": config.BLOCK_W,
         "HAS_SHIFT": shift is not None,
-        "IS_LARGE": extent >= 2**31,
+        "IS_LARGE": needs_64_bits(x),
     }
     options = {"num_warps": config.num_warps, "num_stages": 1}
     if config.num_warps == 2 and x.element_size() == 2:

@@ -14,6 +14,7 @@ from .geometry import (
     column_runs,
     is_full,
     lattice,
+    needs_64_bits,
     tiles,
 )
 from .versions import TRITON
@@ -107,16 +108,10 @@ class BranchCall(Generic[ConfigT]):
         return (0, 0) if self.partial is None else (self.partial.stride(0), self.partial.stride(1))
 
     @property
-    def extent(self) -> int:
-        """Elements that a tile's samples reach over, in x or out."""
-        samples = self.config.BLOCK_N - 1
-        h, w = self.output_size
-        x_n, x_h, x_w = self.x_strides
-        _, out_n, out_c, out_h, out_w = self.out_strides
-        return max(
-            samples * x_n + (self.x.shape[2] - 1) * x_h + (self.x.shape[3] - 1) * x_w + self.shape.c_in,
-            samples * out_n + (h - 1) * out_h + (w - 1) * out_w + self.shape.c_out * out_c,
-        )
+    def is_large(self) -> bool:
+        """IS_LARGE: of offsets into a tile's samples, of x or out."""
+        images = (self.x,) if self.out is None else (self.x, self.out)
+        return needs_64_bits(*images, samples=self.config.BLOCK_N)
 
     @property
     def all_tiles(self) -> int:
@@ -162,7 +157,7 @@ def branch_constexprs(call: BranchCall[BranchConfig]) -> dict[str, Any]:
         "SPLIT_CI": shape.c_in if shape.is_split else 0,
         "HAS_SHIFT": call.shift is not None,
         "HAS_RELU": call.has_relu,
-        "IS_LARGE": call.extent >= 2**31,
+        "IS_LARGE": call.is_large,
         **{name: value for name, value in vars(config).items() if name.isupper()},
     }
 

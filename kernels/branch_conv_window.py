@@ -287,7 +287,7 @@ def branch_conv_window_fwd_kernel(
 
 
 def branch_conv_window_fwd(call: BranchCall[WindowConfig]) -> Launch:
-    shape, x, config, extent = call.shape, call.x, call.config, call.extent
+    shape, x, config, is_large = call.shape, call.x, call.config, call.is_large
     h, w = call.output_size
     layout, points = call.layout, branch_points(shape)
     constexprs = {
@@ -299,8 +299,8 @@ def branch_conv_window_fwd(call: BranchCall[WindowConfig]) -> Launch:
         "REACH": reach(shape),
         "IS_EVEN_H": h % config.RUN_H == 0,
         "IS_EVEN_W": w % config.RUN_W == 0,
-        "STRIDE_XW": known_stride(x.stride(3), shape.c_in, extent),
-        "STRIDE_OW": known_stride(call.out_strides[-1], shape.c_out, extent),
+        "STRIDE_XW": known_stride(x.stride(3), shape.c_in, is_large),
+        "STRIDE_OW": known_stride(call.out_strides[-1], shape.c_out, is_large),
         "BLOCKS": config.num_warps,
         "CHANNELS_CI": layout.channels_ci,
         "CHANNELS_CO": layout.channels_co,
@@ -318,7 +318,7 @@ def branch_conv_window_fwd(call: BranchCall[WindowConfig]) -> Launch:
         "HAS_SHIFT": call.shift is not None,
         "HAS_RELU": call.has_relu,
         "HAS_CHANNEL_MASK": not is_full(shape, config),
-        "IS_LARGE": extent >= 2**31,
+        "IS_LARGE": is_large,
     }
     trips = (config.RUN_H,)
     return Launch(

@@ -9,7 +9,7 @@ from .branch_grad_reduce import branch_grad_reduce_kernel
 from .branch_grad_stream import branch_grad_stream_kernel
 from .branch_grad_wide import branch_grad_data_kernel, branch_grad_weight_kernel
 from .config import GradConfig, GradStreamConfig, GradWideConfig
-from .geometry import ConvShape, cdiv, known_stride, next_power_of_2
+from .geometry import ConvShape, cdiv, known_stride, needs_64_bits, next_power_of_2
 from .grad_geometry import (
     HALO,
     MAX_GRID_Y,
@@ -90,10 +90,9 @@ def _stream(
         dx.stride(0), dx.stride(1), dx.stride(2), dx.stride(3),
     )  # fmt: skip
     is_full = blocks.ci == blocks.co == blocks.size and blocks.count * blocks.groups == shape.groups
-    read = (x, dv, *y.permute(0, 1, 4, 2, 3))
-    extent = _extent((*read, dx))
+    is_large = needs_64_bits(x, dv, y, dx)
     constexprs: dict[str, Any] = {
-        **_common(shape, config, (*read, dx), has_relu, terms),
+        **_common(shape, config, has_relu, terms, is_large),
         "M": len(shape.kernels),
         "DILATIONS": shape.dilations,
         "WINDOWS": tuple(m * reach + sum(shape.dilations[:m]) for m in range(len(shape.kernels))),
@@ -102,9 +101,9 @@ def _stream(
         "HAS_CHANNEL_MASK": not is_full,
         "GROUP_CI": shape.c_in // shape.groups,
         "GROUP_CO": shape.c_out // shape.groups,
-        "STRIDE_XW": known_stride(x.stride(3), shape.c_in, extent),
-        "STRIDE_DVW": known_stride(dv.stride(3), shape.c_out, extent),
-        "STRIDE_YW": known_stride(y.stride(3), shape.c_out, extent),
+        "STRIDE_XW": known_stride(x.stride(3), shape.c_in, is_large),
+        "STRIDE_DVW": known_stride(dv.stride(3), shape.c_out, is_large),
+        "STRIDE_YW": known_stride(y.stride(3), shape.c_out, is_large),
         "BLOCKS": config.num_warps,
     }
     grid = (blocks.count // config.num_warps, programs)
@@ -122,9 +121,8 @@ def _wide(
     blocks = grad_blocks(shape, config)
     halo, programs = wide_halo(shape, width), partial.shape[0]
     data_tiles_h, data_tiles_w = cdiv(h, config.DATA_RUN_H), cdiv(width, PIXELS - 2 * halo)
-    read = (x, dv, *y.permute(0, 1, 4, 2, 3))
     common = {
-        **_common(shape, config, (*read, dx), has_relu, terms),
+        **_common(shape, config, has_relu, terms, needs_64_bits(x, dv, y, dx)),
         "CHUNKS_CI": blocks.chunks_ci,
         "CHUNKS_CO": blocks.chunks_co,
     }
@@ -157,6 +155,7 @@ def _wide(
         (blocks.chunks_co,) * len(shape.kernels),
     )  # fmt: skip
     rows_ky = ROWS_KY if common["HAS_NORM"] or has_relu else LINEAR_ROWS_KY
+    is_prefetched = config.PREFETCH and all(map(can_prefetch, (x, dv, *y.permute(0, 1, 4, 2, 3))))
     launches, tap = [data], 0
     tiles_h = cdiv(h, config.RUN_H)
     for m, (kernel, dilation) in enumerate(zip(shape.kernels, shape.dilations, strict=True)):
@@ -176,7 +175,7 @@ def _wide(
                 "DILATION": dilation,
                 "KY": first,
                 "HALO": halo,
-                "PREFETCH": config.PREFETCH and all(map(can_prefetch, read)),
+                "PREFETCH": is_prefetched,
                 "ROWS_KY": min(rows_ky.get(kernel, 1), kernel - first),
                 "GROUP_CI": shape.c_in // shape.groups,
                 "GROUP_CO": shape.c_out // shape.groups,
@@ -188,18 +187,10 @@ def _wide(
     return tuple(launches)
 
 
-def _extent(images: Sequence[torch.Tensor]) -> int:
-    """How far from a sample's first element its last one lies, in the largest of `images [N, C, H, W]`."""
-    return max(
-        sum((size - 1) * stride for size, stride in zip(t.shape[1:], t.stride()[1:], strict=True))
-        for t in images
-    )
-
-
 def _common(
-    shape: ConvShape, config: GradConfig, images: Sequence[torch.Tensor], has_relu: bool, terms: torch.Tensor
+    shape: ConvShape, config: GradConfig, has_relu: bool, terms: torch.Tensor, is_large: bool
 ) -> dict[str, Any]:
-    """Constexprs that all kernels have; `images` are what they read and write."""
+    """Constexprs that all kernels have."""
     blocks = grad_blocks(shape, config)
     return {
         "RUN_H": config.RUN_H,
@@ -207,7 +198,7 @@ def _common(
         "CHANNELS_CO": blocks.co,
         "HAS_RELU": has_relu,
         "HAS_NORM": terms.shape[3] == 6,
-        "IS_LARGE": _extent(images) >= 2**31,
+        "IS_LARGE": is_large,
     }
 
 

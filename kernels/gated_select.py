@@ -7,7 +7,7 @@ import triton.language as tl
 
 from .config import GatedSelectConfig
 from .gate import all_logits
-from .geometry import cdiv, next_power_of_2
+from .geometry import cdiv, needs_64_bits, next_power_of_2
 from .launch import Launch
 from .select import check_pixels
 from .tiling import widen
@@ -91,8 +91,6 @@ def gated_select_fwd(
     d = reduce_weight.shape[0]
     check_pixels(v)
     tiles = cdiv(h * w, config.BLOCK_P)
-    last_pixel = h * w - 1
-    extent = max(last_pixel * u.stride(3), last_pixel * v.stride(3) + (c - 1) * v.stride(1)) + c
     arguments = (
         u, partial, reduce_weight, scale, shift, select_weight, scale if select_bias is None else select_bias, v,
         h * w, c, d, tiles, partial.shape[1],
@@ -110,7 +108,7 @@ def gated_select_fwd(
         "IS_ONE_BLOCK_D": d <= config.BLOCK_D,
         "HAS_RELU": has_relu,
         "HAS_SELECT_BIAS": select_bias is not None,
-        "IS_LARGE": extent >= 2**31,
+        "IS_LARGE": needs_64_bits(u, v),
     }
     grid = (n * tiles, cdiv(c, config.BLOCK_C))
     return Launch(gated_select_fwd_kernel, grid, arguments, constexprs, {"num_warps": config.num_warps})

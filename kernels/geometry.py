@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
 
+import torch
+
 from .config import (
     BranchConfig,
     ColumnConfig,
@@ -227,10 +229,21 @@ def tiles(
     )
 
 
-def known_stride(stride: int, channels: int, extent: int) -> int:
+def needs_64_bits(*images: torch.Tensor, samples: int = 1) -> bool:
+    """IS_LARGE: whether offsets into `samples` samples of one of `images`, `[..., N, C, H, W]` or `[..., N, H, W, C]`,
+    may exceed 32 bits."""
+    return any(
+        (samples - 1) * image.stride(-4)
+        + sum((size - 1) * stride for size, stride in zip(image.shape[-3:], image.stride()[-3:], strict=True))
+        >= 2**31
+        for image in images
+    )
+
+
+def known_stride(stride: int, channels: int, is_large: bool) -> int:
     """The stride between pixels of a row that a kernel is compiled for; 0, for any, unless they lie side by side and
     offsets are 32-bit."""
-    return stride if stride == channels and extent < 2**31 else 0
+    return stride if stride == channels and not is_large else 0
 
 
 def is_whole_height(shape: ConvShape, config: BranchConfig, h: int) -> bool:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .config import MergedConfig, WindowConfig
-from .geometry import ConvShape, blocking, cdiv, is_full, is_whole_height, tiles
+from .geometry import ConvShape, blocking, cdiv, is_full, is_whole_height, needs_64_bits, tiles
 from .launch import Launch
 from .merged_conv_window import merged_conv_window_fwd
 from .merging import branch_blocks, merged_shape, row_parts
@@ -295,8 +295,6 @@ def merged_conv_fwd(
     covered = tiles_h * config.BLOCK_H * config.RUN_H * tiles_w * config.BLOCK_W * config.RUN_W
     per_program = min(config.TILES_PER_PROGRAM, tiles_h * tiles_w)
     splits = cdiv(tiles_h * tiles_w, per_program)
-    extent_x = (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3) + shape.c_in
-    extent_v = (h - 1) * v.stride(2) + (w_out - 1) * v.stride(3) + (shape.c_out - 1) * v.stride(1)
     arguments = (
         x, w, w if scale is None else scale, w if shift is None else shift, attention, v,
         h_in, w_in, h, w_out, shape.c_in, shape.c_out, tiles_h * tiles_w, tiles_w, per_program, splits, layout.blocks,
@@ -326,7 +324,7 @@ def merged_conv_fwd(
         "HAS_SCALE": scale is not None,
         "HAS_SHIFT": shift is not None,
         "HAS_CHANNEL_MASK": not is_full(shape, config),
-        "IS_LARGE": max(extent_x, extent_v) >= 2**31,
+        "IS_LARGE": needs_64_bits(x, v),
         "PRECISION": "tf32" if allow_tf32 else "ieee",
     }
     return Launch(

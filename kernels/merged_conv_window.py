@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 
 from .config import WindowConfig
-from .geometry import ConvShape, blocking, branch_refusal, is_crossed, is_full, known_stride, reach, tiles
+from .geometry import (
+    ConvShape,
+    blocking,
+    branch_refusal,
+    is_crossed,
+    is_full,
+    known_stride,
+    needs_64_bits,
+    reach,
+    tiles,
+)
 from .launch import Launch
 from .merging import lattice_points
 from .prefetch import can_prefetch
@@ -223,9 +233,7 @@ def merged_conv_window_fwd(
     programs = layout.blocks // config.num_warps
     tiles_h, tiles_w = tiles(branches, config, h, w_out)
     points = lattice_points(branches)
-    extent_x = (h_in - 1) * x.stride(2) + (w_in - 1) * x.stride(3) + branches.c_in
-    extent_v = (h - 1) * v.stride(2) + (w_out - 1) * v.stride(3) + branches.c_out * v.stride(1)
-    extent = max(extent_x, extent_v)
+    is_large = needs_64_bits(x, v)
     arguments = (
         x, w, w if scale is None else scale, w if shift is None else shift, attention, v,
         h_in, w_in, h, w_out, branches.c_in, branches.c_out, tiles_h, tiles_w, programs,
@@ -240,8 +248,8 @@ def merged_conv_window_fwd(
         "W_OFFSETS": layout.offsets,
         "IS_EVEN_H": h % config.RUN_H == 0,
         "IS_EVEN_W": w_out % config.RUN_W == 0,
-        "STRIDE_XW": known_stride(x.stride(3), branches.c_in, extent),
-        "STRIDE_VW": known_stride(v.stride(3), branches.c_out, extent),
+        "STRIDE_XW": known_stride(x.stride(3), branches.c_in, is_large),
+        "STRIDE_VW": known_stride(v.stride(3), branches.c_out, is_large),
         "PREFETCH": config.PREFETCH and can_prefetch(x),
         "SPARSE": config.SPARSE,
         "IS_CROSSED": is_crossed(branches, config),
@@ -257,7 +265,7 @@ def merged_conv_window_fwd(
         "HAS_SCALE": scale is not None,
         "HAS_SHIFT": shift is not None,
         "HAS_CHANNEL_MASK": not is_full(branches, config),
-        "IS_LARGE": extent >= 2**31,
+        "IS_LARGE": is_large,
     }
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     grid = (n * tiles_h * tiles_w * programs,)

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .config import SelectConfig
-from .geometry import cdiv
+from .geometry import cdiv, needs_64_bits
 from .launch import Launch
 from .norm import activation_mask, load_norm, normalized
 from .select_bwd import pixel_stride
@@ -86,7 +86,7 @@ def norm_bwd(
         "BLOCK_C": config.BLOCK_C,
         "HAS_NORM": has_norm,
         "HAS_RELU": has_relu,
-        "IS_LARGE": h * w * max(c, stride_dp) >= 2**31,
+        "IS_LARGE": needs_64_bits(dv, y),
     }
     grid = (n * tiles, cdiv(c, config.BLOCK_C))
     return Launch(norm_bwd_kernel, grid, arguments, constexprs, {"num_warps": config.num_warps})

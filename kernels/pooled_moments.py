@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .config import ReductionConfig
-from .geometry import cdiv
+from .geometry import cdiv, needs_64_bits
 from .lanes import lane_sums, lanes
 from .launch import Launch
 from .norm import activation_mask, load_norm, normalized
@@ -80,7 +80,7 @@ def pooled_moments_fwd(
         "STEPS": config.STEPS,
         "HAS_NORM": has_norm,
         "HAS_RELU": has_relu,
-        "IS_LARGE": h * w * c >= 2**31,
+        "IS_LARGE": needs_64_bits(y),
     }
     grid = (n * tiles, cdiv(c, config.BLOCK_C), m)
     options = {"num_warps": config.num_warps}

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .config import ReductionConfig
-from .geometry import cdiv
+from .geometry import cdiv, needs_64_bits
 from .launch import Launch
 from .norm import activated, shifted
 from .tiling import widen
@@ -67,7 +67,7 @@ def pooled_sums_fwd(
         "STEPS": config.STEPS,
         "HAS_SHIFT": shift is not None,
         "HAS_RELU": has_relu,
-        "IS_LARGE": h * w * c >= 2**31,
+        "IS_LARGE": needs_64_bits(y[0]),
     }
     grid = (n * tiles, cdiv(c, config.BLOCK_C))
     trips = (config.STEPS,) * len(y)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .config import SelectConfig
-from .geometry import cdiv
+from .geometry import cdiv, needs_64_bits
 from .launch import Launch
 from .norm import activated, load_norm, normalized, shifted
 from .tiling import widen
@@ -84,9 +84,7 @@ def select_fwd(
         raise ValueError("shift must be None where there is a norm, whose beta it is")
     check_pixels(v)
     tiles = cdiv(h * w, config.BLOCK_P)
-    last_pixel = h * w - 1
     stride_un, _, stride_up, _ = us[0].stride()
-    extent = max(last_pixel * stride_up, last_pixel * v.stride(3) + (c - 1) * v.stride(1)) + c
     absent = attention  # any pointer: it is not followed
     arguments = (
         us, attention, *(norm or (absent, absent, absent, absent if shift is None else shift)), v, h * w, c, tiles,
@@ -99,7 +97,7 @@ def select_fwd(
         "HAS_NORM": norm is not None,
         "HAS_SHIFT": shift is not None,
         "HAS_RELU": has_relu,
-        "IS_LARGE": extent >= 2**31,
+        "IS_LARGE": needs_64_bits(us[0], v),
     }
     grid = (n * tiles, cdiv(c, config.BLOCK_C))
     return Launch(select_fwd_kernel, grid, arguments, constexprs, {"num_warps": config.num_warps})

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .config import ReductionConfig
-from .geometry import cdiv
+from .geometry import cdiv, needs_64_bits
 from .lanes import lane_sums, lanes
 from .launch import Launch
 from .norm import activation_mask, load_norm, normalized
@@ -103,7 +103,7 @@ def select_bwd(
         "HAS_NORM": has_norm,
         "HAS_RELU": has_relu,
         "HAS_POOLED": active is not None,
-        "IS_LARGE": h * w * max(c, stride_dp) >= 2**31,
+        "IS_LARGE": needs_64_bits(dv, y),
     }
     grid = (n * tiles, cdiv(c, config.BLOCK_C))
     options = {"num_warps": config.num_warps}
