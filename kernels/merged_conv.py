@@ -12,7 +12,7 @@ import triton.language as tl
 from .config import MergedConfig, WindowConfig
 from .geometry import ConvShape, blocking, cdiv, is_full, is_whole_height, needs_64_bits, tiles
 from .launch import Launch
-from .merged_conv_window import merged_conv_window_fwd
+from .merged_conv_window import branch_gains, merged_conv_window_fwd
 from .merging import branch_blocks, merged_shape, row_parts
 from .tiling import part_elements, right_operand, run_origin, widen
 
@@ -121,18 +121,9 @@ def merged_weights(
     """
     dtype = w_ptr.dtype.element_ty
     BLOCK_M: tl.constexpr = offs_m.shape[0]
-    gains = ()
-    shift = tl.zeros([BLOCK_M], tl.float32)
-    largest = tl.zeros([BLOCK_M], tl.float32)
-    for m in tl.static_range(M):
-        a = tl.load(attention_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
-        if HAS_SHIFT:
-            shift += a * tl.load(shift_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
-        if HAS_SCALE:
-            a *= tl.load(scale_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
-            largest = tl.maximum(largest, tl.abs(a), propagate_nan=tl.PropagateNan.ALL)
-        gains = gains + (a,)
-    factor = tl.where(largest == 0.0, 1.0, largest)
+    gains, factor, shift = branch_gains(
+        scale_ptr, shift_ptr, attention_ptr, co, mask_co, C_OUT, M, HAS_SCALE, HAS_SHIFT
+    )
     weights = ()
     if dtype == tl.float32:
         factor = tl.full([BLOCK_M], 1.0, tl.float32)

@@ -50,6 +50,28 @@ from .window_products import sparse_outputs, window_outputs
 
 
 @triton.jit
+def branch_gains(
+    scale_ptr, shift_ptr, attention_ptr, co, mask_co, C_OUT,
+    M: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+):  # fmt: skip
+    """Of one sample's output channels `co`: what multiplies each branch's weights, M tensors; the largest of these in
+    magnitude, or 1 where it is 0 or no norm scales them; the shift of the merged convolution. Each like `co`."""
+    gains = ()
+    shift = tl.zeros([co.shape[0]], tl.float32)
+    largest = tl.zeros([co.shape[0]], tl.float32)
+    for m in tl.static_range(M):
+        a = tl.load(attention_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
+        if HAS_SHIFT:
+            shift += a * tl.load(shift_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
+        if HAS_SCALE:
+            a *= tl.load(scale_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
+            largest = tl.maximum(largest, tl.abs(a), propagate_nan=tl.PropagateNan.ALL)
+        gains = gains + (a,)
+    factor = tl.where(largest == 0.0, 1.0, largest)
+    return gains, factor, shift
+
+
+@triton.jit
 def merged_taps(
     w_ptr, first, scale_ptr, shift_ptr, attention_ptr, co, mask_co, C_OUT,
     M: tl.constexpr, TAPS: tl.constexpr, W_OFFSETS: tl.constexpr, BLOCK_CO: tl.constexpr, BLOCK_CI: tl.constexpr,
@@ -62,18 +84,9 @@ def merged_taps(
     """
     BLOCKS: tl.constexpr = first.shape[0]
     dtype = w_ptr.dtype.element_ty
-    gains = ()
-    shift = tl.zeros([BLOCKS * BLOCK_CO], tl.float32)
-    largest = tl.zeros([BLOCKS * BLOCK_CO], tl.float32)
-    for m in tl.static_range(M):
-        a = tl.load(attention_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
-        if HAS_SHIFT:
-            shift += a * tl.load(shift_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
-        if HAS_SCALE:
-            a *= tl.load(scale_ptr + m * C_OUT + co, mask=mask_co, other=0.0)
-            largest = tl.maximum(largest, tl.abs(a), propagate_nan=tl.PropagateNan.ALL)
-        gains = gains + (a,)
-    factor = tl.where(largest == 0.0, 1.0, largest)
+    gains, factor, shift = branch_gains(
+        scale_ptr, shift_ptr, attention_ptr, co, mask_co, C_OUT, M, HAS_SCALE, HAS_SHIFT
+    )
     relative = ()
     for m in tl.static_range(M):
         # In 16 bits a norm's scale might overflow or lose its digits: gains are taken relative to the largest.
@@ -120,10 +133,11 @@ def merged_conv_window_fwd_kernel(
     PREFETCH: tl.constexpr, SPARSE: tl.constexpr, IS_CROSSED: tl.constexpr,
     HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCKS channel blocks of one sample; tiles and channel blocks as in `window_tile`.
+    """One tile of BLOCKS channel blocks of one sample; tiles and channel blocks as in
+    `branch_conv_window_fwd_kernel`.
 
     PLACES and PARTNERS, of the points of TAPS, are as in `window_products`; SPARSE, IS_CROSSED, STRIDE_XW and STRIDE_VW
-    as in `window_tile`.
+    as there.
     """
     BLOCK_P: tl.constexpr = BLOCK_H * BLOCK_W
     WIDTH: tl.constexpr = RUN_W + 2 * REACH
