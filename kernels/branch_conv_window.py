@@ -45,10 +45,10 @@ def load_tap(w_ptr, first, SPARSE: tl.constexpr):
         return load_taps(w_ptr, first)
 
 
-@triton.jit
-def window_tile(
-    x_ptr, w_ptr, shift_ptr, attention_ptr, tag, out_ptr, partial_ptr,
-    first_block, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
+@triton.jit(do_not_specialize=SIZES)
+def branch_conv_window_fwd_kernel(
+    x_ptr, w_ptr, shift_ptr, attention_ptr, out_ptr, partial_ptr,
+    N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
     stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
     stride_partial_n, stride_partial_t,
     TASK: tl.constexpr, KERNELS: tl.constexpr, W_OFFSETS: tl.constexpr, PLACES: tl.constexpr, PARTNERS: tl.constexpr,
@@ -61,8 +61,7 @@ def window_tile(
     SPARSE: tl.constexpr, IS_CROSSED: tl.constexpr,
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
 ):  # fmt: skip
-    """Every branch of one tile and BLOCKS channel blocks from `first_block` on; TASK, `tile` and `tag` as in
-    `stream_tile`.
+    """Every branch of one tile and BLOCKS channel blocks, a warp each; TASK as in `stream_tile`.
 
     A tile is BLOCK_N samples x BLOCK_H strips of RUN_H rows x BLOCK_W lanes of RUN_W pixels. A channel block is
     CHANNELS_CI inputs and CHANNELS_CO outputs (whole groups), padded to BLOCK_CI and BLOCK_CO. Kernels reach REACH
@@ -86,6 +85,9 @@ def window_tile(
     # What the compiler knows, loads and stores add to an address without an instruction.
     stride_xw = STRIDE_XW if STRIDE_XW > 0 else stride_xw
     stride_ow = STRIDE_OW if STRIDE_OW > 0 else stride_ow
+    program, tile, tile_h, tile_w, block_n = locate_tile(tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W)
+    if IS_MEASURED:  # moments of tiles of all samples
+        partial_ptr += tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS * stride_partial_t
     n0 = block_n.to(tl.int64) * BLOCK_N
     n_left = tl.minimum(N - n0, BLOCK_N).to(tl.int32)
     lane = tl.arange(0, BLOCK_P)
@@ -93,8 +95,8 @@ def window_tile(
     y0 = (tile_h * BLOCK_H + lane // BLOCK_W % BLOCK_H) * RUN_H
     x0 = (tile_w * BLOCK_W + lane % BLOCK_W) * RUN_W
     mask_p = (y0 < H) & (x0 < W) & (sample < n_left)
-    block = first_block + tl.arange(0, BLOCKS)
-    co, mask_co = output_channels(first_block, BLOCKS, CHANNELS_CO, BLOCK_CO)
+    block = program * BLOCKS + tl.arange(0, BLOCKS)
+    co, mask_co = output_channels(program * BLOCKS, BLOCKS, CHANNELS_CO, BLOCK_CO)
     mask_co &= co < C_OUT
     ci, mask_ci = block_channels(block, CHANNELS_CI, BLOCK_CI, IS_CROSSED)
     # Where each lane reads, once; rows and pixels are offsets that all lanes add.
@@ -110,7 +112,7 @@ def window_tile(
     row_stride = tl.cast(stride_xh, tl.int64)
     if PREFETCH:
         ahead = rows_ahead(
-            x_ptr, first_block // BLOCKS, tile_h, tile_w, n_left, H_IN, W, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
+            x_ptr, program, tile_h, tile_w, n_left, H_IN, W, W_IN, C_IN, stride_xn, stride_xh, stride_xw,
             REACH, BLOCKS, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, CHANNELS_CI,
         )  # fmt: skip
 
@@ -130,7 +132,7 @@ def window_tile(
             start += tl.reshape(shift, [BLOCKS, BLOCK_CO, 1])
         starts = starts + (accumulators(start, IS_CROSSED) if SPARSE else start,)
         if TASK == "select":
-            a = branch_attention(attention_ptr, n0, sample, n_left, m, 0, co, C_OUT, C_OUT, tag, M, BLOCK_N)
+            a = branch_attention(attention_ptr, n0, sample, n_left, m, 0, co, C_OUT, C_OUT, 0, M, BLOCK_N)
             attention = attention + (tl.reshape(a, [BLOCKS, BLOCK_CO, a.shape[1]]),)
 
     zeros = tl.zeros([BLOCKS, BLOCK_CO, BLOCK_P], tl.float32)
@@ -252,38 +254,6 @@ def window_tile(
         offs_partial = (n0 + offs_n)[:, None] * stride_partial_n + tile.to(tl.int64) * stride_partial_t
         mask = (offs_n < n_left)[:, None] & mask_co[None, :]
         tl.store(partial_ptr + offs_partial + co[None, :], pooled, mask=mask)
-
-
-@triton.jit(do_not_specialize=SIZES)
-def branch_conv_window_fwd_kernel(
-    x_ptr, w_ptr, shift_ptr, attention_ptr, out_ptr, partial_ptr,
-    N, H_IN, W_IN, H, W, C_IN, C_OUT, TILES_H, TILES_W, CHANNEL_PROGRAMS,
-    stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
-    stride_partial_n, stride_partial_t,
-    TASK: tl.constexpr, KERNELS: tl.constexpr, W_OFFSETS: tl.constexpr, PLACES: tl.constexpr, PARTNERS: tl.constexpr,
-    REACH: tl.constexpr, IS_EVEN_H: tl.constexpr, IS_EVEN_W: tl.constexpr,
-    STRIDE_XW: tl.constexpr, STRIDE_OW: tl.constexpr,
-    BLOCKS: tl.constexpr, CHANNELS_CI: tl.constexpr, CHANNELS_CO: tl.constexpr,
-    BLOCK_CI: tl.constexpr, BLOCK_CO: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
-    RUN_H: tl.constexpr, RUN_W: tl.constexpr, HOLD_WEIGHTS: tl.constexpr, PREFETCH: tl.constexpr,
-    SPARSE: tl.constexpr, IS_CROSSED: tl.constexpr,
-    HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
-):  # fmt: skip
-    """One tile of BLOCKS channel blocks, a warp each: `window_tile`."""
-    program, tile, tile_h, tile_w, block_n = locate_tile(tl.program_id(0), CHANNEL_PROGRAMS, TILES_H, TILES_W)
-    if TASK == "train" or TASK == "measure":  # moments of tiles of all samples
-        partial_ptr += tl.program_id(0).to(tl.int64) // CHANNEL_PROGRAMS * stride_partial_t
-    window_tile(
-        x_ptr, w_ptr, shift_ptr, attention_ptr, 0, out_ptr, partial_ptr,
-        program * BLOCKS, tile, tile_h, tile_w, block_n, N, H_IN, W_IN, H, W, C_IN, C_OUT,
-        stride_xn, stride_xh, stride_xw, stride_om, stride_on, stride_oc, stride_oh, stride_ow,
-        stride_partial_n, stride_partial_t,
-        TASK, KERNELS, W_OFFSETS, PLACES, PARTNERS, REACH, IS_EVEN_H, IS_EVEN_W, STRIDE_XW, STRIDE_OW,
-        BLOCKS, CHANNELS_CI, CHANNELS_CO,
-        BLOCK_CI, BLOCK_CO, BLOCK_N, BLOCK_H, BLOCK_W, RUN_H, RUN_W, HOLD_WEIGHTS, PREFETCH,
-        SPARSE, IS_CROSSED, HAS_SHIFT, HAS_RELU, HAS_CHANNEL_MASK, IS_LARGE,
-    )  # fmt: skip
 
 
 def branch_conv_window_fwd(call: BranchCall[WindowConfig]) -> Launch:
