@@ -9,7 +9,7 @@ from .config import GatedSelectConfig
 from .gate import all_logits
 from .geometry import cdiv, needs_64_bits, next_power_of_2
 from .launch import Launch
-from .select import check_pixels
+from .select import output_pixel_stride
 from .tiling import widen
 
 
@@ -89,13 +89,13 @@ def gated_select_fwd(
     """
     m, n, h, w, c = u.shape
     d = reduce_weight.shape[0]
-    check_pixels(v)
+    stride_vp = output_pixel_stride(v)
     tiles = cdiv(h * w, config.BLOCK_P)
     arguments = (
         u, partial, reduce_weight, scale, shift, select_weight, scale if select_bias is None else select_bias, v,
         h * w, c, d, tiles, partial.shape[1],
         u.stride(0), u.stride(1), u.stride(3), partial.stride(0), partial.stride(1),
-        v.stride(0), v.stride(1), v.stride(3),
+        v.stride(0), v.stride(1), stride_vp,
     )  # fmt: skip
     constexprs = {
         "M": m,

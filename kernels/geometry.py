@@ -240,6 +240,13 @@ def needs_64_bits(*images: torch.Tensor, samples: int = 1) -> bool:
     )
 
 
+def pixel_stride(image: torch.Tensor) -> int:
+    """How far apart neighbouring pixels of an `image [N, C, H, W]` lie, in elements; 0 where that differs."""
+    _, _, h, w = image.shape
+    stride = image.stride(3) if w > 1 else image.stride(2)
+    return stride if h == 1 or image.stride(2) == w * stride else 0
+
+
 def known_stride(stride: int, channels: int, is_large: bool) -> int:
     """The stride between pixels of a row that a kernel is compiled for; 0, for any, unless they lie side by side and
     offsets are 32-bit."""

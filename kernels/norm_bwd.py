@@ -8,7 +8,7 @@ from .config import SelectConfig
 from .geometry import cdiv, needs_64_bits
 from .launch import Launch
 from .norm import activation_mask, load_norm, normalized
-from .select_bwd import pixel_stride
+from .select_bwd import gradient_pixel_stride
 from .tiling import widen
 
 
@@ -75,7 +75,7 @@ def norm_bwd(
     """
     m, n, h, w, c = y.shape
     tiles = cdiv(h * w, config.BLOCK_P)
-    stride_dp = pixel_stride(dv)
+    stride_dp = gradient_pixel_stride(dv)
     arguments = (
         dv, y, attention, pooled_grad, mean, rstd, gamma, beta, dbeta, dgamma, dy, h * w, c, tiles,
         dv.stride(0), stride_dp, y.stride(0), y.stride(1), y.stride(3),

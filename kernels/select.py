@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .config import SelectConfig
-from .geometry import cdiv, needs_64_bits
+from .geometry import cdiv, needs_64_bits, pixel_stride
 from .launch import Launch
 from .norm import activated, load_norm, normalized, shifted
 from .tiling import widen
@@ -46,17 +46,18 @@ def select_fwd_kernel(
     tl.store(v_ptr + n * stride_vn + offs_v, acc.to(v_ptr.dtype.element_ty), mask=mask)
 
 
-def check_pixels(v: torch.Tensor) -> None:
-    """Refuse a `v [N, C, H, W]` whose pixels are not equally spaced.
+def output_pixel_stride(v: torch.Tensor) -> int:
+    """:func:`.geometry.pixel_stride` of an output `v [N, C, H, W]`.
 
     Raises:
-        ValueError: such a tensor.
+        ValueError: pixels that are not equally spaced.
     """
-    _, _, h, w = v.shape
-    if h > 1 and v.stride(2) != w * v.stride(3):
+    stride = pixel_stride(v)
+    if not stride:
         raise ValueError(
             f"v must have equally spaced pixels, got strides {v.stride()} for shape {tuple(v.shape)}"
         )
+    return stride
 
 
 def select_fwd(
@@ -82,13 +83,13 @@ def select_fwd(
     n, h, w, c = us[0].shape
     if norm is not None and shift is not None:
         raise ValueError("shift must be None where there is a norm, whose beta it is")
-    check_pixels(v)
+    stride_vp = output_pixel_stride(v)
     tiles = cdiv(h * w, config.BLOCK_P)
     stride_un, _, stride_up, _ = us[0].stride()
     absent = attention  # any pointer: it is not followed
     arguments = (
         us, attention, *(norm or (absent, absent, absent, absent if shift is None else shift)), v, h * w, c, tiles,
-        stride_un, stride_up, v.stride(0), v.stride(1), v.stride(3),
+        stride_un, stride_up, v.stride(0), v.stride(1), stride_vp,
     )  # fmt: skip
     constexprs = {
         "M": len(us),

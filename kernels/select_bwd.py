@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .config import ReductionConfig
-from .geometry import cdiv, needs_64_bits
+from .geometry import cdiv, needs_64_bits, pixel_stride
 from .lanes import lane_sums, lanes
 from .launch import Launch
 from .norm import activation_mask, load_norm, normalized
@@ -88,7 +88,7 @@ def select_bwd(
     """
     m, n, h, w, c = y.shape
     tiles = grad.shape[0]
-    stride_dp = pixel_stride(dv)
+    stride_dp = gradient_pixel_stride(dv)
     arguments = (
         dv, y, mean, rstd, gamma, beta, grad, scaled,
         grad if active is None else active, grad if pooled is None else pooled, n, h * w, c, tiles,
@@ -110,15 +110,14 @@ def select_bwd(
     return Launch(select_bwd_kernel, grid, arguments, constexprs, options, (config.STEPS,) * m)
 
 
-def pixel_stride(dv: torch.Tensor) -> int:
-    """Distance in elements between neighbouring pixels of `dv [N, C, H, W]`.
+def gradient_pixel_stride(dv: torch.Tensor) -> int:
+    """:func:`.geometry.pixel_stride` of a gradient `dv [N, C, H, W]`.
 
     Raises:
         ValueError: channels that are not adjacent, or pixels that are not equally spaced.
     """
-    _, c, h, w = dv.shape
-    stride = dv.stride(3) if w > 1 else dv.stride(2)
-    if (c > 1 and dv.stride(1) != 1) or (h > 1 and dv.stride(2) != w * stride):
+    stride = pixel_stride(dv)
+    if not stride or (dv.shape[1] > 1 and dv.stride(1) != 1):
         raise ValueError(
             f"dv must have adjacent channels and equally spaced pixels, got strides {dv.stride()} for shape "
             f"{tuple(dv.shape)}"

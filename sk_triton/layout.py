@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from .kernels.geometry import pixel_stride
 from .spec import SKSpec
 
 
@@ -12,8 +13,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
     # reads as both formats and counts as contiguous.
     _, channels, height, width = x.shape
     _, channel_stride, row_stride, column_stride = x.stride()
-    pixel_stride = column_stride if width > 1 else row_stride
-    if channels > 1 and height * width > 1 and 0 < channel_stride < pixel_stride:
+    between_pixels = column_stride if width > 1 else row_stride
+    if channels > 1 and height * width > 1 and 0 < channel_stride < between_pixels:
         return torch.channels_last
     return torch.contiguous_format
 
@@ -51,8 +52,6 @@ def with_adjacent_channels(x: Tensor) -> Tensor:
 
 def with_spaced_pixels(dv: Tensor) -> Tensor:
     """dv itself where its channels are adjacent and its pixels equally spaced, else a channels_last copy."""
-    _, _, height, width = dv.shape
-    pixel_stride = dv.stride(3) if width > 1 else dv.stride(2)
-    if dv.stride(1) == 1 and pixel_stride > 0 and (height == 1 or dv.stride(2) == width * pixel_stride):
+    if dv.stride(1) == 1 and pixel_stride(dv):
         return dv
     return with_adjacent_channels(dv.contiguous(memory_format=torch.channels_last))

@@ -227,10 +227,10 @@ def test_terms_of_the_gradients(c, has_norm):
 
 
 def test_unequally_spaced_gradients_are_refused():
-    from sk_triton.kernels.select_bwd import pixel_stride
+    from sk_triton.kernels.select_bwd import gradient_pixel_stride
 
     with pytest.raises(ValueError, match="adjacent channels and equally spaced pixels"):
-        pixel_stride(torch.empty(2, 4, 3, 3))
+        gradient_pixel_stride(torch.empty(2, 4, 3, 3))
 
 
 MEASURED = [
