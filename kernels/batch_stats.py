@@ -16,18 +16,17 @@ from .running import Running, momentum_of, pointers_of
 @triton.jit(do_not_specialize=("ROWS", "TILES"))
 def tile_moments_fwd_kernel(
     y_ptr, moments_ptr,
-    ROWS, C, TILES, stride_ym,
+    ROWS, C, TILES,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr, STEPS: tl.constexpr,
 ):  # fmt: skip
-    """One branch over a tile of STEPS * BLOCK_P pixels, for BLOCK_C channels."""
-    tile = tl.program_id(0)
-    m = tl.program_id(2).to(tl.int64)
+    """A tile of STEPS * BLOCK_P pixels, for BLOCK_C channels."""
+    tile = tl.program_id(0).to(tl.int64)
     offs_p = tl.arange(0, BLOCK_P)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = c < C
-    first = tile.to(tl.int64) * (STEPS * BLOCK_P)
+    first = tile * (STEPS * BLOCK_P)
     left = tl.minimum(ROWS - first, STEPS * BLOCK_P).to(tl.int32)
-    y_ptr += m * stride_ym + first * C
+    y_ptr += first * C
     offs = offs_p[:, None] * C + c[None, :]
     pivot = tl.load(y_ptr + offs, mask=(offs_p < left)[:, None] & mask_c[None, :], other=0.0).to(tl.float32)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -42,7 +41,7 @@ def tile_moments_fwd_kernel(
     count = tl.broadcast_to(count[:, None], [BLOCK_P, BLOCK_C])
     mean, m2 = lane_moments(pivot, total, squares, count)
     mean, m2, count = join_moments(mean, m2, count, 0)
-    moments_ptr += (m * 3 * TILES + tile) * C + c
+    moments_ptr += tile * C + c
     stride_part = TILES.to(tl.int64) * C
     tl.store(moments_ptr, count, mask=mask_c)
     tl.store(moments_ptr + stride_part, mean, mask=mask_c)
@@ -104,15 +103,15 @@ def moment_tiles(pixels: int, config: ReductionConfig) -> int:
 
 
 def tile_moments_fwd(y: torch.Tensor, moments: torch.Tensor, *, config: ReductionConfig) -> Launch:
-    """Write `moments [M, 3, TILES, C]` fp32: number, mean and centred second moment of each tile's values of a channel.
+    """Write `moments [3, TILES, C]` fp32: number, mean and centred second moment of each tile's values of a channel.
 
-    `y [M, N, H, W, C]` is contiguous; TILES is `moment_tiles(N * H * W, config)`.
+    `y [N, H, W, C]`, a branch's convolution, is contiguous; TILES is `moment_tiles(N * H * W, config)`.
     """
-    m, n, h, w, c = y.shape
-    tiles = moments.shape[2]
-    arguments = (y, moments, n * h * w, c, tiles, y.stride(0))
+    n, h, w, c = y.shape
+    tiles = moments.shape[1]
+    arguments = (y, moments, n * h * w, c, tiles)
     constexprs = {"BLOCK_P": config.BLOCK_P, "BLOCK_C": config.BLOCK_C, "STEPS": config.STEPS}
-    grid = (tiles, cdiv(c, config.BLOCK_C), m)
+    grid = (tiles, cdiv(c, config.BLOCK_C))
     options = {"num_warps": config.num_warps}
     return Launch(tile_moments_fwd_kernel, grid, arguments, constexprs, options, (config.STEPS - 1,))
 

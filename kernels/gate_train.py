@@ -62,22 +62,18 @@ def gate_reduce_fwd_kernel(
     s = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
     for m in tl.static_range(M):
         offs = offs_n * stride_n + m * stride_m + c[None, :]
-        offs_total = (offs_n * M + m) * C + c[None, :]
         pooled = tile_sums(pooled_ptr, offs, mask, TILES, stride_t)
-        if HAS_TOTAL:
-            tl.store(total_ptr + tl.cast(N, tl.int64) * M * C + offs_total, pooled, mask=mask)
         if HAS_NORM:
             active = tile_sums(active_ptr, offs, mask, TILES, stride_t)
             beta = tl.load(affine_ptr + m * C + c, mask=mask_c, other=0.0)[None, :]
             gamma = tl.load(affine_ptr + (M + m) * C + c, mask=mask_c, other=0.0)[None, :]
             s += gamma * pooled + beta * active
             if HAS_TOTAL:
+                offs_total = (offs_n * M + m) * C + c[None, :]
                 tl.store(total_ptr + offs_total, active, mask=mask)
+                tl.store(total_ptr + tl.cast(N, tl.int64) * M * C + offs_total, pooled, mask=mask)
         else:
             s += pooled
-            if HAS_TOTAL:
-                active = tile_sums(active_ptr, offs, mask, TILES, stride_t)
-                tl.store(total_ptr + offs_total, active, mask=mask)
     s = s / PIXELS
     tl.store(s_ptr + offs_n * C + c[None, :], s, mask=mask)
     summand_ptr += (tl.program_id(1) * tl.cast(N, tl.int64) + offs_n) * D
@@ -231,8 +227,8 @@ def gate_reduce_fwd(
 
     `active` and `pooled` `[TILES, N, M, C]`, as of `pooled_moments_fwd`, of equal strides, channels adjacent:
     `s = sum(gamma * pooled + beta * active) / pixels` over tiles and branches, with `affine [2, M, C]`, beta and gamma;
-    without norm `sum(pooled) / pixels`. `total [2, N, M, C]` receives the sums over tiles. `reduce_weight [D, C]`
-    contiguous.
+    without norm `sum(pooled) / pixels`. `total [2, N, M, C]`, of units with norms, receives the sums over tiles.
+    `reduce_weight [D, C]` contiguous.
     """
     tiles, n, m, c = pooled.shape
     d = reduce_weight.shape[0]
@@ -249,7 +245,7 @@ def gate_reduce_fwd(
         "HAS_TOTAL": total is not None,
     }
     grid = (cdiv(n, BLOCK_N), cdiv(c, BLOCK_C))
-    trips = (tiles - 1,) * m * (1 + (has_norm or total is not None)) + (cdiv(d, block_d(d)),)
+    trips = (tiles - 1,) * m * (1 + has_norm) + (cdiv(d, block_d(d)),)
     return Launch(gate_reduce_fwd_kernel, grid, arguments, constexprs, {"num_warps": 4}, trips)
 
 

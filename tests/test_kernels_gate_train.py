@@ -65,7 +65,7 @@ def run_forward(t, statistics, *, pixels, has_norm, is_lean):
 
     tiles, n, m, c = t["pooled"].shape
     d = t["reduce"].shape[0]
-    total = nans(2, n, m, c) if tiles > 1 else None
+    total = nans(2, n, m, c) if tiles > 1 and has_norm else None
     out = {"s": nans(n, c), "summands": nans(*summand_shape(n, c, d))}
     out |= {} if total is None else {"total": total}
     step = gate_reduce_fwd(

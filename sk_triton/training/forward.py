@@ -52,7 +52,7 @@ class StoredBranches:
         for i in {*range(m)} - measured:
             size = (1, 3, moment_tiles(math.prod(sizes), config), c)
             moments = self.y.new_empty(size, dtype=torch.float32)
-            self.tape.run(tile_moments_fwd(self.y[i : i + 1], moments, config=config))
+            self.tape.run(tile_moments_fwd(self.y[i], moments[0], config=config))
             found.append((slice(i, i + 1), moments))
         return found
 

@@ -121,9 +121,9 @@ def train_gate_fwd(
 
     Returns:
         The state; the unbiased variance ``[d]`` over the batch, empty where there is no norm; the sums ``[2, N, M, C]``
-        over all tiles, or what there is of them.
+        over all tiles, where `affine` multiplies them, else those of the first.
     """
-    count, tiles, n, m, c = partial.shape
+    _, tiles, n, m, c = partial.shape
     d = tensors.reduce_weight.shape[0]
 
     def empty(*size: int) -> Tensor:
@@ -131,13 +131,11 @@ def train_gate_fwd(
 
     s, h, z, attention = empty(n, c), empty(n, d), empty(n, d), empty(n, branches, c)
     summands = empty(*summand_shape(n, c, d))
-    sums = partial[:, 0]
-    if count == 2 and tiles > 1:
-        sums = empty(2, n, m, c)
+    total = empty(2, n, m, c) if affine is not None and tiles > 1 else None
     tape.run(
         gate_reduce_fwd(
             partial[0], partial[-1], partial if affine is None else affine, tensors.reduce_weight,
-            sums if count == 2 and tiles > 1 else None, s, summands, pixels=pixels, has_norm=affine is not None,
+            total, s, summands, pixels=pixels, has_norm=affine is not None,
         )
     )  # fmt: skip
     # Statistics of a group are taken apart from the kernels, and so is what follows from them.
@@ -154,7 +152,7 @@ def train_gate_fwd(
         tape.note_operators()
         z, mean, rstd, var, size = _norm_over_group(h, tensors, norm)
     tape.run(gate_select_fwd(z, tensors.select_weights, tensors.select_biases, attention))
-    return GateState(s, h, z, mean, rstd, size, attention), var, sums
+    return GateState(s, h, z, mean, rstd, size, attention), var, partial[:, 0] if total is None else total
 
 
 def train_gate_bwd(
