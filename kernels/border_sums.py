@@ -34,10 +34,7 @@ def in_fp32(row, dtype: tl.constexpr):
 
 
 @triton.jit(
-    do_not_specialize=(
-        *("W_IN", "PIXELS", "STRIPS"),
-        *("STRIPS_PER_PROGRAM", "PROGRAMS_H", "TILES_W", "BLOCKS"),
-    )
+    do_not_specialize=("W_IN", "PIXELS", "STRIPS", "STRIPS_PER_PROGRAM", "PROGRAMS_H", "TILES_W", "BLOCKS")
 )
 def border_sums_fwd_kernel(
     x_ptr, w_ptr, shift_ptr, strips_ptr, columns_ptr, partial_ptr,

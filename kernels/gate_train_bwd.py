@@ -65,19 +65,9 @@ def gate_select_bwd_kernel(
 
 @triton.jit
 def descriptor_grad(
-    summand_ptr,
-    h_ptr,
-    z_ptr,
-    n,
-    d,
-    mean,
-    rstd,
-    N,
-    D,
-    SUMMANDS,
-    STATISTICS: tl.constexpr,
-    HAS_RELU: tl.constexpr,
-):
+    summand_ptr, h_ptr, z_ptr, n, d, mean, rstd, N, D, SUMMANDS,
+    STATISTICS: tl.constexpr, HAS_RELU: tl.constexpr,
+):  # fmt: skip
     """Rows `n` of the gradient before the activation, 0 past the last, and the normalized hidden features."""
     mask = (n < N)[:, None] & (d < D)[None, :]
     offs = n.to(tl.int64)[:, None] * D + d[None, :]

@@ -20,6 +20,7 @@ from ..kernels.config import (
 from ..kernels.geometry import (
     ConvShape,
     blocking,
+    blocks_per_program,
     can_run,
     cdiv,
     column_run,
@@ -79,21 +80,17 @@ def branch_candidates(
     group = max(shape.c_in, shape.c_out) // shape.groups
     kernel = max(shape.kernels)
     candidates: list[BranchConfig] = []
-    if dtype.itemsize == 2 and takes_window(shape, chip):
-        candidates += window_candidates(shape, h, dtype, task, chip)
-    if candidates:
-        pass
-    elif shape.is_depthwise and dtype == torch.float32:
+    if shape.is_depthwise and dtype == torch.float32:
         candidates = _depthwise_candidates(kernel)
     elif dtype == torch.float32:
         is_narrow = group <= 8 and kernel <= 3
         candidates = stream_candidates(shape, is_ieee, dtype, chip, task) if is_narrow else []
+    elif takes_window(shape, chip) and (windows := window_candidates(shape, h, dtype, task, chip)):
+        candidates = [*windows]
     elif takes_columns(shape):
         candidates = [*column_candidates(shape, h, chip, task), *held_candidates(shape, h, chip)]
     elif group <= 8 and kernel <= 5:
         candidates = stream_candidates(shape, is_ieee, dtype, chip, task)
-    else:
-        candidates = []
     return [config for config in candidates if can_run(task, shape, config)]
 
 
@@ -214,7 +211,7 @@ def branch_cost(
     # Pixels of several samples are pooled by sums, masked in every row where runs may overhang, not on the tensor core.
     pooling = 1.0 if config.BLOCK_N == 1 else 1.1 if isinstance(config, ColumnConfig) else 1.3
     work = area * (6 + 3 * overlap + halo) * (1.0 if is_even else 1.15) * pooling
-    blocks = config.BLOCKS_PER_PROGRAM if isinstance(config, StreamConfig) else 1
+    blocks = blocks_per_program(config)
     walks = cdiv(n, config.BLOCK_N) * tiles_h * tiles_w
     if isinstance(config, ColumnConfig):
         work *= config.BLOCK_CO / config.BLOCK_CI

@@ -108,7 +108,7 @@ def in_warps(
     """`config` with the warps a program that do `task` fastest, if full channel blocks fill such programs and there is
     one for every processor."""
     is_short = task in ("pool", "select") and config.RUN_W < LONG_RUN
-    if chip.name not in SEVERAL_WARPS_CHIPS or task not in WARPS or is_short or not is_full(shape, config):
+    if chip.name not in SEVERAL_WARPS_CHIPS or is_short or not is_full(shape, config):
         return config
     blocks = blocking(shape, config).blocks
     most = _tiles(config, shape, n, h, w) * blocks // chip.processors
@@ -121,11 +121,10 @@ def in_warps(
 
 def in_usual_warps(config: WindowConfig, shape: ConvShape, task: str, chip: Chip) -> WindowConfig:
     """`config` with the warps a program that :func:`in_warps` takes for large batches."""
-    warps = WARPS.get(task, 1)
     is_taken = chip.name in SEVERAL_WARPS_CHIPS and is_full(shape, config)
-    if not is_taken or blocking(shape, config).blocks % warps:
+    if not is_taken or blocking(shape, config).blocks % WARPS[task]:
         return config
-    return replace(config, num_warps=warps, PREFETCH=chip.name in PREFETCHING)
+    return replace(config, num_warps=WARPS[task], PREFETCH=chip.name in PREFETCHING)
 
 
 def without_large_spills(configs: list[BranchConfig], task: str) -> list[BranchConfig]:
