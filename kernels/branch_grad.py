@@ -15,9 +15,9 @@ from .grad_geometry import (
     MAX_GRID_Y,
     PIXELS,
     branch_halo,
-    can_run_grad,
     grad_blocks,
     grad_programs,
+    grad_refusal,
     grad_tiles,
     wide_halo,
 )
@@ -59,9 +59,9 @@ def branch_grad(
     reads only what is written here.
 
     Raises:
-        ValueError: a `shape` that the kernels of `config` do not take (`can_run_grad`), or channels not adjacent.
+        ValueError: a `shape` that the kernels of `config` do not take (`grad_refusal`), or channels not adjacent.
     """
-    if (reason := can_run_grad(shape, x.dtype, config, x.shape[3])) is not None:
+    if reason := grad_refusal(shape, x.dtype, config, x.shape[3]):
         raise ValueError(f"shape: {reason}")
     for name, tensor, channels in (("x", x, x.stride(1)), ("dv", dv, dv.stride(1)), ("y", y, y.stride(4))):
         if channels != 1:

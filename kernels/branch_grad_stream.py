@@ -23,6 +23,8 @@ from .tiling import pairs, part_elements, widen
 # Columns of a product: runs of a tile, of two outputs each, the halo included.
 RUNS: tl.constexpr = tl.constexpr(16)
 BLOCK: tl.constexpr = tl.constexpr(8)
+# Of a packed matrix, 16 x 16.
+ENTRIES: tl.constexpr = tl.constexpr(256)
 
 
 @triton.jit
@@ -110,12 +112,19 @@ def joined_rows_order(values):
 
 
 @triton.jit
-def beyond_points(own, right_runs, left_runs):
+def load_run_moves(moves_ptr, no_offset, DILATION: tl.constexpr):
+    """The matrices that bring every run the one to its right, and the one to its left (`grad_geometry`)."""
+    right_ptr = moves_ptr + 2 * DILATION * ENTRIES
+    return load_weight_operands(right_ptr, no_offset), load_weight_operands(right_ptr + ENTRIES, no_offset)
+
+
+@triton.jit
+def points_around(points, right_runs, left_runs):
     """Of x at the two points of every run, `[BLOCKS, 16, RUNS]`, x at the points after and before them."""
-    after = positions(tl.dot(own, tl.permute(right_runs, (0, 2, 1))))[0]
-    before = positions(tl.dot(own, tl.permute(left_runs, (0, 2, 1))))[1]
+    after = positions(tl.dot(points, tl.permute(right_runs, (0, 2, 1))))[0]
+    before = positions(tl.dot(points, tl.permute(left_runs, (0, 2, 1))))[1]
     # Not selected by row: of an operand's masks Triton 3.6 takes the width for that of what is multiplied.
-    return stacked(after.to(own.dtype), before.to(own.dtype))
+    return stacked(after.to(points.dtype), before.to(points.dtype))
 
 
 @triton.jit
@@ -129,20 +138,20 @@ def by_position(values):
 
 
 @triton.jit
-def weight_products(own, beyond, dy, columns_12, column_0):
+def weight_products(points, around, dy, columns_12, column_0):
     """What one row of x and one of a branch's gradient add to the weight gradients of a kernel row.
 
-    `own` and `beyond [BLOCKS, 16, RUNS]`: x at the two points of a run, and at the points after and before them, rows
+    `points` and `around [BLOCKS, 16, RUNS]`: x at the two points of a run, and at those after and before them, rows
     (point, input channel); `dy` likewise, rows (position, output channel). Accumulators `[BLOCKS, 16, BLOCK]`:
     `columns_12` holds kernel columns 1 and 2, rows (column, input channel), `column_0` column 0 in its upper half; the
     lower means nothing.
     """
-    first, second = positions(own)
-    after, _ = positions(beyond)
+    first, second = positions(points)
+    after, _ = positions(around)
     dy_first, dy_second = by_position(dy)
-    columns_12 = tl.dot(joined_columns_order(own), dy_first, columns_12)
+    columns_12 = tl.dot(joined_columns_order(points), dy_first, columns_12)
     columns_12 = tl.dot(joined_columns_order(stacked(second, after)), dy_second, columns_12)
-    column_0 = tl.dot(joined_columns_order(beyond), dy_first, column_0)
+    column_0 = tl.dot(joined_columns_order(around), dy_first, column_0)
     column_0 = tl.dot(joined_columns_order(stacked(second, first)), dy_second, column_0)
     return columns_12, column_0
 
@@ -197,10 +206,10 @@ def branch_grad_stream_kernel(
     co = (block * CHANNELS_CO)[:, None, None] + (entry % BLOCK)[None, :, None]
     mask_co = (entry % BLOCK < CHANNELS_CO)[None, :, None] & (co < C_OUT)
 
-    moves_ptr = w_ptr + blocks * (M * 6 * 256)
+    moves_ptr = w_ptr + blocks * (M * 6 * ENTRIES)
     no_offset = tl.zeros([BLOCKS], tl.int32)
     to_accumulator = load_weight_operands(moves_ptr, no_offset)
-    identity = load_weight_operands(moves_ptr + 256, no_offset)
+    identity = load_weight_operands(moves_ptr + ENTRIES, no_offset)
 
     dw = ()
     for _ in tl.static_range(6 * M):
@@ -266,23 +275,21 @@ def branch_grad_stream_kernel(
                 words = row_words(dy, dtype, DILATIONS[m]) & inside[m] & row_mask
                 columns = joined_rows_order(transposed(of_words(words, dtype)))
                 # What the data gradient reads: a run's own two points, and the two beyond it.
-                right_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512, no_offset)
-                left_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512 + 256, no_offset)
-                own = transposed(moved(joined_columns_order(identity), columns))
-                beyond = tl.where(
+                right_runs, left_runs = load_run_moves(moves_ptr, no_offset, DILATIONS[m])
+                points = transposed(moved(joined_columns_order(identity), columns))
+                around = tl.where(
                     tl.permute(position, (0, 2, 1)) == 0,
                     tl.dot(joined_columns_order(right_runs), columns),
                     tl.dot(joined_columns_order(left_runs), columns),
                 )
-                beyond = transposed(beyond.to(dtype))
+                around = transposed(around.to(dtype))
                 for tap in tl.static_range(3):
-                    w_own = load_weight_operands(w_ptr + (m * 6 + 2 * tap) * 256, block * (M * 6 * 256))
-                    w_beyond = load_weight_operands(
-                        w_ptr + (m * 6 + 2 * tap + 1) * 256, block * (M * 6 * 256)
-                    )
+                    tap_ptr = w_ptr + (m * 6 + 2 * tap) * ENTRIES
+                    w_points = load_weight_operands(tap_ptr, block * (M * 6 * ENTRIES))
+                    w_around = load_weight_operands(tap_ptr + ENTRIES, block * (M * 6 * ENTRIES))
                     acc = by_dilation(dx[REACH + (1 - tap) * DILATIONS[m]], DILATIONS[m])
-                    acc = tl.dot(w_own, own, acc)
-                    acc = tl.dot(w_beyond, beyond, acc)
+                    acc = tl.dot(w_points, points, acc)
+                    acc = tl.dot(w_around, around, acc)
                     dx = replaced(dx, REACH + (1 - tap) * DILATIONS[m], by_dilation(acc, DILATIONS[m]))
                 window = entries_of(dys, WINDOWS[m], REACH + DILATIONS[m]) + (words,)
                 windows = windows + (window,)
@@ -297,14 +304,13 @@ def branch_grad_stream_kernel(
             pixels = tl.dot(to_accumulator, right_operands(x_row))
             added = ()
             for m in tl.static_range(M):
-                right_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512, no_offset)
-                left_runs = load_weight_operands(moves_ptr + DILATIONS[m] * 512 + 256, no_offset)
-                own = by_dilation(pixels, DILATIONS[m]).to(dtype)
-                beyond = beyond_points(own, right_runs, left_runs)
+                right_runs, left_runs = load_run_moves(moves_ptr, no_offset, DILATIONS[m])
+                points = by_dilation(pixels, DILATIONS[m]).to(dtype)
+                around = points_around(points, right_runs, left_runs)
                 for ky in tl.static_range(3):
                     added = added + weight_products(
-                        own,
-                        beyond,
+                        points,
+                        around,
                         of_words(windows[m][(2 - ky) * DILATIONS[m]], dtype),
                         dw[6 * m + 2 * ky],
                         dw[6 * m + 2 * ky + 1],

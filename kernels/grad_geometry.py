@@ -18,8 +18,8 @@ MAX_GRID_Y = 65535
 """Programs along a grid's second axis; the first takes 2^31 (CUDA C++ programming guide, technical specifications)."""
 
 
-def can_run_grad(shape: ConvShape, dtype: torch.dtype, config: GradConfig, w: int) -> str | None:
-    """Why no kernel computes the gradients of `shape` on images of `w` columns under `config`; None if one does."""
+def grad_refusal(shape: ConvShape, dtype: torch.dtype, config: GradConfig, w: int) -> str:
+    """Why the kernels of `config` do not compute the gradients of `shape` on images of `w` columns; "" if they do."""
     width = max(shape.c_in, shape.c_out) // shape.groups
     if dtype not in (torch.float16, torch.bfloat16):
         return f"x is {dtype}; gradients are computed in torch.float16 and torch.bfloat16"
@@ -43,7 +43,7 @@ def can_run_grad(shape: ConvShape, dtype: torch.dtype, config: GradConfig, w: in
             )
     elif w > PIXELS and 2 * wide_halo(shape, w) >= PIXELS:
         return f"a branch reads {wide_halo(shape, w)} columns beyond a pixel; at most {PIXELS // 2 - 1}"
-    return None
+    return ""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from sk_triton.bench.interpreted.meter import Meter
 from sk_triton.kernels.config import GradStreamConfig
 from sk_triton.kernels.geometry import ConvShape
-from sk_triton.kernels.grad_geometry import can_run_grad, grad_programs, partial_shape
+from sk_triton.kernels.grad_geometry import grad_programs, grad_refusal, partial_shape
 
 from .grad_cases import CASES, IN_BFLOAT16, STREAM, WIDE, check, make, run, terms_of
 from .packed import pack_grad_weights
@@ -179,7 +179,7 @@ def _rest(launch, tensors):
 def test_what_the_kernels_do_not_take_is_refused(shape, dtype, config, w, reason):
     from sk_triton.kernels.branch_grad import branch_grad
 
-    assert reason in can_run_grad(shape, dtype, config, w)
+    assert reason in grad_refusal(shape, dtype, config, w)
     x = torch.empty(1, 16, 2, w, dtype=dtype)
     with pytest.raises(ValueError, match=f"shape: .*{reason}"):
         branch_grad(x, x, x, x, x, x, x, shape=shape, has_relu=True, config=config)

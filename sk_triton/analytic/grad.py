@@ -9,7 +9,7 @@ import torch
 from ..chips import PREFETCHING, Chip
 from ..kernels.config import GradConfig, GradStreamConfig, GradWideConfig
 from ..kernels.geometry import ConvShape, cdiv
-from ..kernels.grad_geometry import can_run_grad, grad_blocks, grad_tiles
+from ..kernels.grad_geometry import grad_blocks, grad_refusal, grad_tiles
 
 # Warps that a processor holds at 255 registers a thread.
 RESIDENT_WARPS = 8
@@ -26,13 +26,13 @@ SEVEN_ROWS_CHIPS = ("sm_90",)
 def grad_config(
     shape: ConvShape, n: int, h: int, w: int, dtype: torch.dtype, chip: Chip
 ) -> GradConfig | None:
-    """Config for the gradients of `shape` on `n` images of `h` x `w` pixels; None where `can_run_grad` refuses all."""
+    """Config for the gradients of `shape` on `n` images of `h` x `w` pixels; None where kernels refuse."""
     candidates: tuple[GradConfig, ...] = (
         *(GradStreamConfig(h, 1, warps) for warps in (STREAM_WARPS, 1)),
         GradWideConfig(_weight_rows(h, chip), 1, _data_rows(shape), PREFETCH=chip.name in PREFETCHING),
     )
     for config in candidates:
-        if can_run_grad(shape, dtype, config, w) is None:
+        if not grad_refusal(shape, dtype, config, w):
             blocks = grad_blocks(shape, config)
             per_processor = WIDE_RESIDENT
             if isinstance(config, GradStreamConfig):

@@ -35,7 +35,7 @@ from ..kernels.config import (
     WindowConfig,
 )
 from ..kernels.geometry import ConvShape, blocking, can_run, cdiv, is_sparse, next_power_of_2, tiles
-from ..kernels.grad_geometry import can_run_grad
+from ..kernels.grad_geometry import grad_refusal
 from ..kernels.merging import strips
 
 # Past this many programs along the height a strip is a few rows of a very tall image.
@@ -172,7 +172,7 @@ def grad_configs(
         GradWideConfig(rows, walk, data_rows, PREFETCH=prefetch)
         for prefetch, rows, walk, data_rows in product(prefetches, (2, 4, 7, 8), walks, (2, 4))
     ]
-    runnable = [config for config in found if can_run_grad(shape, dtype, config, w) is None]
+    runnable = [config for config in found if not grad_refusal(shape, dtype, config, w)]
     return list(dict.fromkeys((analytic_choice, *runnable)))
 
 
