@@ -232,12 +232,13 @@ def tiles(
 def needs_64_bits(*images: torch.Tensor, samples: int = 1) -> bool:
     """IS_LARGE: whether offsets into `samples` samples of one of `images`, `[..., N, C, H, W]` or `[..., N, H, W, C]`,
     may exceed 32 bits."""
-    return any(
-        (samples - 1) * image.stride(-4)
-        + sum((size - 1) * stride for size, stride in zip(image.shape[-3:], image.stride()[-3:], strict=True))
-        >= 2**31
-        for image in images
-    )
+    for image in images:
+        *_, a, b, c = image.shape
+        *_, stride_n, stride_a, stride_b, stride_c = image.stride()
+        last = (samples - 1) * stride_n + (a - 1) * stride_a + (b - 1) * stride_b + (c - 1) * stride_c
+        if last >= 2**31:
+            return True
+    return False
 
 
 def pixel_stride(image: torch.Tensor) -> int:
