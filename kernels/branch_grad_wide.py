@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from .grad_tiling import (
-    accumulator_order,
     equal_to,
     first_tile_of,
     load_terms,
+    memory_rows,
     moved,
     replaced,
     row_gradient,
@@ -59,7 +59,8 @@ def branch_grad_data_kernel(
     x_dy = x_first + entry
     in_image = tl.broadcast_to(((x_dy >= 0) & (x_dy < W))[None, :], [16, 16])
     _, channel = part_elements(16, 16, True)
-    to_accumulator = accumulator_order(dtype)
+    source = memory_rows(16)
+    to_accumulator = equal_to(entry, source // 8 * 4 + source // 4 % 2 * 8 + source % 4, dtype)
     dx = ()
     for _ in tl.static_range(RUN_H):
         dx = dx + (tl.zeros([16, 16], tl.float32),)
@@ -157,7 +158,8 @@ def branch_grad_weight_kernel(
     co_end = tl.minimum(CHANNELS_CO - chunk_co * 16, C_OUT - co0)
     entry = tl.arange(0, 16)
     _, channel = part_elements(16, 16, True)
-    to_accumulator = accumulator_order(dtype)
+    source = memory_rows(16)
+    to_accumulator = equal_to(entry, source // 8 * 4 + source // 4 % 2 * 8 + source % 4, dtype)
     dw = ()
     for _ in tl.static_range(ROWS_KY * KERNEL):
         dw = dw + (tl.zeros([16, 16], tl.float32),)

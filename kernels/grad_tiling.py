@@ -67,13 +67,12 @@ def moved(matrix, values):
 
 
 @triton.jit
-def accumulator_order(dtype: tl.constexpr):
-    """The 0/1 matrix that brings channels, read in the order of `part_elements(16, 16, True)` and loaded as
-    `right_operand(tile, True)`, into their own order. [16, 16]
+def memory_rows(SIZE: tl.constexpr):
+    """Which of a thread quad's 16 elements, in the order of reading, stands in row r of a right operand that was loaded
+    with `right_operand(tile, True)`. [SIZE]
     """
-    row = tl.arange(0, 16)
-    read = row // 2 % 4 * 4 + row // 8 * 2 + row % 2
-    return equal_to(row, read // 8 * 4 + read // 4 % 2 * 8 + read % 4, dtype)
+    row = tl.arange(0, SIZE)
+    return row // 2 % 4 * 4 + row // 8 * 2 + row % 2
 
 
 @triton.jit
