@@ -76,7 +76,7 @@ class Plan:
         gradient: config of the launches that compute the branches' gradients in "train", None where the library does.
         merged_launch: shapes and configs of the Triton schedule "merged", else None.
         resident: config of the Triton schedule "resident", else None.
-        has_relu, gate_has_relu, allow_tf32: settings of the launches.
+        allow_tf32: whether products in fp32 round their operands to TF32.
         is_packed: whether the CPU's schedule "folded" lays out weights for its library once, and computes in
             channels_last.
         samples: how many samples pass through all steps of a schedule on the CPU together.
@@ -99,8 +99,6 @@ class Plan:
     gradient: GradConfig | None = None
     merged_launch: MergedLaunch | None = None
     resident: ResidentConfig | None = None
-    has_relu: bool = False
-    gate_has_relu: bool = False
     allow_tf32: bool = False
     is_packed: bool = False
     samples: int = 0

@@ -233,8 +233,6 @@ def _plan(
         branch_launches=branches,
         gate=gate,
         sources=sources,
-        has_relu=spec.branch_act == "relu",
-        gate_has_relu=spec.gate_act == "relu",
         allow_tf32=workload.allow_tf32 and workload.dtype == torch.float32,
     )
 

@@ -216,6 +216,16 @@ class SKSpec:
         return not self.branch_norm and self.branch_act == "identity"
 
     @property
+    def branch_has_relu(self) -> bool:
+        """Whether a ReLU follows each branch."""
+        return self.branch_act == "relu"
+
+    @property
+    def gate_has_relu(self) -> bool:
+        """Whether a ReLU stands between the gate's two layers."""
+        return self.gate_act == "relu"
+
+    @property
     def group_channels(self) -> int:
         """Channels of the widest group of any branch, inputs or outputs."""
         return max(

@@ -49,7 +49,7 @@ def store_steps(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[li
                 u[launch.start : launch.stop],
                 partial[:, first_tile : first_tile + count],
                 shape=launch.shape,
-                has_relu=plan.has_relu,
+                has_relu=spec.branch_has_relu,
                 allow_tf32=plan.allow_tf32,
                 config=launch.config,
             )
@@ -58,7 +58,9 @@ def store_steps(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[li
     return steps, u, partial
 
 
-def gate_steps(plan: Plan, partial: Tensor, packed: Packed, attention: Tensor, *, pixels: int) -> list[Step]:
+def gate_steps(
+    plan: Plan, partial: Tensor, packed: Packed, spec: SKSpec, attention: Tensor, *, pixels: int
+) -> list[Step]:
     """From `partial [N, tiles, C]` fp32, sums over branches and each tile's pixels, to `attention [N, M, C]` fp32."""
     assert plan.gate is not None
     steps: list[Step] = []
@@ -73,7 +75,7 @@ def gate_steps(plan: Plan, partial: Tensor, packed: Packed, attention: Tensor, *
             *packed.gate,
             attention,
             pixels=pixels,
-            has_relu=plan.gate_has_relu,
+            has_relu=spec.gate_has_relu,
             config=plan.gate,
         )
     )

@@ -158,7 +158,7 @@ def _plan(
         passes = m * reads + 2 * m + 2 + 3 * (m - 1) + 3 * (m == 2)
         return Plan("torch", names[0], passes, dtype, rejected)
     is_packed = can_pack and (is_channels_last or _converting_pays(spec, n, h_in, w_in))
-    convolve = m * (3 + 2 * (spec.branch_act == "relu" and not is_packed))
+    convolve = m * (3 + 2 * (spec.branch_has_relu and not is_packed))
     convert = 2 * reads + 2 if is_packed and not is_channels_last else 0
     select = 3 if m == 2 else 2 + 3 * (m - 1)
     passes = convert + convolve + select

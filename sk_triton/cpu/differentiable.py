@@ -57,6 +57,6 @@ def _unit(tensors: Sequence[Tensor | None], spec: SKSpec) -> Tensor:
     assert x is not None
     us = convolutions(x, parameters, spec)
     s = sum(u.mean((2, 3), dtype=sum_dtype(x.dtype)) for u in us)
-    attention = attend(s, FoldedGate(*parameters[2 * m :]), spec.gate_act == "relu")  # type: ignore[arg-type]
+    attention = attend(s, FoldedGate(*parameters[2 * m :]), spec.gate_has_relu)  # type: ignore[arg-type]
     a = attention.to(x.dtype)[..., None, None]
     return sum((u * a[:, i] for i, u in enumerate(us)), torch.zeros((), dtype=x.dtype))

@@ -36,7 +36,6 @@ def prepare(
     cache: PackCache | None,
 ) -> Callable[[Tensor], Tensor]:
     """What computes the unit's output from inputs in a memory format, as :func:`sk_triton.functional.sk_conv` does."""
-    has_relu = spec.branch_act == "relu"
     # Of the convolutions; an input in another one is converted.
     inner_format = torch.channels_last if plan.is_packed else out_format
 
@@ -44,7 +43,7 @@ def prepare(
     def build() -> _Unit:
         unit = fold_unit(branches, gate, plan.dtype, inner_format)
         convolutions = tuple(
-            convolution(weight, bias, branch, spec.stride, has_relu, plan.is_packed)
+            convolution(weight, bias, branch, spec.stride, spec.branch_has_relu, plan.is_packed)
             for weight, bias, branch in zip(unit.weights, unit.biases, spec.branches, strict=True)
         )
         return _Unit(convolutions, unit.gate)
@@ -83,7 +82,7 @@ def _split_and_fuse(x: Tensor, unit: _Unit, spec: SKSpec) -> tuple[list[Tensor],
     for u in us[1:]:
         s += u.sum((2, 3), dtype=dtype)
     s /= us[0].shape[2] * us[0].shape[3]
-    a = attend(s, unit.gate, spec.gate_act == "relu").to(x.dtype)
+    a = attend(s, unit.gate, spec.gate_has_relu).to(x.dtype)
     return us, list(a[..., None, None].unbind(1))
 
 

@@ -45,5 +45,5 @@ def _run(
     kernels: MergedKernels, gate: FoldedGate, spec: SKSpec, merged: BranchSpec, samples: int, x: Tensor
 ) -> Tensor:
     s = pooled(window_sums(x, merged, spec.stride), kernels, math.prod(spec.output_size(*x.shape[2:])))
-    a = attend(s, gate, spec.gate_act == "relu")
+    a = attend(s, gate, spec.gate_has_relu)
     return convolve(x, a, kernels, spec, merged, samples)

@@ -43,7 +43,7 @@ class _LinearUnit(torch.autograd.Function):
         s = us[0].mean((2, 3), dtype=sums)
         for u in us[1:]:
             s += u.mean((2, 3), dtype=sums)
-        attention = attend(s, FoldedGate(*parameters[2 * m :]), spec.gate_act == "relu")  # type: ignore[arg-type]
+        attention = attend(s, FoldedGate(*parameters[2 * m :]), spec.gate_has_relu)  # type: ignore[arg-type]
         a = attention.to(x.dtype)[..., None, None]
         v = us[0] * a[:, 0]
         for i in range(1, m):
@@ -78,7 +78,7 @@ def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
     da = torch.zeros_like(a)  # and so it stays where a difference stands for two branches
     for i, u in enumerate(us):
         da[:, i] = torch.mul(dv, u, out=scratch).sum((2, 3), dtype=sums)
-    ds, gate_grads = attend_bwd(s, gate, spec.gate_act == "relu", da)
+    ds, gate_grads = attend_bwd(s, gate, spec.gate_has_relu, da)
     pixels = dv.shape[2] * dv.shape[3]
     g = (ds / pixels).to(dv.dtype)[..., None, None]
     dv_sum = dv.sum((2, 3), dtype=sums)

@@ -58,7 +58,7 @@ class _MergedUnit(torch.autograd.Function):
         kernels = merge(weights, parameters[m : 2 * m], spec, merged, memory_format(x))
         sums = window_sums(x, merged, spec.stride)
         s = pooled(sums, kernels, math.prod(spec.output_size(*x.shape[2:])))
-        a = attend(s, FoldedGate(*parameters[2 * m :]), spec.gate_act == "relu")  # type: ignore[arg-type]
+        a = attend(s, FoldedGate(*parameters[2 * m :]), spec.gate_has_relu)  # type: ignore[arg-type]
         ctx.plan, ctx.spec, ctx.merged = plan, spec, merged
         ctx.save_for_backward(x, sums, s, a, *parameters)
         return convolve(x, a, kernels, spec, merged, plan.samples)
@@ -92,7 +92,7 @@ def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
     dv_sum = dv.sum((2, 3))
     if kernels.biases is not None:
         da = da + dv_sum[:, None] * kernels.biases
-    ds, gate_grads = attend_bwd(s, FoldedGate(*parameters[2 * m :]), spec.gate_act == "relu", da)
+    ds, gate_grads = attend_bwd(s, FoldedGate(*parameters[2 * m :]), spec.gate_has_relu, da)
 
     g = (ds / math.prod(dv.shape[2:])).view(n, merged.groups, -1)
     dw = torch.bmm(a_by_channel, dk_by_channel)  # [C, M, F]

@@ -24,7 +24,7 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> l
             partial,
             *packed.gate,
             v,
-            has_relu=plan.gate_has_relu,
+            has_relu=spec.gate_has_relu,
             config=plan.gated_select,
         )
     )

@@ -36,7 +36,7 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> l
     y = [convolution.y for convolution in convolutions]
     return [
         *convolutions,
-        pooled_sums_fwd(y, shift, partial, has_relu=plan.has_relu, config=plan.reduction),
-        *gate_steps(plan, partial, packed, attention, pixels=h * w),
-        select_fwd(y, attention, v, shift=shift, has_relu=plan.has_relu, config=plan.select),
+        pooled_sums_fwd(y, shift, partial, has_relu=spec.branch_has_relu, config=plan.reduction),
+        *gate_steps(plan, partial, packed, spec, attention, pixels=h * w),
+        select_fwd(y, attention, v, shift=shift, has_relu=spec.branch_has_relu, config=plan.select),
     ]

@@ -41,7 +41,7 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: MergedPacked, spec: SKSpec
             pixels=h * w,
             config=border,
         ),
-        *gate_steps(plan, partial, packed, attention, pixels=h * w),
+        *gate_steps(plan, partial, packed, spec, attention, pixels=h * w),
         merged_conv_fwd(
             x,
             packed.weights[0],

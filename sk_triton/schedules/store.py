@@ -21,6 +21,6 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> l
     steps, u, partial = store_steps(plan, x, packed, spec)
     m, n, h, w, c = u.shape
     attention = x.new_empty((n, m, c), dtype=torch.float32)
-    steps += gate_steps(plan, partial, packed, attention, pixels=h * w)
+    steps += gate_steps(plan, partial, packed, spec, attention, pixels=h * w)
     steps.append(select_fwd(u, attention, v, config=plan.select))
     return steps

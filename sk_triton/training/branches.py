@@ -126,7 +126,7 @@ def convolve(x: Tensor, unit: TrainingUnit, plan: Plan, vectors: BranchVectors, 
         else:
             tile_count = math.prod(tiles(launch.shape, launch.config, h, w))
             partial = x.new_empty((n, tile_count, spec.out_channels), dtype=torch.float32)
-            has_relu = plan.pools and plan.has_relu
+            has_relu = plan.pools and spec.branch_has_relu
             tape.run(branch_conv_fwd(x_in, packed, shift, y[members], partial, has_relu=has_relu, **settings))
             if plan.pools:
                 pooled = partial
@@ -167,6 +167,6 @@ def sums_over_pixels(
     m, n, h, w, c = y.shape
     tile_count = cdiv(h * w, config.BLOCK_P * config.STEPS)
     partial = y.new_empty((count, tile_count, n, m, c), dtype=torch.float32)
-    settings = {"has_norm": unit.spec.branch_norm, "has_relu": plan.has_relu, "config": config}
+    settings = {"has_norm": unit.spec.branch_norm, "has_relu": unit.spec.branch_has_relu, "config": config}
     tape.run(kernel(*inputs, *partial.unbind(0), **settings))
     return partial

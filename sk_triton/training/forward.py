@@ -74,7 +74,7 @@ class StoredBranches:
                 attention,
                 v,
                 norm=norm if self.unit.spec.branch_norm else None,
-                has_relu=self.plan.has_relu,
+                has_relu=self.unit.spec.branch_has_relu,
                 config=self.plan.select,
             )
         )
@@ -108,7 +108,9 @@ class FoldedBranches:
         settings = conv_settings(launch, self.plan)
         packed, shift = self._normalizing(launch, norm)
         self.tape.run(
-            branch_pool_fwd(self.x, packed, shift, partial, has_relu=self.plan.has_relu, **settings)
+            branch_pool_fwd(
+                self.x, packed, shift, partial, has_relu=self.unit.spec.branch_has_relu, **settings
+            )
         )
         return of_all_branches(partial)
 
@@ -118,7 +120,9 @@ class FoldedBranches:
         settings = conv_settings(launch, self.plan)
         packed, shift = self._normalizing(launch, norm)
         self.tape.run(
-            branch_select_fwd(self.x, packed, shift, attention, v, has_relu=self.plan.has_relu, **settings)
+            branch_select_fwd(
+                self.x, packed, shift, attention, v, has_relu=self.unit.spec.branch_has_relu, **settings
+            )
         )
 
     def _normalizing(self, launch: BranchLaunch, norm: BranchNorm) -> tuple[Tensor, Tensor | None]:

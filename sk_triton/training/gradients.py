@@ -83,7 +83,7 @@ def _through_kernels(
     for step in (
         grad_terms(attention, pooled, *norm, dbeta, dgamma, terms, has_norm=has_norm),
         gather,
-        *branch_grad(x, dv, y, terms, packed, dx, partial, has_relu=plan.has_relu, **settings),
+        *branch_grad(x, dv, y, terms, packed, dx, partial, has_relu=unit.spec.branch_has_relu, **settings),
         *reduce_weight_grad(partial, grads, **settings),
     ):
         tape.run(step)
@@ -105,7 +105,7 @@ def _through_library(
     dv, attention, pooled, norm, dbeta, dgamma = upstream
     settings: dict[str, Any] = {
         "has_norm": unit.spec.branch_norm,
-        "has_relu": plan.has_relu,
+        "has_relu": unit.spec.branch_has_relu,
         "config": plan.select,
     }
     tape.run(norm_bwd(dv, y, attention, pooled, *norm, dbeta, dgamma, dy, **settings))

@@ -92,7 +92,7 @@ def backward(
     has_sums = bool(sums.numel())
     if not y.numel():
         y = convolve(x, unit, plan, vectors, tape).y
-    is_linear = not spec.branch_norm and not plan.has_relu
+    is_linear = not spec.branch_norm and not spec.branch_has_relu
     count = 2 if has_sums or is_linear else 4
     partial = sums_over_pixels(select_bwd, (dv, y, *norm), count, y, unit, plan, tape)
     of_branches, of_others = needs[: 1 + m], needs[1 + m :]
@@ -269,7 +269,7 @@ def _gate_norm(unit: TrainingUnit) -> GateNorm:
         statistics[unit.norms.kinds[-1]],
         unit.norms.epsilons[-1],
         unit.norms.gate_group,
-        unit.spec.gate_act == "relu",
+        unit.spec.gate_has_relu,
     )
 
 
