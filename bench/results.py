@@ -25,7 +25,6 @@ FAILED = "failed"
 OUT_OF_MEMORY = "out of memory"
 SKIPPED = "skipped"
 NOT_MEASURED = "not measured"
-STATUSES = (OK, WRONG, FAILED, OUT_OF_MEMORY, SKIPPED, NOT_MEASURED)
 
 OURS = "ours"
 PEER = "peer"

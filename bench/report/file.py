@@ -17,7 +17,6 @@ DONE = "done"
 PARTIAL = "partial"
 FAILED = "failed"
 INTERRUPTED = "interrupted"
-STATUSES = (DONE, PARTIAL, FAILED, INTERRUPTED)
 
 
 @dataclass(frozen=True)
