@@ -128,11 +128,12 @@ def fill(text: str, evidence: Sequence[Evidence], units: Sequence[UnitEvidence] 
     """`text` with every generated part rendered anew.
 
     Raises:
-        ValueError: as `render`; or a part that is not closed.
+        ValueError: as `render`; no part, or one that is not closed.
     """
-    if len(OPENING.findall(text)) != len(MARKED.findall(text)) or any(
-        OPENING.search(m[2]) for m in MARKED.findall(text)
-    ):
+    opened, closed = OPENING.findall(text), MARKED.findall(text)
+    if not opened:
+        raise ValueError("a README must have a part after <!-- generated: NAME -->, found none")
+    if len(opened) != len(closed) or any(OPENING.search(part[2]) for part in closed):
         raise ValueError("every <!-- generated: NAME --> must have an <!-- end --> before the next one")
     return MARKED.sub(lambda match: match[1] + render(match[2], evidence, units) + match[4], text)
 

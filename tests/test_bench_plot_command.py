@@ -1,4 +1,4 @@
-"""`sk-triton plot`: pictures, CSV and Markdown of results files, and the README's generated parts."""
+"""`sk-triton plot`: pictures of results files, and the README's generated parts."""
 
 from __future__ import annotations
 
@@ -27,18 +27,13 @@ def saved(tmp_path):
     return save
 
 
-def test_plot_writes_pictures_csv_and_markdown_beside_the_results(saved, tmp_path, capsys):
+def test_plot_writes_pictures_beside_the_results(saved, tmp_path, capsys):
     path = saved("layer-cuda.json", small(batches=(8,)))
-    assert cli.main(["plot", path, "--csv", "--markdown"]) == 0
+    assert cli.main(["plot", path]) == 0
     written = {Path(line) for line in capsys.readouterr().out.splitlines()}
     assert written == {entry for entry in tmp_path.iterdir() if entry.name != "layer-cuda.json"}
     names = {entry.name for entry in written}
-    assert {
-        "layer-cuda.csv",
-        "layer-cuda.md",
-        "layer-cuda-speed-paper-fp16.png",
-        "layer-cuda-passes.png",
-    } <= names
+    assert {"layer-cuda-speed-paper-fp16.png", "layer-cuda-passes.png"} <= names
 
 
 def test_plot_compares_several_results_and_keeps_their_pictures_apart(saved, tmp_path, capsys):
@@ -98,7 +93,7 @@ def test_a_suite_without_pictures_is_named_with_its_file(saved, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["some.json", "--readme", "README.md"], ["--readme", "README.md", "--csv"]]
+    "arguments", [[], ["some.json", "--readme", "README.md"], ["--readme", "README.md", "--all-forms"]]
 )
 def test_bad_usage_of_plot_is_refused(arguments, capsys):
     assert cli.main(["plot", *arguments]) == 2
@@ -224,6 +219,16 @@ def test_the_readme_names_what_was_not_measured_of_the_peers():
 def test_an_open_part_of_the_readme_is_refused(text):
     with pytest.raises(ValueError, match="must have an"):
         readme.fill(text, evidence(small()))
+
+
+def test_a_readme_without_parts_is_refused(saved, tmp_path, capsys):
+    saved("bench/results/h100/layer-cuda.json", small(batches=(8,)))
+    path = tmp_path / "README.md"
+    assert cli.main(["plot", "--readme", str(path)]) == 2
+    assert f"--readme must be a file with generated parts, got {path}" in capsys.readouterr().err
+    path.write_text("nothing is generated here\n", encoding="utf-8")
+    assert cli.main(["plot", "--readme", str(path)]) == 2
+    assert "must have a part after <!-- generated: NAME -->, found none" in capsys.readouterr().err
 
 
 def test_an_unknown_part_of_the_readme_is_refused():
