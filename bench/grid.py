@@ -10,6 +10,14 @@ from sk_triton.spec import BranchSpec, SKSpec, gate_width
 
 from .shapes import MIN_GATE_WIDTH, PAPER, REDUCTION, Shape
 
+PRECISIONS = {
+    "fp16": (torch.float16, False),
+    "bf16": (torch.bfloat16, False),
+    "tf32": (torch.float32, True),
+    "fp32": (torch.float32, False),
+}
+"""Dtypes, fp32 with and without TF32, as `(dtype, allow_tf32)`."""
+
 
 @dataclass(frozen=True)
 class Case:
@@ -24,8 +32,7 @@ class Case:
 
     @property
     def precision(self) -> str:
-        name = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[self.dtype]
-        return "tf32" if self.allow_tf32 else name
+        return next(name for name, numbers in PRECISIONS.items() if numbers == (self.dtype, self.allow_tf32))
 
 
 def paper_unit(
@@ -100,14 +107,8 @@ UNITS: tuple[tuple[str, SKSpec, int, int], ...] = (
     ("64 channels per group", paper_unit(2048), 32, 14),
     ("one branch", paper_unit(128, kernels=(3,), dilations=(1,)), 128, 56),
 )
-PRECISIONS: tuple[tuple[torch.dtype, bool], ...] = (
-    (torch.float16, False),
-    (torch.bfloat16, False),
-    (torch.float32, True),
-    (torch.float32, False),
-)
 CASES = tuple(
     Case(name, spec, n, size, dtype, allow_tf32)
     for name, spec, n, size in UNITS
-    for dtype, allow_tf32 in PRECISIONS
+    for dtype, allow_tf32 in PRECISIONS.values()
 )

@@ -175,8 +175,8 @@ SUITES: dict[str, Callable[[Choice], Iterable[Case]]] = {
 
 _OF_CASES = ("batch", "dtype", "quick", "every_form", "resume", "time_limit")
 OPTIONS: dict[str, tuple[str, ...]] = {
-    LAYER: ("stages", *_OF_CASES),
-    TRAIN: ("stages", *_OF_CASES),
+    LAYER: ("stage", *_OF_CASES),
+    TRAIN: ("stage", *_OF_CASES),
     MODEL: _OF_CASES,
     SWEEP: _OF_CASES,
     HOST: (),

@@ -30,7 +30,7 @@ def tiny(monkeypatch):
 
 
 def bench(tmp_path, *options, suite="layer") -> tuple[int, results.Results]:
-    arguments = ["bench", "--quick", "--device", "cpu", "--stages", "3", "--batch", "1", "--suite", suite]
+    arguments = ["bench", "--quick", "--device", "cpu", "--stage", "3", "--batch", "1", "--suite", suite]
     code = cli.main([*arguments, "--output", str(tmp_path / "out"), *options])
     return code, results.load(tmp_path / "out" / f"{suite}-cpu.json")
 
@@ -39,7 +39,7 @@ def test_the_whole_command_on_the_cpu(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(protocol, "QUICK", SHORT)
     pictures = plots.pictures
     monkeypatch.setattr(plots, "pictures", lambda *a: dict(list(pictures(*a).items())[:1]))
-    code, run = bench(tmp_path, "--stages", "4")
+    code, run = bench(tmp_path, "--stage", "4")
     out = capsys.readouterr().out
 
     assert code == 0
@@ -177,7 +177,7 @@ def test_a_missing_package_is_one_line_with_its_remedy(package, tmp_path, capsys
         (["--device", "meta"], "'meta'"),
         (["--device", "cuda:99"], "'cuda:99'"),
         (["--compare", "nosuch"], "'nosuch'"),
-        (["--suite", "sweep", "--stages", "1"], "--stages acts on suites layer, train"),
+        (["--suite", "sweep", "--stage", "1"], "--stage acts on suites layer, train"),
         (["--suite", "host", "--batch", "1"], "got --suite host"),
         (
             ["--suite", "host"],
@@ -226,7 +226,7 @@ def test_resume_refuses_what_it_would_overwrite(damaged, tmp_path, capsys):
     if damaged:
         path.write_text(path.read_text()[:100])
     before = path.read_bytes()
-    command = ["bench", "--quick", "--device", "cpu", "--stages", "3", "--batch", "1", "--seed", "1"]
+    command = ["bench", "--quick", "--device", "cpu", "--stage", "3", "--batch", "1", "--seed", "1"]
     capsys.readouterr()
     assert cli.main([*command, "--resume", "--output", str(tmp_path / "out")]) == 2
     out = capsys.readouterr().out
@@ -255,7 +255,7 @@ def test_a_suite_and_a_picture_that_fail_cost_the_other_suites_nothing(tmp_path,
 
 @pytest.mark.parametrize(
     "options",
-    [["--batch", "0"], ["--dtype", "fp8"], ["--stages", "5"], ["--suite", "all"], ["--time-limit", "0"]],
+    [["--batch", "0"], ["--dtype", "fp8"], ["--stage", "5"], ["--suite", "all"], ["--time-limit", "0"]],
 )
 def test_bad_options_are_refused(options, capsys):
     with pytest.raises(SystemExit) as refusal:

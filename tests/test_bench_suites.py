@@ -45,7 +45,7 @@ def test_options_choose_what_a_suite_covers(suite):
     for option, chosen, default, found in (
         ("batch", {"batches": (3,)}, batches, lambda: cover(batches=(3,))[0]),
         ("dtype", {"dtypes": ("bf16",)}, dtypes, lambda: cover(dtypes=("bf16",))[1]),
-        ("stages", {"stages": (2,)}, sizes, lambda: cover(stages=(2,))[2]),
+        ("stage", {"stages": (2,)}, sizes, lambda: cover(stages=(2,))[2]),
     ):
         assert (found() != default) == (option in OPTIONS[suite]), chosen
 

@@ -183,9 +183,12 @@ def test_what_is_not_taken_comes_with_the_dispatchers_words(command):
     [
         (["--stage", "1", "--gpu", "h10"], "gpu must be one of"),
         (["--shape", "1,2,3", "--gpu", "h100"], "must be N,C,H,W"),
-        (["--shape", "0,128,7,7", "--gpu", "h100"], "shape must be four positive sizes"),
+        (["--shape", "0,128,7,7", "--gpu", "h100"], "must be N,C,H,W, each from 1 on"),
         (["--shape", "1,130,7,7", "--gpu", "h100"], "groups must divide"),
-        (["--stage", "1", "--gpu", "h100", "--kernels", "3"], "kernels and dilations must be as many"),
+        (
+            ["--stage", "1", "--gpu", "h100", "--kernels", "3"],
+            "--kernels and --dilations must name as many branches, got 3 and 1 2",
+        ),
         (
             ["--stage", "1", "--gpu", "h100", "--batch", "0"],
             "--batch: must be a whole number from 1 on, got '0'",

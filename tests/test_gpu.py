@@ -200,7 +200,7 @@ def test_a_tuned_unit_says_so_and_computes_the_same(folder):
 
 
 def test_the_benchmark_takes_the_gpu_by_itself(tmp_path):
-    options = ("--quick", "--stages", "4", "--batch", "2", "--output", str(tmp_path))
+    options = ("--quick", "--stage", "4", "--batch", "2", "--output", str(tmp_path))
     assert cli.main(["bench", *options]) == 0
     assert (tmp_path / "layer-cuda.json").exists()
 

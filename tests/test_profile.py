@@ -32,7 +32,7 @@ def asked(*arguments):
 
 
 def small_case(direction):
-    options = ("--stages", "4", "--units", "paper", "--batch", "2", "--dtype", "fp32", "--directions")
+    options = ("--stage", "4", "--unit", "paper", "--batch", "2", "--dtype", "fp32", "--direction")
     (case,) = profile.cases(asked(*options, direction))
     return case
 
@@ -73,7 +73,7 @@ def test_without_kernels_there_is_nothing_to_tell(calls):
 def test_the_tables_are_what_the_readme_reads(tmp_path):
     folder = tmp_path / "h100"
     inference, training = profile.cases(
-        asked("--stages", "2", "--units", "paper", "--directions", "inference", "training")
+        asked("--stage", "2", "--unit", "paper", "--direction", "inference", "training")
     )
     append(folder, "0123456789", inference, "recompute", CallTimes((("pool", 40.0), ("select", 60.0)), 104.0))
     append(folder, "0123456789", training, "train, branches saved", CallTimes((("step", 900.0),), 900.0))
@@ -91,7 +91,7 @@ def test_the_tables_are_what_the_readme_reads(tmp_path):
 
 
 def test_a_table_goes_on_where_it_was(tmp_path):
-    (case,) = profile.cases(asked("--stages", "1", "--units", "classic"))
+    (case,) = profile.cases(asked("--stage", "1", "--unit", "classic"))
     for total in (200.0, 100.0):
         append(tmp_path / "h100", "0", case, "merged", CallTimes((("k", total),), total))
     (time,) = unit_times.load(tmp_path / "h100" / unit_times.NAME)
@@ -104,7 +104,7 @@ def test_all_stages_of_both_units_by_default():
         (subject, channels) for channels in (128, 256, 512, 1024) for subject in (PAPER, CLASSIC)
     ]
     assert {(case.direction, case.batch, case.dtype) for case in found} == {(INFERENCE, 128, "fp16")}
-    assert {case.direction for case in profile.cases(asked("--directions", TRAINING))} == {TRAINING}
+    assert {case.direction for case in profile.cases(asked("--direction", TRAINING))} == {TRAINING}
 
 
 def test_a_cpu_has_no_kernels_to_time(capsys):
@@ -112,8 +112,14 @@ def test_a_cpu_has_no_kernels_to_time(capsys):
     assert "--device must be a GPU, whose kernels can be timed, got 'cpu'" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_timed(monkeypatch, capsys):
+    monkeypatch.setattr(profile, "choose_device", lambda name: torch.device("cuda", 0))
+    assert main(["profile", "--output", "/dev/null/folder"]) == 2
+    assert "--output must be a folder that can be written to" in capsys.readouterr().out
+
+
 def test_a_call_and_its_kernels_are_printed():
-    (case,) = profile.cases(asked("--stages", "1", "--units", "paper"))
+    (case,) = profile.cases(asked("--stage", "1", "--unit", "paper"))
     console = Console(file=io.StringIO(), width=200)
     profile.show(case, "recompute", CallTimes((("pool", 40.5), ("select", 60.0)), 104.0), console)
     printed = console.file.getvalue()
@@ -156,9 +162,9 @@ def test_what_does_not_run_on_the_kernels_is_not_taken_for_them(direction):
 
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path, capsys):
-    arguments = ["--stages", "3", "--units", "paper", "--batch", "2", "--directions", "inference", "training"]
+    arguments = ["--stage", "3", "--unit", "paper", "--batch", "2", "--direction", "inference", "training"]
     assert (
-        main(["profile", *arguments, "--schedules", "auto", "eager", "--output", str(tmp_path / "h100")]) == 0
+        main(["profile", *arguments, "--schedule", "auto", "eager", "--output", str(tmp_path / "h100")]) == 0
     )
     assert "µs in" in capsys.readouterr().out
     times = unit_times.load(tmp_path / "h100" / unit_times.NAME)

@@ -23,13 +23,15 @@ def positive(text: str) -> int:
 
 
 def sizes(text: str) -> tuple[int, ...]:
-    """Four whole numbers, N,C,H,W."""
+    """Four whole numbers from 1 on, N,C,H,W."""
     try:
         found = tuple(int(size) for size in text.split(","))
     except ValueError:
         found = ()
-    if len(found) != 4:
-        raise argparse.ArgumentTypeError(f"must be N,C,H,W, as in 128,128,56,56, got {text!r}")
+    if len(found) != 4 or min(found) < 1:
+        raise argparse.ArgumentTypeError(
+            f"must be N,C,H,W, each from 1 on, as in 128,128,56,56, got {text!r}"
+        )
     return found
 
 

@@ -13,6 +13,7 @@ from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, FAILED, INTERRUPTED
 
 from ..problems import in_one_line
+from ..shapes import STAGES
 from ..suites import GPU_OPTIONS, HOST, LAYER, ONE_BATCH, OPTIONS, SUITES, Choice
 from .arguments import DTYPE_NAMES, choose_device, positive, writable_folder
 
@@ -42,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=positive, nargs="+", metavar="N", help="batch sizes")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, nargs="+", help="dtypes")
     parser.add_argument(
-        "--stages", type=int, choices=(1, 2, 3, 4), nargs="+", help="stages of SKNet-50: 128@56² is 1"
+        "--stage", type=int, choices=tuple(STAGES), nargs="+", help="stages of SKNet-50: 128@56² is 1"
     )
     parser.add_argument(
         "--every-form", action="store_true", help="max-autotune too, and compiled peers on a CPU; takes long"
@@ -112,7 +113,7 @@ def _request(
     choice = Choice(
         on_gpu=device.type == "cuda",
         quick=args.quick,
-        stages=tuple(args.stages) if args.stages else None,
+        stages=tuple(args.stage) if args.stage else None,
         batches=tuple(args.batch) if args.batch else None,
         dtypes=tuple(args.dtype) if args.dtype else None,
     )

@@ -14,7 +14,7 @@ from sk_triton.exit_codes import BAD_USAGE, FAILED
 
 from ..shapes import CLASSIC, DIRECTIONS, INFERENCE, PAPER, STAGES, Case, stage_shape
 from ..unit_times import EAGER, SUITE
-from .arguments import DTYPE_NAMES, choose_device, positive
+from .arguments import DTYPE_NAMES, choose_device, positive, writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +28,7 @@ UNKNOWN_COMMIT, DIRTY = "unknown", "-dirty"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton profile`."""
     parser.add_argument(
-        "--stages",
+        "--stage",
         type=int,
         choices=tuple(STAGES),
         nargs="+",
@@ -36,17 +36,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stages of SKNet-50: 128@56² is 1 (default: all)",
     )
     parser.add_argument(
-        "--units", choices=(PAPER, CLASSIC), nargs="+", default=[PAPER, CLASSIC], help="default: both"
+        "--unit", choices=(PAPER, CLASSIC), nargs="+", default=[PAPER, CLASSIC], help="default: both"
     )
     parser.add_argument(
-        "--directions", choices=DIRECTIONS, nargs="+", default=[INFERENCE], help="default: inference"
+        "--direction", choices=DIRECTIONS, nargs="+", default=[INFERENCE], help="default: inference"
     )
     parser.add_argument(
-        "--schedules",
+        "--schedule",
         choices=(AUTO, EAGER, *SCHEDULES),
         nargs="+",
         default=[AUTO],
-        help=f"what runs them (default auto); {EAGER}: PyTorch, operator by operator",
+        metavar="NAME",
+        help=f"what runs them (default {AUTO}): {', '.join(SCHEDULES)}, or {EAGER}: PyTorch, operator by operator",
     )
     parser.add_argument("--batch", type=positive, default=128, metavar="N", help="samples (default 128)")
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="fp16", help="default: fp16")
@@ -75,6 +76,8 @@ def run(args: argparse.Namespace) -> int:
         device = choose_device(args.device)
         if device.type != "cuda":
             raise ValueError(f"--device must be a GPU, whose kernels can be timed, got {str(device)!r}")
+        if args.output:
+            writable_folder(args.output)
     except ValueError as error:
         console.print(f"sk-triton profile: {error}", markup=False, style="red", soft_wrap=True)
         return BAD_USAGE
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     commit = (stamp.git_commit or UNKNOWN_COMMIT)[:9] + (DIRTY if stamp.git_dirty else "")
     failed = False
     for case in cases(args):
-        for schedule in args.schedules:
+        for schedule in args.schedule:
             failed |= not _measure_one(case, schedule, device, commit, args.output, console)
     return FAILED if failed else 0
 
@@ -92,9 +95,9 @@ def cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the command's options ask for, stage by stage."""
     return [
         Case(SUITE, unit, stage_shape(unit, stage), args.batch, args.dtype, direction)
-        for direction in args.directions
-        for stage in args.stages
-        for unit in args.units
+        for direction in args.direction
+        for stage in args.stage
+        for unit in args.unit
     ]
 
 

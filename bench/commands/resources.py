@@ -16,7 +16,7 @@ from sk_triton.exit_codes import BAD_USAGE
 from ..compiled import training_resources
 from ..compiled.resources import Row, compilable_chips, measure, measure_all
 from ..compiled.shipping import measure_analytic, write_configs
-from ..grid import CASES, UNITS, Case
+from ..grid import CASES, PRECISIONS, UNITS, Case
 from .arguments import positive
 
 if TYPE_CHECKING:
@@ -34,18 +34,24 @@ select and convolve by merged weights came out within 9 % of what an H100 took."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton resources`."""
+    names = [name for name, *_ in UNITS]
     parser.add_argument(
-        "--chip", choices=tuple(CHIPS), nargs="+", help="chips (default: all that Triton compiles for)"
+        "--chip",
+        choices=tuple(CHIPS),
+        nargs="+",
+        metavar="NAME",
+        help=f"{', '.join(CHIPS)} (default: all that Triton compiles for)",
     )
     parser.add_argument(
         "--unit",
-        choices=[name for name, *_ in UNITS],
+        choices=names,
         nargs="+",
-        help="units of the support grid (default: all)",
+        metavar="NAME",
+        help=f"of the support grid (default: all): {'; '.join(names)}",
     )
     parser.add_argument(
-        "--precision",
-        choices=("fp16", "bf16", "tf32", "fp32"),
+        "--dtype",
+        choices=tuple(PRECISIONS),
         nargs="+",
         default=["fp16"],
         help="default: fp16",
@@ -101,9 +107,7 @@ def _compiled(args: argparse.Namespace, console: Console) -> list[Row]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     cases = [
-        case
-        for case in CASES
-        if case.precision in args.precision and (not args.unit or case.name in args.unit)
+        case for case in CASES if case.precision in args.dtype and (not args.unit or case.name in args.unit)
     ]
     chosen: Callable[[Case, str], list[Row]] = measure_analytic if args.write_configs else measure
     if args.training:

@@ -17,9 +17,9 @@ from sk_triton.exit_codes import BAD_USAGE, INTERRUPTED
 from sk_triton.tuning import cache
 from sk_triton.tuning.keys import DIRECTIONS, FORWARD
 
+from ..grid import PRECISIONS
 from ..model.gpus import Gpu, refuse_precision
 from ..model.speed_of_light import Problem
-from ..model.validation import PRECISIONS
 from ..progress import case_progress
 from ..shapes import NETWORKS
 from ..tuning import tables

@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..grid import unit_spec
+from ..grid import PRECISIONS, unit_spec
 from ..model.speed_of_light import Problem
-from ..model.validation import PRECISIONS
 from ..shapes import CLASSIC, GROUPS, PAPER, STAGES, Shape
 from .arguments import positive, sizes
 
@@ -53,14 +52,13 @@ def problem_of(args: argparse.Namespace) -> Problem:
         shape = args.shape
         if args.batch:
             raise ValueError(f"--batch does not act on --shape, whose first size is the batch, {shape[0]}")
-    if min(shape) < 1:
-        raise ValueError(f"shape must be four positive sizes N,C,H,W, got {','.join(map(str, shape))}")
     unit = unit_of(args)
     defaults = ([3, 3], [1, 2]) if unit == PAPER else ([3, 5], [1, 1])
     kernels, dilations = args.kernels or defaults[0], args.dilations or defaults[1]
     if len(kernels) != len(dilations):
         raise ValueError(
-            f"kernels and dilations must be as many as there are branches, got {len(kernels)} and {len(dilations)}"
+            "--kernels and --dilations must name as many branches, got "
+            f"{' '.join(map(str, kernels))} and {' '.join(map(str, dilations))}"
         )
     described = Shape(*shape[1:], args.groups or GROUPS, tuple(kernels), tuple(dilations))
     return Problem(unit_spec(unit, described), shape[0], *shape[2:], *PRECISIONS[args.dtype])

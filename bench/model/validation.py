@@ -8,24 +8,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from sk_triton.backend import SCHEDULES
 
 from .. import results, unit_times
-from ..grid import unit_spec
+from ..grid import PRECISIONS, unit_spec
 from ..results import Record, Results
 from ..shapes import INFERENCE, Case
 from . import speed_of_light as sol
 from .gpus import Gpu, find_gpu
 from .speed_of_light import Prediction, Problem
 
-PRECISIONS = {
-    "fp16": (torch.float16, False),
-    "bf16": (torch.bfloat16, False),
-    "tf32": (torch.float32, True),
-    "fp32": (torch.float32, False),
-}
 RESULTS = Path(__file__).parents[1] / "results"
 FILES = "*/layer*.json"
 """What results of suite "layer" are committed as, in a folder per GPU."""
