@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from sk_triton.bench import plots, results
 from sk_triton.bench.measuring import forms
-from sk_triton.bench.plots import roofline, scaling, several, style
+from sk_triton.bench.plots import roofline, scaling, style
 from sk_triton.bench.results import SAVING_INPUT
 from sk_triton.bench.shapes import CLASSIC, PAPER
 
@@ -177,59 +176,6 @@ def test_the_floor_is_drawn_above_every_line_of_the_throughput():
     assert max(floors[0].get_ydata()) > max(max(line.get_ydata()) for line in others)
 
 
-def least_peaks(run, subject=PAPER):
-    """The least peak of each source in channels_last, in activation tensors."""
-    records = [r for r in run.records if r.case.subject == subject and r.memory and "channels_last" in r.form]
-    peaks = {}
-    for record in records:
-        peaks.setdefault(record.source, []).append(record.memory.peak_bytes / record.case.tensor_bytes)
-    return {source: min(found) for source, found in peaks.items()}
-
-
-def test_memory_stands_in_activation_tensors():
-    """Of every source, though the fastest form of each is a graph, which nobody weighs."""
-    run = some_results("train", stages=(1,), batches=(8,))
-    figure = Figures(run)[f"memory-{PAPER}-fp16"]
-    records = [record for record in run.records if record.case.subject == PAPER]
-    assert results.fastest_ours(records).memory is None
-    heights = {round(patch.get_height(), 3) for patch in figure.axes[0].patches}
-    assert {*least_peaks(run)} == {"timm", "paper", "ours", "ours-input"}
-    assert {round(peak, 3) for peak in least_peaks(run).values()} <= heights
-    ours = results.fastest_ours([record for record in records if record.memory])
-    assert round(ours.memory.saved_bytes / ours.case.tensor_bytes, 3) in heights
-    text = words(figure)
-    assert "saved from forward for backward" in text
-    assert "ok" not in text.splitlines()
-    assert "NCHW" not in text.partition("Not measured")[0]
-
-
-def test_what_nobody_weighed_is_said():
-    run = some_results("train", stages=(1,), batches=(8,))
-    records = tuple(dataclasses.replace(r, memory=None) if r.source == "timm" else r for r in run.records)
-    lines = words(Figures(dataclasses.replace(run, records=records))[f"memory-{PAPER}-fp16"]).splitlines()
-    assert "not weighed" in lines
-    assert "ok" not in lines
-
-
-def test_memory_of_every_form_is_that_of_the_forms_that_were_weighed():
-    run = some_results("train", stages=(1,), batches=(8,))
-    text = words(Figures(run, all_forms=True)[f"memory-{PAPER}-fp16"]).partition("Not measured")[0]
-    assert "NCHW" in text
-    assert "CUDA graph" not in text
-    assert "not weighed" not in text
-
-
-def test_scaling_shows_the_memory_of_every_source():
-    run = some_results("scaling")
-    figure = Figures(run)[f"growth-{PAPER}-fp16"]
-    time, memory = figure.axes[0], figure.axes[3]
-    assert "peak memory" in memory.get_title(loc="left")
-    for ax in (time, memory):
-        assert {line.get_markeredgecolor() for line in ax.lines if len(line.get_xdata()) == 1} == {
-            style.colour(source) for source in ("timm", "paper", "ours")
-        }
-
-
 def test_a_single_batch_has_no_line_of_throughput():
     assert not [name for name in plots.pictures(some_results(batches=(8,))) if name.startswith("throughput")]
     assert [name for name in plots.pictures(some_results(batches=(1, 8))) if name.startswith("throughput")]
@@ -376,55 +322,6 @@ def test_a_sweep_is_drawn_where_an_axis_was_not_measured(all_forms):
     )
     (figure,) = Figures(dataclasses.replace(run, records=records), all_forms).values()
     assert "dilation" in words(figure)
-
-
-def test_runs_are_told_apart_by_what_differs():
-    first, second = a_stamp(), a_stamp(device="AMD Instinct MI300X")
-    third = a_stamp(git_commit="1234567890abcdef")
-    runs = {stamp: some_results(stages=(1,), batches=(1,), stamp=stamp) for stamp in (first, second, third)}
-    assert several.labels([runs[first], runs[second]]) == ["NVIDIA H100 80GB HBM3", "AMD Instinct MI300X"]
-    assert several.labels([runs[first], runs[third]]) == ["478cb1a0c", "123456789"]
-    assert several.labels([runs[first], runs[second], runs[third]])[2] == "NVIDIA H100 80GB HBM3, 123456789"
-    assert len(set(several.labels([runs[first], runs[first]]))) == 2
-
-
-def test_several_runs_are_compared_where_they_share_cases(tmp_path):
-    slow, fast = (
-        some_results(stages=(1, 3), batches=(1, 8)),
-        some_results(stages=(3,), batches=(8,), faster=2.0),
-    )
-    fast = dataclasses.replace(fast, stamp=a_stamp(device="Faster Device"))
-    best = several.shared_cases([slow, fast])
-    assert {(case.shape.name, case.batch) for case in best} == {("512@14²", 8)}
-    chosen = {case: records for case, records in best.items() if case.subject == PAPER}
-    figure = several.draw([slow, fast], chosen)
-    heights = [patch.get_height() for patch in figure.axes[0].patches]
-    assert heights[0] == pytest.approx(1)
-    assert heights[1] > 1.5
-    assert "Faster Device" in words(figure)
-    assert_texts_are_apart(figure)
-    assert len(list(plots.save_comparisons([slow, fast], tmp_path))) == 2
-    assert list(plots.save_comparisons([slow, some_results("train", stages=(1,))], tmp_path)) == []
-
-
-def test_a_run_of_another_suite_costs_a_comparison_nothing(tmp_path, monkeypatch):
-    slow, fast = (some_results(stages=(3,), batches=(8,), faster=faster) for faster in (1.0, 2.0))
-    drawn = []
-    monkeypatch.setattr(several, "draw", lambda runs, best: drawn.append((runs, best)) or Figure())
-    list(plots.save_comparisons([some_results("train", stages=(1,)), slow, fast], tmp_path))
-    assert drawn
-    for runs, best in drawn:
-        assert runs == [slow, fast]
-        assert all(len(records) == 2 and all(records) for records in best.values())
-
-
-def test_an_objection_against_one_of_several_runs_ends_the_comparison():
-    sound = some_results(stages=(1,), batches=(8,))
-    doubted = dataclasses.replace(sound, objections=OBJECTIONS, stamp=a_stamp(device="Other"))
-    best = {c: r for c, r in several.shared_cases([sound, doubted]).items() if c.subject == PAPER}
-    text = words(several.draw([sound, doubted], best))
-    assert "No speed is claimed" in text
-    assert "= 1x" not in text
 
 
 def test_every_form_has_a_look():
