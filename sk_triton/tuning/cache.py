@@ -127,11 +127,7 @@ def save(origin: Origin, entries: Entries) -> bool:
 
     Returns whether they are kept; where they are not, a warning says why.
     """
-
-    def add(raw: dict[str, Any]) -> None:
-        _section(raw, origin)["entries"].update({key: dump_entry(entry) for key, entry in entries.items()})
-
-    return _change(add)
+    return merge({origin: entries})
 
 
 def merge(sections: Sections) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from ..analytic import branch, gate, gated, grad, merged, pixelwise
 from ..kernels.geometry import ConvShape
@@ -19,15 +20,15 @@ def branch_config(workload: Workload, shape: ConvShape, task: str) -> Found:
     """For the branches of `shape`, to "store", "train", "pool" or "select" them."""
     n, (h, w), chip = workload.n, workload.output_size, workload.chip
     numbers = workload.dtype, workload.allow_tf32
-    request = Request(
+    return _look_up(
+        workload,
         f"branch_{task}",
-        branch_key(workload, shape, task),
+        conv_text(shape),
         partial(space.branch_configs, shape, h, *numbers, chip, task=task),
         partial(branch.branch_config, shape, n, h, w, *numbers, chip, task=task),
-        n,
         lambda config: branch.branch_cost(config, shape, n, h, w, chip, task),
+        allow_tf32=workload.allow_tf32,
     )
-    return resolve(request, chip)
 
 
 def branch_key(workload: Workload, shape: ConvShape, task: str) -> str:
@@ -39,67 +40,62 @@ def gate_config(workload: Workload) -> Found:
     """For the gate."""
     spec, dtype = workload.spec, workload.dtype
     m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
-    request = Request(
+    return _look_up(
+        workload,
         "gate",
-        _key(workload, "gate", f"m{m}/c{c}/d{d}"),
+        f"m{m}/c{c}/d{d}",
         partial(space.gate_configs, m, c, d, dtype),
         partial(gate.gate_config, m, c, d, workload.n, dtype, workload.chip),
-        workload.n,
     )
-    return resolve(request, workload.chip)
 
 
 def select_config(workload: Workload) -> Found:
     """For the selection from stored branches."""
     pixels, c = math.prod(workload.output_size), workload.spec.out_channels
-    request = Request(
+    return _look_up(
+        workload,
         "select",
-        _key(workload, "select", f"m{workload.spec.num_branches}/c{c}"),
+        f"m{workload.spec.num_branches}/c{c}",
         partial(space.select_configs, pixels, c),
         partial(pixelwise.select_config, pixels, c),
-        workload.n,
     )
-    return resolve(request, workload.chip)
 
 
 def gated_select_config(workload: Workload) -> Found:
     """For the selection from stored branches that computes its gate."""
     pixels, expected = math.prod(workload.output_size), gated.gated_select_config(workload)
     m, c, d = workload.spec.num_branches, workload.spec.out_channels, workload.spec.gate_width
-    request = Request(
+    return _look_up(
+        workload,
         "gated_select",
-        _key(workload, "gated_select", f"m{m}/c{c}/d{d}"),
+        f"m{m}/c{c}/d{d}",
         partial(space.gated_select_configs, pixels, expected),
         lambda: expected,
-        workload.n,
     )
-    return resolve(request, workload.chip)
 
 
 def pooled_sums_config(workload: Workload) -> Found:
     """For the pooled sums of branches that the library has convolved."""
     pixels, c, m = math.prod(workload.output_size), workload.spec.out_channels, workload.spec.num_branches
-    request = Request(
+    return _look_up(
+        workload,
         "pooled_sums",
-        _key(workload, "pooled_sums", f"m{m}/c{c}"),
+        f"m{m}/c{c}",
         partial(space.pooled_sums_configs, pixels, c),
         partial(pixelwise.pooled_sums_config, workload.n, pixels, c, workload.chip),
-        workload.n,
     )
-    return resolve(request, workload.chip)
 
 
 def reduction_config(workload: Workload) -> Found:
     """For the sums over pixels in training."""
     pixels, c, m = math.prod(workload.output_size), workload.spec.out_channels, workload.spec.num_branches
-    request = Request(
+    return _look_up(
+        workload,
         "reduction",
-        _key(workload, "reduction", f"m{m}/c{c}"),
+        f"m{m}/c{c}",
         partial(space.reduction_configs, m, pixels, c, workload.chip),
         partial(pixelwise.reduction_config, m, pixels, c, workload.chip),
-        workload.n,
     )
-    return resolve(request, workload.chip)
 
 
 def grad_config(workload: Workload, shape: ConvShape) -> Found | None:
@@ -108,41 +104,40 @@ def grad_config(workload: Workload, shape: ConvShape) -> Found | None:
     choice = grad.grad_config(shape, n, h, w, dtype, chip)
     if choice is None:
         return None
-    request = Request(
+    return _look_up(
+        workload,
         "branch_grad",
-        _key(workload, "branch_grad", conv_text(shape)),
+        conv_text(shape),
         partial(space.grad_configs, shape, h, w, dtype, choice, chip),
         lambda: choice,
-        n,
     )
-    return resolve(request, chip)
 
 
 def border_config(workload: Workload, shape: ConvShape) -> Found:
     """For the pooled sums of the merged `shape`."""
-    h_in, w_in, chip = workload.h_in, workload.w_in, workload.chip
-    request = Request(
+    size = workload.h_in, workload.w_in
+    return _look_up(
+        workload,
         "border_sums",
-        key("border_sums", conv_text(shape), workload.n, h_in, w_in, workload.dtype, allow_tf32=False),
-        partial(space.border_configs, shape, h_in, w_in),
-        partial(merged.border_config, shape, workload.n, h_in, w_in, chip),
-        workload.n,
+        conv_text(shape),
+        partial(space.border_configs, shape, *size),
+        partial(merged.border_config, shape, workload.n, *size, workload.chip),
+        size=size,
     )
-    return resolve(request, chip)
 
 
 def merged_config(workload: Workload, branches: ConvShape, shape: ConvShape) -> Found:
     """For the merged convolution of `branches`, `shape` on their common lattice."""
     n, (h, w), dtype, chip = workload.n, workload.output_size, workload.dtype, workload.chip
-    request = Request(
+    return _look_up(
+        workload,
         "merged_conv",
-        _key(workload, "merged_conv", conv_text(shape), workload.allow_tf32),
+        conv_text(shape),
         partial(space.merged_configs, branches, shape, h, w, dtype, chip),
         partial(merged.merged_config, branches, shape, n, h, w, dtype, chip),
-        n,
         lambda config: merged.merged_cost(config, branches, shape, n, h, w, chip),
+        allow_tf32=workload.allow_tf32,
     )
-    return resolve(request, chip)
 
 
 def resident_source(workload: Workload) -> Source:
@@ -169,5 +164,24 @@ def schedule_key(workload: Workload) -> str:
     return _key(workload, SCHEDULE, unit_text(workload.spec), workload.allow_tf32)
 
 
-def _key(workload: Workload, kind: str, what: str, allow_tf32: bool = False) -> str:
-    return key(kind, what, workload.n, *workload.output_size, workload.dtype, allow_tf32)
+def _key(
+    workload: Workload, kind: str, what: str, allow_tf32: bool, size: tuple[int, int] | None = None
+) -> str:
+    return key(kind, what, workload.n, *(size or workload.output_size), workload.dtype, allow_tf32)
+
+
+def _look_up(
+    workload: Workload,
+    kind: str,
+    what: str,
+    candidates: Callable[[], Sequence[Any]],
+    analytic: Callable[[], Any],
+    cost: Callable[[Any], float] | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    allow_tf32: bool = False,
+) -> Found:
+    """The config of a launch, asked for as by :class:`Request`; what, size and allow_tf32 are parts of its key: `what`
+    it works on, and the `size` of images that matters to it, the output's where none is given."""
+    name = _key(workload, kind, what, allow_tf32, size)
+    return resolve(Request(kind, name, candidates, analytic, workload.n, cost), workload.chip)
