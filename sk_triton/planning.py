@@ -81,13 +81,13 @@ def _plan_recompute(workload: Workload) -> Plan | str:
     """The plan of schedule "recompute", or why it cannot run."""
     shapes = conv_shapes(workload.spec)
     if len(shapes) > 1:
-        return "the branches differ in groups, and one launch must hold them all to select"
+        return _differing_groups(workload.spec)
     branches = tuple(branch_launch(workload, *shapes[0], task) for task in ("pool", "select"))
     for launch in branches:
         if not can_run(launch.task, launch.shape, launch.config):
             return (
-                f"{type(launch.config).__name__} stores its branches: groups above 32 channels, large kernels, and "
-                "dilations that are no power of two have no kernel that selects"
+                f"there is no kernel that selects for {_described(workload)}; those that there are take at most 5x5 in "
+                "groups of 32 channels, in fp32 3x3 in groups of 8, and few dilations that are no power of two"
             )
     return _plan("recompute", workload, 2, 1, branches)
 
@@ -141,13 +141,15 @@ def _plan_resident(workload: Workload) -> Plan | str:
         return "fp32 convolves at 36 and more instructions per output, and would do so twice in one launch"
     shapes = conv_shapes(spec)
     if len(shapes) > 1:
-        return "the branches differ in groups, and one launch must hold them all to select"
+        return _differing_groups(spec)
+    if spec.gate_width > (most := resident.MAX_RESIDENT_DESCRIPTOR):
+        return f"gate_width is {spec.gate_width}; one launch holds the gate's weights up to {most}"
     ((start, stop, shape),) = shapes
     config = resident.resident_config(workload, shape)
     if config is None:
         return (
-            "groups above 16 channels, kernels above 5x5, dilations that are no power of two and descriptors above "
-            f"{resident.MAX_RESIDENT_DESCRIPTOR} entries have no tiles that one launch both pools and selects"
+            f"no tiles serve to pool and to select in one launch for {_described(workload)}; at most 3x3 in groups of "
+            "16 channels or 5x5 in groups of 8 have some, and few dilations that are no power of two"
         )
     if workload.n * resident_items(shape, config, *workload.output_size).step >= MAX_ITEMS:
         return f"a batch of {workload.n} samples has more than {MAX_ITEMS} tiles"
@@ -200,6 +202,23 @@ def conv_shapes(spec: SKSpec) -> list[tuple[int, int, ConvShape]]:
         )
         shapes.append((members[0][0], members[-1][0] + 1, shape))
     return shapes
+
+
+def _differing_groups(spec: SKSpec) -> str:
+    """Why branches of several launches cannot be selected from while they are convolved."""
+    groups = [branch.groups for branch in spec.branches]
+    return f"the branches differ in groups, {groups}, and one launch must hold them all to select"
+
+
+def _described(workload: Workload) -> str:
+    """The branches, by all that decides which kernels take them."""
+    spec = workload.spec
+    branches, dtype = ", ".join(map(str, spec.branches)), str(workload.dtype).removeprefix("torch.")
+    stride = f", stride {spec.stride}" if spec.stride > 1 else ""
+    return (
+        f"branches {branches} of {spec.group_channels} channels per group{stride} in {dtype} on "
+        f"{workload.chip.name}"
+    )
 
 
 def branch_launch(workload: Workload, start: int, stop: int, shape: ConvShape, task: str) -> BranchLaunch:

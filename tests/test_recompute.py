@@ -100,7 +100,11 @@ def test_it_is_taken_where_it_saves_passes_and_the_plan_says_why_not_elsewhere()
 
 
 def test_a_schedule_that_cannot_run_raises_with_the_reason():
-    with pytest.raises(RuntimeError, match="schedule 'recompute' cannot run here: TapConfig stores"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"schedule 'recompute' cannot run here: there is no kernel that selects for branches 3x3, 3x3 d2 of 128 "
+        r"channels per group in float16 on sm_90; .* at most 5x5 in groups of 32 channels",
+    ):
         planning.plan_schedule(
             "recompute", Workload(paper_unit(128, groups=1), 8, 28, 28, torch.float16, CHIPS["sm_90"])
         )

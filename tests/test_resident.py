@@ -208,9 +208,15 @@ def test_elsewhere_the_plan_says_why_not():
     assert "short columns only" in dict(plan(paper_unit(128), chip="sm_80").rejected)["resident"]
     assert "merged convolves once" in dict(plan(classic_unit(128)).rejected)["resident"]
     for spec, size, dtype, reason in (
-        (paper_unit(1024), 7, torch.float16, "groups above 16 channels"),
+        (
+            paper_unit(1024),
+            7,
+            torch.float16,
+            "of 32 channels per group .* at most 3x3 in groups of 16 channels",
+        ),
+        (paper_unit(4096, groups=256), 7, torch.float16, "gate_width is 256; .* up to 128"),
         (paper_unit(128), 56, torch.float32, "fp32 convolves"),
-        (paper_unit(64, groups=32, dilations=(1, 3)), 56, torch.float16, "no power of two"),
+        (paper_unit(64, groups=32, dilations=(1, 3)), 56, torch.float16, "3x3 d3 g32 .* no power of two"),
     ):
         with pytest.raises(RuntimeError, match=f"schedule 'resident' cannot run here: .*{reason}"):
             planning.plan_schedule("resident", Workload(spec, 128, size, size, dtype, CHIPS["sm_90"]))

@@ -10,7 +10,7 @@ from functools import lru_cache
 from ..chips import NARROW_PRODUCTS
 from ..environment import triton_version
 from ..kernels.config import DepthwiseConfig
-from ..kernels.geometry import can_run, tiles
+from ..kernels.geometry import branch_refusal, tiles
 from ..plan import MAX_GATE_TILES, BranchLaunch, Plan
 from ..planning import branch_launch, eager_passes, make_plan, plan_store
 from ..preference import library_reason, recompute_reason
@@ -90,8 +90,8 @@ def _folded(plan: Plan, workload: Workload) -> Plan:
         return plan.rejecting("recompute", reason)
     recompute = make_plan("recompute", workload)
     (train,) = plan.branch_launches
-    if not can_run("measure", train.shape, train.config):
-        return plan.rejecting("recompute", f"{type(train.config).__name__} stores its branches")
+    if reason := branch_refusal("measure", train.shape, train.config):
+        return plan.rejecting("recompute", reason)
     # What takes moments and stores serves to take moments.
     moments = replace(train, task="measure")
     reads = workload.spec.branch_norm
