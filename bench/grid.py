@@ -19,6 +19,11 @@ PRECISIONS = {
 """Dtypes, fp32 with and without TF32, as `(dtype, allow_tf32)`."""
 
 
+def precision(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """The name in `PRECISIONS`."""
+    return next(name for name, numbers in PRECISIONS.items() if numbers == (dtype, allow_tf32))
+
+
 @dataclass(frozen=True)
 class Case:
     """A unit on a batch of `n` inputs of `size` x `size` pixels."""
@@ -32,7 +37,7 @@ class Case:
 
     @property
     def precision(self) -> str:
-        return next(name for name, numbers in PRECISIONS.items() if numbers == (self.dtype, self.allow_tf32))
+        return precision(self.dtype, self.allow_tf32)
 
 
 def paper_unit(
