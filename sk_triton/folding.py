@@ -88,11 +88,8 @@ def fold_unit(
         biases.append(bias)
     sums = sum_dtype(dtype)
     reduce_weight, reduce_bias = _fold_in(sums, gate.reduce_weight.flatten(1), gate.reduce_bias, gate.norm)
-    select_weight = torch.cat([w.flatten(1) for w in gate.select_weight]).to(sums)
-    select_bias = torch.cat(gate.select_bias).to(sums) if gate.select_bias is not None else None
-    return FoldedUnit(
-        tuple(weights), tuple(biases), FoldedGate(reduce_weight, reduce_bias, select_weight, select_bias)
-    )
+    affine = affine_gate(gate, sums)._replace(reduce_weight=reduce_weight, reduce_bias=reduce_bias)
+    return FoldedUnit(tuple(weights), tuple(biases), affine)
 
 
 def _fold_in(
@@ -102,6 +99,16 @@ def _fold_in(
     wide = torch.promote_types(weight.dtype, dtype)
     weight, bias = fold(weight.detach().to(wide), None if bias is None else bias.detach().to(wide), norm)
     return weight.to(dtype), None if bias is None else bias.to(dtype)
+
+
+def affine_gate(gate: Gate, dtype: torch.dtype) -> FoldedGate:
+    """The gate's two maps in `dtype`, as autograd's functions of its parameters; its norm is left out."""
+    return FoldedGate(
+        gate.reduce_weight.flatten(1).to(dtype),
+        None if gate.reduce_bias is None else gate.reduce_bias.to(dtype),
+        torch.cat([w.flatten(1) for w in gate.select_weight]).to(dtype),
+        None if gate.select_bias is None else torch.cat(gate.select_bias).to(dtype),
+    )
 
 
 def attend(s: Tensor, gate: FoldedGate, has_relu: bool) -> Tensor:

@@ -72,6 +72,32 @@ class Convolution:
         return 0 if x.is_contiguous(memory_format=torch.channels_last) else 2 * x.numel() * x.element_size()
 
 
+def convolution_grads(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    branch: BranchSpec,
+    stride: int,
+    needs: Sequence[bool],
+    padding: Sequence[int] | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a branch's convolution by its input and by its weight, None where not needed. That by the weight
+    reads the weight's shape alone.
+
+    Args:
+        dy: ``[N, C, H', W']``, of the convolution.
+        x: ``[N, C_branch_in, H, W]``, of one sample or more; samples may also lie side by side along the channels.
+        weight: ``[C, C_branch_in / groups, k, k]`` in the dtype of x.
+        needs: of the input, of the weight.
+        padding: along the height and the width, where it is not the branch's own.
+    """
+    dx, dw, _ = torch.ops.aten.convolution_backward.default(
+        dy, x, weight, None, [stride] * 2, padding or [branch.padding] * 2, [branch.dilation] * 2, False, [0, 0],
+        x.shape[1] // weight.shape[1], [*needs, False],
+    )  # fmt: skip
+    return dx, dw
+
+
 def without_memory(like: Tensor, size: tuple[int, ...]) -> Tensor:
     """A contiguous tensor that knows its size, dtype and device, and waits for memory."""
     y = like.new_empty(size)

@@ -1,4 +1,4 @@
-"""The gate of a unit without norms, with its gradients, for the CPU's training schedules."""
+"""The gradients of a gate without norms, for the CPU's training schedules."""
 
 from __future__ import annotations
 
@@ -6,17 +6,6 @@ import torch
 from torch import Tensor
 
 from ..folding import FoldedGate, attend
-from ..params import Gate
-
-
-def affine_gate(gate: Gate, dtype: torch.dtype) -> FoldedGate:
-    """The gate's two maps in `dtype`, as autograd's functions of its parameters; the gate has no norm."""
-    return FoldedGate(
-        gate.reduce_weight.flatten(1).to(dtype),
-        None if gate.reduce_bias is None else gate.reduce_bias.to(dtype),
-        torch.cat([w.flatten(1) for w in gate.select_weight]).to(dtype),
-        None if gate.select_bias is None else torch.cat(gate.select_bias).to(dtype),
-    )
 
 
 def attend_bwd(s: Tensor, gate: FoldedGate, has_relu: bool, da: Tensor) -> tuple[Tensor, list[Tensor | None]]:

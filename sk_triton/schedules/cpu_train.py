@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..cpu import differentiable
-from ..cpu.gate import affine_gate, attend_bwd
-from ..folding import FoldedGate, attend, sum_dtype
+from ..cpu.gate import attend_bwd
+from ..folding import FoldedGate, affine_gate, attend, sum_dtype
 from ..layout import branch_inputs, memory_format, with_own_strides
+from ..library import convolution_grads
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import SKSpec
@@ -88,15 +89,15 @@ def _backward(ctx: Any, dv: Tensor) -> tuple[Tensor | None, ...]:
         zip(branch_inputs(with_own_strides(x), spec), weights, spec.branches, strict=True)
     ):
         du = torch.addcmul(g, a[:, i, :, None, None].to(dv.dtype), dv, out=scratch)
-        dx_i, weight_grad, _ = torch.ops.aten.convolution_backward(
-            du, x_i, weight, None, [spec.stride] * 2, [branch.padding] * 2, [branch.dilation] * 2, False,
-            [0, 0], branch.groups, [needs[1], needs[2 + i], False],
-        )  # fmt: skip
+        needed = needs[1], needs[2 + i]
+        dx_i, weight_grad = convolution_grads(du, x_i, weight, branch, spec.stride, needed)
         weight_grads.append(weight_grad)
         bias_grads.append((a[:, i] * dv_sum + ds).sum(0).to(dv.dtype) if needs[2 + m + i] else None)
-        if needs[1] and (spec.split_input or not dxs):
+        if dx_i is None:
+            continue
+        if spec.split_input or not dxs:
             dxs.append(dx_i)
-        elif needs[1]:
+        else:
             dxs[0] += dx_i
     dx = dxs[0] if len(dxs) == 1 else torch.cat(dxs, dim=1) if dxs else None
     return None, dx, *weight_grads, *bias_grads, *gate_grads

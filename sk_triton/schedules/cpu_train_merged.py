@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..cpu import differentiable
-from ..cpu.gate import affine_gate, attend_bwd
+from ..cpu.gate import attend_bwd
 from ..cpu.merging import (
     MergedKernels,
     add_to_windows,
@@ -29,8 +29,9 @@ from ..cpu.merging import (
     taps_of,
     window_sums,
 )
-from ..folding import FoldedGate, attend
+from ..folding import FoldedGate, affine_gate, attend
 from ..layout import memory_format
+from ..library import convolution_grads
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..spec import BranchSpec, SKSpec
@@ -129,12 +130,12 @@ def _convolve_bwd(
     if not needs_dx:
         return None, dk
     dx = torch.empty_like(x, memory_format=memory_format(x))
-    padding = (merged.padding, merged.padding)
     for start in range(0, x.shape[0], samples):
         part = slice(start, start + samples)
         weight = sample_weights(kernels.weights, a[part])
         dv_part, x_part = side_by_side(dv[part]), side_by_side(x[part])
-        dx_part, _ = _convolution_backward(dv_part, x_part, weight, spec, merged, padding, (True, False))
+        dx_part, _ = convolution_grads(dv_part, x_part, weight, merged, spec.stride, (True, False))
+        assert dx_part is not None
         dx[part] = dx_part.view_as(dx[part])
     return dx, dk
 
@@ -159,23 +160,8 @@ def _kernel_grads(dv: Tensor, x: Tensor, spec: SKSpec, merged: BranchSpec) -> Te
             dv_strip = dv_i[:, :, start : start + rows]
             first = start * spec.stride
             x_strip = padded[:, :, first : first + (dv_strip.shape[2] - 1) * spec.stride + 2 * pad + 1]
-            dk_i += _convolution_backward(dv_strip, x_strip, dk_i, spec, merged, (0, pad), (False, True))[1]
+            needed, padding = (False, True), (0, pad)
+            _, dk_strip = convolution_grads(dv_strip, x_strip, dk_i, merged, spec.stride, needed, padding)
+            assert dk_strip is not None
+            dk_i += dk_strip
     return dk
-
-
-def _convolution_backward(
-    dv: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    spec: SKSpec,
-    merged: BranchSpec,
-    padding: tuple[int, int],
-    wanted: tuple[bool, bool],
-) -> tuple[Any, Any]:
-    """Gradients of a merged convolution by x and by the weight, None where not `wanted`. That by the weight reads the
-    weight's shape alone."""
-    groups = x.shape[1] // weight.shape[1]
-    dx, dw, _ = torch.ops.aten.convolution_backward(
-        dv, x, weight, None, [spec.stride] * 2, padding, [merged.dilation] * 2, False, [0, 0], groups, [*wanted, False]
-    )  # fmt: skip
-    return dx, dw

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..layout import branch_inputs
-from ..library import LibraryCall
+from ..library import LibraryCall, convolution_grads
 from ..spec import BranchSpec, SKSpec
 from .tensors import UnitTensors
 
@@ -57,21 +57,11 @@ def _gradients(*tensors: Tensor, spec: SKSpec, needs: tuple[bool, ...]) -> list[
     ):
         if not needs_dx and not needs_weight:
             continue
-        dx, dw, _ = torch.ops.aten.convolution_backward.default(
-            dy,
-            x,
-            weight.to(x.dtype),
-            None,
-            [spec.stride] * 2,
-            [branch.padding] * 2,
-            [branch.dilation] * 2,
-            False,
-            [0, 0],
-            branch.groups,
-            [needs_dx, needs_weight, False],
-        )
-        inputs.append(dx)
-        if needs_weight:
+        needed = needs_dx, needs_weight
+        dx, dw = convolution_grads(dy, x, weight.to(x.dtype), branch, spec.stride, needed)
+        if dx is not None:
+            inputs.append(dx)
+        if dw is not None:
             found.append(dw)
             wanted.append(weight)
     _lay_out(found, wanted)
