@@ -30,7 +30,9 @@ COMMANDS = {
     "explain": Command(
         "sk_triton.bench.commands.explain", "predict each schedule's time on a GPU that need not be present"
     ),
-    "plot": Command("sk_triton.bench.commands.plot", "draw and compare results files, fill the README"),
+    "plot": Command(
+        "sk_triton.bench.commands.plot", "draw results files, write them as CSV or Markdown, fill the README"
+    ),
     "profile": Command("sk_triton.bench.commands.profile", "time a unit's kernels one by one on this GPU"),
     "report": Command(
         "sk_triton.bench.commands.report",

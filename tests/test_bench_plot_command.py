@@ -1,4 +1,4 @@
-"""`sk-triton plot`: pictures of results files, and the README's generated parts."""
+"""`sk-triton plot`: pictures, CSV and Markdown of results files, and the README's generated parts."""
 
 from __future__ import annotations
 
@@ -27,13 +27,18 @@ def saved(tmp_path):
     return save
 
 
-def test_plot_writes_pictures_beside_the_results(saved, tmp_path, capsys):
+def test_plot_writes_pictures_csv_and_markdown_beside_the_results(saved, tmp_path, capsys):
     path = saved("layer-cuda.json", small(batches=(8,)))
-    assert cli.main(["plot", path]) == 0
+    assert cli.main(["plot", path, "--csv", "--markdown"]) == 0
     written = {Path(line) for line in capsys.readouterr().out.splitlines()}
     assert written == {entry for entry in tmp_path.iterdir() if entry.name != "layer-cuda.json"}
     names = {entry.name for entry in written}
-    assert {"layer-cuda-speed-paper-fp16.png", "layer-cuda-passes.png"} <= names
+    assert {
+        "layer-cuda.csv",
+        "layer-cuda.md",
+        "layer-cuda-speed-paper-fp16.png",
+        "layer-cuda-passes.png",
+    } <= names
 
 
 def test_plot_compares_several_results_and_keeps_their_pictures_apart(saved, tmp_path, capsys):
@@ -93,7 +98,7 @@ def test_a_suite_without_pictures_is_named_with_its_file(saved, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["some.json", "--readme", "README.md"], ["--readme", "README.md", "--all-forms"]]
+    "arguments", [[], ["some.json", "--readme", "README.md"], ["--readme", "README.md", "--csv"]]
 )
 def test_bad_usage_of_plot_is_refused(arguments, capsys):
     assert cli.main(["plot", *arguments]) == 2

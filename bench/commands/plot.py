@@ -1,4 +1,4 @@
-"""`sk-triton plot`: pictures of results files, and the README's generated parts."""
+"""`sk-triton plot`: pictures, CSV and Markdown of results files, and the README's generated parts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, FAILED
 
 from .. import readme
+from ..csv_file import write_csv
+from ..markdown import markdown_table
 from ..problems import in_one_line
 from ..results import read
 from .arguments import writable_folder
@@ -26,6 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="folder for the pictures (default: beside each results file)",
+    )
+    parser.add_argument("--csv", action="store_true", help="also write a CSV file of each results file")
+    parser.add_argument(
+        "--markdown", action="store_true", help="also write a Markdown table of each results file"
     )
     parser.add_argument(
         "--all-forms",
@@ -87,6 +93,12 @@ def _draw(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
         collect(saved)
+        if args.csv:
+            write_csv(run, folder / f"{stem}.csv")
+            written.append(folder / f"{stem}.csv")
+        if args.markdown:
+            (folder / f"{stem}.md").write_text(markdown_table(run), encoding="utf-8")
+            written.append(folder / f"{stem}.md")
     if len(runs) > 1:
         before = len(written) + len(failures)
         collect(plots.save_comparisons(runs, args.output or paths[0].parent))
@@ -116,7 +128,7 @@ def _stems(paths: list[Path], output: Path | None) -> list[str]:
 
 
 def _fill_readme(args: argparse.Namespace) -> list[Path]:
-    if args.results or args.output is not None or args.all_forms:
+    if args.results or args.output is not None or args.csv or args.markdown or args.all_forms:
         raise ValueError(
             "--readme takes no results files and no other options: it reads bench/results/ beside it"
         )
