@@ -39,7 +39,8 @@ L2_SHARE = 0.5
 
 
 def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | None:
-    """Config for a unit in one launch, None where no tiles of one sample serve to pool and to select."""
+    """Config for a unit whose gate is no wider than MAX_RESIDENT_DESCRIPTOR, in one launch; None where no tiles of one
+    sample serve to pool and to select."""
     chip, n, (h, w) = workload.chip, workload.n, workload.output_size
     group = max(shape.c_in, shape.c_out) // shape.groups
     kernel = max(shape.kernels)
@@ -70,8 +71,6 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
         return None
     branch = min(tiles_of_one, key=lambda config: branch_cost(config, shape, n, h, w, chip, "select"))
     block_d = max(16, next_power_of_2(workload.spec.gate_width))
-    if block_d > MAX_RESIDENT_DESCRIPTOR:
-        return None
     # Programs of 255 registers a thread, the most that there are: they fit whatever the compiler makes of the kernel.
     per_processor = 8 // branch.num_warps
     # Two blocks of 8 16-bit channels share the 32-byte sectors that a load brings in.
