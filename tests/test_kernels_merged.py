@@ -183,14 +183,14 @@ def in_dtypes(names):
             yield name, torch.float32
 
 
-@pytest.mark.parametrize(("name", "dtype"), in_dtypes(SUMMED), ids=str)
+@pytest.mark.parametrize(("name", "dtype"), [*in_dtypes(SUMMED)], ids=str)
 def test_pooled_sums(name, dtype):
     shape, _, *size = CASES[name]
     *arguments, _ = make(shape, *size, dtype)
     check_pool(arguments, shape)
 
 
-@pytest.mark.parametrize(("name", "dtype"), in_dtypes(CASES), ids=str)
+@pytest.mark.parametrize(("name", "dtype"), [*in_dtypes(CASES)], ids=str)
 def test_convolution(name, dtype):
     shape, config, *size = CASES[name]
     *arguments, attention = make(shape, *size, dtype)

@@ -187,7 +187,7 @@ def test_the_command_counts_the_unit_that_it_is_given(capsys):
         ),
         pytest.param(
             ["--schedule", "resident", "--stage", "4"],
-            "stage 4: groups above 16 channels",
+            "stage 4: no tiles serve to pool and to select in one launch for branches 3x3 g32, 3x3 d2 g32 of 32",
             marks=needs_unhoisted_loops,
         ),
         (["--save", "input"], "--save acts on --schedule train, got --schedule recompute"),

@@ -102,7 +102,7 @@ saves = st.sampled_from(["branches", "input"])
 INPUTS = 4
 
 
-@settings(max_examples=8)
+@settings(max_examples=12)
 @given(specs(acts=("relu", "identity")), sizes, layouts, saves)
 def test_any_unit(spec, size, layout, save):
     compare_unit(spec, size, torch.float32, layout, save)
