@@ -23,7 +23,6 @@ CASES = {
     "classic, M = 3": (classic_unit(128, num_branches=3), 128, 56, torch.float16),
     "classic, stage 2": (classic_unit(256), 128, 28, torch.bfloat16),
     "classic, stage 3": (classic_unit(512), 128, 14, torch.float16),
-    "classic, batch 1": (classic_unit(128), 1, 56, torch.float16),
     "classic, TF32": (classic_unit(128), 128, 56, torch.float32),
 }
 # With the kernel that windows leave to other chips, strides, wider lattices, and small images of wider groups.
@@ -34,7 +33,6 @@ CASES |= {name + TILES: CASES[name] for name in ("classic, M = 2", "classic, sta
 ELSEWHERE = {
     "classic, TF32": ("sm_80",),
     "classic, M = 3": ("sm_100",),
-    "classic, stage 2": ("sm_90", "gfx942"),
 }
 
 

@@ -23,7 +23,6 @@ CHOSEN = (
     ("stage 2", "store", "fp16"),
     ("stage 1", "train", "fp16"),
     ("classic, M = 2", "merged", "fp16"),
-    ("classic, stage 2", "merged", "bf16"),
 )
 
 

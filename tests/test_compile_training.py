@@ -36,7 +36,7 @@ SPLIT = [
 
 @pytest.fixture(scope="module")
 def rows():
-    """For sm_90, the chip that was measured, each kernel; for the others the backward kernels, and windows.
+    """For sm_90, the chip that was measured, each kernel; for the others the backward kernels.
     `sk-triton resources --training` compiles the whole grid."""
     backward = ("branch_grad", "select_bwd")
     jobs = [
@@ -45,7 +45,6 @@ def rows():
         *jobs_on(["sm_90"], GRADIENTS, "branch_grad"),
         *jobs_on(["sm_90"], SPLIT, "branch_conv"),
         *jobs_on(["sm_80", "sm_100"], [FP16["stage 1"], FP16["stage 3"]], backward),
-        *jobs_on(["sm_80"], [FP16["stage 1"]], "branch_conv_window"),
     ]
     return [row for found in resources.measure_all(jobs, 2) for row in found]
 

@@ -21,7 +21,7 @@ from sk_triton.workload import Workload
 from .compiling import rows_of
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import random_unit, sizes, specs
-from .versions import HAS_NARROW_PRODUCTS, needs_narrow_products
+from .versions import needs_narrow_products
 
 SM_90 = CHIPS["sm_90"]
 CLASSIC = classic_unit(16, groups=4)
@@ -228,7 +228,7 @@ def test_plan_counts_three_passes():
 @pytest.fixture(scope="module")
 def compiled():
     """What the kernels of the classic units use on each chip."""
-    chips = ("sm_80", "sm_90", "sm_100", *(("gfx942",) if HAS_NARROW_PRODUCTS else ()))
+    chips = ("sm_80", "sm_90", "sm_100")
     rows = rows_of("merged_resources.py", *chips)
     assert {row["chip"] for row in rows} == set(chips)
     return rows
@@ -261,10 +261,10 @@ def test_columns_as_high_as_the_image_in_groups_of_16_channels(unit, n, size, co
 def test_convolution_reads_rows_without_shared_memory(compiled):
     """A row's loads wait for no other row: no barrier stands between them, only before each store."""
     for row in compiled:
-        if row["kernel"].startswith("merged_conv") and row["chip"] != "gfx942":
+        if row["kernel"].startswith("merged_conv"):
             assert row["barriers"] <= row["stores"] + 4, row
             assert row["matrix"] > 0
-    kernels = {(row["dtype"], row["kernel"]) for row in compiled if row["chip"] != "gfx942"}
+    kernels = {(row["dtype"], row["kernel"]) for row in compiled}
     assert {("float16", "merged_conv_window"), ("float32", "merged_conv")} <= kernels
 
 

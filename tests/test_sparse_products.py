@@ -24,7 +24,7 @@ from .units import randomize_norms
 from .versions import needs_configured_compiler, needs_narrow_products
 
 TWO = ConvShape(64, 64, 16, (3, 3), (1, 2))
-TARGETS = ("sm_80", "sm_90", "sm_120")
+TARGETS = ("sm_80", "sm_90")
 
 
 def make_sparse(monkeypatch, tasks=("pool", "select", "store", "train", "measure", "merged")):
