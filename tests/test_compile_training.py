@@ -77,10 +77,8 @@ def test_instructions_per_output_of_narrow_groups(rows):
     """Data and weight gradients together; 47 are what five passes over memory leave an H100 in stage 1."""
     case = "stage 1", "branch_grad_stream"
     counts = {row.resources.target: row.per_output for row in rows if (row.case.name, row.kernel) == case}
-    assert counts["sm_90"] <= 39.5
-    # Two warps that share sectors cost sm_80 0.6 instructions.
-    assert counts["sm_80"] <= 41.5
-    assert counts["sm_100"] <= 40
+    assert set(counts) == set(CHIPS)
+    assert max(counts.values()) <= 34.5
 
 
 def test_taking_moments_alone_costs_no_more_than_storing_too(rows):
@@ -90,5 +88,5 @@ def test_taking_moments_alone_costs_no_more_than_storing_too(rows):
         for (name, chip, kernel), count in counts.items()
         if kernel.endswith("measure")
     ]
-    assert len(pairs) == 5
+    assert len(pairs) == 4
     assert all(alone <= stored for alone, stored in pairs)
