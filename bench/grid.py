@@ -19,9 +19,10 @@ PRECISIONS = {
 """Dtypes, fp32 with and without TF32, as `(dtype, allow_tf32)`."""
 
 
-def precision(dtype: torch.dtype, allow_tf32: bool) -> str:
-    """The name in `PRECISIONS`."""
-    return next(name for name, numbers in PRECISIONS.items() if numbers == (dtype, allow_tf32))
+def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
+    """The name of a product's precision, as in `PRECISIONS`; TF32 is of fp32 alone."""
+    names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+    return names.get(dtype, "tf32" if allow_tf32 else "fp32")
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Case:
 
     @property
     def precision(self) -> str:
-        return precision(self.dtype, self.allow_tf32)
+        return precision_of(self.dtype, self.allow_tf32)
 
 
 def paper_unit(

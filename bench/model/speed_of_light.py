@@ -44,6 +44,7 @@ from ..compiled.footprint import PlannedStep
 from ..compiled.phases import counted, has_phases
 from ..compiled.planned import planned_steps
 from ..compiled.processes import compiling_processes
+from ..grid import precision_of
 from .gpus import Gpu, chip_for
 from .work import (
     Work,
@@ -52,7 +53,6 @@ from .work import (
     library_work,
     memory_bytes,
     operator_work,
-    precision_of,
     uncompiled_work,
 )
 

@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from sk_triton.kernels.geometry import cdiv
 from sk_triton.kernels.launch import Launch
 from sk_triton.library import Convolution
 
 from ..compiled.footprint import PlannedStep, footprint
 from ..compiled.instructions import access_width, matrix_flop, opcode
+from ..grid import precision_of
 from .gpus import Gpu
 from .l2 import adjacent_bytes, l2_bytes, l2_requests, tile_bytes
 
@@ -57,12 +56,6 @@ class Work:
     def is_arithmetic(self) -> bool:
         """Whether more than its bytes is known, or should be."""
         return self.programs > 0 or self.flop is not None
-
-
-def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
-    """The name of a product's precision, as `Gpu.matrix_flop_per_s` has it."""
-    names = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-    return names.get(dtype, "tf32" if allow_tf32 else "fp32")
 
 
 def library_work(

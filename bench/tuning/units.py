@@ -11,7 +11,7 @@ from torch import nn
 import sk_triton
 from sk_triton.spec import SKSpec
 
-from ..grid import precision
+from ..grid import precision_of
 from ..measuring.sources import Ours
 from ..model.speed_of_light import Problem
 from ..shapes import NETWORKS, Case, network_shape
@@ -52,5 +52,5 @@ def title(problem: Problem) -> str:
     """A unit in a few words: "128@56x56, batch 128, fp16"."""
     spec = problem.spec
     stride = f", stride {spec.stride}" if spec.stride > 1 else ""
-    numbers = precision(problem.dtype, problem.allow_tf32)
-    return f"{spec.in_channels}@{problem.height}x{problem.width}{stride}, batch {problem.n}, {numbers}"
+    precision = precision_of(problem.dtype, problem.allow_tf32)
+    return f"{spec.in_channels}@{problem.height}x{problem.width}{stride}, batch {problem.n}, {precision}"
