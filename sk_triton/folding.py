@@ -88,8 +88,8 @@ def fold_unit(
         biases.append(bias)
     sums = sum_dtype(dtype)
     reduce_weight, reduce_bias = _fold_in(sums, gate.reduce_weight.flatten(1), gate.reduce_bias, gate.norm)
-    affine = affine_gate(gate, sums)._replace(reduce_weight=reduce_weight, reduce_bias=reduce_bias)
-    return FoldedUnit(tuple(weights), tuple(biases), affine)
+    folded = gate._replace(reduce_weight=reduce_weight, reduce_bias=reduce_bias)
+    return FoldedUnit(tuple(weights), tuple(biases), affine_gate(folded, sums))
 
 
 def _fold_in(
