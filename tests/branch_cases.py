@@ -219,14 +219,10 @@ IN_NCHW = (
 )  # fmt: skip
 
 
-def in_dtypes(names):
-    """`(name, dtype)` for the dtypes in which a case is run: windows take 16 bits."""
-    for name in names:
-        yield name, torch.float16
-        if name in IN_BFLOAT16:
-            yield name, torch.bfloat16
-        if name in IN_FLOAT32:
-            yield name, torch.float32
+def in_dtypes(names, in_bfloat16=IN_BFLOAT16, in_float32=IN_FLOAT32):
+    """`(name, dtype)` for the dtypes in which cases are run: all in float16, of the other names those among `names`."""
+    chosen = {torch.float16: names, torch.bfloat16: in_bfloat16, torch.float32: in_float32}
+    return [(name, dtype) for name in names for dtype, of_dtype in chosen.items() if name in of_dtype]
 
 
 SELECTING = [

@@ -30,7 +30,7 @@ from .tolerances import assert_errs_like_eager
 pytestmark = pytest.mark.interpret
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*in_dtypes(CASES)], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(CASES), ids=str)
 def test_matches_float64(name, dtype):
     shape, config, *size = CASES[name]
     x, weights, shift = make(shape, *size, dtype)
@@ -54,7 +54,7 @@ def test_held_weights_pool_what_is_stored(name):
         branch_select_fwd(x, packed, shift, partial, x, **settings)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*in_dtypes(SELECTING)], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(SELECTING), ids=str)
 def test_recomputing_matches_float64(name, dtype):
     shape, config, *size = CASES[name]
     x, weights, shift = make(shape, *size, dtype)

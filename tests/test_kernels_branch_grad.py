@@ -11,17 +11,14 @@ from sk_triton.kernels.config import GradStreamConfig
 from sk_triton.kernels.geometry import ConvShape
 from sk_triton.kernels.grad_geometry import grad_programs, grad_refusal, partial_shape
 
+from .branch_cases import in_dtypes
 from .grad_cases import CASES, IN_BFLOAT16, STREAM, WIDE, check, make, run, terms_of
 from .packed import pack_grad_weights
 
 pytestmark = pytest.mark.interpret
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, torch.float16) for name in CASES), *((name, torch.bfloat16) for name in IN_BFLOAT16)],
-    ids=str,
-)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(CASES, IN_BFLOAT16, ()), ids=str)
 def test_matches_float64(name, dtype):
     check(CASES[name], dtype=dtype)
 

@@ -20,6 +20,7 @@ from sk_triton.kernels.merging import (
     widen_kernel,
 )
 
+from .branch_cases import in_dtypes
 from .packed import pack_branch_weights, sum_by_sections
 from .tolerances import assert_errs_like_eager
 from .watched import run_watched
@@ -173,24 +174,14 @@ def check_conv(arguments, attention, shape, config, memory_format=torch.channels
 SUMMED = list({(shape, *size): name for name, (shape, _, *size) in reversed(CASES.items())}.values())
 
 
-def in_dtypes(names):
-    """`(name, dtype)` for the dtypes in which a case is run: windows take 16 bits."""
-    for name in names:
-        yield name, torch.float16
-        if name in IN_BFLOAT16:
-            yield name, torch.bfloat16
-        if name in IN_FLOAT32:
-            yield name, torch.float32
-
-
-@pytest.mark.parametrize(("name", "dtype"), [*in_dtypes(SUMMED)], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(SUMMED, IN_BFLOAT16, IN_FLOAT32), ids=str)
 def test_pooled_sums(name, dtype):
     shape, _, *size = CASES[name]
     *arguments, _ = make(shape, *size, dtype)
     check_pool(arguments, shape)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*in_dtypes(CASES)], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), in_dtypes(CASES, IN_BFLOAT16, IN_FLOAT32), ids=str)
 def test_convolution(name, dtype):
     shape, config, *size = CASES[name]
     *arguments, attention = make(shape, *size, dtype)
