@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from .backend import use_backend
+from .convert import convert
 from .dispatch import can_run_triton
 from .explanation import explain
 from .layers import SelectiveKernel, SKConv
@@ -22,6 +23,7 @@ __all__ = [
     "SelectiveKernel",
     "__version__",
     "can_run_triton",
+    "convert",
     "explain",
     "save_for_backward",
     "sync_configs",

@@ -65,6 +65,27 @@ def sk_conv(
         return dispatch.run(plan, x, branches, gate, spec, cache, recorder, save)
 
 
+def attention(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> Tensor:
+    """The attention to each branch (Li et al., CVPR 2019, Eq. 5), by plain PyTorch, differentiable.
+
+    :func:`sk_conv` never writes it where kernels run. In training mode norms update their running statistics, as they
+    do there.
+
+    Args:
+        x, branches, gate, spec: as of :func:`sk_conv`.
+
+    Returns:
+        a ``[N, M, C]``, which sums to 1 over M.
+
+    Raises:
+        TypeError, ValueError: as :func:`sk_conv`.
+    """
+    check_input(x, spec)
+    check_params(x, branches, gate, spec, autocast_dtype(x))
+    us = reference.split(x, branches, spec)
+    return reference.attend(reference.fuse(us, gate), gate, spec.num_branches)
+
+
 def planned(
     x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec, save: Save
 ) -> tuple[Tensor, Plan, torch.dtype | None]:

@@ -36,6 +36,13 @@ class SKUnit(UnitModule):
             x, self.branches(), self.gate(), self.spec, cache=self._cache, recorder=recorder, save=self.save
         )
 
+    def attention(self, x: Tensor) -> Tensor:
+        """The attention to each branch ``[N, M, C]``, which sums to 1 over M; see :func:`.functional.attention`.
+
+        It takes the place of a hook on the gate, which never runs: a forward pass does not call the gate.
+        """
+        return functional.attention(x, self.branches(), self.gate(), self.spec)
+
     def _traced(self, x: fx.Proxy) -> fx.Proxy:
         """One call of this layer in a graph of ``torch.fx``, which may contain no more of it."""
         tracer: Any = x.tracer

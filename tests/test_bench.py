@@ -9,7 +9,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
 from sk_triton import use_backend
 from sk_triton.backend import SCHEDULES
@@ -17,7 +16,7 @@ from sk_triton.bench import results
 from sk_triton.bench.measuring import forms, inputs, providers
 from sk_triton.bench.measuring.peers import ClassicSKConv, ClassicUnit, PaperUnit, SKNet50
 from sk_triton.bench.measuring.providers import competitors
-from sk_triton.bench.measuring.sources import Ours, Timm, swap_units, yardstick
+from sk_triton.bench.measuring.sources import Ours, yardstick
 from sk_triton.bench.shapes import (
     CLASSIC,
     NETWORKS,
@@ -143,14 +142,6 @@ def test_weights_and_input_are_different_random_numbers():
     weight = next(value for value in state.values() if value.dim() == 4).flatten()[:200]
     x = inputs.make_input(inputs.RANDOM, 1, case.shape, torch.float32, CPU, seed=0).flatten()
     assert torch.corrcoef(torch.stack((weight, x[:200])))[0, 1].abs() < 0.3
-
-
-def test_swapping_units_of_a_network_that_has_none_is_refused():
-    with pytest.raises(ValueError, match="must hold a timm SelectiveKernel, got Sequential"):
-        swap_units(nn.Sequential(), lambda shape: nn.Identity())
-    network = nn.Sequential(Timm().module(small_case()))
-    with pytest.raises(ValueError, match="unit 0 has other parameters"):
-        swap_units(network, lambda shape: nn.Identity())
 
 
 def test_ours_replaces_every_unit_of_a_network_and_counts_what_runs():

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -127,9 +127,7 @@ class Ours(Source):
         if case.subject == SKNET50:
             return SKNet50(self._selective_kernel)
         if case.subject == SKRESNEXT50:
-            network = Timm().module(case)
-            swap_units(network, self._selective_kernel)
-            return network
+            return self.package.convert(Timm().module(case))
         if case.subject == CLASSIC:
             return self.package.SKConv(case.shape.channels, **_classic_settings(case.shape))
         return self._selective_kernel(case.shape)
@@ -187,36 +185,6 @@ def saving_input() -> Ours:
 def yardstick(subject: str) -> Source:
     """The plain peer whose own error in a dtype decides which error is allowed."""
     return {CLASSIC: ClassicClass(), PAPER: PlainPaper(), SKNET50: PlainPaper(), SKRESNEXT50: Timm()}[subject]
-
-
-def swap_units(network: nn.Module, make: Any) -> None:
-    """Replaces timm's `SelectiveKernel` modules in a network by `make(shape)`, in place.
-
-    Raises:
-        ValueError: the network has none, or one that `make` would build differently.
-    """
-    from timm.layers import SelectiveKernel
-
-    found = [(name, unit) for name, unit in network.named_modules() if isinstance(unit, SelectiveKernel)]
-    if not found:
-        raise ValueError(f"network must hold a timm SelectiveKernel, got {type(network).__name__}")
-    for name, unit in found:
-        convs = [cast(nn.Conv2d, path.conv) for path in unit.paths]
-        shape = Shape(
-            unit.out_channels,
-            0,
-            0,
-            convs[0].groups,
-            tuple(conv.kernel_size[0] for conv in convs),
-            tuple(conv.dilation[0] for conv in convs),
-            stride=convs[0].stride[0],
-        )
-        replacement = make(shape)
-        if {k: v.shape for k, v in replacement.state_dict().items()} != {
-            k: v.shape for k, v in unit.state_dict().items()
-        }:
-            raise ValueError(f"network's unit {name} has other parameters than the paper's unit")
-        network.set_submodule(name, replacement)
 
 
 def timm_settings(shape: Shape) -> dict[str, Any]:
