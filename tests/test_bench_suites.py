@@ -387,7 +387,7 @@ def test_a_check_of_a_part_of_the_batch_is_noted(counted, monkeypatch):
 def test_a_gpu_that_fails_ends_the_suite_and_the_results_say_so(counted, monkeypatch):
     measured, _ = counted
     monkeypatch.setattr(
-        session, "device_trouble", lambda device: "an illegal memory access" if measured else None
+        protocol, "device_trouble", lambda device: "an illegal memory access" if measured else ""
     )
     run, left = measure(request("layer", batches=(1,)))
     assert (len(measured), left) == (1, 3)

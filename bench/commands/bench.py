@@ -76,8 +76,8 @@ def run(args: argparse.Namespace) -> int:
     require("rich", "matplotlib", "sklearn")
     from rich.console import Console
 
+    from ..measuring.protocol import device_trouble
     from ..measuring.revision import RevisionError, revision_source
-    from ..measuring.session import device_trouble
 
     console = Console()
     with contextlib.ExitStack() as stack:

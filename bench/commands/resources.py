@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _compiled(args: argparse.Namespace, console: Console) -> list[Row]:
     """A row for each kernel of the cases that the options ask for, chip by chip."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from ..progress import case_progress
 
     cases = [
         case for case in CASES if case.precision in args.dtype and (not args.unit or case.name in args.unit)
@@ -119,12 +119,10 @@ def _compiled(args: argparse.Namespace, console: Console) -> list[Row]:
         if not (case.allow_tf32 and is_amd(chip))  # which PyTorch's switch never allows there
     ]
     rows: list[Row] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("compiling", total=len(jobs))
-        for found in measure_all(jobs, args.workers):
+    with case_progress(console, len(jobs)) as report:
+        for done, found in enumerate(measure_all(jobs, args.workers), 1):
             rows.extend(found)
-            progress.advance(task)
+            report(done, "compiling", 0.0)
     return rows
 
 

@@ -18,6 +18,7 @@ from sk_triton.save import Save
 from sk_triton.workload import Workload
 
 from ..compiled.planned import unit_parameters
+from ..compiled.resources import kernel_name
 from ..grid import classic_unit, paper_unit
 from ..shapes import CLASSIC, PAPER
 from .meter import Meter, Traffic
@@ -131,15 +132,14 @@ def _metered(launch: Launch, run: Callable[[], object]) -> list[Traffic]:
     """Runs a launch and counts what it moves."""
     named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
     task = launch.constexprs.get("TASK", "store")
-    kernel = launch.kernel.fn.__name__.removesuffix("_kernel").removesuffix("_fwd")
     labels = {**_LABELS, "out_ptr": _OUTPUTS.get(task, "u")}
-    if kernel.startswith("branch_grad"):
+    if kernel_name(launch).startswith("branch_grad"):
         labels["partial_ptr"] = "partial dw"
     # A pointer that the task does not follow repeats another tensor, which keeps its own name.
     tensors = {
         labels.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor | tuple)
     }
-    with Meter(tensors).watch(kernel if task == "store" else f"{kernel}, {task}") as found:
+    with Meter(tensors).watch(kernel_name(launch)) as found:
         run()
     return found
 

@@ -27,8 +27,6 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 TIMED_INPUT = inputs.RANDOM
 CHECKED_INPUTS = (inputs.PHOTO, TIMED_INPUT)
 """The last one is timed: by the very calls that were checked, where float64 fits for the whole batch."""
-GRADIENT_SEED = 1
-"""Added to a run's seed, so that the gradient is another stream of numbers than the input."""
 CHECKING_SHARE = 0.5
 """Share of a case's progress that stands for building and checking; the rest is timing."""
 
@@ -80,7 +78,7 @@ class _Competition:
         self.case, self.setting, self.on_progress = case, setting, on_progress
         self.dtype = DTYPES[case.dtype]
         self.providers = list(setting.competitors(case))
-        self.outcome = {provider.key: _blank(case, provider) for provider in self.providers}
+        self.outcome = {provider.key: provider.record(case) for provider in self.providers}
         self.entrants: dict[str, Entrant] = {}
         self.measured = protocol.Measurement()
 
@@ -249,13 +247,13 @@ class _Competition:
 
     def _input(self, kind: str, batch: int) -> tuple[Tensor, Tensor | None]:
         """x, and in training the gradient of the output, both NCHW."""
-        device, seed, shape = self.setting.device, self.setting.seed, self.case.shape
-        x = inputs.make_input(kind, batch, shape, self.dtype, device, seed)
+        device, seed = self.setting.device, self.setting.seed
+        x = inputs.make_input(kind, batch, self.case.shape, self.dtype, device, seed)
         if self.case.direction != TRAINING:
             return x, None
-        generator = torch.Generator().manual_seed(seed + GRADIENT_SEED)
-        size = (batch, 1000) if self.case.is_network else x.shape
-        return x, torch.randn(size, generator=generator).to(device, self.dtype)
+        return x, inputs.make_gradient(
+            (batch, 1000) if self.case.is_network else x.shape, self.dtype, device, seed
+        )
 
     def _settle(self, key: str, status: str, message: str) -> None:
         self.outcome[key] = replace(self.outcome[key], status=status, message=message)
@@ -310,17 +308,6 @@ def _floor(x: Tensor, case: Case) -> Callable[[], object]:
         return lambda: v.copy_(x)
     dx = torch.empty_like(x)
     return lambda: (v.copy_(x), torch.add(v, x, out=dx))
-
-
-def _blank(case: Case, provider: Provider) -> results.Record:
-    return results.Record(
-        case,
-        source=provider.source.key,
-        source_label=provider.source.label,
-        form=provider.form.key,
-        form_label=provider.form.label,
-        role=provider.source.role,
-    )
 
 
 def _rounded(state: State, dtype: torch.dtype) -> State:

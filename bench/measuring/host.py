@@ -30,7 +30,8 @@ from ..suites import HOST
 from . import forms, protocol
 from .competition import DTYPES, Setting
 from .entrant import Entrant
-from .inputs import RANDOM, make_input
+from .inputs import RANDOM, make_gradient, make_input
+from .profiler import device_events
 from .providers import Provider, make_state
 from .sources import Ours
 
@@ -64,7 +65,7 @@ def _gpu_records(setting: Setting) -> Iterator[results.Record]:
     for case in _cases():
         x, dv = _inputs(case, setting)
         for provider in setting.competitors(case):
-            record = _record(case, provider)
+            record = provider.record(case)
             missing = provider.source.missing()
             if missing:
                 yield replace(record, status=results.SKIPPED, message=missing)
@@ -95,7 +96,7 @@ def _stubbed_records(setting: Setting, sources: Sequence[Ours]) -> Iterator[resu
             able.append(source)
             continue
         for case in _cases():
-            yield replace(_record(case, provider), status=results.SKIPPED, message=missing)
+            yield replace(provider.record(case), status=results.SKIPPED, message=missing)
     with ExitStack() as stack:
         packages = {source.package for source in able}
         started = {package: stack.enter_context(stubbed_launches(package)) for package in packages}
@@ -108,7 +109,7 @@ def _stubbed_records(setting: Setting, sources: Sequence[Ours]) -> Iterator[resu
             provider = _stubbed(source)
             stack.enter_context(provider.scope())
             for case in _cases():
-                record = _record(case, provider)
+                record = provider.record(case)
                 try:
                     entrant = _entrant(case, provider, setting)
                     x, dv = _inputs(case, setting)
@@ -186,8 +187,9 @@ def _cases() -> list[Case]:
 
 def _inputs(case: Case, setting: Setting) -> tuple[Tensor, Tensor | None]:
     """x and, in training, the gradient of the output, which is as large."""
-    make = partial(make_input, RANDOM, case.batch, case.shape, DTYPES[case.dtype], setting.device)
-    return make(setting.seed), make(setting.seed + 1) if case.direction == TRAINING else None
+    dtype, device, seed = DTYPES[case.dtype], setting.device, setting.seed
+    x = make_input(RANDOM, case.batch, case.shape, dtype, device, seed)
+    return x, make_gradient(x.shape, dtype, device, seed) if case.direction == TRAINING else None
 
 
 def _host_cost(entrant: Entrant, x: Tensor, dv: Tensor | None) -> tuple[results.Timing, int | None]:
@@ -216,13 +218,7 @@ def _host_times(calls: Sequence[Callable[[], object]], between: Callable[[], obj
 
 def _launches(call: Callable[[], object]) -> int | None:
     """Kernels, copies and fills on the device in one call; None where the profiler sees none."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        call()
-        torch.cuda.synchronize()
-    return sum(event.device_type == DeviceType.CUDA for event in profiler.events() or ()) or None
+    return len(device_events(call, torch.device("cuda"))) or None
 
 
 def _conv2d(x: Tensor) -> tuple[results.Record, Callable[[], Tensor]]:
@@ -278,11 +274,6 @@ def _in_new_process(before: str, timed: str) -> float:
             check=True,
         )
     return float(done.stdout.split()[-1]) * 1e3
-
-
-def _record(case: Case, provider: Provider) -> results.Record:
-    source, form = provider.source, provider.form
-    return results.Record(case, source.key, source.label, form.key, form.label, source.role)
 
 
 def _measured(record: results.Record, timing: results.Timing, launches: int | None) -> results.Record:

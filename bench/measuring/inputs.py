@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ RANDOM = "random"
 PHOTO = "photo"
 KINDS = (RANDOM, PHOTO)
 
+GRADIENT_SEED = 1
+"""Added to a run's seed, so that the gradient is another stream of numbers than the input."""
 PHOTOGRAPHS = ("china.jpg", "flower.jpg")
 CROP = 224
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -40,6 +43,12 @@ def make_input(
     else:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
     return x.to(device=device, dtype=dtype)
+
+
+def make_gradient(size: Sequence[int], dtype: torch.dtype, device: torch.device, seed: int) -> Tensor:
+    """Random numbers in place of the gradient of an output of this size, with the seed of its input."""
+    generator = torch.Generator().manual_seed(seed + GRADIENT_SEED)
+    return torch.randn(tuple(size), generator=generator).to(device, dtype)
 
 
 @torch.no_grad()

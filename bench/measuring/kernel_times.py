@@ -14,9 +14,10 @@ import torch
 from ..shapes import INFERENCE, TRAINING, Case
 from ..unit_times import EAGER, NAME
 from . import inputs
-from .competition import DTYPES, GRADIENT_SEED
+from .competition import DTYPES
 from .entrant import Entrant
 from .forms import CHANNELS_LAST
+from .profiler import device_events
 from .providers import Provider, make_state
 from .sources import Ours
 
@@ -89,8 +90,7 @@ def measure(case: Case, schedule: str, device: torch.device, seed: int = 0) -> t
         x = inputs.make_input(inputs.RANDOM, case.batch, case.shape, dtype, device, seed)
         dv = None
         if case.direction == TRAINING:
-            generator = torch.Generator().manual_seed(seed + GRADIENT_SEED)
-            dv = torch.randn(x.shape, generator=generator).to(device, dtype)
+            dv = inputs.make_gradient(x.shape, dtype, device, seed)
         name = schedule if schedule == EAGER else _named(case, entrant.runs(x))
         call, _ = entrant.bind(x, dv)
         return name, medians(_profiled(call, device))
@@ -106,9 +106,6 @@ def _named(case: Case, runs: str | None) -> str:
 
 def _profiled(call: Callable[[], object], device: torch.device) -> list[list[Kernel]]:
     """The kernels of CALLS calls."""
-    from torch.autograd import DeviceType
-    from torch.profiler import ProfilerActivity, profile
-
     scratch = torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device=device)
     for _ in range(WARM_UPS):
         call()
@@ -116,10 +113,7 @@ def _profiled(call: Callable[[], object], device: torch.device) -> list[list[Ker
     for _ in range(CALLS):
         scratch.fill_(1)
         torch.cuda.synchronize(device)
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            call()
-            torch.cuda.synchronize(device)
-        events = (event for event in profiler.events() or () if event.device_type == DeviceType.CUDA)
+        events = device_events(call, device)
         calls.append([Kernel(e.name, e.time_range.start, e.time_range.end) for e in events])
     return calls
 

@@ -45,6 +45,17 @@ class Contestant:
     run: Callable[[Call], object] = lambda turn: turn()
 
 
+def device_trouble(device: torch.device) -> str:
+    """What a GPU says that can run nothing more in this process, as after an illegal access; else ""."""
+    if device.type != "cuda":
+        return ""
+    try:
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        return str(error).strip().splitlines()[0]
+    return ""
+
+
 class Timer(Protocol):
     """Times single calls: `now` in seconds, `sample` in milliseconds by regime ("cold"; on a GPU "warm", "host")."""
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .. import results
 from ..shapes import CLASSIC, PAPER, SKNET50, TRAINING, Case, network_shape
 from . import forms
 from .forms import Form
@@ -65,6 +66,11 @@ class Provider:
         module.load_state_dict(state)
         module.to(device=device, dtype=dtype, memory_format=self.form.memory_format)  # type: ignore[call-overload]
         return module.eval()
+
+    def record(self, case: Case) -> results.Record:
+        """Of this provider in a case, with nothing measured yet."""
+        source, form = self.source, self.form
+        return results.Record(case, source.key, source.label, form.key, form.label, source.role)
 
     @contextmanager
     def scope(self) -> Iterator[None]:

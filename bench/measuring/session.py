@@ -211,7 +211,7 @@ def _measure_cases(suite_run: _SuiteRun, console: Console, checkpoint: Callable[
             run_case(case, setting, suite_run.records, partial(report, index, case.title))
             slowest = max(slowest, time.monotonic() - began)
             checkpoint()
-            trouble = device_trouble(request.device)
+            trouble = protocol.device_trouble(request.device)
             if trouble:
                 suite_run.notes.append(f"the GPU failed in {case.title}, which ends this process: {trouble}")
                 suite_run.cases_left = len(cases) - index - 1
@@ -244,14 +244,3 @@ def _setting(suite_run: _SuiteRun) -> Setting:
         budget=request.budget,
         on_round=suite_run.clocks.tick,
     )
-
-
-def device_trouble(device: torch.device) -> str | None:
-    """What a GPU says that can run nothing more in this process, as after an illegal access."""
-    if device.type != "cuda":
-        return None
-    try:
-        torch.cuda.synchronize(device)
-    except RuntimeError as error:
-        return str(error).strip().splitlines()[0]
-    return None

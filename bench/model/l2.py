@@ -14,7 +14,7 @@ from sk_triton.kernels.launch import Launch
 
 from ..compiled.footprint import footprint, tensor_bytes
 from ..compiled.instructions import access_width, opcode
-from ..compiled.phases import as_branch_launches, gate_bytes, has_phases
+from ..compiled.phases import as_branch_launches, gate_bytes, has_phases, named_arguments
 
 if TYPE_CHECKING:
     from ..compiled.compile import Resources
@@ -62,7 +62,7 @@ def _written_pixels(launch: Launch) -> int:
     """Bytes of the images that a convolution writes."""
     if not math.isfinite(adjacent_bytes(launch)):
         return 0
-    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    named = named_arguments(launch)
     if launch.constexprs.get("TASK") in ("pool", "measure"):
         return 0
     return next((tensor_bytes(named[name]) for name in ("out_ptr", "u_ptr", "v_ptr") if name in named), 0)
@@ -98,7 +98,7 @@ def tile_bytes(launch: Launch) -> float | None:
 
 def _gate_tile_bytes(launch: Launch) -> float:
     """Every program reads the pooled sums of its samples, all weights of the descriptor, and its channels' own."""
-    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    named = named_arguments(launch)
     samples, channels = launch.grid
     weights = samples * (channels * tensor_bytes(named["reduce_ptr"]) + tensor_bytes(named["select_ptr"]))
     return float(
@@ -108,7 +108,7 @@ def _gate_tile_bytes(launch: Launch) -> float:
 
 def _gated_select_tile_bytes(launch: Launch) -> float:
     """Branches and result once; every program reads what a gate's program for one sample does."""
-    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    named = named_arguments(launch)
     programs, channels = launch.grid
     sums = named["partial_ptr"]
     weights = programs * (channels * tensor_bytes(named["reduce_ptr"]) + tensor_bytes(named["select_ptr"]))
@@ -118,7 +118,7 @@ def _gated_select_tile_bytes(launch: Launch) -> float:
 
 def _border_tile_bytes(launch: Launch) -> float:
     """x once, and for each sample and block of columns the weights of all sections."""
-    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    named = named_arguments(launch)
     x, w = named["x_ptr"], named["w_ptr"]
     return float(
         tensor_bytes(x) + x.shape[0] * named["TILES_W"] * tensor_bytes(w) + tensor_bytes(named["partial_ptr"])
@@ -128,7 +128,7 @@ def _border_tile_bytes(launch: Launch) -> float:
 def _window_tile_bytes(launch: Launch) -> float:
     """Every program reads its channels of a tile, as far as the taps of any branch reach, and all its weights."""
     options = launch.constexprs
-    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    named = named_arguments(launch)
     x, w, programs = named["x_ptr"], named["w_ptr"], named["CHANNEL_PROGRAMS"]
     kernel = 2 * options["REACH"] + 1
     pixels = math.prod(
@@ -143,7 +143,7 @@ def _window_tile_bytes(launch: Launch) -> float:
 
 def _branch_tile_bytes(launch: Launch) -> float:
     options = launch.constexprs
-    named = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False))
+    named = named_arguments(launch)
     x, w, programs = named["x_ptr"], named["w_ptr"], named["CHANNEL_PROGRAMS"]
     per_program = options.get("BLOCKS_PER_PROGRAM", options.get("BLOCKS", 1))
     channels = options.get("CHANNELS_CI", options.get("BLOCK_C")) * per_program

@@ -122,7 +122,7 @@ def find_ceilings(context: Context) -> Ending:
 def measure(context: Context, *, suite: str, dtype: str | None = None) -> Ending:
     """A suite, or its cases of one dtype, into the suite's file; without a GPU in small sizes."""
     from .. import table
-    from ..measuring import session
+    from ..measuring import protocol, session
 
     choice = suites.Choice(
         on_gpu=context.on_gpu, quick=not context.on_gpu, dtypes=None if dtype is None else (dtype,)
@@ -146,7 +146,7 @@ def measure(context: Context, *, suite: str, dtype: str | None = None) -> Ending
     table.show(measured, context.console)
     if measured.interrupted:
         raise KeyboardInterrupt
-    if trouble := session.device_trouble(context.device):
+    if trouble := protocol.device_trouble(context.device):
         return Ending(FAILED, trouble)
     messages = [f"{left} cases left for the next run"] if left else []
     messages += [] if context.on_gpu else [f"{NO_GPU}small sizes, PyTorch's own operators"]

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from sk_triton.tuning.entries import Choice, Entry, Trial
 
+from ..problems import in_one_line
 from .targets import Settled, Target
 
 MARGIN = 0.03
@@ -98,7 +99,7 @@ def _tune_one(target: Target, machine: Machine, trials: list[Trial], settled: Se
     except (RuntimeError, MemoryError) as error:  # float64 may not fit
         if trouble := machine.trouble():
             return _lost(target, trials, trouble)
-        return Outcome(target, None, f"cannot be judged: {_said(error)}")
+        return Outcome(target, None, f"cannot be judged: {in_one_line(error)[:200]}")
     # The analytic choice is what runs today, spills or not: only a fault on the device takes it out.
     trials = [
         trial
@@ -146,12 +147,7 @@ def _fault(machine: Machine, trial: Trial) -> str:
     try:
         return machine.wrong(trial.choice)
     except Exception as error:  # whatever a launch raises
-        return _said(error)
-
-
-def _said(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+        return in_one_line(error)[:200]
 
 
 def _with_time(trial: Trial, measured: Mapping[Choice, float | str]) -> Trial:

@@ -67,10 +67,4 @@ class Device:
         return found
 
     def trouble(self) -> str:
-        if self.device.type != "cuda":
-            return ""
-        try:
-            torch.cuda.synchronize(self.device)
-        except RuntimeError as error:
-            return str(error).strip().splitlines()[0]
-        return ""
+        return protocol.device_trouble(self.device)

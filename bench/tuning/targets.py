@@ -24,6 +24,7 @@ from sk_triton.workload import Workload
 from ..compiled.planned import prepared_steps, unit_parameters
 from ..compiled.training_steps import take_step
 from ..model.gpus import Gpu
+from ..problems import in_one_line
 
 TRAIN: Literal["train"] = "train"
 SAVE: Save = "branches"
@@ -174,8 +175,7 @@ def assess(target: Target, choice: Choice, settled: Settled, gpu: Gpu) -> Trial:
                 return Trial(choice, None, None, ", ".join(excesses))
         predicted = sum(step.total for step in sol.predict_steps(steps, gpu))
     except Exception as error:  # whatever the compiler raises
-        lines = str(error).strip().splitlines()
-        return Trial(choice, None, None, f"{type(error).__name__}: {lines[0] if lines else ''}"[:200])
+        return Trial(choice, None, None, in_one_line(error)[:200])
     return Trial(choice, predicted, None)
 
 
