@@ -37,6 +37,8 @@ def tracing_reason(who: str, *, is_operator: bool = False) -> str:
         return f"torch.export is tracing; a program that needs {who} would not run without this package"
     if torch.compiler.is_compiling():
         return "" if is_operator else f"torch.compile is tracing; {who} are no operators"
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+        return f"make_fx is tracing; {who} would leave weights of today, or nothing, in its graph"
     if torch.jit.is_tracing():
         return f"torch.jit is tracing; {who} are not registered as operators"
     if forward_ad._current_level >= 0:

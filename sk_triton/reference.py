@@ -92,4 +92,7 @@ def sk_conv(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKSpec) -> 
     """The whole unit; arguments and result as :func:`sk_triton.functional.sk_conv`."""
     us = split(x, branches, spec)
     a = attend(fuse(us, gate), gate, spec.num_branches)
-    return select(us, a).contiguous(memory_format=memory_format(x))
+    v = select(us, a)
+    if torch._C._are_functorch_transforms_active():  # vmap has no rule for memory formats
+        return v
+    return v.contiguous(memory_format=memory_format(x))

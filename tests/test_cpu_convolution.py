@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, dispatch, use_backend
@@ -45,6 +46,20 @@ def test_both_convolve_alike(size, branch, stride, has_bias, has_relu):
 
 
 @needs_packing
+@pytest.mark.parametrize("layout", ["columns", "expanded"])
+def test_biases_of_any_strides(layout):
+    layer = SKConv(8, M=2, G=2, r=2, L=4)
+    table = torch.randn(8, 2)
+    for i, conv in enumerate(layer.convs):
+        conv.bias = nn.Parameter(table[:, i] if layout == "columns" else torch.tensor(0.5 + i).expand(8))
+        assert not conv.bias.is_contiguous()
+    x = torch.randn(2, 8, 5, 5).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        with use_backend("reference"):
+            expected = layer(x)
+        assert_same(layer(x), expected)
+
+
 def test_where_weights_are_packed():
     assert packs_weights(torch.float32)
     assert not packs_weights(torch.bfloat16)

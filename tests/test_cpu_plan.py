@@ -8,6 +8,7 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
@@ -98,8 +99,21 @@ def test_compiled_and_transformed_layers_take_the_reference(monkeypatch):
         names.clear()
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected)
-        torch.testing.assert_close(torch.vmap(layer)(x[None])[0], expected)
+        for batch in (x, x.contiguous(memory_format=torch.channels_last)):
+            torch.testing.assert_close(torch.vmap(layer)(batch[None])[0], expected)
     assert names == []
+
+
+def test_a_traced_graph_follows_the_weights():
+    layer, x = paper_layer(), torch.randn(2, 16, 5, 4)
+    with torch.no_grad():
+        layer(x)
+        traced = make_fx(layer)(x)
+        for parameter in layer.parameters():
+            parameter.mul_(1.5)
+        torch.testing.assert_close(traced(x), layer(x), rtol=1e-4, atol=1e-5)
+        with use_backend("torch"), pytest.raises(RuntimeError, match="make_fx is tracing"):
+            make_fx(layer)(x)
 
 
 def test_a_second_call_is_not_planned_again(monkeypatch):

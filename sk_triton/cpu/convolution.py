@@ -55,6 +55,7 @@ def convolution(
     # Of any input size: the layout that is found without one is as fast.
     where = [branch.padding] * 2, [stride] * 2, [branch.dilation] * 2, branch.groups
     packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *where)
+    bias = None if bias is None else bias.contiguous()  # the operator reads any other wrongly, without a word
     return functools.partial(_convolve_packed, packed, bias, where, "relu" if has_relu else "none")
 
 
