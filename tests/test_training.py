@@ -237,6 +237,26 @@ def test_frozen_norms(frozen):
     compare(layer, *torch.randn(2, 4, 16, 5, 4))
 
 
+@pytest.mark.parametrize("frozen", ["all", "one branch"])
+def test_norms_that_are_thawed_before_the_backward_pass(frozen):
+    """One backward pass through a call with frozen norms and a later one that changes their statistics."""
+    layer = LAYERS["paper"]()
+    randomize_norms(layer)
+    apart, (x, y) = clone(layer), torch.randn(2, 4, 16, 5, 4)
+    for own in (layer, apart):
+        thawed = own if frozen == "all" else own.paths[1].bn
+        thawed.eval()
+        with use_backend("triton"):
+            v = own(x)
+            if own is apart:
+                v.sum().backward()
+            thawed.train()
+            w = own(y)
+        (w if own is apart else v + w).sum().backward()
+    for together, one_by_one in zip(layer.parameters(), apart.parameters(), strict=True):
+        torch.testing.assert_close(together.grad, one_by_one.grad)
+
+
 def test_a_single_value_per_channel_is_refused_as_in_eager():
     layer = LAYERS["paper"]()
     messages = []

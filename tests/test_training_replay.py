@@ -287,11 +287,12 @@ def test_second_derivatives_are_refused(recorded, direct):
 
 @needs_narrow_products
 def test_an_inference_call_in_between_sees_what_was_learned(recorded, direct):
-    """Kernels bring the running statistics up to date, and say so."""
+    """Kernels bring the running statistics up to date, and say so by the counters of batches."""
     layer, _ = recorded
-    versions = [t._version for t in layer.buffers()]
+    counters = [t for name, t in layer.named_buffers() if name.endswith("num_batches_tracked")]
+    versions = [t._version for t in counters]
     step(layer, image())
-    assert all(t._version > old for t, old in zip(layer.buffers(), versions, strict=True))
+    assert all(t._version > old for t, old in zip(counters, versions, strict=True))
     x = image()
     with torch.no_grad(), use_backend("triton"):
         inferred = copy.deepcopy(layer).eval()(x)
@@ -299,6 +300,19 @@ def test_an_inference_call_in_between_sees_what_was_learned(recorded, direct):
             if isinstance(norm, nn.BatchNorm2d):
                 norm.eval()
         assert torch.equal(layer(x), inferred)
+
+
+@needs_narrow_products
+def test_a_step_spoils_no_graph_that_saved_the_statistics(recorded, direct):
+    """PyTorch's norm, too, changes them without a word."""
+    layer, other = recorded
+    other.paths[0].bn._buffers.update(layer.paths[0].bn._buffers)
+    with use_backend("reference"):
+        before = other.train()(image().requires_grad_())
+    direct.clear()
+    step(layer, image())
+    assert direct
+    before.sum().backward()
 
 
 def test_shared_and_synchronized_norms_are_planned_each_time(direct):

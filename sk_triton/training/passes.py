@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ..kernels.running import Running, tensors_of
+from ..kernels.running import Running
 from ..layout import empty_output, memory_format, with_adjacent_channels, with_spaced_pixels
 from ..preference import workload_of
 from ..spec import SKSpec
@@ -44,9 +44,10 @@ def forward_pass(x: Tensor, unit: TrainingUnit, save: str) -> tuple[list[Tensor]
         plan = plan_training(workload_of(x, unit.spec), save)
         x_in = with_adjacent_channels(x)
         outputs = train.forward(x_in, v, unit, plan, save=save, tape=tape)
-    changed = tensors_of(unit.updates)
-    if changed:
-        increment_version(changed)
+    counters = [own.counter for own in unit.updates if own is not None]
+    if counters:
+        # Not of the statistics, as PyTorch's norm: a graph that saved them may still want its backward pass.
+        increment_version(counters)
     return outputs, tape, x_in
 
 

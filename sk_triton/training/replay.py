@@ -37,7 +37,7 @@ class TrainingCall:
         running: statistics that norms do not take from the batch.
         v: size and stride of the output.
         saved: what the gradient needs, parts of one piece of memory of `saved_bytes`.
-        changed: what the kernels bring up to date.
+        counters: of the batches that norms saw, which the kernels bring up to date with their statistics.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class TrainingCall:
         self.v = v.shape, v.stride()
         self.saved = [Part.of(tensor, side_by_side.add(tensor)) for tensor in saved]
         self.saved_bytes = side_by_side.nbytes
-        self.changed = tensors_of(call.updates)
+        self.counters = [own.counter for own in call.updates if own is not None]
         self.recording = recording
         self.backwards: dict[Hashable, Recording] = {}
 
@@ -72,8 +72,8 @@ class TrainingCall:
         v, saved = x.new_empty_strided(*self.v), _memory(x, self.saved_bytes)
         workspace = _memory(x, self.recording.workspace_bytes)
         self.recording.start(x, saved, v, workspace, *[params[i] for i in self.recording.reads])
-        if self.changed:
-            increment_version(self.changed)
+        if self.counters:
+            increment_version(self.counters)
         return v, saved
 
     def backward(
