@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, dispatch, explain, functional, use_backend
 from sk_triton.cpu import choice as cpu
@@ -277,6 +278,17 @@ def test_under_a_checkpoint(use_reentrant):
     assert len(calls) == 2
     for grad, tensor in zip(expected, [x, *layer.parameters()], strict=True):
         torch.testing.assert_close(tensor.grad, grad)
+
+
+def test_under_a_checkpoint_that_keeps_convolutions():
+    """What it keeps must not be written over: the reference."""
+    layer, x = SKConv(8, M=2, G=2, r=2, L=4), torch.randn(2, 8, 5, 5, requires_grad=True)
+    expected = torch.autograd.grad(layer(x).square().sum(), (x, *layer.parameters()))
+    kept = functools.partial(create_selective_checkpoint_contexts, [torch.ops.aten.convolution.default])
+    v = checkpoint(layer, x, use_reentrant=False, context_fn=kept)
+    found = torch.autograd.grad(v.square().sum(), (x, *layer.parameters()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_autocast_gives_gradients_in_the_parameters_dtype():

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..layout import memory_format
 from ..params import Branch, Gate
@@ -63,9 +64,16 @@ def training_reason(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SKS
     """Why the CPU's training schedules cannot run the unit on `x`; "" if they can."""
     return (
         _call_reason(x, spec)
+        or _watched()
         or state_reason(x, branches, gate, _SCHEDULES, is_training=True)
         or _untrained_part(spec)
     )
+
+
+def _watched() -> str:
+    """A dispatch mode may keep a result, as selective checkpointing does, that is then written over."""
+    mode = _get_current_dispatch_mode()
+    return f"a {type(mode).__name__} is active; {_SCHEDULES} of training write in place" if mode else ""
 
 
 def _untrained_part(spec: SKSpec) -> str:
