@@ -45,7 +45,6 @@ def test_both_convolve_alike(size, branch, stride, has_bias, has_relu):
         assert_errs_like_eager(found, expected, exact(x.double()))
 
 
-@needs_packing
 @pytest.mark.parametrize("layout", ["columns", "expanded"])
 def test_biases_of_any_strides(layout):
     layer = SKConv(8, M=2, G=2, r=2, L=4)
@@ -60,6 +59,7 @@ def test_biases_of_any_strides(layout):
         assert_same(layer(x), expected)
 
 
+@needs_packing
 def test_where_weights_are_packed():
     assert packs_weights(torch.float32)
     assert not packs_weights(torch.bfloat16)
