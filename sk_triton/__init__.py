@@ -3,7 +3,7 @@
 from importlib.metadata import version
 
 from .backend import use_backend
-from .convert import convert
+from .conversion import convert
 from .dispatch import can_run_triton
 from .explanation import explain
 from .layers import SelectiveKernel, SKConv

@@ -53,9 +53,8 @@ def assert_alike(found, expected):
 @pytest.fixture
 def timms():
     def make(**settings):
-        layer = TimmSelectiveKernel(
-            16, **settings
-        ).double()  # a gate's norm over few samples amplifies rounding
+        # In float64: a gate's norm over few samples amplifies rounding.
+        layer = TimmSelectiveKernel(16, **settings).double()
         randomize_norms(layer)
         return layer
 
@@ -186,11 +185,11 @@ def with_another_convolution(layer):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (with_hook, r"1\.paths\.0\.conv: it has hooks or a replaced forward"),
-        (with_forward, r"1\.attn: it has hooks or a replaced forward"),
-        (with_group_norm, r"1\.paths\.1\.bn: its norm must be timm's BatchNormAct2d or .*, got a GroupNorm"),
-        (with_other_padding, r"1\.paths\.1\.conv: stride, padding, .* must be .*\(2, 2\).*, got .*\(1, 1\)"),
-        (with_another_convolution, r"1\.paths\.0\.conv: Doubled stands where a Conv2d"),
+        (with_hook, r"1: paths\.0\.conv has hooks or a replaced forward"),
+        (with_forward, r"1: attn has hooks or a replaced forward"),
+        (with_group_norm, r"1: paths\.1\.bn: its norm must be timm's BatchNormAct2d or .*, got a GroupNorm"),
+        (with_other_padding, r"1: paths\.1\.conv: stride, padding, .* must be .*\(2, 2\).*, got .*\(1, 1\)"),
+        (with_another_convolution, r"1: paths\.0\.conv: Doubled stands where a Conv2d"),
     ],
 )
 def test_what_is_not_timms_is_refused_and_nothing_changed(timms, change, message):
@@ -211,3 +210,5 @@ def test_models_without_one_are_refused():
         convert(nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"model: a Subclass is a subclass"):
         convert(Subclass(16))
+    with pytest.raises(ValueError, match=r"0: stride must be 1 or 2, .*got 3"):
+        convert(nn.Sequential(TimmSelectiveKernel(16, stride=3)))

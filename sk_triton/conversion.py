@@ -41,7 +41,12 @@ def convert(model: nn.Module) -> nn.Module:
     found = {unit: name or "model" for name, unit in model.named_modules() if _is_timms(unit)}
     if not found and not any(isinstance(module, SKUnit) for module in model.modules()):
         raise ValueError(f"model must hold a SelectiveKernel of timm's, got a {type(model).__name__} without")
-    layers = {unit: _layer_around(unit, name) for unit, name in found.items()}
+    layers: dict[nn.Module, SelectiveKernel] = {}
+    for unit, name in found.items():
+        try:
+            layers[unit] = _layer_around(unit)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from None
     for parent in list(model.modules()):
         for name, child in list(parent._modules.items()):
             if child in layers:
@@ -58,20 +63,21 @@ def _is_from_timm(kind: type) -> bool:
     return kind.__module__.split(".")[0] == "timm"
 
 
-def _layer_around(unit: Any, name: str) -> SelectiveKernel:
-    """This package's layer with the parts of timm's, called `name` in its network.
+def _layer_around(unit: Any) -> SelectiveKernel:
+    """This package's layer with the parts of timm's.
 
     Raises:
-        ValueError: as :func:`convert`.
+        RuntimeError, ValueError: it cannot take all of them.
     """
     if not _is_from_timm(type(unit)):
-        raise ValueError(f"{name}: a {type(unit).__name__} is a subclass, which may compute something else")
-    for part, module in unit.named_modules(prefix=name):
+        raise ValueError(f"a {type(unit).__name__} is a subclass, which may compute something else")
+    for part, module in unit.named_modules():
         if any(hooks_of(module)) or "forward" in module.__dict__:
-            raise ValueError(f"{part}: it has hooks or a replaced forward, which would not run; remove them")
+            what = part or "the layer"
+            raise ValueError(f"{what} has hooks or a replaced forward, which would not run; remove them")
     convs = [path.conv for path in unit.paths]
     norms = [path.bn for path in unit.paths]
-    plain_norms = [_plain_norm(norm, f"{name}.paths.{i}.bn") for i, norm in enumerate(norms)]
+    plain_norms = [_plain_norm(norm, f"paths.{i}.bn") for i, norm in enumerate(norms)]
     has_drop = not all(isinstance(norm.drop, nn.Identity) for norm in norms)
     has_aa = unit.paths[0].aa is not None
     is_3x3 = all(conv.kernel_size == (3, 3) for conv in convs)
@@ -94,16 +100,14 @@ def _layer_around(unit: Any, name: str) -> SelectiveKernel:
     for i, (ours, conv) in enumerate(zip(layer.paths, convs, strict=True)):
         if conv_settings(conv) != conv_settings(ours.conv):
             raise ValueError(
-                f"{name}.paths.{i}.conv: stride, padding, dilation, groups and padding_mode must be "
+                f"paths.{i}.conv: stride, padding, dilation, groups and padding_mode must be "
                 f"{conv_settings(ours.conv)}, got {conv_settings(conv)}"
             )
         ours.conv = conv
     for part, module in unit.attn.named_children():
         setattr(layer.attn, part, module)
-    try:
-        layer.branches(), layer.gate()
-    except RuntimeError as error:
-        raise ValueError(f"{name}.{error}") from None
+    layer.branches()  # whatever they refuse
+    layer.gate()
     for ours, theirs in (
         (layer, unit),
         (layer.paths, unit.paths),
