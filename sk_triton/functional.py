@@ -44,7 +44,7 @@ def sk_conv(
             it; None is "branches". The reference saves what its operators save.
 
     Returns:
-        ``[N, out_channels, H', W']`` in the memory format of x.
+        ``[N, out_channels, H', W']`` in the memory format of x; under transformations of ``torch.func`` in PyTorch's.
 
     Raises:
         TypeError: x is no tensor, or dtypes are mixed or not floating.

@@ -19,6 +19,7 @@ FOLDABLE_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 # Identities outside of training.
 _DROPS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 PLAIN = (Tensor, nn.Parameter)
+_MAKE_FX = torch._C._TorchDispatchModeKey.PROXY
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -37,7 +38,7 @@ def tracing_reason(who: str, *, is_operator: bool = False) -> str:
         return f"torch.export is tracing; a program that needs {who} would not run without this package"
     if torch.compiler.is_compiling():
         return "" if is_operator else f"torch.compile is tracing; {who} are no operators"
-    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
+    if torch._C._get_dispatch_mode(_MAKE_FX) is not None:
         return f"make_fx is tracing; {who} would leave weights of today, or nothing, in its graph"
     if torch.jit.is_tracing():
         return f"torch.jit is tracing; {who} are not registered as operators"

@@ -133,13 +133,14 @@ def _metered(launch: Launch, run: Callable[[], object]) -> list[Traffic]:
     named = zip(launch.kernel.arg_names, launch.arguments, strict=False)
     task = launch.constexprs.get("TASK", "store")
     labels = {**_LABELS, "out_ptr": _OUTPUTS.get(task, "u")}
-    if kernel_name(launch).startswith("branch_grad"):
+    name = kernel_name(launch)
+    if name.startswith("branch_grad"):
         labels["partial_ptr"] = "partial dw"
     # A pointer that the task does not follow repeats another tensor, which keeps its own name.
     tensors = {
-        labels.get(name, name.removesuffix("_ptr")): t for name, t in named if isinstance(t, Tensor | tuple)
+        labels.get(key, key.removesuffix("_ptr")): t for key, t in named if isinstance(t, Tensor | tuple)
     }
-    with Meter(tensors).watch(kernel_name(launch)) as found:
+    with Meter(tensors).watch(name) as found:
         run()
     return found
 

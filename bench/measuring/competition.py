@@ -251,9 +251,8 @@ class _Competition:
         x = inputs.make_input(kind, batch, self.case.shape, self.dtype, device, seed)
         if self.case.direction != TRAINING:
             return x, None
-        return x, inputs.make_gradient(
-            (batch, 1000) if self.case.is_network else x.shape, self.dtype, device, seed
-        )
+        size = (batch, 1000) if self.case.is_network else x.shape
+        return x, inputs.make_gradient(size, self.dtype, device, seed)
 
     def _settle(self, key: str, status: str, message: str) -> None:
         self.outcome[key] = replace(self.outcome[key], status=status, message=message)
