@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import settings
+from hypothesis import register_random, settings
 
 from .interpreter import checked_overflow, quicken
 
@@ -18,6 +18,18 @@ os.environ["SK_TRITON_CACHE_DIR"] = os.path.join(tempfile.gettempdir(), "sk-trit
 # No deadline: two busy cores time nothing. Derandomised: a failure on one machine is a failure on all.
 settings.register_profile("sk_triton", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("sk_triton")
+
+
+class TorchRandom:
+    """PyTorch's random numbers, for hypothesis: of an example alone, not of those before it."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+torch_random = TorchRandom()  # hypothesis keeps no reference
+register_random(torch_random)
 
 # The tensors are tiny: a second thread only waits.
 torch.set_num_threads(1)

@@ -16,7 +16,7 @@ from sk_triton.training import plan as training_plan
 from sk_triton.training.norms import norm_settings, updates_by_kernels
 from sk_triton.workload import Workload
 
-from .tolerances import assert_same, assert_typical_errors_like_eager
+from .tolerances import assert_errors_in_proportion, assert_same, assert_typical_errors_like_eager
 from .units import random_unit, randomize_norms, sizes, specs, tensors
 from .versions import needs_narrow_products
 
@@ -129,26 +129,39 @@ def compare_unit(spec, size, dtype, layout, save):
     assume(n > 1 or not (spec.gate_norm or (spec.branch_norm and h * w == 1)))
     unit = random_unit(spec, dtype, training=True)
 
-    def run(x, weight, dtype, backend):
-        branches, gate = copy.deepcopy(unit)
-        leaves = tensors(branches, gate)
-        for leaf in leaves:
-            leaf.data = leaf.data.to(dtype)
-        for part in (*branches, gate):
-            if part.norm is not None:
-                part.norm.to(dtype)
+    def run(x, weight, dtype, backend, own=None):
+        branches, gate = own or in_dtype(unit, dtype)
         inner = x.to(dtype).requires_grad_()
         with use_backend(backend), save_for_backward(save):
             v = functional.sk_conv(inner, branches, gate, spec)
-        return [v.detach(), *torch.autograd.grad(v, [inner, *leaves], weight.to(dtype))]
+        return [v.detach(), *torch.autograd.grad(v, [inner, *tensors(branches, gate)], weight.to(dtype))]
 
     samples = []
     for _ in range(INPUTS):
         x = torch.randn(n, spec.in_channels, height, width).to(dtype).contiguous(memory_format=layout)
-        weight = torch.randn(n, spec.out_channels, h, w)
-        ours, eager = run(x, weight, dtype, "triton"), run(x, weight, dtype, "reference")
-        samples += zip(ours, eager, run(x, weight, torch.float64, "reference"), strict=True)
-    assert_typical_errors_like_eager(samples)
+        given = x, torch.randn(n, spec.out_channels, h, w)
+        branches, gate = in_dtype(unit, torch.float64)
+        norms = [part.norm for part in (*branches, gate) if part.norm is not None]
+        for norm in norms:
+            norm.momentum = 1.0
+        exact = run(*given, torch.float64, "reference", (branches, gate))
+        for norm in norms:
+            norm.eval()  # by the same statistics, which are constants now
+        natural = run(*given, torch.float64, "reference", (branches, gate))
+        ours, eager = run(*given, dtype, "triton"), run(*given, dtype, "reference")
+        samples.append(zip(ours, eager, exact, natural, strict=True))
+    assert_errors_in_proportion(list(zip(*samples, strict=True)))
+
+
+def in_dtype(unit, dtype):
+    """A copy of a unit whose parameters are of a dtype."""
+    branches, gate = copy.deepcopy(unit)
+    for leaf in tensors(branches, gate):
+        leaf.data = leaf.data.to(dtype)
+    for part in (*branches, gate):
+        if part.norm is not None:
+            part.norm.to(dtype)
+    return branches, gate
 
 
 @pytest.mark.parametrize("biases", [(16,), (8, 8), (12, 4), (4, 4, 8)], ids=str)
