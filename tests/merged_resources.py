@@ -11,7 +11,7 @@ import torch
 from sk_triton import planning
 from sk_triton.analytic import merged as analytic_merged
 from sk_triton.analytic.window import takes_window
-from sk_triton.bench.compiled.compile import compile_launch
+from sk_triton.bench.compiled.compile import compile_launches
 from sk_triton.bench.compiled.planned import planned_steps
 from sk_triton.bench.grid import classic_unit
 from sk_triton.chips import CHIPS
@@ -50,8 +50,7 @@ def measure(job: tuple[str, str]) -> list[dict]:
     planning.plan_schedule.cache_clear()
     steps, outputs = launches(name, chip)
     rows = []
-    for step in steps:
-        used = compile_launch(step, chip)
+    for step, used in zip(steps, compile_launches(steps, chip), strict=True):
         per_output = used.instructions and used.instructions * used.threads * step.grid[0] / outputs
         rows.append(
             {

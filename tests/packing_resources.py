@@ -5,7 +5,7 @@ import json
 import sys
 
 from sk_triton.bench.compiled import resources
-from sk_triton.bench.compiled.compile import compile_launch
+from sk_triton.bench.compiled.compile import compile_launches
 from sk_triton.bench.compiled.planned import packing_steps
 from sk_triton.bench.grid import CASES
 from sk_triton.kernels.launch import Launch
@@ -15,7 +15,13 @@ UNITS = (("stage 1", "bf16", "recompute"), ("classic, M = 2", "fp16", "merged"))
 for unit, precision, schedule in UNITS:
     case = next(case for case in CASES if (case.name, case.precision) == (unit, precision))
     for chip in sys.argv[1:]:
-        for launch in packing_steps(schedule, resources.workload_of(case, chip)):
-            if isinstance(launch, Launch):
-                found = {"unit": unit, "chip": chip, "kernel": resources.kernel_name(launch)}
-                print(json.dumps(found | {"faults": compile_launch(launch, chip).excesses}), flush=True)
+        steps = packing_steps(schedule, resources.workload_of(case, chip))
+        launches = [step for step in steps if isinstance(step, Launch)]
+        for launch, used in zip(launches, compile_launches(launches, chip), strict=True):
+            row = {
+                "unit": unit,
+                "chip": chip,
+                "kernel": resources.kernel_name(launch),
+                "faults": used.excesses,
+            }
+            print(json.dumps(row), flush=True)

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from sk_triton.chips import is_amd
 from sk_triton.kernels.launch import Launch
 
-from .loops import Instruction, loop_weights
+from .loops import loop_weights
+from .machine_code import disassembled, instructions_of, registers_of
 from .warps import Step, longest_loop
 
 TARGETS = {
@@ -123,11 +120,22 @@ def jit_compiled(launch: Launch, target: str) -> Any:
 
 def compile_launch(launch: Launch, target: str) -> Resources:
     """Compile one launch as :func:`jit_compiled`, and read its resources."""
-    compiled = jit_compiled(launch, target)
-    launch.kernel.device_caches.pop(TARGETS[target], None)  # its code would stay in memory
+    return compile_launches([launch], target)[0]
+
+
+def compile_launches(launches: Sequence[Launch], target: str) -> list[Resources]:
+    """As :func:`compile_launch`, sooner than one by one."""
+    compiled = []
+    for launch in launches:
+        compiled.append(jit_compiled(launch, target))
+        launch.kernel.device_caches.pop(TARGETS[target], None)  # its code would stay in memory
     if is_amd(target):
-        return _read_amdgcn(compiled, target)
-    return _read_cubin(compiled, target, launch.trips)
+        return [_read_amdgcn(kernel, target) for kernel in compiled]
+    texts = disassembled([kernel.asm["cubin"] for kernel in compiled], target)
+    return [
+        _read_cubin(kernel, text, target, launch.trips)
+        for kernel, text, launch in zip(compiled, texts, launches, strict=True)
+    ]
 
 
 def _in_memory(argument: object) -> object:
@@ -139,9 +147,8 @@ def _in_memory(argument: object) -> object:
     return argument
 
 
-def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources:
-    sass, registers = _cuobjdump(compiled.asm["cubin"])
-    code = _instructions(sass)
+def _read_cubin(compiled: Any, sass: str, target: str, trips: tuple[int, ...]) -> Resources:
+    code = instructions_of(sass)
     weights = loop_weights(code, trips)
     opcodes: Counter[str] = Counter()
     instructions: Counter[str] = Counter()
@@ -165,7 +172,7 @@ def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources
             counts["matrix"] += weight
     return Resources(
         target=target,
-        registers=registers,
+        registers=registers_of(compiled.asm["cubin"]),
         spills=counts["spills"],
         shared=compiled.metadata.shared,
         threads=32 * compiled.metadata.num_warps,
@@ -179,34 +186,6 @@ def _read_cubin(compiled: Any, target: str, trips: tuple[int, ...]) -> Resources
         by_instruction=instructions,
         loop=longest_loop(code, sass),
     )
-
-
-def _cuobjdump(cubin: bytes) -> tuple[str, int]:
-    """The machine code as text, and the registers of a thread."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        done = subprocess.run(
-            [tool, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True
-        )
-    found = re.search(r"REG:(\d+)", done.stdout + done.stderr)
-    if found is None:
-        raise RuntimeError(f"cuobjdump printed no resource usage: {done.stderr!r}")
-    return done.stdout, int(found[1])
-
-
-def _instructions(sass: str) -> list[Instruction]:
-    """The instructions, without the padding behind the last exit."""
-    pattern = re.compile(r"\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Za-z0-9_.]+)")
-    found = [
-        Instruction(int(m[1], 16), m[2], line) for line in sass.splitlines() if (m := pattern.match(line))
-    ]
-    while found and found[-1].opcode == "NOP":
-        found.pop()
-    if found and found[-1].opcode == "BRA":
-        found.pop()
-    return found
 
 
 def _read_amdgcn(compiled: Any, target: str) -> Resources:

@@ -95,12 +95,8 @@ def measure(
     `with_phases`: the phases of a kernel that has any are compiled once more each, to count its instructions.
     `without`: schedules to leave out.
     """
-    from .compile import compile_launch
+    from .compile import compile_launch, compile_launches
 
-    rows: list[Row] = []
-    measured: list[Launch] = []
-    height, width = case.spec.output_size(case.size, case.size)
-    outputs = case.n * height * width * case.spec.out_channels
     planned = [
         (launch, plan.branch_launches[i] if i < len(plan.branch_launches) else None)
         for plan, found in (
@@ -108,21 +104,28 @@ def measure(
         )
         for i, launch in enumerate(_branches_first(found))
     ]
+    different: list[tuple[Launch, BranchLaunch | None]] = []
     for launch, branch_launch in planned:
+        if not any(_compile_alike(launch, other) for other, _ in different):
+            different.append((launch, branch_launch))
+    height, width = case.spec.output_size(case.size, case.size)
+    outputs = case.n * height * width * case.spec.out_channels
+    rows: list[Row] = []
+    compiled = compile_launches([launch for launch, _ in different], target)
+    for (launch, branch_launch), used in zip(different, compiled, strict=True):
         if has_phases(launch):
-            compiled = functools.partial(compile_launch, target=target)
-            used = counted(launch, compiled) if with_phases else compiled(launch)
             branch_launch = None  # its config is no branch kernel's
-        elif kernel_name(launch) == "gate" and any(row.kernel == "gate" for row in rows):
-            continue  # every schedule's gate is the same
-        elif any(launch.kernel is other.kernel and _code(launch) == _code(other) for other in measured):
-            continue
-        else:
-            used = compile_launch(launch, target)
-        measured.append(launch)
+            if with_phases:
+                used = counted(launch, functools.partial(compile_launch, target=target))
         computed = outputs * len(launch.constexprs.get("KERNELS", (1,)))
         rows.append(row_of(case, launch, used, computed, branch_launch))
     return rows
+
+
+def _compile_alike(launch: Launch, other: Launch) -> bool:
+    """Whether launches of one case compile to the same code; the gate does under every schedule."""
+    is_gate = kernel_name(launch) == kernel_name(other) == "gate"
+    return is_gate or (launch.kernel is other.kernel and _code(launch) == _code(other))
 
 
 def _code(launch: Launch) -> tuple[Any, ...]:

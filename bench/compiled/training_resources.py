@@ -31,12 +31,12 @@ def launches(case: Case, target: str) -> list[Launch]:
 def measure(case: Case, target: str, kernels: str | tuple[str, ...] = "") -> list[Row]:
     """Compiles the kernels of a case's training steps for `target` and reads what they use; `per_output` is by element
     of all branches. `kernels`: how the names of those wanted begin, any of several."""
-    from .compile import compile_launch
+    from .compile import compile_launches
 
     height, width = case.spec.output_size(case.size, case.size)
     outputs = case.n * height * width * case.spec.out_channels * case.spec.num_branches
+    wanted = [launch for launch in launches(case, target) if kernel_name(launch).startswith(kernels)]
     return [
-        row_of(case, launch, compile_launch(launch, target), outputs)
-        for launch in launches(case, target)
-        if kernel_name(launch).startswith(kernels)
+        row_of(case, launch, used, outputs)
+        for launch, used in zip(wanted, compile_launches(wanted, target), strict=True)
     ]
