@@ -12,7 +12,7 @@ from sk_triton.analytic import branch as analytic
 from sk_triton.analytic import merged as analytic_merged
 from sk_triton.analytic.window import merged_window_candidates, window_candidates
 from sk_triton.bench.compiled import resources, training_resources
-from sk_triton.bench.compiled.compile import compile_launch, jit_compiled
+from sk_triton.bench.compiled.compile import compile_launches, jit_compiled
 from sk_triton.bench.grid import CASES
 from sk_triton.tuning import lookup
 
@@ -57,13 +57,14 @@ def measure(job):
         launches = training_resources.launches(case, chip)
     else:
         _, launches = resources.launches(case, chip, schedule)[:2]
-    rows, met = [], set()
+    chosen = {}
     for launch in launches:
-        task = launch.constexprs.get("TASK", "merged")
-        if "window" not in launch.kernel.__name__ or task in met:
-            continue
-        met.add(task)
-        used = compile_launch(launch, chip)
+        if "window" in launch.kernel.__name__:
+            chosen.setdefault(launch.constexprs.get("TASK", "merged"), launch)
+    rows = []
+    for (task, launch), used in zip(
+        chosen.items(), compile_launches(list(chosen.values()), chip), strict=True
+    ):
         products = {text: count for text, count in used.by_instruction.items() if text.startswith("HMMA")}
         rows.append(
             {

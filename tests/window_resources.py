@@ -11,7 +11,7 @@ from sk_triton.analytic import branch as analytic
 from sk_triton.analytic import merged as analytic_merged
 from sk_triton.analytic.window import merged_window_candidates
 from sk_triton.bench.compiled import resources, training_resources
-from sk_triton.bench.compiled.compile import compile_launch
+from sk_triton.bench.compiled.compile import compile_launches
 from sk_triton.bench.grid import CASES
 from sk_triton.tuning import lookup
 
@@ -43,13 +43,14 @@ def measure(job):
         launches = training_resources.launches(case, chip)
     else:
         _, launches = resources.launches(case, chip, schedule)[:2]
-    rows, met = [], set()
+    chosen = {}
     for launch in launches:
-        task = launch.constexprs.get("TASK", "merged")
-        if "window" not in launch.kernel.__name__ or task in met:
-            continue
-        met.add(task)
-        used = compile_launch(launch, chip)
+        if "window" in launch.kernel.__name__:
+            chosen.setdefault(launch.constexprs.get("TASK", "merged"), launch)
+    rows = []
+    for (task, launch), used in zip(
+        chosen.items(), compile_launches(list(chosen.values()), chip), strict=True
+    ):
         rows.append(
             {
                 "unit": name,
