@@ -5,7 +5,7 @@ import json
 import sys
 
 from sk_triton.bench.compiled import resources
-from sk_triton.bench.compiled.compile import compile_launches
+from sk_triton.bench.compiled.compile import compile_launch, compile_launches
 from sk_triton.bench.compiled.planned import packing_steps
 from sk_triton.bench.grid import CASES
 from sk_triton.kernels.launch import Launch
@@ -24,4 +24,6 @@ for unit, precision, schedule in UNITS:
                 "kernel": resources.kernel_name(launch),
                 "faults": used.excesses,
             }
+            if chip == "sm_90":
+                row["is_as_alone"] = used == compile_launch(launch, chip)
             print(json.dumps(row), flush=True)

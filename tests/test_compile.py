@@ -215,6 +215,8 @@ def test_kernels_that_pack_parameters_have_no_fault():
         product(chips, ("fold_norms", "gather", "section_weights"))
     )
     assert not [row for row in rows if row["faults"]]
+    # Machine code that is read together is taken apart where each kernel begins.
+    assert {row["is_as_alone"] for row in rows if row["chip"] == "sm_90"} == {True}
 
 
 def test_launches_pass_the_jit():
