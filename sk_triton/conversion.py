@@ -15,6 +15,12 @@ from .unit import SKUnit
 
 _PLAIN_NORMS = {"BatchNormAct2d": nn.BatchNorm2d, "SyncBatchNormAct": nn.SyncBatchNorm}
 """timm's norms that hold a drop and an activation, and what each is without."""
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 
 def convert(model: nn.Module) -> nn.Module:
@@ -33,8 +39,8 @@ def convert(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` is no module.
         ValueError: it holds no selective-kernel layer, or one that is not timm's own in all parts: a subclass, another
-            norm than timm's batch norms, other convolutions, hooks, a replaced ``forward``. Nothing has been changed
-            then.
+            norm than timm's batch norms, other convolutions, tensors of its own, hooks, a replaced ``forward``. Nothing
+            has been changed then.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -72,9 +78,11 @@ def _layer_around(unit: Any) -> SelectiveKernel:
     if not _is_from_timm(type(unit)):
         raise ValueError(f"a {type(unit).__name__} is a subclass, which may compute something else")
     for part, module in unit.named_modules():
+        what = part or "the layer"
         if any(hooks_of(module)) or "forward" in module.__dict__:
-            what = part or "the layer"
             raise ValueError(f"{what} has hooks or a replaced forward, which would not run; remove them")
+        if any(getattr(module, name) for name in _STATE_HOOKS):
+            raise ValueError(f"{what} has hooks on its state_dict, which would be lost; remove them")
     convs = [path.conv for path in unit.paths]
     norms = [path.bn for path in unit.paths]
     plain_norms = [_plain_norm(norm, f"paths.{i}.bn") for i, norm in enumerate(norms)]
@@ -115,7 +123,13 @@ def _layer_around(unit: Any) -> SelectiveKernel:
         *zip(layer.paths, unit.paths, strict=True),
     ):
         ours.training = theirs.training
+    if lost := _tensor_names(unit) ^ _tensor_names(layer):
+        raise ValueError(f"{', '.join(sorted(lost))}: not of timm's layer, and would be lost")
     return layer
+
+
+def _tensor_names(module: nn.Module) -> set[str]:
+    return {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
 
 
 def _plain_norm(norm: Any, name: str) -> nn.Module:
@@ -130,6 +144,7 @@ def _plain_norm(norm: Any, name: str) -> nn.Module:
     plain = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, **group)
     plain._parameters.update(norm._parameters)
     plain._buffers.update(norm._buffers)
+    plain._non_persistent_buffers_set |= norm._non_persistent_buffers_set
     plain.training = norm.training
     return plain
 

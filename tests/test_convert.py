@@ -165,6 +165,15 @@ def with_forward(layer):
     layer.attn.forward = lambda x: x
 
 
+def with_state_hook(layer):
+    layer.paths[0].register_load_state_dict_post_hook(lambda *args: None)
+
+
+def with_tensors_of_its_own(layer):
+    layer.register_buffer("steps", torch.zeros(()))
+    layer.paths[0].scale = nn.Parameter(torch.ones(()))
+
+
 def with_group_norm(layer):
     layer.paths[1].bn = nn.GroupNorm(4, 16)
 
@@ -187,6 +196,8 @@ def with_another_convolution(layer):
     [
         (with_hook, r"1: paths\.0\.conv has hooks or a replaced forward"),
         (with_forward, r"1: attn has hooks or a replaced forward"),
+        (with_state_hook, r"1: paths\.0 has hooks on its state_dict"),
+        (with_tensors_of_its_own, r"1: paths\.0\.scale, steps: not of timm's layer"),
         (with_group_norm, r"1: paths\.1\.bn: its norm must be timm's BatchNormAct2d or .*, got a GroupNorm"),
         (with_other_padding, r"1: paths\.1\.conv: stride, padding, .* must be .*\(2, 2\).*, got .*\(1, 1\)"),
         (with_another_convolution, r"1: paths\.0\.conv: Doubled stands where a Conv2d"),
@@ -199,6 +210,16 @@ def test_what_is_not_timms_is_refused_and_nothing_changed(timms, change, message
     with pytest.raises(ValueError, match=message):
         convert(model)
     assert list(model.modules()) == before
+
+
+def test_statistics_that_are_not_kept_stay_so(timms):
+    model = nn.Sequential(timms())
+    norm = model[0].paths[0].bn
+    mean = norm.running_mean
+    del norm.running_mean
+    norm.register_buffer("running_mean", mean, persistent=False)
+    keys = list(model.state_dict())
+    assert set(convert(model).state_dict()) == set(keys)
 
 
 def test_models_without_one_are_refused():
