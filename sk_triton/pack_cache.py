@@ -27,7 +27,6 @@ def fingerprint(tensors: Sequence[Tensor]) -> Fingerprint:
 
     Only of tensors with a version counter, which inference tensors lack.
     """
-    watch_optimizers()
     return [sharded_steps(), *((t.data_ptr(), t._version, t.dtype, t.shape, t.stride()) for t in tensors)]
 
 
@@ -90,6 +89,7 @@ class PackCache:
         return entry.packed
 
     def _add(self, key: Hashable, sources: Sequence[Tensor], found: Fingerprint, build: Callable[[], T]) -> T:
+        watch_optimizers(sources)
         packed = lasting(build, sources[0].device)
         stream = None
         if sources[0].is_cuda:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from sk_triton import SelectiveKernel, SKConv, packing, preference, use_backend
+from sk_triton import SelectiveKernel, SKConv, optimizer_steps, packing, preference, use_backend
 from sk_triton.folding import fold_norm
 from sk_triton.kernels import lasting as kernels_lasting
 from sk_triton.kernels.config import StreamConfig
@@ -257,6 +257,53 @@ def test_a_step_of_any_optimizer_is_a_change_of_what_it_steps(optimizer):
         step()
         changed.requires_grad_()
     assert [id(t) for t in built] == [id(changed), id(other), id(changed)]
+
+
+class Freeing(torch.optim.Optimizer):
+    """Gradients go as soon as they are used."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(parameter.grad)
+                parameter.grad = None
+
+
+def freed_by_a_hook(parameters):
+    optimizer = torch.optim.SGD(parameters, fused=True)
+    optimizer.register_step_post_hook(lambda optimizer, *args: optimizer.zero_grad())
+    return optimizer
+
+
+@pytest.mark.parametrize("optimizer", [Freeing, freed_by_a_hook])
+def test_a_step_that_drops_gradients_is_a_change(optimizer):
+    cache, source, built = PackCache(), nn.Parameter(torch.ones(2)), []
+    for _ in range(2):
+        cache.get("plan", [source], lambda: built.append(1))
+        source.grad = torch.ones(2)
+        optimizer([source]).step()
+    assert source.grad is None
+    assert len(built) == 2
+
+
+def test_steps_count_no_versions_of_what_nobody_packed():
+    """A backward pass through what a fused optimizer has changed is another model's business."""
+    cache, source, foreign = PackCache(), nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    cache.get("plan", [source], list)
+    source.grad, foreign.grad = torch.ones(2), torch.ones(2)
+    versions = [p._version for p in (source, foreign)]
+    torch.optim.SGD([source, foreign], fused=True).step()
+    assert [p._version - before for p, before in zip((source, foreign), versions, strict=True)] == [1, 0]
+
+
+def test_what_is_watched_is_forgotten_with_its_memory():
+    cache, many = PackCache(keeps_sources=False), 3 * optimizer_steps._room
+    for _ in range(many):
+        cache.get("plan", [nn.Parameter(torch.ones(2))], list)
+    assert len(optimizer_steps._watched) < many
 
 
 def test_a_step_on_sharded_parameters_is_a_change_of_all(monkeypatch):

@@ -62,7 +62,7 @@ class Watch:
         self._kept = [t.detach() for t in tensors]
         # A tensor may move while it stays the same object: by `.data`, or, as FSDP's, as its storage is freed and
         # allocated again.
-        watch_optimizers()
+        watch_optimizers(self._kept)
         self._steps = sharded_steps()
         self._mark = _needs_gradient if has_gradients else _version
         self._filled = [
