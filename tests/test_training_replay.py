@@ -2,6 +2,7 @@
 
 import copy
 import gc
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -207,6 +208,23 @@ def test_hooks_on_all_saved_tensors_meet_planned_calls(recorded, direct):
             found = step(layer, x)
         assert not direct
         assert_equal(found, step(planned, x))
+
+
+@needs_narrow_products
+@pytest.mark.parametrize("watching", [nullcontext, Counting], ids=["function", "operator"])
+@pytest.mark.parametrize("save", ["branches", "input"])
+def test_saved_tensors_that_come_back_in_column_major_order(save, watching):
+    def in_columns(tensor):
+        axes = tuple(reversed(range(tensor.dim())))
+        return tensor.permute(axes).contiguous().permute(axes)
+
+    layer, x = paper().half(), image()
+    layer.save = save
+    expected = step(copy.deepcopy(layer), x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, in_columns), watching():
+        found = step(layer, x)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 @needs_narrow_products

@@ -71,5 +71,6 @@ def run_backward(
         return unit_bwd(dv, x, params, running, saved, call.has, call.spec.encoded, *call.norms, needs)
     from .passes import backward_pass, in_format_of, kernel_inputs
 
+    saved = [tensor.contiguous() for tensor in saved]  # hooks may have given other strides
     dv, x_in = kernel_inputs(dv, x)
     return in_format_of(x, backward_pass(dv, x_in, call.unit(params, running), saved, needs)[0], needs)

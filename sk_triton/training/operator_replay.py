@@ -97,6 +97,7 @@ def backward(
 ) -> list[Tensor]:
     """As :func:`.operators.unit_bwd`."""
     dv, x_in = kernel_inputs(dv, x)
+    saved = [tensor.contiguous() for tensor in saved]  # hooks may have given other strides
     inputs = [dv, x_in, *saved]
 
     def run() -> tuple[list[Tensor], Tape, list[Tensor]]:

@@ -80,6 +80,7 @@ class TrainingCall:
         self, dv: Tensor, x: Tensor, memory: Tensor, params: Sequence[Tensor], needs: tuple[bool, ...]
     ) -> list[Tensor]:
         """The gradients that `needs` names; `memory` as :meth:`forward` gave it."""
+        memory = memory.contiguous()
         if torch.is_grad_enabled() or is_watched(dv):
             saved = [part.view(memory) for part in self.saved]
             return run_backward(dv, x, self.call, params, self.running, saved, list(needs))
