@@ -63,6 +63,22 @@ def test_gradients_err_like_eager(M, stride, size, dtype, memory_format):
         assert_typical_errors_like_eager(of_one_tensor)
 
 
+def test_outputs_may_be_changed_in_place(memory_format):
+    layer, x = SKConv(16, 2, 2, 2), torch.randn(1, 16, 8, 8).to(memory_format=memory_format)
+    weight, results = torch.ones((), requires_grad=True), []
+    for backend in ("torch", "reference"):
+        inner = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        with use_backend(backend):
+            v = layer(inner)
+            with torch.no_grad():
+                inferred = layer(x)
+        v.relu_().sum().backward()
+        inferred.mul_(weight)
+        results.append((inner.grad, inferred))
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
 def test_strides_of_axes_of_one_element_do_not_matter():
     """PyTorch's gradients of grouped convolutions in float64 depend on them."""
     layer = SKConv(8, 2, 2, 2).double()

@@ -117,7 +117,8 @@ def convolve(
         return v.reshape(-1, spec.out_channels, *v.shape[2:])
 
     if samples >= n:
-        return convolve_part(slice(n)).contiguous(memory_format=memory_format(x))
+        # Detached: autograd refuses changes in place of what it takes for a view.
+        return convolve_part(slice(n)).contiguous(memory_format=memory_format(x)).detach()
     v = empty_output(x, spec)
     for start in range(0, n, samples):
         part = slice(start, start + samples)
