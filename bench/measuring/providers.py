@@ -118,9 +118,7 @@ def _gpu_forms(case: Case, quick: bool, every_form: bool) -> Sequence[Form]:
     if quick:
         # One compilation of each peer: in a graph, where compiled code is fastest.
         return (*forms.EAGER, *forms.GRAPHS, forms.COMPILED_GRAPHS[1])
-    if case.axis is not None:
-        return (*forms.EAGER, *forms.COMPILED, *forms.GRAPHS)
-    if case.is_network:
+    if case.axis is not None or case.is_network:
         return (*forms.EAGER, *forms.COMPILED, *forms.GRAPHS, forms.COMPILED_GRAPHS[1])
     return (*forms.EAGER, *forms.COMPILED, *forms.GRAPHS, *forms.COMPILED_GRAPHS)
 
