@@ -1,4 +1,4 @@
-"""What the README tells a person to run does run."""
+"""What the README tells a person to run does run, and what it predicts is predicted."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+
+import torch
+
+from sk_triton.bench.formats import microseconds
+from sk_triton.bench.grid import paper_unit
+from sk_triton.bench.model.gpus import chip_for, find_gpu
+from sk_triton.bench.model.speed_of_light import MEMORY, Problem, least_steps, schedules_for
+from sk_triton.bench.shapes import STAGES
+
+from .versions import needs_narrow_products
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -72,3 +82,18 @@ def test_python_blocks_run(tmp_path):
 def test_the_two_set_up_commands():
     found = commands(README.read_text(encoding="utf-8"))
     assert [line for line in found if "pip install -e" in line] == SETUP
+
+
+@needs_narrow_products
+def test_predicted_passes_and_memory_are_the_models():
+    """What follows from the shapes alone; the rest of the table depends on the compiler."""
+    section = README.read_text().partition("### Predicted, without a GPU")[2]
+    rows = re.findall(r"^\| (\d+) @ (\d+)² \| (\w+) \| (\S+) T \|[^|]*\| (\S+) µs", section, re.MULTILINE)
+    assert [(int(channels), int(size)) for channels, size, *_ in rows] == list(STAGES.values())
+    gpu = find_gpu("H100 SXM")
+    for channels, size, schedule, passes, memory in rows:
+        problem = Problem(paper_unit(int(channels)), 128, int(size), int(size), torch.float16)
+        ((_, _, steps),) = schedules_for(problem, chip_for(gpu), [schedule])
+        found = least_steps(steps, gpu)
+        assert passes == f"{sum(step.work.memory_bytes for step in found) / problem.tensor_bytes:.2f}"
+        assert memory == microseconds(sum(step.seconds[MEMORY] for step in found))
