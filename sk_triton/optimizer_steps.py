@@ -8,7 +8,7 @@ which the layer's are filled again in the same memory: for these there is one co
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -69,7 +69,7 @@ def _end(optimizer: Optimizer, *_: Any) -> None:
         _taken = next(_steps)
 
 
-def _uncounted(optimizer: Optimizer) -> Sequence[Tensor]:
+def _uncounted(optimizer: Optimizer) -> list[Tensor]:
     """Watched parameters with gradients, of which a step counts no versions."""
     counts_versions = type(optimizer).__module__.startswith("torch.optim.")
     return [
