@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
 from sk_triton import cli, environment, planning
 from sk_triton.bench.commands import resources as command
-from sk_triton.bench.compiled import resources, shipping
+from sk_triton.bench.compiled import processes, resources, shipping
 from sk_triton.bench.grid import CASES
 from sk_triton.tuning import lookup, shipped
 
@@ -62,3 +64,29 @@ def test_a_batch_that_is_no_power_of_two_is_not_shipped(monkeypatch, tmp_path):
     used = dataclasses.replace(fake_code.resources({"HMMA.16816.F32": 1}), target="sm_90")
     with pytest.raises(ValueError, match="a batch that is shipped for must be a power of two, got 100"):
         shipping.write_configs([resources.Row(case, "branch_conv_window", "", used, None, launch)])
+
+
+class OneThread(ThreadPoolExecutor):
+    """A pool whose one process is a thread here, and notes that it was ended."""
+
+    def __init__(self, ended: list[str]) -> None:
+        super().__init__(1)
+        self._processes = {1: SimpleNamespace(terminate=lambda: ended.append("process"))}
+
+
+def interrupted() -> list[resources.Row]:
+    raise KeyboardInterrupt
+
+
+def test_ctrl_c_waits_for_no_job_and_begins_no_other(monkeypatch):
+    ended, begun, may_end = [], [], threading.Event()
+    pool = OneThread(ended)
+    monkeypatch.setattr(processes, "compiling_processes", lambda workers: pool)
+    with pytest.raises(KeyboardInterrupt):
+        list(
+            resources.measure_all([interrupted, lambda: may_end.wait(1), lambda: begun.append("another")], 1)
+        )
+    may_end.set()
+    pool.shutdown(wait=True)
+    assert ended == ["process"]
+    assert not begun

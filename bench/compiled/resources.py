@@ -20,7 +20,7 @@ from sk_triton.workload import Workload
 from ..grid import Case
 from .phases import counted, has_phases
 from .planned import planned_steps
-from .processes import compiling_processes
+from .processes import compiling_until_left
 
 if TYPE_CHECKING:
     from .compile import Resources
@@ -166,7 +166,7 @@ def _branches_first(found: list[Launch]) -> list[Launch]:
 def measure_all(jobs: Sequence[Callable[[], list[Row]]], workers: int) -> Iterator[list[Row]]:
     """What each job gives, in order, in `workers` new processes, where kernels are compiled, not interpreted. A job is
     a partial of `measure`, or of another module's."""
-    with compiling_processes(workers) as pool:
+    with compiling_until_left(workers) as pool:
         for future in [pool.submit(job) for job in jobs]:
             yield future.result()
 

@@ -43,7 +43,7 @@ from .. import passes
 from ..compiled.footprint import PlannedStep
 from ..compiled.phases import counted, has_phases
 from ..compiled.planned import planned_steps
-from ..compiled.processes import compiling_processes
+from ..compiled.processes import compiling_until_left
 from ..grid import precision_of
 from .gpus import Gpu, chip_for
 from .work import (
@@ -240,7 +240,7 @@ def predict_each(
     if not dispatch.is_interpreted():
         yield from (predict(problem, gpu, schedules) for problem in problems)
         return
-    with compiling_processes(1) as pool:
+    with compiling_until_left(1) as pool:
         yield from pool.map(functools.partial(predict, gpu=gpu, schedules=schedules), problems)
 
 
