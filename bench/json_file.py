@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +20,15 @@ def text_of(value: DataclassInstance) -> str:
 
 
 def write(value: DataclassInstance, path: Path) -> None:
-    """Writes `text_of` a dataclass, so that an interrupted write leaves no half file."""
-    partial = path.with_suffix(path.suffix + ".part")
-    partial.write_text(text_of(value), encoding="utf-8")
-    os.replace(partial, path)
+    """Writes `text_of` a dataclass, so that an interrupted write leaves no half file, nor do two at a time."""
+    partial = path.with_name(f"{path.name}-{os.getpid()}-{secrets.token_hex(4)}.part")
+    try:
+        partial.write_text(text_of(value), encoding="utf-8")
+        os.replace(partial, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
 
 
 def fields_of(text: str, schema: int, what: str) -> dict[str, Any]:

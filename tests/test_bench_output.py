@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import os
 import re
 
 import pytest
 import torch
 
-from sk_triton.bench import csv_file, formats, markdown, results, stamp, verdict
+from sk_triton.bench import csv_file, formats, json_file, markdown, results, stamp, verdict
 from sk_triton.bench.report import page as report_page
 from sk_triton.bench.results import Check, Timing
 from sk_triton.bench.shapes import CLASSIC, PAPER
@@ -31,6 +32,28 @@ def test_results_survive_their_file(tmp_path):
     json.loads(
         path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(f"{name} in the JSON")
     )
+
+
+def test_two_writers_of_one_file_leave_a_whole_one(tmp_path, monkeypatch):
+    path, replace = tmp_path / "run.json", os.replace
+    first, second = small(), small(interrupted=True)
+
+    def save_another_before(partial, whole):
+        monkeypatch.setattr(json_file.os, "replace", replace)
+        results.save(second, path)
+        replace(partial, whole)
+
+    monkeypatch.setattr(json_file.os, "replace", save_another_before)
+    results.save(first, path)
+    assert results.load(path) == first
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_a_write_that_fails_leaves_nothing(tmp_path):
+    (tmp_path / "run.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        results.save(small(), tmp_path / "run.json")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
 
 
 def test_another_schema_is_refused():
