@@ -39,7 +39,7 @@ def fields_of(text: str, schema: int, what: str) -> dict[str, Any]:
     """
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not a {what}: {error}") from None
     found = data.get("schema") if isinstance(data, dict) else None
     if found != schema:

@@ -75,6 +75,7 @@ def test_a_picture_that_fails_is_named_and_the_others_are_drawn(saved, tmp_path,
     [
         (None, "No such file"),
         ("not JSON", "not a results file"),
+        ("[" * 100_000, "not a results file: maximum recursion depth exceeded"),
         ("[1]", f"schema must be {results.SCHEMA}, got None"),
         ('{"schema": 1}', f"schema must be {results.SCHEMA}, got 1"),
         (f'{{"schema": {results.SCHEMA}}}', "not a results file of schema"),
