@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,9 @@ SK_TRITON = "ours"
 """Source key of sk_triton as its users get it; "ours-<schedule>" force one schedule."""
 SAVING_INPUT = "ours-input"
 """Source key of sk_triton in training with save="input"."""
+
+_TIMES = ("median_ms", "q20_ms", "q80_ms")
+_HOST_TIMES = ("host_us", "host_q20_us", "host_q80_us")
 
 
 @dataclass(frozen=True)
@@ -319,16 +323,36 @@ def _record(entry: dict[str, Any]) -> Record:
     case = _case(entry.pop("case"))
     entry["checks"] = tuple(Check(**check) for check in entry["checks"])
     for name in ("timing", "warm"):
-        entry[name] = Timing(**entry[name]) if entry[name] else None
+        entry[name] = Timing(**_timed(entry[name], _TIMES)) if entry[name] else None
     entry["memory"] = Memory(**entry["memory"]) if entry["memory"] else None
+    _timed(entry, [name for name in _HOST_TIMES if entry.get(name) is not None])
     return Record(case=case, **entry)
 
 
 def _case(entry: dict[str, Any]) -> Case:
-    fields = dict(entry)
-    shape = dict(fields.pop("shape"))
+    fields = _counted(dict(entry), ("batch",), 1)
+    shape = _counted(dict(fields.pop("shape")), ("groups", "stride"), 1)
+    shape = _counted(shape, ("channels", "height", "width"), 0)  # none at the start of a process
     shape["kernels"], shape["dilations"] = tuple(shape["kernels"]), tuple(shape["dilations"])
     return Case(shape=Shape(**shape), **fields)
+
+
+def _counted(fields: dict[str, Any], names: Iterable[str], least: int) -> dict[str, Any]:
+    """The fields. Raises ValueError where one of `names` is there and is no whole number from `least` on."""
+    for name in names:
+        value = fields.get(name, least)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{name} must be a whole number from {least} on, got {value!r}")
+    return fields
+
+
+def _timed(fields: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """The fields. Raises ValueError where one of `names` is there and is no positive finite number."""
+    for name in names:
+        value = fields.get(name, 1.0)
+        if type(value) not in (int, float) or not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a positive finite number, got {value!r}")
+    return fields
 
 
 def _clock(entry: dict[str, Any]) -> ClockSample:

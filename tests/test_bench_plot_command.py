@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -90,6 +91,32 @@ def test_a_file_that_is_no_results_file_is_named(content, complaint, tmp_path, c
     assert complaint in error
     assert str(path) in error
     assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value", "allowed"),
+    [
+        ("case", "batch", "x", "a whole number from 1 on, got 'x'"),
+        ("case", "batch", 0, "a whole number from 1 on, got 0"),
+        ("case", "batch", True, "a whole number from 1 on, got True"),
+        ("shape", "height", -1, "a whole number from 0 on, got -1"),
+        ("shape", "groups", 0, "a whole number from 1 on, got 0"),
+        ("timing", "median_ms", "1", "a positive finite number, got '1'"),
+        ("timing", "median_ms", None, "a positive finite number, got None"),
+        ("timing", "median_ms", 0, "a positive finite number, got 0"),
+        ("timing", "q80_ms", float("inf"), "a positive finite number, got inf"),
+        ("record", "host_us", float("nan"), "a positive finite number, got nan"),
+    ],
+)
+def test_a_value_that_no_run_writes_is_named_with_its_file(part, name, value, allowed, tmp_path, capsys):
+    data = json.loads(small(batches=(8,)).to_json())
+    record = data["records"][0]
+    parts = {"record": record, **record, "shape": record["case"]["shape"]}
+    parts[part][name] = value
+    path = tmp_path / "some.json"
+    path.write_text(json.dumps(data), encoding="utf-8")
+    assert cli.main(["plot", str(path)]) == 2
+    assert capsys.readouterr().err == f"sk-triton plot: {path}: {name} must be {allowed}\n"
 
 
 def test_a_suite_without_pictures_is_named_with_its_file(saved, capsys):
