@@ -370,3 +370,15 @@ def test_what_is_no_report_is_refused(text, tmp_path, capsys):
     (tmp_path / "report.json").write_text(text)
     assert cli.main(["report", "--device", "cpu", "--output", str(tmp_path)]) == 2
     assert "report.json" in capsys.readouterr().out
+
+
+def test_a_suites_file_that_cannot_be_read_is_named_before_the_steps_run(tmp_path, monkeypatch, capsys):
+    run = []
+    monkeypatch.setitem(STEPS, "environment", Step(lambda context: run.append("it") or Ending(), 1))
+    (tmp_path / "layer.json").write_text("[1]", encoding="utf-8")
+    assert make(tmp_path, "--step", "environment")[0] == 2
+    assert not run
+    assert f"sk-triton report: {tmp_path / 'layer.json'}: schema must be" in capsys.readouterr().out
+    assert make(tmp_path, "--step", "environment", "--again")[0] == 2
+    assert run
+    assert f"sk-triton report: {tmp_path / 'layer.json'}: schema must be" in capsys.readouterr().out

@@ -70,9 +70,10 @@ def run(args: argparse.Namespace) -> int:
         writable_folder(args.output)
         report = report_file.load(args.output) or Report(seed=args.seed)
         _refuse_mixing(report, take_stamp(device), args)
+        if not args.again:  # which may replace a file that cannot be read
+            load_runs(args.output)
     except (ValueError, OSError) as error:
-        console.print(f"sk-triton report: {error}", markup=False, style="red", soft_wrap=True)
-        return BAD_USAGE
+        return _refused(error, console)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     report.seed = args.seed
@@ -90,7 +91,15 @@ def run(args: argparse.Namespace) -> int:
             console.print("interrupted; what was measured is kept, the next run goes on", style="yellow")
             return INTERRUPTED_CODE
     console.print(f"\nreport  {args.output}", markup=False, soft_wrap=True)
-    return int(failed or any(run.exit_code for run in load_runs(args.output)))
+    try:
+        return int(failed or any(run.exit_code for run in load_runs(args.output)))
+    except ValueError as error:
+        return _refused(error, console)
+
+
+def _refused(error: Exception, console: Console) -> int:
+    console.print(f"sk-triton report: {error}", markup=False, style="red", soft_wrap=True)
+    return BAD_USAGE
 
 
 def choose_steps(wanted: Sequence[str] | None, on_gpu: bool) -> list[str]:
