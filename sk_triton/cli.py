@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sk_triton.environment import missing_message, version
-from sk_triton.exit_codes import CLOSED_OUTPUT, INTERRUPTED, MISSING_PACKAGE
+from sk_triton.exit_codes import CLOSED_OUTPUT, FAILED, INTERRUPTED, MISSING_PACKAGE
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,37 @@ COMMANDS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one subcommand and returns its exit code; 1 where its output is closed early, 2 for bad usage or a missing
-    optional package."""
+    """Runs one subcommand and returns its exit code; 1 where its output is closed early or full, 2 for bad usage or a
+    missing optional package."""
+    _write_any_text()
     try:
         try:
             return _run(argv)
         finally:
-            sys.stdout.flush()  # what is closed shows here, not when the interpreter ends
+            if sys.stdout is not None:  # as it is where no file is open there
+                sys.stdout.flush()  # what is closed or full shows here, not when the interpreter ends
     except BrokenPipeError:
-        # The interpreter flushes once more: https://docs.python.org/3/library/signal.html#note-on-sigpipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return CLOSED_OUTPUT
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _drop_output()
+        print(f"sk-triton: {error}", file=sys.stderr)
+        return FAILED
+
+
+def _write_any_text() -> None:
+    """What an output's encoding does not have is written as a question mark."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _drop_output() -> None:
+    # The interpreter flushes once more: https://docs.python.org/3/library/signal.html#note-on-sigpipe
+    if sys.stdout is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(argv: Sequence[str] | None) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import runpy
 import subprocess
@@ -105,6 +107,44 @@ def test_output_that_is_closed_early_ends_without_a_traceback(arguments, unbuffe
         error = process.stderr.read()
     assert error == ""
     assert process.returncode == cli.CLOSED_OUTPUT
+
+
+def printing(args):
+    print("5 \u00b5s")
+    print("5 \u00b5s", file=sys.stderr)
+    return 0
+
+
+def test_what_an_outputs_encoding_does_not_have_is_a_question_mark(subcommand, monkeypatch):
+    subcommand(printing)
+    outputs = [io.TextIOWrapper(io.BytesIO(), "ascii", newline="\n") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", outputs[0])
+    monkeypatch.setattr(sys, "stderr", outputs[1])
+    assert cli.main(["probe"]) == 0
+    outputs[1].flush()
+    assert [output.buffer.getvalue() for output in outputs] == [b"5 ?s\n"] * 2
+
+
+def test_no_output_at_all_is_no_failure(subcommand, monkeypatch):
+    subcommand(printing)
+    monkeypatch.setattr(sys, "stdout", None)  # as Python starts with after `>&-`
+    assert cli.main(["probe"]) == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+@pytest.mark.parametrize("at_once", [False, True])
+def test_output_that_is_full_is_one_line_and_exit_code_1(at_once, subcommand, monkeypatch, capsys):
+    subcommand(lambda args: print("words") or 0)
+    with io.TextIOWrapper(open("/dev/full", "wb", buffering=0), write_through=at_once) as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["probe"]) == cli.FAILED
+    assert capsys.readouterr().err == f"sk-triton: [Errno {errno.ENOSPC}] {os.strerror(errno.ENOSPC)}\n"
+
+
+def test_another_error_of_the_system_is_not_hidden(subcommand):
+    subcommand(raising(FileNotFoundError("a file of our own")))
+    with pytest.raises(FileNotFoundError):
+        cli.main(["probe"])
 
 
 def test_the_bench_package_runs_as_a_module(monkeypatch, capsys):
