@@ -72,6 +72,15 @@ def test_explain_shows_measurements_where_there_are_some(command, tmp_path):
     assert "not measured" not in out
 
 
+def test_an_installation_without_results_says_where_they_are(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(validation, "RESULTS", tmp_path / "results")
+    _, out, _ = command("--stage", "4", "--gpu", "h100")
+    assert (
+        "not measured: this installation holds no measured results, which are in the repository's bench/results"
+        in out
+    )
+
+
 @pytest.fixture
 def measured(tmp_path):
     """Stage 1 was measured with 8 and with 128 samples."""

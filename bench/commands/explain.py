@@ -16,6 +16,7 @@ from sk_triton.exit_codes import BAD_USAGE
 
 from ..formats import microseconds
 from ..model import speed_of_light as sol
+from ..model import validation
 from ..model.choice import choice, refused, rejected
 from ..model.gpus import Gpu, chip_for, find_gpu, refuse_precision
 from ..model.speed_of_light import Prediction, Problem
@@ -89,6 +90,8 @@ def _predict(
 
 
 def _why_not_measured(gpu: Gpu, dtype: str, cases: int) -> str:
+    if not validation.RESULTS.is_dir():  # as in a wheel
+        return "not measured: this installation holds no measured results, which are in the repository's bench/results"
     if not cases:
         return f"not measured: no results of {gpu.name} in {dtype} are committed"
     among = f"the {cases} cases of {gpu.name} in {dtype}"
