@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from sk_triton import cli
-from sk_triton.bench import plots, results, shapes
+from sk_triton.bench import plots, results, shapes, suites
 from sk_triton.bench.commands import arguments
 from sk_triton.bench.commands import bench as bench_command
 from sk_triton.bench.measuring import protocol, providers, session
@@ -269,6 +269,15 @@ def test_help_says_what_each_suite_measures(capsys):
         cli.main(["bench", "--help"])
     out = capsys.readouterr().out
     assert all(f"{suite}:" in out for suite in ("layer", "train", "model", "sweep", "host", "scaling"))
+
+
+def test_help_needs_no_docstrings(monkeypatch, capsys):
+    for suite in suites.SUITES.values():
+        monkeypatch.setattr(suite, "__doc__", None)
+    with pytest.raises(SystemExit) as done:
+        cli.main(["bench", "--help"])
+    assert done.value.code == 0
+    assert "scaling: scaling;" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton bench`."""
-    summaries = {name: (suite.__doc__ or "").partition(".")[0] for name, suite in SUITES.items()}
+    # Without docstrings, as under -OO, a suite's name has to do.
+    summaries = {name: (suite.__doc__ or name).partition(".")[0] for name, suite in SUITES.items()}
     summaries[HOST] = "What a call costs the host, and what starting up costs"
     described = "; ".join(f"{name}: {summary[0].lower()}{summary[1:]}" for name, summary in summaries.items())
     parser.add_argument(
