@@ -330,7 +330,7 @@ def test_a_step_has_its_machine():
 def test_a_time_limit_that_is_none_is_refused(seconds, capsys):
     with pytest.raises(SystemExit):
         cli.main(["report", "--time-limit", seconds])
-    assert f"must be a whole number from 1 on, got '{seconds}'" in capsys.readouterr().err
+    assert f"must be a whole number from 1 to 604800, got '{seconds}'" in capsys.readouterr().err
 
 
 def test_the_page_stays_small_and_says_which_pictures_it_leaves_out(tmp_path, monkeypatch):

@@ -192,7 +192,7 @@ def test_what_is_not_taken_comes_with_the_dispatchers_words(command):
     [
         (["--stage", "1", "--gpu", "h10"], "gpu must be one of"),
         (["--shape", "1,2,3", "--gpu", "h100"], "must be N,C,H,W"),
-        (["--shape", "0,128,7,7", "--gpu", "h100"], "must be N,C,H,W, each from 1 on"),
+        (["--shape", "0,128,7,7", "--gpu", "h100"], "must be N,C,H,W, each from 1 to 65536"),
         (["--shape", "1,130,7,7", "--gpu", "h100"], "groups must divide"),
         (
             ["--stage", "1", "--gpu", "h100", "--kernels", "3"],
@@ -200,7 +200,7 @@ def test_what_is_not_taken_comes_with_the_dispatchers_words(command):
         ),
         (
             ["--stage", "1", "--gpu", "h100", "--batch", "0"],
-            "--batch: must be a whole number from 1 on, got '0'",
+            "--batch: must be a whole number from 1 to 65536, got '0'",
         ),
         (
             ["--shape", "8,128,7,7", "--gpu", "h100", "--batch", "3"],

@@ -56,11 +56,20 @@ def run(*options, capsys) -> tuple[int, str, str]:
         ),
         (("--stage", "1", "--dry-run", "--gpu", "voodoo"), "gpu must be one of H100 SXM"),
         (("--stage", "1", "--direction", "sideways"), "invalid choice: 'sideways'"),
-        (("--stage", "1", "--budget", "soon"), "must be a time such as 60s or 5m, got 'soon'"),
+        (
+            ("--stage", "1", "--budget", "soon"),
+            "must be a time such as 60s or 5m, a week at most, got 'soon'",
+        ),
+        (("--stage", "1", "--budget", "604801s"), "a week at most, got '604801s'"),
+        (("--stage", "1", "--budget", "10081m"), "a week at most, got '10081m'"),
+        (("--stage", "1", "--budget", "9" * 400), "a week at most, got '999"),
         (("--stage", "1", "--budget", "0s"), "must be a time such as 60s or 5m"),
-        (("--stage", "1", "--candidates", "0"), "--candidates: must be a whole number from 1 on, got '0'"),
-        (("--stage", "1", "--workers", "0"), "--workers: must be a whole number from 1 on, got '0'"),
-        (("--model", "sknet50", "--batch", "0"), "--batch: must be a whole number from 1 on, got '0'"),
+        (
+            ("--stage", "1", "--candidates", "0"),
+            "--candidates: must be a whole number from 1 to 65536, got '0'",
+        ),
+        (("--stage", "1", "--workers", "0"), "--workers: must be a whole number from 1 to 65536, got '0'"),
+        (("--model", "sknet50", "--batch", "0"), "--batch: must be a whole number from 1 to 65536, got '0'"),
         (
             ("--shape", "4,64,7,7", "--batch", "3", "--dry-run", "--gpu", "h100"),
             "--batch does not act on --shape, whose first size is the batch, 4",
@@ -93,7 +102,9 @@ def test_without_a_gpu_it_says_what_to_do(options, capsys):
     assert "there is no GPU here to tune on; --dry-run --gpu h100 ranks candidates for one" in err
 
 
-@pytest.mark.parametrize(("text", "seconds"), [("60s", 60), ("5m", 300), ("90", 90), ("0.5m", 30)])
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("60s", 60), ("5m", 300), ("90", 90), ("0.5m", 30), ("10080m", 604800)]
+)
 def test_budgets(text, seconds):
     assert tune._seconds(text) == seconds
 

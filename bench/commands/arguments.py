@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 from pathlib import Path
 
 import torch
 
 DTYPE_NAMES = ("fp16", "bf16", "fp32")
+LARGEST, MOST_CHANNELS, MOST_ELEMENTS = 2**16, 2**13, 2**35
+"""Of an input; 2^35 elements in fp16 take 64 GiB. What plans and predicts works on tables that grow with them."""
+WEEK_SECONDS = 7 * 24 * 3600
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number from 1 to `LARGEST`."""
+    return _whole(text, LARGEST)
+
+
+def whole_seconds(text: str) -> int:
+    """A whole number of seconds, a week at most."""
+    return _whole(text, WEEK_SECONDS)
+
+
+def _whole(text: str, largest: int) -> int:
     try:
         value = int(text)
     except ValueError:
         value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    if not 1 <= value <= largest:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {largest}, got {text!r}")
     return value
 
 
 def sizes(text: str) -> tuple[int, ...]:
-    """Four whole numbers from 1 on, N,C,H,W."""
+    """Four whole numbers from 1 on, N,C,H,W, of a tensor that is not absurdly large."""
     try:
         found = tuple(int(size) for size in text.split(","))
     except ValueError:
         found = ()
-    if len(found) != 4 or min(found) < 1:
+    is_sane = len(found) == 4 and min(found) >= 1 and max(found) <= LARGEST and found[1] <= MOST_CHANNELS
+    if not is_sane or math.prod(found) > MOST_ELEMENTS:
         raise argparse.ArgumentTypeError(
-            f"must be N,C,H,W, each from 1 on, as in 128,128,56,56, got {text!r}"
+            f"must be N,C,H,W, each from 1 to {LARGEST}, C to {MOST_CHANNELS}, with a product of at most "
+            f"{MOST_ELEMENTS}, as in 128,128,56,56, got {text!r}"
         )
     return found
 

@@ -25,7 +25,7 @@ from ..report.file import FAILED, INTERRUPTED, Report, StepState
 from ..report.runs import load_runs
 from ..report.steps import STEPS, Context, Ending
 from ..stamp import Stamp, take_stamp
-from .arguments import choose_device, positive, writable_folder
+from .arguments import choose_device, whole_seconds, writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--time-limit",
-        type=positive,
+        type=whole_seconds,
         default=STEP_SECONDS,
         metavar="SECONDS",
         help=f"for each step (default {STEP_SECONDS}); what is left is for the next run",

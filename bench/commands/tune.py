@@ -28,7 +28,7 @@ from ..tuning.ranking import failures, rank
 from ..tuning.session import BUDGET_SECONDS, INTERRUPT, Request, present, product, tune_here
 from ..tuning.targets import Target, refusal, targets_of
 from ..tuning.units import network_problems, title
-from .arguments import choose_device, positive
+from .arguments import WEEK_SECONDS, choose_device, positive
 from .unit_arguments import add_unit_arguments, batch_of, problem_of, refuse_unit_options
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def _cores() -> int:
 
 def _seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m)?", text)
-    if not found or not float(found[1]):
-        raise argparse.ArgumentTypeError(f"must be a time such as 60s or 5m, got {text!r}")
-    return float(found[1]) * (60 if found[2] == "m" else 1)
+    seconds = float(found[1]) * (60 if found[2] == "m" else 1) if found else 0.0
+    if not 0 < seconds <= WEEK_SECONDS:
+        raise argparse.ArgumentTypeError(f"must be a time such as 60s or 5m, a week at most, got {text!r}")
+    return seconds
