@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from sk_triton import cli
 from sk_triton.bench.commands import arguments
@@ -57,3 +58,26 @@ def test_a_shape_that_no_gpu_holds_is_refused(shape, capsys):
 @pytest.mark.parametrize("shape", [(1, 8192, 7, 7), (65536, 128, 64, 64), (1, 1, 65536, 65536)])
 def test_a_large_shape_is_taken(shape):
     assert arguments.sizes(",".join(map(str, shape))) == shape
+
+
+@pytest.mark.parametrize("command", ["bench", "report"])
+@pytest.mark.parametrize("seed", ["-1", "0.5", "9223372036854775808"])
+def test_a_seed_has_63_bits(command, seed, capsys):
+    with pytest.raises(SystemExit) as refusal:
+        cli.main([command, "--device", "none", f"--seed={seed}"])
+    assert refusal.value.code == 2
+    assert (
+        f"argument --seed: must be a whole number from 0 to 9223372036854775807, got '{seed}'"
+        in capsys.readouterr().err
+    )
+
+
+def test_the_largest_seed_is_one_of_pytorch():
+    generator = torch.Generator().manual_seed(arguments.seed("9223372036854775807"))
+    assert generator.initial_seed() == 2**63 - 1
+
+
+@pytest.mark.parametrize("name", ["cpu:7", "cpu:0", "meta", "nonsense"])
+def test_a_device_that_is_none_of_those_named_is_refused(name):
+    with pytest.raises(ValueError, match=f"--device must be auto, cpu, cuda or cuda:N, got '{name}'"):
+        arguments.choose_device(name)

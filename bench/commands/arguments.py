@@ -17,21 +17,26 @@ WEEK_SECONDS = 7 * 24 * 3600
 
 def positive(text: str) -> int:
     """A whole number from 1 to `LARGEST`."""
-    return _whole(text, LARGEST)
+    return _whole(text, 1, LARGEST)
 
 
 def whole_seconds(text: str) -> int:
     """A whole number of seconds, a week at most."""
-    return _whole(text, WEEK_SECONDS)
+    return _whole(text, 1, WEEK_SECONDS)
 
 
-def _whole(text: str, largest: int) -> int:
+def seed(text: str) -> int:
+    """A whole number from 0 on in 63 bits, which PyTorch takes."""
+    return _whole(text, 0, 2**63 - 1)
+
+
+def _whole(text: str, least: int, largest: int) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if not 1 <= value <= largest:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to {largest}, got {text!r}")
+        value = least - 1
+    if not least <= value <= largest:
+        raise argparse.ArgumentTypeError(f"must be a whole number from {least} to {largest}, got {text!r}")
     return value
 
 
@@ -58,7 +63,7 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type != "cuda" and name != "cpu":
         raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device is {name!r}, but {torch.cuda.device_count()} GPUs are visible to PyTorch")

@@ -15,7 +15,7 @@ from sk_triton.exit_codes import BAD_USAGE, FAILED, INTERRUPTED
 from ..problems import in_one_line
 from ..shapes import STAGES
 from ..suites import GPU_OPTIONS, HOST, LAYER, ONE_BATCH, OPTIONS, SUITES, Choice
-from .arguments import DTYPE_NAMES, choose_device, positive, whole_seconds, writable_folder
+from .arguments import DTYPE_NAMES, choose_device, positive, seed, whole_seconds, writable_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="begin no case of a suite that would end after this",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and inputs (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of weights and inputs (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -25,7 +25,7 @@ from ..report.file import FAILED, INTERRUPTED, Report, StepState
 from ..report.runs import load_runs
 from ..report.steps import STEPS, Context, Ending
 from ..stamp import Stamp, take_stamp
-from .arguments import choose_device, whole_seconds, writable_folder
+from .arguments import choose_device, seed, whole_seconds, writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help=f"for each step (default {STEP_SECONDS}); what is left is for the next run",
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of weights and inputs (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="seed of weights and inputs (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:
