@@ -1,5 +1,6 @@
 """What training keeps for the backward pass, as the benchmark reports it."""
 
+import gc
 import json
 
 import pytest
@@ -79,17 +80,19 @@ def test_a_compiled_layer_keeps_what_its_backward_pass_reads():
 @pytest.mark.interpret
 def test_both_policies_in_activation_tensors():
     layer = SelectiveKernel(16, groups=4, split_input=False).half()
-    x = torch.randn(2, 16, 12, 12).half().to(memory_format=torch.channels_last).requires_grad_()
+    # Large enough for weights, which are packed at every call, to be small beside it.
+    x = torch.randn(2, 16, 24, 24).half().to(memory_format=torch.channels_last).requires_grad_()
     given = [x, *layer.parameters(), *layer.buffers()]
     found = {}
     for save in ("branches", "input"):
+        gc.collect()  # what an earlier call left would be freed in this one
         with use_backend("triton"), save_for_backward(save):
             found[save] = memory.measure_memory(lambda: layer(x), CPU, given)
     tensor = x.numel() * 2
     # Sums by sample and channel are all that the gradient needs besides.
     assert 2 * tensor < found["branches"].saved_bytes < 2.2 * tensor
     assert 0 < found["input"].saved_bytes < 0.2 * tensor
-    assert found["input"].peak_bytes < found["branches"].peak_bytes
+    assert found["input"].peak_bytes < found["branches"].peak_bytes - tensor
 
 
 @pytest.mark.interpret
