@@ -170,7 +170,8 @@ def test_gradients_of_another_layout(spread, recorded, direct):
 
 @needs_narrow_products
 def test_saved_tensors_that_come_back_elsewhere_in_another_layout(recorded, direct, monkeypatch):
-    """As hooks on a node's own saved tensors may hand them over: clones, slices of a buffer, contiguous copies."""
+    """As hooks on a node's own saved tensors may hand them over: clones, slices of a buffer, contiguous copies, vectors
+    with gaps."""
     monkeypatch.setattr("sk_triton.training.replay.MAX_RECORDINGS", 2)
     layer, planned = recorded
 
@@ -178,7 +179,10 @@ def test_saved_tensors_that_come_back_elsewhere_in_another_layout(recorded, dire
         buffer = tensor.new_empty(tensor.numel() + 64)
         return buffer[64:].view(tensor.shape).copy_(tensor) if tensor.dim() == 1 else tensor.clone()
 
-    for unpack in (torch.clone, in_a_buffer, torch.Tensor.contiguous) * 2:
+    def with_gaps(tensor):
+        return tensor.repeat_interleave(2)[::2] if tensor.dim() == 1 else tensor.clone()
+
+    for unpack in (torch.clone, in_a_buffer, torch.Tensor.contiguous, with_gaps) * 2:
         x = image()
         inner = x.clone(memory_format=torch.preserve_format).requires_grad_()
         layer.zero_grad()
