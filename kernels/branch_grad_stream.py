@@ -253,7 +253,8 @@ def branch_grad_stream_kernel(
         for _ in tl.static_range(2 * REACH):
             dx = dx + (tl.zeros([BLOCKS, 16, RUNS], tl.float32),)
         for y in tl.range(tl.maximum(y_first - REACH, 0), y_end + REACH):
-            is_row = y < H
+            # As a tensor: of a scalar's comparison Triton's interpreter makes no mask.
+            is_row = tl.full([1, 1, 1, 1], y, tl.int32) < H
             dv_row = tl.load(
                 dv_ptr + (n * stride_dvn + y * stride_dvh) + offs_dv, mask=in_image & is_row, other=0.0
             )
@@ -297,9 +298,9 @@ def branch_grad_stream_kernel(
             dys = kept
 
             row = y - REACH
-            is_own_row = row >= y_first
+            own_row = tl.full([1, 1, 1, 1], row, tl.int32) >= y_first
             x_row = tl.load(
-                x_ptr + (n * stride_xn + row * stride_xh) + offs_x, mask=is_own & is_own_row, other=0.0
+                x_ptr + (n * stride_xn + row * stride_xh) + offs_x, mask=is_own & own_row, other=0.0
             )
             pixels = tl.dot(to_accumulator, right_operands(x_row))
             added = ()
@@ -319,7 +320,7 @@ def branch_grad_stream_kernel(
             tl.store(
                 dx_ptr + (n * stride_dxn + row * stride_dxh) + offs_dx,
                 dx[0].to(dx_ptr.dtype.element_ty),
-                mask=mask_dx & is_own_row,
+                mask=mask_dx & (tl.full([1, 1, 1], row, tl.int32) >= y_first),
             )
             dx = entries_of(dx, 1, 2 * REACH)
 

@@ -41,7 +41,8 @@ def section_weights_kernel(
             for kx in tl.static_range(len(TAPS[m])):
                 is_met = (met_h >> TAPS[m][ky]) & (met_w >> TAPS[m][kx]) & 1
                 tap = weight_ptr + (ky * len(TAPS[m]) + kx) * stride_tap
-                own += tl.load(tap, mask=mask & (is_met == 1), other=0.0).to(tl.float64)
+                # Not `mask & (is_met == 1)`: of a scalar's comparison Triton's interpreter makes no mask.
+                own += tl.load(tap, mask=tl.where(is_met == 1, mask, False), other=0.0).to(tl.float64)
         if HAS_SCALE:
             own *= tl.load(scale_ptr + m * C_OUT + co, mask=mask, other=0.0).to(tl.float64)
         total += own

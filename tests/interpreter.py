@@ -3,6 +3,8 @@
 As of Triton 3.9 it multiplies the bit patterns of bfloat16 in `tl.dot`, casts integers to bit patterns, and truncates
 where the hardware rounds to nearest even. Kernels are judged in bfloat16 under these replacements.
 
+Until Triton 3.8 it takes masks of any type, where 3.9 wants bools, which it does not make of a scalar's comparison.
+
 It also looks through all of `triton.language` at every call of a device function, works out every type anew at every
 operation, and does every sum and product of 32-bit integers once more in 64 bits: five sixths of its time.
 """
@@ -50,6 +52,29 @@ def quicken() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, start
     _check_overflow(False)
     remember_types()
+    _refuse_masks_of_numbers()
+
+
+def _refuse_masks_of_numbers() -> None:
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, store = InterpreterBuilder.create_masked_load, InterpreterBuilder.create_masked_store
+
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, *rest: Any) -> Any:
+        _require_bools(mask)
+        return load(self, ptrs, mask, *rest)
+
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        _require_bools(mask)
+        return store(self, ptrs, value, mask, *rest)
+
+    InterpreterBuilder.create_masked_load = create_masked_load
+    InterpreterBuilder.create_masked_store = create_masked_store
+
+
+def _require_bools(mask: Any) -> None:
+    if mask.data.dtype != np.bool_:
+        raise TypeError(f"mask must be of bools, got {mask.data.dtype}: Triton 3.9 would refuse it")
 
 
 @contextlib.contextmanager

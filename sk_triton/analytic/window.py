@@ -24,13 +24,13 @@ LANES = 8
 REGISTERS, OTHER_REGISTERS = 255, 40
 # Sums of one branch in training: four tensors of a lane's four outputs.
 MOMENT_REGISTERS = 16
-# What addresses of stored branches take beside the weights of more than one, by whether products are sparse.
-STORE_REGISTERS = {False: 16, True: 24}
+# What addresses of stored branches take beside the weights of more than one.
+STORE_REGISTERS = 16
 # Longest run whose selection from several branches does not spill in bf16, by whether weights are held; in fp16 none
 # does.
 MAX_BF16_SELECTED = {True: 6, False: 4}
-# Longest run that is stored with 64-bit offsets without spills, no weights held.
-MAX_LARGE_STORED = 5
+# Longest run that is stored with 64-bit offsets, or after sparse products, without spills, no weights held.
+MAX_UNHELD_STORED = 5
 # Chip whose compiler spills runs of this length that are stored, no weights held.
 SPILLING_STORE = ("sm_120", 4)
 # Of a tile, once its sums are read: an eighth of the shortest program.
@@ -69,9 +69,10 @@ def window_candidates(
 
     `sparse`: by sparse products. Those have never run on a GPU, so they are for tuning alone, which measures them.
     """
-    is_measured = task == "train"
+    is_measured, is_sparse_store = task == "train", task == "store" and sparse
     # Sums of a branch take the registers of the other's weights.
-    holds = (False,) if (is_measured and not sparse) or len(shape.kernels) > 2 else (True, False)
+    is_crowded = (is_measured and not sparse) or is_sparse_store or len(shape.kernels) > 2
+    holds = (False,) if is_crowded else (True, False)
     found = []
     is_kept = task == "select" and dtype == torch.bfloat16 and len(shape.kernels) > 1
     for run_w in (7, 6, 5, 4, 3, 2):
@@ -80,7 +81,9 @@ def window_candidates(
         )
         if hold is None or (is_kept and not sparse and run_w > MAX_BF16_SELECTED[hold]):
             continue
-        if task == "store" and not hold and not sparse and (chip.name, run_w) == SPILLING_STORE:
+        if is_sparse_store and run_w > MAX_UNHELD_STORED:
+            continue
+        if task == "store" and not hold and (chip.name, run_w) == SPILLING_STORE:
             continue
         found += [
             WindowConfig(
@@ -134,7 +137,7 @@ def without_large_spills(configs: list[BranchConfig], task: str) -> list[BranchC
     return [
         replace(config, HOLD_WEIGHTS=False) if isinstance(config, WindowConfig) else config
         for config in configs
-        if not isinstance(config, WindowConfig) or config.RUN_W <= MAX_LARGE_STORED
+        if not isinstance(config, WindowConfig) or config.RUN_W <= MAX_UNHELD_STORED
     ]
 
 
@@ -151,7 +154,7 @@ def _registers(shape: ConvShape, run_w: int, hold: bool, task: str, sparse: bool
     taps = [kernel * kernel for kernel in shape.kernels]
     weights = (2 if sparse else 4) * (sum(taps) if hold else max(taps))
     sums = MOMENT_REGISTERS * len(taps) if task == "train" else 0
-    stored = STORE_REGISTERS[sparse] if task == "store" and hold and len(taps) > 1 else 0
+    stored = STORE_REGISTERS if task == "store" and hold and len(taps) > 1 else 0
     return window + 4 * run_w + weights + sums + stored + OTHER_REGISTERS
 
 
