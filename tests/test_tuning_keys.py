@@ -39,8 +39,8 @@ def test_what_is_tuned_for_a_launch_changes_no_expectation(folder):
     assert [la.task for la in plan_training(work, "branches").branch_launches] == [
         la.task for la in step.branch_launches
     ]
-    cache.save(origin(), {launches.schedule_key(work): Entry("store", 128, 60e-6, 60e-6)})
-    assert fastest_plan(work).schedule == "store"
+    cache.save(origin(), {launches.schedule_key(work): Entry(expected.schedule, 128, 60e-6, 60e-6)})
+    assert fastest_plan(work).schedule == expected.schedule
     assert source_of(fastest_plan(work), "schedule").text == (
         "analytic (sm_90), confirmed on NVIDIA H100 80GB HBM3 (132 SMs)"
     )
