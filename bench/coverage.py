@@ -86,9 +86,9 @@ def _missing(run: Results, case: Case, records: list[Record]) -> dict[str, dict[
         record.key for record in records if record.role == PEER and record.status != results.NOT_MEASURED
     }
     wanted: dict[str, list[Provider]] = {}
-    for provider in competitors(case, run.stamp.device_type, quick=False):
-        # Forms with cuDNN's own choice of algorithms are for NVIDIA's GPUs.
-        if provider.source.role == PEER and (provider.form.is_benchmarking or _is_nvidia(run)):
+    is_nvidia = run.stamp.torch_built_for.startswith("CUDA")
+    for provider in competitors(case, run.stamp.device_type, quick=False, is_nvidia=is_nvidia):
+        if provider.source.role == PEER:
             wanted.setdefault(provider.source.label, []).append(provider)
     found: dict[str, dict[str, bool] | None] = {}
     for peer, providers in wanted.items():
@@ -126,10 +126,6 @@ def _format(form: Form) -> str:
 def _order(way: str) -> int:
     """As forms stand in their list."""
     return next(index for index, form in enumerate(BY_KEY.values()) if _way(form) == way.partition(" in ")[0])
-
-
-def _is_nvidia(run: Results) -> bool:
-    return run.stamp.torch_built_for.startswith("CUDA")
 
 
 def _where(places: set[Place], every: set[Place], names_peer: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sk_triton import spec
+from sk_triton.tuning import keys
 
 GROUPS = 32
 BRANCHES = 2
@@ -29,9 +30,8 @@ def subject_title(subject: str) -> str:
     return {**UNITS, **NETWORKS}.get(subject, subject)
 
 
-INFERENCE = "inference"
-TRAINING = "training"
-DIRECTIONS = (INFERENCE, TRAINING)
+DIRECTIONS = keys.DIRECTIONS
+INFERENCE, TRAINING = DIRECTIONS
 
 
 @dataclass(frozen=True)

@@ -77,8 +77,8 @@ def _place(item: tuple[Case, dict[str, UnitTime]]) -> tuple[int, str, int, int, 
 def markdown(times: Sequence[UnitTime]) -> str:
     """A row for each case that eager was measured in as well."""
     lines = [
-        "| unit | sk_triton | schedule | eager | speed-up | share of the floor | commit of ours | of eager |",
-        "|---|---|---|---|---|---|---|---|",
+        "| unit | sk_triton | schedule | eager | speed-up | share of the floor |",
+        "|---|---|---|---|---|---|",
     ]
     kinds = {(time.case.batch, time.case.dtype) for time in times}
     for case, schedules in sorted(by_case(times).items(), key=_place):
@@ -94,8 +94,6 @@ def markdown(times: Sequence[UnitTime]) -> str:
             f"{three_digits(eager.seconds * 1e6)} µs",
             f"{eager.seconds / ours.seconds:.1f}x",
             f"{ours.floor_seconds / ours.seconds:.0%}" if is_inference else "",
-            ours.commit,
-            eager.commit,
         ]
         lines.append(f"| {' | '.join(cells)} |")
     note = other_runs(times)

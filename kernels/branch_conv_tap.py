@@ -113,7 +113,7 @@ def branch_conv_tap_fwd_kernel(
     HAS_SHIFT: tl.constexpr, HAS_RELU: tl.constexpr, HAS_CHANNEL_MASK: tl.constexpr, IS_LARGE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Every branch of one tile: `u[m]` and, by TASK as in `branch_conv_stream_fwd_kernel`, the tile's pooled sums over
+    """Every branch of one tile: `u[m]` and, by TASK as in `stream_tile`, the tile's pooled sums over
     branches and pixels ("store") or each branch's moments ("train").
 
     A tile is BLOCK_N samples x BLOCK_H rows x BLOCK_W row runs (RUN_W outputs each). Its BLOCK_CO outputs belong to

@@ -55,7 +55,7 @@ def positions(values):
 @triton.jit
 def row_words(values, dtype: tl.constexpr, DILATION: tl.constexpr):
     """`values [BLOCKS, 16, RUNS]` of runs of adjacent pixels, rounded to 16 bits, as words `[BLOCKS * 16, RUNS / 2]` of
-    runs whose pixels are DILATION apart: what a loop carries as 16 bits it takes apart."""
+    runs whose pixels are DILATION apart (LLVM takes apart what a loop carries as 16 bits)."""
     BLOCKS: tl.constexpr = values.shape[0]
     if DILATION > 1:
         low, high = positions(values)

@@ -131,9 +131,9 @@ def gate_params_bwd(
 ) -> Launch:
     """Write the gradients of all parameters but the convolutions' weights.
 
-    From `dh`, `s`, `z`, `dlogits`, `attention`, `pooled_grad` as above, `grads [2, N, M, C]`, the sums over pixels of
-    `select_bwd`, and `sums [2, N, M, C]`, those of `pooled_moments_fwd`, or None where every pixel is active and no
-    branch has a norm; `rstd` and `gamma` `[M, C]`; fp32, contiguous.
+    From `dh`, `s`, `z`, `dlogits`, `attention`, `pooled_grad` as `gate_train` and `gate_train_bwd` write them,
+    `grads [2, N, M, C]`, the sums over pixels of `select_bwd`, and `sums [2, N, M, C]`, those of `pooled_moments_fwd`,
+    or None where every pixel is active and no branch has a norm; `rstd` and `gamma` `[M, C]`; fp32, contiguous.
 
     Written: `affine_grad [2, M, C]`, of beta then of gamma; `terms [2, M, C]`, the same over the number of `values` for
     branches of `batch_norms`, 0 for others; fp32. Of any dtype: M `dbetas`, `dgammas` and `dbiases` `[C]` of norms and

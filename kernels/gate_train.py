@@ -254,7 +254,7 @@ def gate_norm_fwd(
     bias: torch.Tensor | None,
     gamma: torch.Tensor | None,
     beta: torch.Tensor | None,
-    given: tuple[torch.Tensor, torch.Tensor] | None,
+    given: tuple[torch.Tensor, ...],
     h: torch.Tensor,
     z: torch.Tensor,
     mean: torch.Tensor,
@@ -269,11 +269,11 @@ def gate_norm_fwd(
     """Write the hidden features `h [N, D]`, the sum of the `summands` and `bias [D]`, and `z = act(norm(h))`, fp32.
 
     `statistics`: "batch" takes those of the N samples, writes `mean`, `rstd` and the unbiased variance `var`, `[D]`
-    fp32, and updates `running`; "given" takes `given`, mean and variance `[D]`, and writes all three as well; "none"
-    does not normalize.
+    fp32, and updates `running`; "given" takes `given`, mean and variance `[D]` (empty for the others), and writes all
+    three as well; "none" does not normalize.
     """
     count, n, d = summands.shape
-    given_mean, given_var = (summands, summands) if given is None else given
+    given_mean, given_var = given or (summands, summands)
     arguments = (
         summands, summands if bias is None else bias, summands if gamma is None else gamma,
         summands if beta is None else beta, given_mean, given_var, h, z, mean, rstd, var,

@@ -44,6 +44,11 @@ class ConvShape:
     is_split: bool = False
 
     @property
+    def group_channels(self) -> int:
+        """Channels of a group, of inputs or of outputs, whichever are more."""
+        return max(self.c_in, self.c_out) // self.groups
+
+    @property
     def is_depthwise(self) -> bool:
         return self.groups == self.c_in == self.c_out
 
@@ -58,7 +63,10 @@ class Blocking:
 
     A channel block covers `groups_per_block` whole groups, or is one of `blocks_per_group` blocks of one group. Blocks
     beyond the last group fill up the last program; their weights are zero.
-    `offsets[m]` is where branch m's weights start inside a channel block's, `offsets[-1]` the block's length.
+    `chunks` are the pieces of a block's inputs. By branch: outputs of a run are `spacings[m]` apart, and `steps[m]`
+    points of the branch's lattice; a product's operand spans `spans[m]` of these; `taps_w[m]` kernel columns are
+    products of their own. `offsets[m]` is where branch m's weights start inside a channel block's, `offsets[-1]` the
+    block's length.
     """
 
     groups_per_block: int
@@ -227,6 +235,11 @@ def tiles(
         max(cdiv(runs(h, run_h, s), config.BLOCK_H) for s in column_runs(shape, config, is_common).spacings),
         max(cdiv(runs(w, run_w, s), config.BLOCK_W) for s in blocking(shape, config).spacings),
     )
+
+
+def tile_count(shape: ConvShape, config: BranchConfig, h: int, w: int) -> int:
+    """Tiles of a sample's `h` x `w` output."""
+    return prod(tiles(shape, config, h, w))
 
 
 def needs_64_bits(*images: torch.Tensor, samples: int = 1) -> bool:

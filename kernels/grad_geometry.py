@@ -20,7 +20,7 @@ MAX_GRID_Y = 65535
 
 def grad_refusal(shape: ConvShape, dtype: torch.dtype, config: GradConfig, w: int) -> str:
     """Why the kernels of `config` do not compute the gradients of `shape` on images of `w` columns; "" if they do."""
-    width = max(shape.c_in, shape.c_out) // shape.groups
+    width = shape.group_channels
     if dtype not in (torch.float16, torch.bfloat16):
         return f"x is {dtype}; gradients are computed in torch.float16 and torch.bfloat16"
     if shape.stride != 1:

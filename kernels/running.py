@@ -26,7 +26,7 @@ def pointers_of(
     return means, variances, counters
 
 
-def tensors_of(running: Sequence[Running | None]) -> list[torch.Tensor]:
+def running_tensors(running: Sequence[Running | None]) -> list[torch.Tensor]:
     """All tensors of those that are there."""
     return [tensor for own in running if own is not None for tensor in own[:3]]
 

@@ -37,7 +37,7 @@ def widen(a, b, c, IS_LARGE: tl.constexpr):
 
 @triton.jit
 def packed(values):
-    """Pairs of 16-bit channels `[rows, channels]` as words: what a loop carries as 16 bits it takes apart."""
+    """Pairs of 16-bit channels `[rows, channels]` as words: LLVM takes apart what a loop carries as 16 bits."""
     low, high = tl.split(tl.reshape(values, [values.shape[0], values.shape[1] // 2, 2]))
     low = low.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return high.to(tl.int16, bitcast=True).to(tl.int32) << 16 | low

@@ -20,7 +20,7 @@ from .pack_cache import PackCache
 from .params import Branch, Gate
 from .plan import Plan
 from .planning import eager_passes
-from .preference import inference_plan, workload_of
+from .preference import inference_plan
 from .reasons import state_reason, tracing_reason, unit_reason
 from .replay.calls import Recorder
 from .save import Save
@@ -28,6 +28,7 @@ from .schedules import cpu_folded, cpu_merged, cpu_train, cpu_train_merged
 from .spec import SKSpec
 from .training import run as training
 from .training.plan import plan_training
+from .workload import workload_of
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _KERNELS = "the kernels"

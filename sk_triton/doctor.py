@@ -14,7 +14,6 @@ from . import environment
 from .dispatch import is_interpreted
 from .environment import OPTIONAL_PACKAGES, OptionalPackage
 from .tuning import cache
-from .tuning.command import is_current
 from .tuning.entries import BrokenFileError, NewerFileError
 
 LABEL_WIDTH = 14
@@ -147,7 +146,7 @@ def _tuned() -> str:
     except OSError as error:
         return f"not used: {error}"
     entries = sum(map(len, sections.values()))
-    current = sum(len(found) for origin, found in sections.items() if is_current(origin))
+    current = sum(len(found) for origin, found in sections.items() if origin.is_current)
     damaged = f", {len(complaints)} damaged; the first: {complaints[0]}" if complaints else ""
     return f"{cache.path()}: {entries} entries, {current} current{damaged}"
 

@@ -45,7 +45,7 @@ def fold_norm(norm: Any, bias: Tensor | None, width: int, like: Tensor) -> tuple
 
     In float64 where `like` is, else in float32, rounded once.
     """
-    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    dtype = sum_dtype(like.dtype)
     if norm is None:
         ones = torch.ones(width, dtype=dtype, device=like.device)
         return ones, torch.zeros_like(ones) if bias is None else bias.to(dtype)

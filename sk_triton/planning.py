@@ -107,7 +107,7 @@ def _plan_merged(workload: Workload) -> Plan | str:
         return "fp32 is IEEE; products without tensor cores leave no registers for the merged weights"
     ((_, _, branches),) = shapes
     shape = merged_shape(branches)
-    width = max(shape.c_in, shape.c_out) // shape.groups
+    width = shape.group_channels
     if width > merged.MAX_MERGED_CHANNELS:
         return (
             f"a group has {width} channels; above {merged.MAX_MERGED_CHANNELS} weights of each sample's own "

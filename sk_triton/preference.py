@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from dataclasses import replace
 from functools import lru_cache
-from math import prod
 from typing import cast
 
 import torch
@@ -14,9 +13,8 @@ from torch import Tensor
 from .analytic.gated import gated_reason
 from .analytic.resident import has_short_columns
 from .backend import SCHEDULES, Schedule, current_schedule
-from .chips import chip_of, pinned
 from .kernels.config import ColumnConfig, TapConfig
-from .kernels.geometry import tiles
+from .kernels.geometry import tile_count
 from .plan import Plan
 from .planning import (
     make_plan,
@@ -28,12 +26,10 @@ from .planning import (
     possible_schedules,
     refusal,
 )
-from .precision import allows_tf32
 from .spec import SKSpec
 from .tuning import cache, launches
 from .tuning.lookup import analytic_only, tuned
-from .tuning.ranks import pinning_reason
-from .workload import Workload
+from .workload import Workload, workload_of
 
 # Channels per group up to which the convolution is bound by memory, so that fusing it pays; above, it is the library's.
 MAX_KERNEL_CHANNELS = 64
@@ -50,17 +46,6 @@ def inference_plan(x: Tensor, spec: SKSpec) -> Plan:
     """
     workload, schedule = workload_of(x, spec), current_schedule()
     return plan_schedule(schedule, workload) if schedule is not None else fastest_plan(workload)
-
-
-def workload_of(x: Tensor, spec: SKSpec) -> Workload:
-    """What a call with `x`, on a device that the kernels support, has to compute."""
-    n, _, h_in, w_in = x.shape
-    chip = chip_of(x.device)
-    assert chip is not None
-    if chip.gpu and pinning_reason():
-        chip = pinned(chip)
-    allow_tf32 = x.dtype == torch.float32 and allows_tf32()
-    return Workload(spec, n, h_in, w_in, x.dtype, chip, allow_tf32, x.stride(1) != 1)
 
 
 @lru_cache(maxsize=1024)
@@ -173,7 +158,7 @@ def _expected_kernels(workload: Workload) -> Plan:
 def _gated_reason(workload: Workload, gated: Plan) -> str:
     """Why "gated" is not expected to be faster than three launches, "" if it is."""
     size = workload.output_size
-    summed = sum(prod(tiles(launch.shape, launch.config, *size)) for launch in gated.branch_launches)
+    summed = sum(tile_count(launch.shape, launch.config, *size) for launch in gated.branch_launches)
     return gated_reason(workload, summed)
 
 

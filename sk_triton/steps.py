@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .kernels.branch_conv import branch_conv_fwd
 from .kernels.gate import gate_fwd
-from .kernels.geometry import tiles
+from .kernels.geometry import tile_count
 from .kernels.launch import Launch
 from .plan import MAX_GATE_TILES, Plan
 from .spec import SKSpec
@@ -32,7 +31,7 @@ def store_steps(plan: Plan, x: Tensor, packed: Packed, spec: SKSpec) -> tuple[li
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
     c, m = spec.out_channels, spec.num_branches
-    counts = [math.prod(tiles(launch.shape, launch.config, h, w)) for launch in plan.branch_launches]
+    counts = [tile_count(launch.shape, launch.config, h, w) for launch in plan.branch_launches]
     u = x.new_empty((m, n, h, w, c))
     partial = x.new_empty((n, sum(counts), c), dtype=torch.float32)
 

@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import Tensor
 
-from .chips import Chip
+from .chips import Chip, chip_of, pinned
+from .precision import allows_tf32
 from .spec import SKSpec
+from .tuning.ranks import pinning_reason
 
 
 @dataclass(frozen=True)
@@ -38,3 +41,14 @@ class Workload:
         """The input's elements in units of the output's."""
         h, w = self.output_size
         return self.spec.in_channels * self.h_in * self.w_in / (self.spec.out_channels * h * w)
+
+
+def workload_of(x: Tensor, spec: SKSpec) -> Workload:
+    """What a call with `x`, on a device that the kernels support, has to compute."""
+    n, _, h_in, w_in = x.shape
+    chip = chip_of(x.device)
+    assert chip is not None
+    if chip.gpu and pinning_reason():
+        chip = pinned(chip)
+    allow_tf32 = x.dtype == torch.float32 and allows_tf32()
+    return Workload(spec, n, h_in, w_in, x.dtype, chip, allow_tf32, x.stride(1) != 1)

@@ -6,6 +6,8 @@ import dataclasses
 import random
 
 from sk_triton.bench import results
+from sk_triton.bench.measuring import forms
+from sk_triton.bench.plots.style import mode
 from sk_triton.bench.results import Ceilings, Check, Memory, Record, Results, Timing
 from sk_triton.bench.shapes import (
     CLASSIC,
@@ -36,13 +38,11 @@ SOURCES = {
     "ours-reference": "sk_triton, reference",
     "rev-478cb1a": "sk_triton at 478cb1a",
 }
-EAGER = ("nchw", "channels_last")
-COMPILED = ("compile-nchw", "compile-channels_last")
-MAX_AUTOTUNED = ("max-autotune-nchw", "max-autotune-channels_last")
-GRAPHS = ("graph-nchw", "graph-channels_last")
-COMPILED_GRAPHS = ("graph-compile-nchw", "graph-compile-channels_last")
-MAX_AUTOTUNED_GRAPHS = ("graph-max-autotune-nchw", "graph-max-autotune-channels_last")
-FORMS = (*EAGER, *COMPILED, *MAX_AUTOTUNED, *GRAPHS, *COMPILED_GRAPHS, *MAX_AUTOTUNED_GRAPHS)
+EAGER, COMPILED, GRAPHS, COMPILED_GRAPHS = (
+    tuple(form.key for form in group)
+    for group in (forms.EAGER, forms.COMPILED, forms.GRAPHS, forms.COMPILED_GRAPHS)
+)
+FORMS = tuple(forms.EVERY)
 PEER_PASSES = {
     "eager": 23,
     "compile": 10,
@@ -108,22 +108,6 @@ def a_stamp(device_type: str = "cuda", **changes) -> Stamp:
     return dataclasses.replace(stamp, **changes)
 
 
-def mode(form: str) -> str:
-    return form.replace("channels_last", "").replace("nchw", "").strip("-") or "eager"
-
-
-def form_label(form: str) -> str:
-    layout = "channels_last" if "channels_last" in form else "NCHW"
-    names = {
-        "compile": f"torch.compile, {layout}",
-        "max-autotune": f"torch.compile, max-autotune, {layout}",
-        "graph": f"CUDA graph, {layout}",
-        "graph-compile": f"CUDA graph, torch.compile, {layout}",
-        "graph-max-autotune": f"CUDA graph, torch.compile, max-autotune, {layout}",
-    }
-    return names.get(mode(form), layout)
-
-
 def a_record(
     case: Case, source: str, form: str, device_type: str, noise: random.Random, faster=1.0
 ) -> Record:
@@ -158,7 +142,7 @@ def a_record(
         source,
         SOURCES[source],
         form,
-        form_label(form),
+        forms.EVERY[form].label,
         role,
         results.OK,
         checks=tuple(inputs),
@@ -238,12 +222,12 @@ def competitors(case: Case, device_type: str, every: bool) -> list[tuple[str, st
     }[case.subject]
     if device_type == "cpu":
         return [(source, form) for source in (*peers, "ours") for form in EAGER]
-    forms = FORMS if every else (*EAGER, *COMPILED, *GRAPHS, *COMPILED_GRAPHS)
+    chosen = FORMS if every else (*EAGER, *COMPILED, *GRAPHS, *COMPILED_GRAPHS)
     ours = ["ours", *(("ours-store", "ours-recompute", "ours-resident", "ours-library") if every else ())]
     saving_input = [("ours-input", "channels_last")] if case.direction == TRAINING else []
     return (
         saving_input
-        + [(p, form) for p in peers for form in forms]
+        + [(p, form) for p in peers for form in chosen]
         + [(source, form) for source in ours for form in (*EAGER, "graph-channels_last")]
     )
 

@@ -27,7 +27,7 @@ from .drawn_pictures import (
     drawn_texts,
     words,
 )
-from .synthetic_results import FORMS, SOURCES, a_stamp, form_label, some_results, with_status
+from .synthetic_results import FORMS, SOURCES, a_stamp, some_results, with_status
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -150,10 +150,10 @@ def test_the_default_shows_the_fastest_form_of_each_source_and_all_forms_everyth
     run = some_results(stages=(1,), batches=(8,), every=True)
     name = f"speed-{PAPER}-fp16"
     few, every = (words(Figures(run, all_forms)[name]) for all_forms in (False, True))
-    assert all(form_label(form) in every for form in FORMS)
+    assert all(forms.EVERY[form].label in every for form in FORMS)
     assert "sk_triton, resident" in every
     assert "sk_triton, resident" not in few
-    assert sum(form_label(form) in few.splitlines() for form in FORMS) <= 3
+    assert sum(forms.EVERY[form].label in few.splitlines() for form in FORMS) <= 3
 
 
 def test_cases_are_ordered_however_they_were_measured():

@@ -82,7 +82,7 @@ def run_forward(t, statistics, *, pixels, has_norm, is_lean):
     running = Running(t["mean"].clone(), t["var"].float(), torch.tensor(6), 0.25)
     step = gate_norm_fwd(
         out["summands"], params.get("bias"), params.get("gamma"), params.get("beta"),
-        tuple(given.values()) or None, out["h"], out["z"], out["mean_out"], out["rstd"], out["var_out"], running,
+        tuple(given.values()), out["h"], out["z"], out["mean_out"], out["rstd"], out["var_out"], running,
         statistics=statistics, epsilon=EPSILON, has_relu=not is_lean,
     )  # fmt: skip
     run_allowing(step, **out, **params, **given, **{f"running {i}": own for i, own in enumerate(running[:3])})

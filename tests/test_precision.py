@@ -45,11 +45,11 @@ def test_a_precision_that_is_inherited_is_what_pytorch_says():
 
 @pytest.mark.interpret
 def test_only_fp32_asks_for_it(monkeypatch):
-    from sk_triton import preference
+    from sk_triton import workload
     from sk_triton.bench.grid import paper_unit
 
-    monkeypatch.setattr(preference, "allows_tf32", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(workload, "allows_tf32", lambda: pytest.fail("asked"))
     x = torch.empty(1, 128, 7, 7, dtype=torch.float16)
-    assert not preference.workload_of(x, paper_unit(128)).allow_tf32
-    monkeypatch.setattr(preference, "allows_tf32", lambda: True)
-    assert preference.workload_of(x.float(), paper_unit(128)).allow_tf32
+    assert not workload.workload_of(x, paper_unit(128)).allow_tf32
+    monkeypatch.setattr(workload, "allows_tf32", lambda: True)
+    assert workload.workload_of(x.float(), paper_unit(128)).allow_tf32

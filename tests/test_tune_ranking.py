@@ -16,7 +16,7 @@ from sk_triton.bench.tuning import ranking, tables
 from sk_triton.bench.tuning.ranking import CANNOT_WIN, LEFT_OUT, failures, rank
 from sk_triton.bench.tuning.targets import assess, least_seconds, targets_of
 from sk_triton.tuning.entries import Trial
-from sk_triton.tuning.keys import BACKWARD, DIRECTIONS
+from sk_triton.tuning.keys import DIRECTIONS, TRAINING
 
 from .tuned import workload
 
@@ -114,7 +114,7 @@ def test_without_a_choice_of_schedules_all_launches_begin_at_once(model):
 
 
 def test_training_is_ranked_beside_inference(model):
-    own = [t for t in targets_of("a unit", workload(), 2, BACKWARD) if t.key not in {t.key for t in TARGETS}]
+    own = [t for t in targets_of("a unit", workload(), 2, TRAINING) if t.key not in {t.key for t in TARGETS}]
     both = [*TARGETS, *own]
     found = rank(both, GPU, 60, 1, make_pool=Inline)
     assert len(found) == len(both)

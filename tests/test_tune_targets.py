@@ -20,7 +20,7 @@ from sk_triton.bench.tuning.units import network_problems, title
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import GateConfig, GradWideConfig
 from sk_triton.tuning.entries import dump_config
-from sk_triton.tuning.keys import BACKWARD, KINDS, SCHEDULE
+from sk_triton.tuning.keys import KINDS, SCHEDULE, TRAINING
 from sk_triton.workload import Workload
 
 from .bench_fakes import CPU, SHORT
@@ -45,7 +45,7 @@ def test_every_launch_of_every_schedule_once_then_the_schedule():
     linear = targets_of("a unit", workload(spec=classic_unit(128)), 3)
     assert {"border_sums", "merged_conv"} <= set(kinds(linear))
     assert linear[-1].choices[0] == "merged"
-    training = targets_of("a unit", workload(), 3, BACKWARD)
+    training = targets_of("a unit", workload(), 3, TRAINING)
     assert kinds(training) == ["select", "branch_train", "reduction", "branch_grad"]
     assert {target.schedule for target in training} == {"train"}
     assert {kind for found in (found, linear, training) for kind in kinds(found)} == set(KINDS)
@@ -53,13 +53,13 @@ def test_every_launch_of_every_schedule_once_then_the_schedule():
 
 def test_gradients_that_the_library_computes_are_not_tuned():
     strided = replace(paper_unit(128), stride=2)
-    found = targets_of("a unit", workload(spec=strided), 3, BACKWARD)
+    found = targets_of("a unit", workload(spec=strided), 3, TRAINING)
     assert kinds(found) == ["select", "branch_train", "reduction"]
 
 
 @needs_narrow_products
 def test_a_training_step_is_tuned_with_the_launches_that_inference_has_too():
-    linear = targets_of("a unit", workload(spec=classic_unit(128)), 3, BACKWARD)
+    linear = targets_of("a unit", workload(spec=classic_unit(128)), 3, TRAINING)
     assert kinds(linear) == ["branch_store", "select", "reduction", "branch_grad"]
     for target in linear[:2]:
         (own,) = target.steps(_steps_on_meta(target, target.choices[1], {}))
@@ -69,7 +69,7 @@ def test_a_training_step_is_tuned_with_the_launches_that_inference_has_too():
 
 @needs_narrow_products
 def test_launches_that_share_a_config_are_tuned_together():
-    found = {t.kind: t for t in targets_of("a unit", replace(SMALL, n=2), 2, BACKWARD)}
+    found = {t.kind: t for t in targets_of("a unit", replace(SMALL, n=2), 2, TRAINING)}
     for kind, kernels in {
         "branch_train": ["branch_conv_window_fwd" if HAS_NARROW_PRODUCTS else "branch_conv_stream_fwd"],
         "reduction": ["pooled_moments_fwd", "select_bwd"],
@@ -175,7 +175,7 @@ def test_a_device_runs_checks_and_times_candidates(kind):
 )
 def test_a_device_checks_the_gradients_of_training_and_times_its_launches(kind):
     device = Device(CPU, SHORT)
-    target = next(t for t in targets_of("small", replace(SMALL, n=2), 2, BACKWARD) if t.kind == kind)
+    target = next(t for t in targets_of("small", replace(SMALL, n=2), 2, TRAINING) if t.kind == kind)
     device.begin(target, {})
     assert [device.wrong(choice) for choice in target.choices] == ["", ""]
     times = device.times(target.choices)
@@ -197,7 +197,7 @@ def test_wrong_gradients_alone_are_caught_where_only_a_part_of_the_batch_fits_in
 
     monkeypatch.setattr(subjects, "_through_autograd", narrow)
     device = Device(CPU, SHORT)
-    target = next(t for t in targets_of("small", replace(SMALL, n=4), 1, BACKWARD) if t.kind == "branch_grad")
+    target = next(t for t in targets_of("small", replace(SMALL, n=4), 1, TRAINING) if t.kind == "branch_grad")
     device.begin(target, {})
     assert device._subject.judged == 2
     assert device.wrong(target.choices[0]) == ""

@@ -264,11 +264,11 @@ def config(**changes) -> dict:
         with_entry(surprise=1),
         SOUND.replace(KEY, "../../etc/passwd"),
         SOUND.replace(KEY, KEY.replace("branch_store", "branch_grad")),
-        SOUND.replace(KEY, KEY.replace("forward", "backward")),
+        SOUND.replace(KEY, KEY.replace("inference", "training")),
         SOUND.replace(KEY, KEY + "/../x"),
-        SOUND.replace(KEY, "forward/branch_store/float16/" + "a" * 10_000 + "/1x1/n0"),
-        SOUND.replace(KEY, "forward/schedule/float16/c1/1x1/n0"),
-        with_entry(choice=None).replace(KEY, "forward/schedule/float16/c1/1x1/n7"),
+        SOUND.replace(KEY, "inference/branch_store/float16/" + "a" * 10_000 + "/1x1/n0"),
+        SOUND.replace(KEY, "inference/schedule/float16/c1/1x1/n0"),
+        with_entry(choice=None).replace(KEY, "inference/schedule/float16/c1/1x1/n7"),
     ],
 )  # fmt: skip
 def test_a_hostile_entry_is_ignored_and_the_others_serve(folder, raw):
@@ -368,12 +368,12 @@ def test_a_newer_versions_file_is_never_changed(folder):
 def test_entries_that_this_version_does_not_understand_stay_in_the_file(folder):
     save()
     raw = content(folder)
-    raw["sections"][0]["entries"]["forward/branch_future/x"] = {"new": 1}
+    raw["sections"][0]["entries"]["inference/branch_future/x"] = {"new": 1}
     (folder / "tuned.json").write_text(json.dumps(raw))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         save(OTHER_KEY)
-    assert set(content(folder)["sections"][0]["entries"]) == {KEY, OTHER_KEY, "forward/branch_future/x"}
+    assert set(content(folder)["sections"][0]["entries"]) == {KEY, OTHER_KEY, "inference/branch_future/x"}
 
 
 def test_what_a_driver_says_in_colours_and_lines_can_be_read_back(folder):

@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sk_triton import SelectiveKernel, dispatch, explain, planning, preference, use_backend
+from sk_triton import SelectiveKernel, dispatch, explain, planning, use_backend
+from sk_triton import workload as workload_module
 from sk_triton.analytic import branch as analytic
 from sk_triton.bench.grid import classic_unit
 from sk_triton.chips import CHIPS, Chip, chip_of, pinned
@@ -46,7 +47,7 @@ def store(work):
 
 
 def test_the_key_names_the_launch(request_):
-    assert request_.key == "forward/branch_store/float16/c128-128/g32/k3d1+k3d2/s1/56x56/n7"
+    assert request_.key == "inference/branch_store/float16/c128-128/g32/k3d1+k3d2/s1/56x56/n7"
     kinds = [
         r.key.split("/")[1] for name in ("store", "recompute") for r in requests(name, workload()).values()
     ]
@@ -56,7 +57,7 @@ def test_the_key_names_the_launch(request_):
     fp32 = replace(workload(), dtype=torch.float32)
     tf32 = replace(fp32, allow_tf32=True)
     assert requests("store", fp32)["branch_store"].key != requests("store", tf32)["branch_store"].key
-    assert all(keys.kind_of_key(r.key).direction == "forward" for r in linear.values())
+    assert all(keys.kind_of_key(r.key).direction == "inference" for r in linear.values())
 
 
 def test_the_four_levels_in_their_order(request_, monkeypatch):
@@ -122,7 +123,7 @@ def test_where_the_analytic_choice_won_it_is_made_anew_and_said_so(request_):
 
 def test_a_config_outside_of_the_search_space_is_not_used(request_):
     tune(request_, replace(request_.analytic(), BLOCK_W=64, num_warps=32))
-    with pytest.warns(RuntimeWarning, match="a tuned entry is not used: forward/branch_store"):
+    with pytest.warns(RuntimeWarning, match="a tuned entry is not used: inference/branch_store"):
         assert store(workload()) == (request_.analytic(), "analytic (sm_90)")
 
 
@@ -165,7 +166,7 @@ def test_training_takes_what_was_tuned_for_it(kind, field, folder):
     with lookup.recorded_requests() as asked:
         make_training_plan(work, "branches")
     request = next(request for request in asked if request.kind == kind)
-    assert request.key.startswith(f"backward/{kind}/")
+    assert request.key.startswith(f"training/{kind}/")
     assert getattr(plan_training(work, "branches"), field) == request.analytic()
     tune(request, other_choice(request))
     plan = plan_training(work, "branches")
@@ -244,7 +245,7 @@ def test_deterministic_algorithms_pin_the_packages_configs(request_, monkeypatch
     tune(request_, other_choice(request_))
     unit = SelectiveKernel(128, groups=32, rd_channels=32, split_input=False).eval()
     monkeypatch.setattr(dispatch, "_kernels_reason", lambda *args: ("", False))
-    monkeypatch.setattr(preference, "chip_of", lambda device: H100)
+    monkeypatch.setattr(workload_module, "chip_of", lambda device: H100)
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
     x = torch.empty(128, 128, 56, 56, dtype=torch.float16, device="meta")
     x = x.to(memory_format=torch.channels_last)
@@ -274,7 +275,7 @@ def test_calls_tune_nothing_and_write_nothing(folder, monkeypatch):
 
     monkeypatch.setattr(protocol, "measure", lambda *args, **options: pytest.fail("measured"))
     monkeypatch.setattr(cache, "save", lambda *args: pytest.fail("tuned"))
-    monkeypatch.setattr(preference, "chip_of", lambda device: H100)
+    monkeypatch.setattr(workload_module, "chip_of", lambda device: H100)
     layer, x = SelectiveKernel(8, groups=4).eval(), torch.randn(2, 8, 4, 4)
     with torch.no_grad(), use_backend("triton"):
         layer(x)
@@ -287,7 +288,7 @@ def test_calls_tune_nothing_and_write_nothing(folder, monkeypatch):
 def test_explain_shows_level_and_key(folder, monkeypatch):
     from sk_triton import explanation
 
-    monkeypatch.setattr(preference, "chip_of", lambda device: H100)
+    monkeypatch.setattr(workload_module, "chip_of", lambda device: H100)
     monkeypatch.setattr(explanation, "chip_of", lambda device: H100)
     layer, x = SelectiveKernel(8, groups=4, rd_channels=8).eval(), torch.randn(1, 8, 4, 4)
     x = x.to(memory_format=torch.channels_last)

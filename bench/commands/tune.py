@@ -15,7 +15,7 @@ from sk_triton import dispatch
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, INTERRUPTED
 from sk_triton.tuning import cache
-from sk_triton.tuning.keys import DIRECTIONS, FORWARD
+from sk_triton.tuning.keys import DIRECTIONS, INFERENCE
 
 from ..grid import PRECISIONS
 from ..model.gpus import Gpu, refuse_precision
@@ -34,7 +34,6 @@ from .unit_arguments import add_unit_arguments, batch_of, problem_of, refuse_uni
 if TYPE_CHECKING:
     from rich.console import Console
 
-BOTH = "both"
 CANDIDATES, DRY_CANDIDATES = 6, 3
 DRY_BUDGET_SECONDS = 100.0
 
@@ -50,9 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_unit_arguments(parser, subject)
     parser.add_argument(
         "--direction",
-        choices=(*DIRECTIONS, BOTH),
-        default=FORWARD,
-        help="forward: what inference runs (default); backward: what a training step runs, its forward pass included",
+        choices=DIRECTIONS,
+        nargs="+",
+        default=[INFERENCE],
+        help="of training, the launches of its forward and backward passes (default: inference)",
     )
     parser.add_argument(
         "--budget",
@@ -107,11 +107,11 @@ def run(args: argparse.Namespace) -> int:
         return BAD_USAGE
     limit = args.candidates or (DRY_CANDIDATES if args.dry_run else CANDIDATES)
     by_key: dict[str, Target] = {}
-    for direction in DIRECTIONS if args.direction == BOTH else (args.direction,):
+    for direction in args.direction:
         for problem in problems:
             if reason := refusal(problem.on(chip), direction):
                 console.print(
-                    f"{title(problem)}: not tuned {direction}: {reason}", markup=False, highlight=False
+                    f"{title(problem)}: not tuned for {direction}: {reason}", markup=False, highlight=False
                 )
             for target in targets_of(title(problem), problem.on(chip), limit, direction):
                 by_key.setdefault(target.key, target)  # units may share a launch: a gate of the same size

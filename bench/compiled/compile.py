@@ -13,7 +13,7 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from sk_triton.chips import is_amd
+from sk_triton.chips import CHIPS, is_amd
 from sk_triton.kernels.launch import Launch
 
 from .loops import loop_weights
@@ -21,13 +21,8 @@ from .machine_code import disassembled, instructions_of, registers_of
 from .warps import Step, longest_loop
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_89": GPUTarget("cuda", 89, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "sm_120": GPUTarget("cuda", 120, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    chip: GPUTarget("hip", chip, 64) if is_amd(chip) else GPUTarget("cuda", int(chip.removeprefix("sm_")), 32)
+    for chip in CHIPS
 }
 # Bytes of shared memory one block may use (CUDA programming guide, table of compute capabilities; LDS on gfx942).
 SHARED_LIMIT = {

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 from sk_triton.kernels.geometry import cdiv
 from sk_triton.kernels.launch import Launch
+
+from .footprint import tensor_bytes
 
 if TYPE_CHECKING:
     from .compile import Resources
@@ -103,12 +103,6 @@ def as_branch_launches(launch: Launch) -> list[Launch]:
 def gate_bytes(launch: Launch) -> float:
     """Bytes that the gates of all samples read: each item, the pooled sums and the descriptor's weights."""
     named = named_arguments(launch)
-
-    def size(name: str) -> int:
-        tensor: Tensor = named[name]
-        return tensor.numel() * tensor.element_size()
-
+    partial, reduce, select = (tensor_bytes(named[f"{name}_ptr"]) for name in ("partial", "reduce", "select"))
     blocks = cdiv(named["C_OUT"], launch.constexprs["GATE_CHANNELS"])
-    return float(
-        blocks * (size("partial_ptr") + named["N"] * size("reduce_ptr")) + named["N"] * size("select_ptr")
-    )
+    return float(blocks * (partial + named["N"] * reduce) + named["N"] * select)

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from sk_triton import SKSpec
 from sk_triton.chips import CHIPS
-from sk_triton.layout import empty_output
 from sk_triton.library import Convolution
 from sk_triton.plan import BranchLaunch
 from sk_triton.save import Save
 from sk_triton.workload import Workload
 
-from ..compiled.planned import unit_parameters
+from ..compiled.planned import prepared_steps, unit_parameters
 from ..compiled.resources import kernel_name
 from ..grid import classic_unit, paper_unit
 from ..shapes import CLASSIC, PAPER
@@ -42,8 +41,6 @@ def count(
     """
     from sk_triton import dispatch, planning
     from sk_triton.kernels.launch import Launch
-    from sk_triton.launching import prepare
-    from sk_triton.packing import pack
 
     if not dispatch.is_interpreted():
         raise RuntimeError(
@@ -70,9 +67,7 @@ def count(
         return torch.randn(shape, generator=generator).to(workload.dtype)
 
     x = random(n, spec.in_channels, size, size).to(memory_format=torch.channels_last)
-    packed = pack(plan, size, size, *unit_parameters(spec, random), None)
-    v = empty_output(x, spec)
-    steps = prepare(plan, x, v, packed, spec)
+    steps, v = prepared_steps(plan, x, *unit_parameters(spec, random), spec)
     rows: list[Traffic] = []
     for step in steps:
         if isinstance(step, Convolution):

@@ -7,7 +7,6 @@ right after that with the cache as the call left it ("warm"). Of the first the t
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -170,10 +169,9 @@ def measure(
 
 def summarise(samples: list[float]) -> results.Timing:
     """Median with 20 % and 80 % quantiles (interpolated, ends included) of at least one sample."""
-    ordered = sorted(samples)
-    return results.Timing(
-        statistics.median(ordered), _quantile(ordered, 0.2), _quantile(ordered, 0.8), len(ordered)
-    )
+    shares = torch.tensor((0.5, 0.2, 0.8), dtype=torch.float64)
+    median, low, high = torch.tensor(samples, dtype=torch.float64).quantile(shares).tolist()
+    return results.Timing(median, low, high, len(samples))
 
 
 def failure(error: Exception) -> tuple[str, str]:
@@ -228,10 +226,3 @@ def _attempt(
         into.failures[key] = failure(error)
         into.samples.pop(key, None)
         del live[key]
-
-
-def _quantile(ordered: list[float], share: float) -> float:
-    position = share * (len(ordered) - 1)
-    low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)

@@ -80,7 +80,12 @@ class Provider:
 
 
 def competitors(
-    case: Case, device_type: str, quick: bool, revisions: Sequence[Source] = (), every_form: bool = False
+    case: Case,
+    device_type: str,
+    quick: bool,
+    revisions: Sequence[Source] = (),
+    every_form: bool = False,
+    is_nvidia: bool | None = None,
 ) -> list[Provider]:
     """Everyone who competes in a case on a device type ("cpu" or "cuda").
 
@@ -89,6 +94,8 @@ def competitors(
         revisions: sk_triton at other revisions.
         every_form: compiled peers on the CPU too, and "max-autotune" everywhere; minutes for each shape.
     """
+    if is_nvidia is None:
+        is_nvidia = not torch.version.hip
     peers = PEERS.get(case.subject, (Timm(),))
     ours: list[Source] = [Ours(), *revisions]
     if device_type == "cpu":
@@ -98,7 +105,7 @@ def competitors(
     if case.is_network and not quick:
         our_forms += (forms.COMPILED[1], forms.COMPILED_GRAPHS[1])  # around our units there is much to fuse
     chosen = _pairs(peers, _gpu_forms(case, quick, every_form)) + _pairs(ours, our_forms)
-    if case.direction != TRAINING and case.axis is None and not quick and not torch.version.hip:
+    if case.direction != TRAINING and case.axis is None and not quick and is_nvidia:
         chosen += _pairs(peers, forms.HEURISTIC)
     if case.direction == TRAINING:
         chosen += _pairs((saving_input(),), (forms.CHANNELS_LAST,))

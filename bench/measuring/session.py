@@ -128,8 +128,6 @@ def measure_suite(
 
     Ctrl-C ends it early: `interrupted` is set, and what was measured is kept.
     """
-    if request.suite == HOST:
-        earlier = None
     kept = results.finished_cases(earlier.records, request.budget.min_rounds) if earlier else []
     suite_run = _SuiteRun(request, take_stamp(request.device), ClockLog(request.device), earlier, kept)
     measure = _measure_host if request.suite == HOST else _measure_cases

@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from .. import results
 from ..results import Record
 from . import style
-from .captions import STATUS_WORDS
 from .card import text_width
 
 GROUP_WIDTH = 0.86
@@ -118,7 +117,7 @@ def _draw_status(ax: Axes, middle: float, bar: Bar) -> None:
     status = bar.record.status
     alarming = status in (results.WRONG, results.FAILED)
     ax.annotate(
-        bar.absent if status == results.OK else STATUS_WORDS[status],
+        bar.absent if status == results.OK else status,
         (middle, 0),
         (0, 4),
         xycoords=("data", "axes fraction"),

@@ -18,13 +18,6 @@ HOST_NOTICE = (
     "everything else runs PyTorch operators."
 )
 OBJECTIONS_SHOWN = 2
-STATUS_WORDS = {
-    results.WRONG: "wrong",
-    results.FAILED: "failed",
-    results.OUT_OF_MEMORY: "out of memory",
-    results.SKIPPED: "skipped",
-    results.NOT_MEASURED: "not measured",
-}
 
 
 @dataclass(frozen=True)

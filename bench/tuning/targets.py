@@ -17,7 +17,7 @@ from sk_triton.save import Save
 from sk_triton.training.plan import make_training_plan
 from sk_triton.tuning import launches, space
 from sk_triton.tuning.entries import Choice, Entry, Trial
-from sk_triton.tuning.keys import BACKWARD, FORWARD, KINDS, SCHEDULE
+from sk_triton.tuning.keys import INFERENCE, KINDS, SCHEDULE, TRAINING
 from sk_triton.tuning.lookup import Request, analytic_only, experiment, recorded_requests
 from sk_triton.workload import Workload
 
@@ -95,16 +95,16 @@ class Target:
 
 def refusal(workload: Workload, direction: str) -> str:
     """Why a unit is not tuned in a direction, "" if it is."""
-    if direction == BACKWARD and workload.n == 1 and workload.spec.gate_norm:
+    if direction == TRAINING and workload.n == 1 and workload.spec.gate_norm:
         return "training takes a batch of two samples, for the statistics of the gate's norm"
     return ""
 
 
-def targets_of(unit: str, workload: Workload, limit: int, direction: str = FORWARD) -> list[Target]:
+def targets_of(unit: str, workload: Workload, limit: int, direction: str = INFERENCE) -> list[Target]:
     """The targets of a unit in a direction, at most `limit` choices each; none under a :func:`refusal`."""
     if refusal(workload, direction):
         return []
-    return (_of_training if direction == BACKWARD else _of_inference)(unit, workload, limit)
+    return (_of_training if direction == TRAINING else _of_inference)(unit, workload, limit)
 
 
 def _of_inference(unit: str, workload: Workload, limit: int) -> list[Target]:

@@ -77,7 +77,7 @@ def branch_candidates(
 ) -> list[BranchConfig]:
     """Configs that do `task` in the formulations that keep weights and rows in registers; none if those cannot."""
     is_ieee = dtype == torch.float32 and not allow_tf32
-    group = max(shape.c_in, shape.c_out) // shape.groups
+    group = shape.group_channels
     kernel = max(shape.kernels)
     candidates: list[BranchConfig] = []
     if shape.is_depthwise and dtype == torch.float32:

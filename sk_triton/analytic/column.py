@@ -37,7 +37,7 @@ def shares_row(shape: ConvShape) -> bool:
 def takes_columns(shape: ConvShape) -> bool:
     """Whether branches of 16-bit activations go one kernel column at a time: those of wider groups, and those of narrow
     ones without runs along a row, where streaming holds every kernel column's rows and spills."""
-    group, kernel = max(shape.c_in, shape.c_out) // shape.groups, max(shape.kernels)
+    group, kernel = shape.group_channels, max(shape.kernels)
     # Before, Triton does not compile the column formulation: its `min` of two constants is none.
     if triton_version() < NARROW_PRODUCTS or group > MAX_UNROLLED_CHANNELS:
         return False
@@ -53,7 +53,7 @@ def pixel_counts(chip: Chip) -> tuple[int, ...]:
 
 
 def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[BranchConfig]:
-    group = max(shape.c_in, shape.c_out) // shape.groups
+    group = shape.group_channels
     block = max(16, next_power_of_2(group))
     # Weights of a column of five taps, for half of a group's outputs: so two samples share them.
     has_large_kernels = max(shape.kernels) > 3
@@ -110,7 +110,7 @@ def column_candidates(shape: ConvShape, h: int, chip: Chip, task: str) -> list[B
 def held_candidates(shape: ConvShape, h: int, chip: Chip) -> list[BranchConfig]:
     """Configs that hold weights while they walk over tiles: for two 3x3 branches of 17 to 32 channels, in images of
     HELD_ROWS rows. Masks, other rows or another branch's code would take the registers of weights."""
-    group = max(shape.c_in, shape.c_out) // shape.groups
+    group = shape.group_channels
     is_fitting = 16 < group <= 32 and shape.kernels == (3, 3) and shape.stride == 1 and h == HELD_ROWS
     if not is_fitting or 8 not in pixel_counts(chip):
         return []

@@ -113,4 +113,4 @@ def merged_registers(shape: ConvShape, dtype: torch.dtype) -> int:
 
 def _merged_block(shape: ConvShape) -> tuple[int, int]:
     """Channels of a block and outputs of a row run."""
-    return (8, 2) if max(shape.c_in, shape.c_out) // shape.groups <= 8 and shares_row(shape) else (16, 1)
+    return (8, 2) if shape.group_channels <= 8 and shares_row(shape) else (16, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from math import prod
 
 from ..chips import Chip
 from ..kernels.config import BranchConfig, ColumnConfig, ResidentConfig, StreamConfig
@@ -17,7 +16,7 @@ from ..kernels.geometry import (
     is_whole_height,
     next_power_of_2,
     resident_items,
-    tiles,
+    tile_count,
 )
 from ..workload import Workload
 from .branch import branch_cost, stream_candidates
@@ -42,7 +41,7 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
     """Config for a unit whose gate is no wider than MAX_RESIDENT_DESCRIPTOR, in one launch; None where no tiles of one
     sample serve to pool and to select."""
     chip, n, (h, w) = workload.chip, workload.n, workload.output_size
-    group = max(shape.c_in, shape.c_out) // shape.groups
+    group = shape.group_channels
     kernel = max(shape.kernels)
     candidates: list[BranchConfig] = []
     if takes_columns(shape):
@@ -94,7 +93,7 @@ def resident_config(workload: Workload, shape: ConvShape) -> ResidentConfig | No
         return config  # all items run at once: a lag would only hold them up
     # Every part of a gate reads the pooled sums and the weights of z anew: a quarter of a sample's bytes at most.
     part = shape.c_out * (
-        workload.spec.gate_width * workload.dtype.itemsize + 4 * prod(tiles(shape, branch, h, w))
+        workload.spec.gate_width * workload.dtype.itemsize + 4 * tile_count(shape, branch, h, w)
     )
     parts = max(1, resident_sample_bytes(workload) // (4 * part))
     config = replace(config, GATE_CHANNELS=max(16, next_power_of_2(cdiv(shape.c_out, parts))))

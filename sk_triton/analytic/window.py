@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
-from math import prod
 
 import torch
 
 from ..chips import NARROW_PRODUCTS, PREFETCHING, Chip
 from ..environment import triton_version
 from ..kernels.config import BranchConfig, WindowConfig
-from ..kernels.geometry import ConvShape, blocking, cdiv, is_full, reach, tiles
+from ..kernels.geometry import ConvShape, blocking, cdiv, is_full, reach, tile_count
 from ..kernels.merging import lattice_points
 from ..kernels.window_geometry import Point, branch_points, partners
 
@@ -57,9 +56,8 @@ SPILLING_MOMENTS = (3, 9)
 
 def takes_window(shape: ConvShape, chip: Chip) -> bool:
     """Whether 16-bit branches may go by a window of rows: products of 8 columns, groups of 16 channels, stride 1."""
-    group = max(shape.c_in, shape.c_out) // shape.groups
     is_narrow = triton_version() >= NARROW_PRODUCTS and not chip.is_amd
-    return is_narrow and group <= BLOCK and shape.stride == 1 and not shape.is_split
+    return is_narrow and shape.group_channels <= BLOCK and shape.stride == 1 and not shape.is_split
 
 
 def window_candidates(
@@ -193,7 +191,7 @@ def _cost(
 
 
 def _tiles(config: WindowConfig, shape: ConvShape, n: int, h: int, w: int) -> int:
-    return cdiv(n, config.BLOCK_N) * prod(tiles(shape, config, h, w))
+    return cdiv(n, config.BLOCK_N) * tile_count(shape, config, h, w)
 
 
 def merged_window_candidates(

@@ -5,13 +5,11 @@ Three passes over an activation tensor, whatever the number of branches: x twice
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from ..kernels.branch_conv import branch_pool_fwd, branch_select_fwd
-from ..kernels.geometry import tiles
+from ..kernels.geometry import tile_count
 from ..packing import Packed
 from ..plan import Plan
 from ..spec import SKSpec
@@ -24,7 +22,7 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> l
     n, _, h_in, w_in = x.shape
     h, w = spec.output_size(h_in, w_in)
     c = spec.out_channels
-    partial = x.new_empty((n, math.prod(tiles(pool.shape, pool.config, h, w)), c), dtype=torch.float32)
+    partial = x.new_empty((n, tile_count(pool.shape, pool.config, h, w), c), dtype=torch.float32)
     attention = x.new_empty((n, spec.num_branches, c), dtype=torch.float32)
     pool_weights, select_weights = packed.weights
     pool_shift, select_shift = packed.shifts

@@ -5,12 +5,10 @@ Two passes over an activation tensor: x once from memory (and once more from L2)
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from ..kernels.geometry import tiles
+from ..kernels.geometry import tile_count
 from ..kernels.unit_resident import STATE_HEADER, unit_resident_fwd
 from ..packing import Packed
 from ..plan import Plan
@@ -25,7 +23,7 @@ def prepare(plan: Plan, x: Tensor, v: Tensor, packed: Packed, spec: SKSpec) -> l
     assert config is not None
     (launch,) = plan.branch_launches
     n, c, h, w = v.shape
-    partial = x.new_empty((n, math.prod(tiles(launch.shape, config.branch, h, w)), c), dtype=torch.float32)
+    partial = x.new_empty((n, tile_count(launch.shape, config.branch, h, w), c), dtype=torch.float32)
     state, attention = kept_exchange(n + STATE_HEADER.value, n * spec.num_branches * c, x.device)
     (weights,), (shift,) = packed.weights, packed.shifts
     return [

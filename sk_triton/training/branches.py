@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.branch_conv import branch_conv_fwd, branch_train_fwd
 from ..kernels.gather import branch_weight_launch
-from ..kernels.geometry import cdiv, tiles
+from ..kernels.geometry import cdiv, tile_count
 from ..kernels.norm_params import stack_vectors
 from ..kernels.running import Running
 from ..plan import BranchLaunch, Plan
@@ -124,8 +123,8 @@ def convolve(x: Tensor, unit: TrainingUnit, plan: Plan, vectors: BranchVectors, 
             tape.run(branch_train_fwd(x_in, packed, shift, y[members], moments, **settings))
             found.append((members, moments))
         else:
-            tile_count = math.prod(tiles(launch.shape, launch.config, h, w))
-            partial = x.new_empty((n, tile_count, spec.out_channels), dtype=torch.float32)
+            count = tile_count(launch.shape, launch.config, h, w)
+            partial = x.new_empty((n, count, spec.out_channels), dtype=torch.float32)
             has_relu = plan.pools and spec.branch_has_relu
             tape.run(branch_conv_fwd(x_in, packed, shift, y[members], partial, has_relu=has_relu, **settings))
             if plan.pools:
@@ -152,8 +151,8 @@ def conv_settings(launch: BranchLaunch, plan: Plan) -> dict[str, Any]:
 def empty_moments(x: Tensor, launch: BranchLaunch, unit: TrainingUnit) -> Tensor:
     """For the moments of a launch on x: ``[M, 3, tiles, C]`` fp32."""
     h, w = unit.spec.output_size(*x.shape[2:])
-    tile_count = cdiv(x.shape[0], launch.config.BLOCK_N) * math.prod(tiles(launch.shape, launch.config, h, w))
-    size = (launch.stop - launch.start, 3, tile_count, unit.spec.out_channels)
+    count = cdiv(x.shape[0], launch.config.BLOCK_N) * tile_count(launch.shape, launch.config, h, w)
+    size = (launch.stop - launch.start, 3, count, unit.spec.out_channels)
     return x.new_empty(size, dtype=torch.float32)
 
 
@@ -165,8 +164,7 @@ def sums_over_pixels(
     config = plan.reduction
     assert config is not None
     m, n, h, w, c = y.shape
-    tile_count = cdiv(h * w, config.BLOCK_P * config.STEPS)
-    partial = y.new_empty((count, tile_count, n, m, c), dtype=torch.float32)
+    partial = y.new_empty((count, cdiv(h * w, config.BLOCK_P * config.STEPS), n, m, c), dtype=torch.float32)
     settings = {"has_norm": unit.spec.branch_norm, "has_relu": unit.spec.branch_has_relu, "config": config}
     tape.run(kernel(*inputs, *partial.unbind(0), **settings))
     return partial

@@ -17,20 +17,18 @@ from .operators import unit_bwd
 
 if TYPE_CHECKING:
     from ..kernels.running import Running
-    from ..replay.calls import Recorder
     from .branches import TrainingUnit
 
 
 class UnitCall(NamedTuple):
-    """A call of a unit, but for its tensors: which of its parameters there are, how its norms act, what it saves, which
-    running statistics its kernels update (none, or one for each norm), and what takes note of it."""
+    """A call of a unit, but for its tensors: which of its parameters there are, how its norms act, what it saves, and
+    which running statistics its kernels update (none, or one for each norm)."""
 
     spec: SKSpec
     norms: NormSettings
     has: tuple[bool, ...]
     save: Save
     updates: tuple[Running | None, ...] = ()
-    recorder: Recorder | None = None
 
     def unit(self, params: Sequence[Tensor], running: Sequence[Tensor]) -> TrainingUnit:
         from .passes import unit_of

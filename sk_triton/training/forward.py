@@ -10,7 +10,7 @@ from torch import Tensor
 from ..kernels.batch_stats import moment_tiles, tile_moments_fwd
 from ..kernels.branch_conv import branch_measure_fwd, branch_pool_fwd, branch_select_fwd
 from ..kernels.gather import branch_weight_launch
-from ..kernels.geometry import tiles
+from ..kernels.geometry import tile_count
 from ..kernels.norm_params import norm_scale_shift
 from ..kernels.pooled_moments import pooled_moments_fwd
 from ..kernels.select import select_fwd
@@ -103,7 +103,7 @@ class FoldedBranches:
         """Sums of all branches over pixels, ``[1, tiles, N, 1, C]`` fp32."""
         launch, spec = self.plan.folded_launches[1], self.unit.spec
         h, w = spec.output_size(*self.x.shape[2:])
-        size = (self.x.shape[0], math.prod(tiles(launch.shape, launch.config, h, w)), spec.out_channels)
+        size = (self.x.shape[0], tile_count(launch.shape, launch.config, h, w), spec.out_channels)
         partial = self.x.new_empty(size, dtype=torch.float32)
         settings = conv_settings(launch, self.plan)
         packed, shift = self._normalizing(launch, norm)

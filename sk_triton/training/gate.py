@@ -101,7 +101,7 @@ def train_gate_fwd(
     affine: Tensor | None,
     tensors: GateTensors,
     norm: GateNorm,
-    given: tuple[Tensor, Tensor] | None,
+    given: tuple[Tensor, ...],
     running: Running | None,
     *,
     branches: int,

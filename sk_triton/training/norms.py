@@ -24,7 +24,7 @@ class NormSettings(NamedTuple):
     """
 
     kinds: str
-    epsilons: list[float]
+    epsilons: tuple[float, ...]
     groups: str
 
     @property
@@ -32,7 +32,7 @@ class NormSettings(NamedTuple):
         return self.kinds[:-1]
 
     @property
-    def branch_epsilons(self) -> list[float]:
+    def branch_epsilons(self) -> tuple[float, ...]:
         return self.epsilons[:-1]
 
     @property
@@ -53,7 +53,7 @@ def norm_settings(norms: Sequence[Any]) -> NormSettings:
     """How the norms act now."""
     return NormSettings(
         "".join(["-" if norm is None else "b" if uses_batch(norm) else "r" for norm in norms]),
-        [0.0 if norm is None else norm.eps for norm in norms],
+        tuple([0.0 if norm is None else norm.eps for norm in norms]),
         ",".join([sync_group(norm) for norm in norms]),
     )
 

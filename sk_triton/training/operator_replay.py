@@ -75,13 +75,15 @@ def forward(
 ) -> list[Tensor]:
     """As :func:`.operators.unit_fwd`."""
 
-    def run() -> tuple[list[Tensor], Tape, list[Tensor]]:
-        outputs, tape, x_in = forward_pass(x, unit_of(params, running, has, spec, norms), save)
-        return outputs, tape, [x_in]
+    with torch.no_grad():
+        x_in = with_adjacent_channels(x)
+
+    def run() -> tuple[list[Tensor], Tape]:
+        return forward_pass(x, x_in, unit_of(params, running, has, spec, norms), save)
 
     fixed = (*params, *running)
-    kind = ("forward", has, spec, *_settings(norms), save, *_state(x), x.stride(), *_places(fixed))
-    return _run(kind, x, lambda: [with_adjacent_channels(x)], fixed, run)
+    kind = ("forward", has, spec, norms, save, *_state(x), x.stride(), *_places(fixed))
+    return _run(kind, x, [x_in], fixed, run)
 
 
 def backward(
@@ -100,38 +102,37 @@ def backward(
     saved = [tensor.contiguous() for tensor in saved]  # hooks may have given other strides
     inputs = [dv, x_in, *saved]
 
-    def run() -> tuple[list[Tensor], Tape, list[Tensor]]:
-        unit = unit_of(params, running, has, spec, norms)
-        return *backward_pass(dv, x_in, unit, saved, needs), inputs
+    def run() -> tuple[list[Tensor], Tape]:
+        return backward_pass(dv, x_in, unit_of(params, running, has, spec, norms), saved, needs)
 
     fixed = (*params, *running)
     layouts = [(t.stride(), t.shape, t.data_ptr() % 16) for t in inputs]
-    kind = ("backward", has, spec, *_settings(norms), needs, *_state(x), *layouts, *_places(fixed))
-    return in_format_of(x, _run(kind, x, lambda: inputs, fixed, run), needs)
+    kind = ("backward", has, spec, norms, needs, *_state(x), *layouts, *_places(fixed))
+    return in_format_of(x, _run(kind, x, inputs, fixed, run), needs)
 
 
 def _run(
     kind: Hashable,
     x: Tensor,
-    inputs: Callable[[], list[Tensor]],
+    inputs: list[Tensor],
     fixed: Sequence[Tensor],
-    run: Callable[[], tuple[list[Tensor], Tape, list[Tensor]]],
+    run: Callable[[], tuple[list[Tensor], Tape]],
 ) -> list[Tensor]:
-    """What a call of a kind computes: `run` plans it, and gives its outputs, what computed them, and from what."""
+    """What a call of a kind computes: `run` plans it, and gives its outputs and what computed them."""
     with _lock:
         found = _calls.get(kind)
         if found is not None:
             _calls.move_to_end(kind)
     if isinstance(found, _Call):
         with undisturbed(x):
-            return found.start(inputs(), fixed)
-    outputs, tape, used = run()
+            return found.start(inputs, fixed)
+    outputs, tape = run()
     entry: _Call | str = "seen"
     if found is not None:
         made = _present(outputs)
         recording = None
         if found == "seen" and tape.is_whole:
-            tensors = (*_present(used), *made)
+            tensors = (*_present(inputs), *made)
             recording = record(tape.steps, tape.started, tensors, fixed, outputs=len(made))
         entry = "planned"
         if recording is not None:
@@ -150,10 +151,6 @@ def _run(
 
 def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [tensor for tensor in tensors if tensor is not None and tensor.numel()]
-
-
-def _settings(norms: NormSettings) -> tuple[Hashable, ...]:
-    return norms.kinds, tuple(norms.epsilons), norms.groups
 
 
 def _state(x: Tensor) -> tuple[Hashable, ...]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backend import cannot_run, inference_schedule_reason
-from ..layout import memory_format
+from ..layout import empty_output, memory_format
 from ..save import Save
 from ..spec import SKSpec
 from .norms import NormSettings
@@ -72,7 +72,7 @@ def unit_fwd(
 
     if reason := inference_schedule_reason():
         raise cannot_run("triton", reason)
-    norms = NormSettings(kinds, list(epsilons), groups)
+    norms = NormSettings(kinds, tuple(epsilons), groups)
     return forward(x, params, running, tuple(has), SKSpec.decode(spec), norms, save)
 
 
@@ -93,7 +93,7 @@ def unit_bwd(
     """Gradients of x and of the parameters, of those that `needs` names; arguments as :func:`unit_fwd`."""
     from .operator_replay import backward
 
-    norms = NormSettings(kinds, list(epsilons), groups)
+    norms = NormSettings(kinds, tuple(epsilons), groups)
     return backward(dv, x, params, running, saved, tuple(has), SKSpec.decode(spec), norms, tuple(needs))
 
 
@@ -108,7 +108,7 @@ def _(x, params, running, has, spec, kinds, epsilons, groups, save):
     def sums(*size: Any, when: bool = True) -> Tensor:
         return x.new_empty(size if when else (0,), dtype=torch.float32)
 
-    v = torch.empty((n, c, h, w), dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    v = empty_output(x, unit)
     is_kept, has_norm, has_gate_norm = save == "branches", unit.branch_norm, unit.gate_norm
     variances = [sums(m, c, when="b" in norms.branch_kinds), sums(d, when=has_gate_norm)]
     rows = 2 * m * has_norm + sum(has[m : 2 * m])

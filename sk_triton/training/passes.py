@@ -10,9 +10,9 @@ from torch.autograd.graph import increment_version
 
 from ..kernels.running import Running
 from ..layout import empty_output, memory_format, with_adjacent_channels, with_spaced_pixels
-from ..preference import workload_of
 from ..spec import SKSpec
 from ..undisturbed import undisturbed
+from ..workload import workload_of
 from . import schedule as train
 from .branches import TrainingUnit
 from .norms import NormSettings
@@ -36,19 +36,18 @@ def unit_of(
     return TrainingUnit(spec, tensors, tuple(running), norms, updates)
 
 
-def forward_pass(x: Tensor, unit: TrainingUnit, save: str) -> tuple[list[Tensor], Tape, Tensor]:
-    """The outputs of :func:`.operators.unit_fwd`, what computed them, and x with adjacent channels."""
+def forward_pass(x: Tensor, x_in: Tensor, unit: TrainingUnit, save: str) -> tuple[list[Tensor], Tape]:
+    """The outputs of :func:`.operators.unit_fwd`, and what computed them; `x_in` is x with adjacent channels."""
     tape = Tape()
     with undisturbed(x):
         v = empty_output(x, unit.spec)
         plan = plan_training(workload_of(x, unit.spec), save)
-        x_in = with_adjacent_channels(x)
         outputs = train.forward(x_in, v, unit, plan, save=save, tape=tape)
     counters = [own.counter for own in unit.updates if own is not None]
     if counters:
         # Not of the statistics, as PyTorch's norm: a graph that saved them may still want its backward pass.
         increment_version(counters)
-    return outputs, tape, x_in
+    return outputs, tape
 
 
 def backward_pass(

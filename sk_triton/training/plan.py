@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -10,7 +9,7 @@ from functools import lru_cache
 from ..chips import NARROW_PRODUCTS
 from ..environment import triton_version
 from ..kernels.config import DepthwiseConfig
-from ..kernels.geometry import branch_refusal, tiles
+from ..kernels.geometry import branch_refusal, tile_count
 from ..plan import MAX_GATE_TILES, BranchLaunch, Plan
 from ..planning import branch_launch, eager_passes, make_plan, plan_store
 from ..preference import library_reason, recompute_reason
@@ -81,7 +80,7 @@ def _pools(workload: Workload, launches: Sequence[BranchLaunch]) -> bool:
     if workload.spec.branch_norm or len(launches) != 1:
         return False
     (launch,) = launches
-    return math.prod(tiles(launch.shape, launch.config, *workload.output_size)) <= MAX_GATE_TILES
+    return tile_count(launch.shape, launch.config, *workload.output_size) <= MAX_GATE_TILES
 
 
 def _folded(plan: Plan, workload: Workload) -> Plan:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
-from ..kernels.running import tensors_of
+from ..kernels.running import running_tensors
 from ..layout import with_adjacent_channels
-from ..replay.calls import settings_for
+from ..replay.calls import Recorder, settings_for
 from ..replay.places import Part, SideBySide
 from ..replay.recording import MAX_RECORDINGS, Recording, record
 from .call import UnitCall, is_watched, run_backward
@@ -159,6 +159,7 @@ class _RecordedUnit(torch.autograd.Function):
 
 
 def record_call(
+    recorder: Recorder,
     x: Tensor,
     x_in: Tensor,
     call: UnitCall,
@@ -167,7 +168,7 @@ def record_call(
     outputs: Sequence[Tensor],
     tape: Tape,
 ) -> None:
-    """Hand a call that has run to its recorder, if it can be started again.
+    """Hand a call that has run to a recorder, if it can be started again.
 
     Args:
         x: as the call got it.
@@ -175,18 +176,15 @@ def record_call(
         outputs: of :func:`.operators.unit_fwd`.
         tape: of a call that was whole.
     """
-    recorder = call.recorder
-    assert recorder is not None
     slots = _slots(recorder.layer, params)
     if slots is None or any(isinstance(m, nn.SyncBatchNorm) for m in recorder.layer.modules()):
         return  # a group of processes may form later
     v, saved = outputs[0], outputs[FIRST_SAVED:]
     side_by_side = SideBySide(tensor for tensor in saved if tensor.numel())
-    fixed = (*params, *running, *tensors_of(call.updates))
+    fixed = (*params, *running, *running_tensors(call.updates))
     recording = record(tape.steps, tape.started, (x_in, side_by_side, v), fixed, outputs=1)
     if recording is not None:
-        plain = call._replace(recorder=None)
-        recorder.add(TrainingCall(plain, slots, running, x, v, saved, side_by_side, recording).start)
+        recorder.add(TrainingCall(call, slots, running, x, v, saved, side_by_side, recording).start)
 
 
 def _slots(layer: nn.Module, params: Sequence[Tensor]) -> list[Slot] | None:

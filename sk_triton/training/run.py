@@ -68,10 +68,6 @@ def run(
             return run_function(x, tensors, running, spec, settings, save, by_kernels, recorder)[0]
         results = run_function(x, tensors, running, spec, settings, save)
     v, var, gate_var, mean, gate_mean = results
-    dtypes = {norm.running_mean.dtype for norm in norms if keeps_statistics(norm)}
-    if len(dtypes) == 1:
-        (dtype,) = dtypes
-        mean, var, gate_mean, gate_var = (t.to(dtype) for t in (mean, var, gate_mean, gate_var))
     updates = [(norm, mean[i], var[i]) for i, norm in enumerate(norms[:-1]) if keeps_statistics(norm)]
     if keeps_statistics(norms[-1]):
         updates.append((norms[-1], gate_mean, gate_var))

@@ -50,7 +50,7 @@ def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, 
         branches.affine,
         _gate_tensors(unit.tensors, unit.spec.num_branches, tape),
         _gate_norm(unit),
-        _gate_running(unit),
+        unit.running[unit.norms.running_of(-1)],
         unit.updates[-1] if unit.updates else None,
         branches=unit.spec.num_branches,
         pixels=v.shape[2] * v.shape[3],
@@ -62,21 +62,7 @@ def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, 
     if save != "branches" or not unit.spec.branch_norm:
         sums = sums.new_empty(0)
     # Outputs of an operator must not share memory.
-    saved = Saved(
-        y=y,
-        mean=mean,
-        rstd=rstd,
-        sizes=sizes,
-        vectors=vectors.stacked,
-        sums=sums,
-        s=state.s,
-        h=state.h,
-        z=state.z,
-        gate_mean=state.mean,
-        gate_rstd=state.rstd,
-        gate_size=state.size,
-        attention=state.attention,
-    )
+    saved = Saved(y, mean, rstd, sizes, vectors.stacked, sums, *state)
     return [v, unbiased, gate_unbiased, *saved]
 
 
@@ -92,8 +78,7 @@ def backward(
     has_sums = bool(sums.numel())
     if not y.numel():
         y = convolve(x, unit, plan, vectors, tape).y
-    is_linear = not spec.branch_norm and not spec.branch_has_relu
-    count = 2 if has_sums or is_linear else 4
+    count = 2 if has_sums or spec.is_linear else 4
     partial = sums_over_pixels(select_bwd, (dv, y, *norm), count, y, unit, plan, tape)
     of_branches, of_others = needs[: 1 + m], needs[1 + m :]
     outputs, targets, copies = _destinations(unit, of_others)
@@ -101,15 +86,7 @@ def backward(
         partial,
         sums if has_sums else None,
         vectors.affine if spec.branch_norm else None,
-        GateState(
-            s=saved.s,
-            h=saved.h,
-            z=saved.z,
-            mean=saved.gate_mean,
-            rstd=saved.gate_rstd,
-            size=saved.gate_size,
-            attention=saved.attention,
-        ),
+        GateState(*saved[-len(GateState._fields) :]),
         (norm.rstd, norm.gamma),
         _gate_tensors(unit.tensors, m, tape),
         _gate_norm(unit),
@@ -271,7 +248,3 @@ def _gate_norm(unit: TrainingUnit) -> GateNorm:
         unit.norms.gate_group,
         unit.spec.gate_has_relu,
     )
-
-
-def _gate_running(unit: TrainingUnit) -> tuple[Tensor, Tensor] | None:
-    return (unit.running[-2], unit.running[-1]) if unit.norms.kinds[-1] == "r" else None

@@ -29,7 +29,6 @@ from .entries import (
     load_sections,
     to_json,
 )
-from .keys import stamp
 
 FOLDER_VARIABLE = "SK_TRITON_CACHE_DIR"
 FILE_NAME = "tuned.json"
@@ -220,10 +219,7 @@ def _limited(file: Path, raw: dict[str, Any]) -> str:
     """
     text = to_json(raw)
     if len(text) > MAX_BYTES:
-        current = stamp()
-        kept = [
-            s for s in raw["sections"] if (s["triton"], s["kernels"]) == (current.triton, current.kernels)
-        ]
+        kept = [section for section in raw["sections"] if _origin(section).is_current]
         if len(kept) < len(raw["sections"]):
             warn_once(f"{file} was full: what was tuned for other versions of the kernels is dropped from it")
             text = to_json({**raw, "sections": kept})

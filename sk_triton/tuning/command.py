@@ -12,7 +12,7 @@ from pathlib import Path
 from ..exit_codes import BAD_USAGE, FAILED
 from . import cache
 from .entries import BrokenFileError, Entry, Origin, Sections, dump_config, dump_sections, load_sections
-from .keys import gpu_slug, stamp
+from .keys import gpu_slug
 
 TUNE = "`sk-triton tune` makes them"
 NO_ENTRIES = f"no entries; {TUNE}"
@@ -49,11 +49,6 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         print(f"sk-triton configs: {error}", file=sys.stderr)
         return FAILED
-
-
-def is_current(origin: Origin) -> bool:
-    """Whether the installed Triton and these kernels are those that the entries were measured with."""
-    return (origin.triton, origin.kernels) == (stamp().triton, stamp().kernels)
 
 
 @contextlib.contextmanager
@@ -95,7 +90,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     kept = _kept()
-    chosen = {o: entries for o, entries in kept.items() if args.all or is_current(o)}
+    chosen = {o: entries for o, entries in kept.items() if args.all or o.is_current}
     if not chosen:
         stale = sum(map(len, kept.values()))
         how = f"{stale} are for other versions of the kernels, --all exports these" if stale else TUNE
@@ -126,7 +121,7 @@ def _import(args: argparse.Namespace) -> int:
 
 def _clear(args: argparse.Namespace) -> int:
     before = cache.read()
-    if cache.path().exists() and not cache.clear(is_current if args.stale else lambda origin: False):
+    if cache.path().exists() and not cache.clear(lambda origin: args.stale and origin.is_current):
         return FAILED
     after = cache.read()
     print(
@@ -156,7 +151,7 @@ def _sound(file: Path, load: Callable[[], tuple[Sections, list[str]]]) -> Sectio
 
 def _title(origin: Origin) -> str:
     made = f"Triton {origin.triton}, kernels {origin.kernels}"
-    stale = "" if is_current(origin) else "; not used: made for other versions"
+    stale = "" if origin.is_current else "; not used: made for other versions"
     return f"{origin.gpu} ({origin.processors} SMs, {origin.chip}; {made}{stale})"
 
 

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from ..chips import Chip
 from ..kernels.config import CONFIGS, Config
-from .keys import SCHEDULE, kind_of_key, most_samples
+from .keys import SCHEDULE, kind_of_key, most_samples, stamp
 
 SCHEMA = 1
 MAX_BYTES = 16 << 20
@@ -77,6 +78,16 @@ class Origin:
     chip: str
     triton: str
     kernels: str
+
+    @classmethod
+    def of(cls, chip: Chip) -> Origin:
+        """Of what is measured now, on a chip."""
+        return cls(chip.gpu, chip.processors, chip.name, stamp().triton, stamp().kernels)
+
+    @property
+    def is_current(self) -> bool:
+        """Whether the installed Triton and these kernels are those that the entries were measured with."""
+        return (self.triton, self.kernels) == (stamp().triton, stamp().kernels)
 
 
 Entries = dict[str, Entry]

@@ -31,9 +31,8 @@ from ..kernels.config import (
 from ..kernels.geometry import ConvShape
 from ..spec import SKSpec
 
-FORWARD, BACKWARD = "forward", "backward"
-"""What runs without gradients, and what runs with them: the forward pass of training is of the latter."""
-DIRECTIONS = (FORWARD, BACKWARD)
+INFERENCE, TRAINING = "inference", "training"
+DIRECTIONS = (INFERENCE, TRAINING)
 NEAR = 2
 """Powers of two of the batch across which an entry may still serve: from a quarter to four times as many samples."""
 
@@ -61,19 +60,19 @@ SCHEDULE = "schedule"
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("branch_store", FORWARD, ("branch_conv",), _BRANCH, "store"),
-        Kind("branch_pool", FORWARD, ("branch_conv",), _BRANCH, "pool"),
-        Kind("branch_select", FORWARD, ("branch_conv",), _BRANCH, "select"),
-        Kind("gate", FORWARD, ("gate",), (GateConfig,)),
-        Kind("select", FORWARD, ("select",), (SelectConfig,)),
-        Kind("gated_select", FORWARD, ("gated_select",), (GatedSelectConfig,)),
-        Kind("pooled_sums", FORWARD, ("pooled_sums",), (ReductionConfig,)),
-        Kind("border_sums", FORWARD, ("border_sums",), (BorderConfig,)),
-        Kind("merged_conv", FORWARD, ("merged_conv",), (MergedConfig, WindowConfig)),
-        Kind(SCHEDULE, FORWARD, (), ()),
-        Kind("branch_train", BACKWARD, ("branch_conv",), _BRANCH, "train"),
-        Kind("reduction", BACKWARD, ("pooled_moments", "select_bwd"), (ReductionConfig,), is_shared=True),
-        Kind("branch_grad", BACKWARD, ("branch_grad",), (GradStreamConfig, GradWideConfig), is_shared=True),
+        Kind("branch_store", INFERENCE, ("branch_conv",), _BRANCH, "store"),
+        Kind("branch_pool", INFERENCE, ("branch_conv",), _BRANCH, "pool"),
+        Kind("branch_select", INFERENCE, ("branch_conv",), _BRANCH, "select"),
+        Kind("gate", INFERENCE, ("gate",), (GateConfig,)),
+        Kind("select", INFERENCE, ("select",), (SelectConfig,)),
+        Kind("gated_select", INFERENCE, ("gated_select",), (GatedSelectConfig,)),
+        Kind("pooled_sums", INFERENCE, ("pooled_sums",), (ReductionConfig,)),
+        Kind("border_sums", INFERENCE, ("border_sums",), (BorderConfig,)),
+        Kind("merged_conv", INFERENCE, ("merged_conv",), (MergedConfig, WindowConfig)),
+        Kind(SCHEDULE, INFERENCE, (), ()),
+        Kind("branch_train", TRAINING, ("branch_conv",), _BRANCH, "train"),
+        Kind("reduction", TRAINING, ("pooled_moments", "select_bwd"), (ReductionConfig,), is_shared=True),
+        Kind("branch_grad", TRAINING, ("branch_grad",), (GradStreamConfig, GradWideConfig), is_shared=True),
     )
 }
 """By name. A new kind is a line here, a search space in :mod:`.space` and a lookup in :mod:`.launches`."""

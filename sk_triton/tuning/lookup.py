@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from ..chips import CHIPS, Chip
 from . import cache
-from .entries import Choice, Entry, Sections
-from .keys import most_samples, near, stamp
+from .entries import Choice, Entry, Origin, Sections
+from .keys import most_samples, near
 from .ranks import pinning_reason, user_sections
 from .shipped import contributed, shipped
 
@@ -173,14 +173,7 @@ def _entry(key: str, chip: Chip) -> Entry | None:
 
 def _of(sections: Sections, chip: Chip) -> Mapping[str, Entry]:
     """The entries of a GPU that are for the installed Triton and these kernels."""
-    mine, current = (chip.gpu, chip.processors, chip.name), stamp()
-    for origin, entries in sections.items():
-        if (origin.gpu, origin.processors, origin.chip) == mine and (
-            origin.triton,
-            origin.kernels,
-        ) == (current.triton, current.kernels):
-            return entries
-    return {}
+    return sections.get(Origin.of(chip), {})
 
 
 def _title(chip: Chip) -> str:

@@ -34,7 +34,7 @@ from ..kernels.config import (
     TapConfig,
     WindowConfig,
 )
-from ..kernels.geometry import ConvShape, blocking, can_run, cdiv, is_sparse, next_power_of_2, tiles
+from ..kernels.geometry import ConvShape, blocking, can_run, cdiv, is_sparse, next_power_of_2, tile_count
 from ..kernels.grad_geometry import grad_refusal
 from ..kernels.merging import strips
 
@@ -203,7 +203,7 @@ def merged_configs(
             for variant in (config, *_window_variants(branches, config, chip, is_merged=True))
         ]
     for config in merged.merged_candidates(shape, h, dtype, chip):
-        count = math.prod(tiles(shape, config, h, w))
+        count = tile_count(shape, config, h, w)
         walks = (*(1 << i for i in range(count.bit_length())), count)
         found += [replace(config, TILES_PER_PROGRAM=walk) for walk in dict.fromkeys(walks)]
     return found
