@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Literal, get_args
 
-from .scoped import Scoped
+from .scoped import Scope, Scoped
 
 Backend = Literal["auto", "triton", "reference", "torch"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
@@ -17,6 +18,7 @@ Schedule = Literal["store", "gated", "recompute", "merged", "resident", "library
 SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 _backend: Scoped[Backend] = Scoped("backend", "auto")
+# Not Scoped: compiled code asks for it in its operators alone, which Dynamo does not trace.
 _schedule: ContextVar[Schedule | None] = ContextVar("sk_triton_schedule", default=None)
 
 
@@ -46,10 +48,10 @@ def cannot_run(backend: Backend, reason: str) -> RuntimeError:
     return RuntimeError(f'use_backend("{backend}") cannot run here: {reason}')
 
 
-def use_backend(
-    name: Backend, *, schedule: Schedule | None = None
-) -> contextlib._GeneratorContextManager[None]:
+def use_backend(name: Backend, *, schedule: Schedule | None = None) -> Scope:
     """Choose the backend in a ``with`` block, or in a function when used as a decorator.
+
+    It holds in this thread or task; code of ``torch.compile`` takes the latest choice of the process.
 
     Args:
         name: "auto" takes Triton on a GPU and PyTorch's operators, reordered for inference, on a CPU, where they
@@ -65,7 +67,7 @@ def use_backend(
     if schedule is not None and (name != "triton" or schedule not in SCHEDULES):
         allowed = f"one of {', '.join(map(repr, SCHEDULES))} with backend 'triton'"
         raise ValueError(f"schedule must be {allowed}, got {schedule!r} with {name!r}")
-    return _scope(name, schedule)
+    return Scope("use_backend", partial(_scope, name, schedule))
 
 
 @contextlib.contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
+from functools import partial
 from typing import Literal, get_args
 
-from .scoped import Scoped
+from .scoped import Scope, Scoped
 
 Save = Literal["branches", "input"]
 SAVES: tuple[Save, ...] = get_args(Save)
@@ -13,7 +13,7 @@ SAVES: tuple[Save, ...] = get_args(Save)
 _save: Scoped[Save | None] = Scoped("save", None)
 
 
-def save_for_backward(save: Save) -> contextlib._GeneratorContextManager[None]:
+def save_for_backward(save: Save) -> Scope:
     """Choose what units in training save, in a ``with`` block, or in a function when used as a decorator.
 
     It goes before a layer's own choice (its attribute ``save``) and holds for the forward pass: the backward pass may
@@ -30,7 +30,7 @@ def save_for_backward(save: Save) -> contextlib._GeneratorContextManager[None]:
     Raises:
         ValueError: an unknown name.
     """
-    return _save.scope(check_save(save))
+    return Scope("save_for_backward", partial(_save.scope, check_save(save)))
 
 
 def check_save(save: Save) -> Save:

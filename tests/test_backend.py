@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from sk_triton import SKConv, use_backend
+from sk_triton import SKConv, save_for_backward, use_backend
 from sk_triton.backend import BACKENDS, current_backend
 
 
@@ -37,6 +37,29 @@ def test_decorator_serves_many_calls_and_recursion():
 
     assert [depth(3), depth(0)] == [3, 0]
     assert current_backend() == "auto"
+
+
+def test_a_scope_may_be_entered_again_and_within_itself():
+    scope = use_backend("reference")
+    for _ in range(2):
+        with scope, use_backend("triton"), scope:
+            assert current_backend() == "reference"
+        assert current_backend() == "auto"
+
+
+def test_functions_that_run_after_the_call_are_not_decorated():
+    def numbers():
+        yield 1
+
+    async def task(): ...
+
+    async def stream():
+        yield 1
+
+    for choice in (use_backend("reference"), save_for_backward("input")):
+        for later in (numbers, task, stream):
+            with pytest.raises(TypeError, match=f"cannot decorate .*{later.__name__}, a coroutine or generator"):
+                choice(later)
 
 
 def test_threads_do_not_see_each_other():
