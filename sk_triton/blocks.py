@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -270,15 +271,17 @@ def _placed(
         raise TypeError(
             f"{name} must be a class or a function that makes a module, got a module: {kind}, not {kind}(...)"
         )
-    # Moved afterwards rather than built in place: not every factory takes device and dtype.
+    # Not handed to the factory: not every one takes device and dtype.
+    device = placement.get("device")
     module = None
     if callable(factory):
-        try:
-            module = factory(**keywords) if keywords else factory(*args)
-        except TypeError:
-            if not keywords:
-                raise
-            module = factory(*args)
+        with contextlib.nullcontext() if device is None else torch.device(device):
+            try:
+                module = factory(**keywords) if keywords else factory(*args)
+            except TypeError:
+                if not keywords:
+                    raise
+                module = factory(*args)
     if not isinstance(module, nn.Module):
         returned = f", which returns {type(module).__name__}" if callable(factory) else ""
         raise TypeError(f"{name} must be a callable that returns an nn.Module, got {factory!r}{returned}")

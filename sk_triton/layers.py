@@ -21,6 +21,7 @@ from .blocks import (
 )
 from .checks import act_name
 from .params import Branch, Gate
+from .reasons import FOLDABLE_NORMS
 from .spec import (
     BranchSpec,
     SKSpec,
@@ -284,7 +285,7 @@ class SelectiveKernel(SKUnit):
         if len({id(conv) for _, _, conv in parts}) < len(parts):
             raise ValueError("cannot fuse: branches share a convolution, but not what their norms make of it")
         for name, part, conv in parts:
-            if part.bn.training:
+            if part.bn.training and type(part.bn) in FOLDABLE_NORMS:  # which others may ignore
                 raise RuntimeError(f"fuse() is for inference, but the norm of {name} is in training mode")
             if reason := unfoldable_reason(name, conv, part.bn):
                 raise ValueError(f"cannot fuse: {reason}")

@@ -29,9 +29,9 @@ def require_positive(name: str, value: object) -> None:
         ValueError: ``value`` is not above 0, or infinite.
     """
     if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number > 0, got {value!r} of type {type(value).__name__}")
+        raise TypeError(f"{name} must be a finite number > 0, got {value!r} of type {type(value).__name__}")
     if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a number > 0{' and finite' if value > 0 else ''}, got {value}")
+        raise ValueError(f"{name} must be a finite number > 0, got {value}")
 
 
 def require_bool(name: str, value: object) -> None:

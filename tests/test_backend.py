@@ -58,7 +58,9 @@ def test_functions_that_run_after_the_call_are_not_decorated():
 
     for choice in (use_backend("reference"), save_for_backward("input")):
         for later in (numbers, task, stream):
-            with pytest.raises(TypeError, match=f"cannot decorate .*{later.__name__}, a coroutine or generator"):
+            with pytest.raises(
+                TypeError, match=f"cannot decorate .*{later.__name__}, a coroutine or generator"
+            ):
                 choice(later)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+from torchvision.ops.misc import FrozenBatchNorm2d
 
 from sk_triton import SelectiveKernel, SKConv, explain, reference, use_backend
 
@@ -109,6 +110,13 @@ def shared(part):
     return build
 
 
+def frozen():
+    """As timm's `freeze_batch_norm_2d` leaves it: in training mode, which means nothing to such norms."""
+    layer = make()
+    layer.paths[0].bn = FrozenBatchNorm2d(layer.paths[0].bn.num_features)
+    return layer
+
+
 def hooked():
     layer = make()
     layer.paths[1].bn.register_forward_hook(lambda *args: None)
@@ -123,6 +131,7 @@ def hooked():
             parametrized,
             "paths.1.conv is parametrized: call torch.nn.utils.parametrize.remove_parametrizations",
         ),
+        (frozen, "the norm of paths.0.conv is a FrozenBatchNorm2d; fuse"),
         (hooked, "paths.1.conv or its norm has forward or backward hooks"),
         (shared("conv"), "branches share a convolution, but not what their norms make of it"),
         (shared("path"), "branches share a convolution"),

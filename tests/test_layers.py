@@ -257,6 +257,12 @@ def test_factory_arguments(make, device, dtype):
     assert all(t.device.type == (device or "cpu") and t.dtype == (dtype or torch.float32) for t in tensors)
 
 
+def test_a_device_goes_before_the_default_one(make):
+    with torch.device("meta"):
+        layer = make(device="cpu")
+    assert not any(tensor.is_meta for tensor in (*layer.parameters(), *layer.buffers()))
+
+
 def test_deepcopy_and_pickle(make):
     layer = make().eval()
     randomize_norms(layer)

@@ -151,5 +151,5 @@ def test_bad_branch(args, error, message):
 
 @pytest.mark.parametrize("r", [0, -1, float("nan")])
 def test_bad_reduction(r):
-    with pytest.raises(ValueError, match=f"reduction must be a number > 0, got {r}"):
+    with pytest.raises(ValueError, match=f"reduction must be a finite number > 0, got {r}"):
         gate_width(64, r)
