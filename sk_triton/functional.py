@@ -25,8 +25,6 @@ def sk_conv(
     gate: Gate,
     spec: SKSpec,
     *,
-    cache: PackCache | None = None,
-    recorder: Recorder | None = None,
     save: Save | None = None,
 ) -> Tensor:
     """Selective-kernel convolution (Li et al., CVPR 2019), equivalent to ``sk_triton.reference.sk_conv``.
@@ -38,8 +36,6 @@ def sk_conv(
         branches: M branches, as ``spec`` describes them, with the dtype and device of x.
         gate: the gate, likewise.
         spec: the unit's description.
-        cache: packed weights to reuse from call to call with the same parameters; None packs them anew.
-        recorder: takes note of a call that can be started again, see :mod:`.replay.calls`.
         save: what schedule "train" saves for the backward pass, see :func:`.save.save_for_backward`, which goes before
             it; None is "branches". The reference saves what its operators save.
 
@@ -52,6 +48,25 @@ def sk_conv(
             statistics of one value per channel.
         RuntimeError: ``use_backend("triton")`` or ``use_backend("torch")`` where it cannot run; the message holds
             the reason.
+    """
+    return run(x, branches, gate, spec, save=save)
+
+
+def run(
+    x: Tensor,
+    branches: Sequence[Branch],
+    gate: Gate,
+    spec: SKSpec,
+    *,
+    cache: PackCache | None = None,
+    recorder: Recorder | None = None,
+    save: Save | None = None,
+) -> Tensor:
+    """As :func:`sk_conv`, for a layer.
+
+    Args:
+        cache: packed weights to reuse from call to call with the same parameters; None packs them anew.
+        recorder: takes note of a call that can be started again, see :mod:`.replay.calls`.
     """
     save = chosen_save(save)
     x, plan, autocast = planned(x, branches, gate, spec, save)

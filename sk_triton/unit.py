@@ -42,7 +42,7 @@ class SKUnit(nn.Module):
         if isinstance(x, fx.Proxy):
             return self._traced(x)
         recorder = self._replays.recorder(self, x)
-        return functional.sk_conv(
+        return functional.run(
             x, self.branches(), self.gate(), self.spec, cache=self._cache, recorder=recorder, save=self.save
         )
 

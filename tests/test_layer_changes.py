@@ -10,7 +10,7 @@ from torch.nn.utils import prune
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, SKSpec, use_backend
 from sk_triton.checks import act_name
-from sk_triton.functional import sk_conv
+from sk_triton.functional import run, sk_conv
 from sk_triton.pack_cache import PackCache
 from sk_triton.params import Branch, Gate
 
@@ -238,7 +238,7 @@ def test_one_cache_serves_units_of_several_specs():
         kinds = (BranchSpec(3, dilation), BranchSpec(3, dilation + 1))
         spec = SKSpec(8, 8, kinds, stride=stride, gate_width=4, **settings)
         with torch.no_grad():
-            v = sk_conv(x, branches, gate, spec, cache=cache)
+            v = run(x, branches, gate, spec, cache=cache)
             with use_backend("reference"):
                 torch.testing.assert_close(v, sk_conv(x, branches, gate, spec), rtol=1e-4, atol=1e-4)
 
