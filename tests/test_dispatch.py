@@ -13,8 +13,8 @@ from sk_triton import (
     dispatch,
     explain,
     planning,
-    preference,
     use_backend,
+    workload,
 )
 from sk_triton.analytic import branch as analytic
 from sk_triton.chips import CHIPS
@@ -205,7 +205,7 @@ def test_auto_takes_the_librarys_convolution_in_wide_groups(x, monkeypatch):
 
     monkeypatch.setattr(dispatch, "is_interpreted", lambda: False)
     monkeypatch.setattr(dispatch, "_kernels_reason", lambda *args: ("", False))
-    monkeypatch.setattr(preference, "chip_of", lambda device: SM_90)
+    monkeypatch.setattr(workload, "chip_of", lambda device: SM_90)
     for backend in ("auto", "triton"):
         assert choose(wide, backend).schedule == "library"
         assert choose(narrow, backend).schedule == "gated"
