@@ -284,7 +284,7 @@ def test_another_states_results_are_not_replaced_unasked(change, tmp_path, capsy
 
     code, _ = make(tmp_path, "--step", "layer-fp32")
     assert code == 2
-    assert next(iter(change)) in capsys.readouterr().out
+    assert next(iter(change)) in capsys.readouterr().err
     assert make(tmp_path, "--step", "summary")[0] == 0
     assert make(tmp_path, "--step", "layer-fp32", "--again")[0] == 0
 
@@ -369,7 +369,7 @@ def test_the_report_survives_its_file(tmp_path):
 def test_what_is_no_report_is_refused(text, tmp_path, capsys):
     (tmp_path / "report.json").write_text(text)
     assert cli.main(["report", "--device", "cpu", "--output", str(tmp_path)]) == 2
-    assert "report.json" in capsys.readouterr().out
+    assert "report.json" in capsys.readouterr().err
 
 
 def test_a_suites_file_that_cannot_be_read_is_named_before_the_steps_run(tmp_path, monkeypatch, capsys):
@@ -378,7 +378,7 @@ def test_a_suites_file_that_cannot_be_read_is_named_before_the_steps_run(tmp_pat
     (tmp_path / "layer.json").write_text("[1]", encoding="utf-8")
     assert make(tmp_path, "--step", "environment")[0] == 2
     assert not run
-    assert f"sk-triton report: {tmp_path / 'layer.json'}: schema must be" in capsys.readouterr().out
+    assert f"sk-triton report: {tmp_path / 'layer.json'}: schema must be" in capsys.readouterr().err
     assert make(tmp_path, "--step", "environment", "--again")[0] == 2
     assert run
-    assert f"sk-triton report: {tmp_path / 'layer.json'}: schema must be" in capsys.readouterr().out
+    assert f"sk-triton report: {tmp_path / 'layer.json'}: schema must be" in capsys.readouterr().err

@@ -37,7 +37,7 @@ def test_the_tune_step_leaves_its_configs_in_the_report_and_the_users_alone(tmp_
     made = course(tmp_path, "cuda:0")
     ending = report_steps.tune(made)
     ((command, folder, timeout),) = commands
-    wanted = "tune --model sknet50 --direction inference training --device cuda:0 --budget 240s"
+    wanted = "tune --model sknet50 --direction both --device cuda:0 --budget 240s"
     assert command == wanted.split()
     assert (folder, timeout) == (str(tmp_path), 300)
     assert ending == Ending(PARTIAL, f"sk-triton configs import {tmp_path / 'tuned.json'}")

@@ -189,9 +189,9 @@ def test_a_missing_package_is_one_line_with_its_remedy(package, tmp_path, capsys
 )
 def test_what_cannot_be_done_is_refused_in_one_line(options, words, tmp_path, capsys):
     assert cli.main(["bench", "--quick", "--output", str(tmp_path / "out"), *options]) == 2
-    out = capsys.readouterr().out
-    assert len(out.splitlines()) == 1
-    assert words in out
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert words in error
     assert not (tmp_path / "out").exists()
 
 
@@ -215,7 +215,7 @@ def test_options_that_do_nothing_for_the_host_suite_are_refused(options, on_gpu,
 @pytest.mark.parametrize("folder", ["/proc", "/proc/some/where"])
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_measured(folder, capsys):
     assert cli.main(["bench", "--device", "cpu", "--output", folder]) == 2
-    assert f"--output must be a folder that can be written to, got {folder}" in capsys.readouterr().out
+    assert f"--output must be a folder that can be written to, got {folder}" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")
@@ -229,9 +229,9 @@ def test_resume_refuses_what_it_would_overwrite(damaged, tmp_path, capsys):
     command = ["bench", "--quick", "--device", "cpu", "--stage", "3", "--batch", "1", "--seed", "1"]
     capsys.readouterr()
     assert cli.main([*command, "--resume", "--output", str(tmp_path / "out")]) == 2
-    out = capsys.readouterr().out
-    assert ("not a results file" if damaged else "seed 0, now 1") in out
-    assert "leave --resume out to replace it" in out
+    error = capsys.readouterr().err
+    assert ("not a results file" if damaged else "seed 0, now 1") in error
+    assert "leave --resume out to replace it" in error
     assert path.read_bytes() == before
 
 

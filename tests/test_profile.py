@@ -32,9 +32,8 @@ def asked(*arguments):
 
 
 def small_case(direction):
-    options = ("--stage", "4", "--unit", "paper", "--batch", "2", "--dtype", "fp32", "--direction")
-    (case,) = profile.cases(asked(*options, direction))
-    return case
+    options = ("--stage", "4", "--unit", "paper", "--batch", "2", "--dtype", "fp32", "--direction", "both")
+    return next(case for case in profile.cases(asked(*options)) if case.direction == direction)
 
 
 def test_a_kernel_takes_the_median_of_its_durations():
@@ -72,9 +71,7 @@ def test_without_kernels_there_is_nothing_to_tell(calls):
 
 def test_the_tables_are_what_the_readme_reads(tmp_path):
     folder = tmp_path / "h100"
-    inference, training = profile.cases(
-        asked("--stage", "2", "--unit", "paper", "--direction", "inference", "training")
-    )
+    inference, training = profile.cases(asked("--stage", "2", "--unit", "paper", "--direction", "both"))
     append(folder, "0123456789", inference, "recompute", CallTimes((("pool", 40.0), ("select", 60.0)), 104.0))
     append(folder, "0123456789", training, "train, branches saved", CallTimes((("step", 900.0),), 900.0))
     found = {time.case: time for time in unit_times.load(folder / unit_times.NAME)}
@@ -104,18 +101,18 @@ def test_all_stages_of_both_units_by_default():
         (subject, channels) for channels in (128, 256, 512, 1024) for subject in (PAPER, CLASSIC)
     ]
     assert {(case.direction, case.batch, case.dtype) for case in found} == {(INFERENCE, 128, "fp16")}
-    assert {case.direction for case in profile.cases(asked("--direction", TRAINING))} == {TRAINING}
+    assert {case.direction for case in profile.cases(asked("--direction", "backward"))} == {TRAINING}
 
 
 def test_a_cpu_has_no_kernels_to_time(capsys):
     assert main(["profile", "--device", "cpu"]) == 2
-    assert "--device must be a GPU, whose kernels can be timed, got 'cpu'" in capsys.readouterr().out
+    assert "--device must be a GPU, whose kernels can be timed, got 'cpu'" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_anything_is_timed(monkeypatch, capsys):
     monkeypatch.setattr(profile, "choose_device", lambda name: torch.device("cuda", 0))
     assert main(["profile", "--output", "/dev/null/folder"]) == 2
-    assert "--output must be a folder that can be written to" in capsys.readouterr().out
+    assert "--output must be a folder that can be written to" in capsys.readouterr().err
 
 
 def test_a_call_and_its_kernels_are_printed():
@@ -162,7 +159,7 @@ def test_what_does_not_run_on_the_kernels_is_not_taken_for_them(direction):
 
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path, capsys):
-    arguments = ["--stage", "3", "--unit", "paper", "--batch", "2", "--direction", "inference", "training"]
+    arguments = ["--stage", "3", "--unit", "paper", "--batch", "2", "--direction", "both"]
     assert (
         main(["profile", *arguments, "--schedule", "auto", "eager", "--output", str(tmp_path / "h100")]) == 0
     )

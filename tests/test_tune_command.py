@@ -88,7 +88,7 @@ def test_bad_usage_is_refused_with_the_reason(options, reason, capsys):
 
 def test_a_batch_of_one_is_not_tuned_for_training(capsys):
     code, out, _ = run(
-        *("--shape", "1,64,7,7", "--direction", "training", "--dry-run", "--gpu", "h100"), capsys=capsys
+        *("--shape", "1,64,7,7", "--direction", "backward", "--dry-run", "--gpu", "h100"), capsys=capsys
     )
     assert code == 2
     assert "not tuned for training: training takes a batch of two samples" in out
@@ -214,15 +214,15 @@ def test_a_run_whose_configs_cannot_be_kept_says_so(gpu, folder, monkeypatch, ca
 
 @needs_narrow_products
 @pytest.mark.parametrize(
-    ("directions", "kinds"),
+    ("direction", "kinds"),
     [
-        (("training",), {"select", "branch_train", "reduction", "branch_grad"}),
-        (keys.DIRECTIONS, set(keys.KINDS) - {"border_sums", "merged_conv"}),
+        ("backward", {"select", "branch_train", "reduction", "branch_grad"}),
+        ("both", set(keys.KINDS) - {"border_sums", "merged_conv"}),
     ],
 )
-def test_a_direction_is_tuned_and_kept_under_its_own_kinds(directions, kinds, gpu, monkeypatch, capsys):
+def test_a_direction_is_tuned_and_kept_under_its_own_kinds(direction, kinds, gpu, monkeypatch, capsys):
     monkeypatch.setattr(session, "Assessor", partial(Assessor, make_pool=Instant))
-    code, out, _ = run(*SMALL, "--direction", *directions, capsys=capsys)
+    code, out, _ = run(*SMALL, "--direction", direction, capsys=capsys)
     assert code == 0
     ((_, entries),) = cache.read().items()
     assert {keys.kind_of_key(key).name for key in entries} == kinds

@@ -4,15 +4,42 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
+from sk_triton.exit_codes import BAD_USAGE
+
+from ..shapes import DIRECTIONS, INFERENCE, TRAINING
+
 DTYPE_NAMES = ("fp16", "bf16", "fp32")
 LARGEST, MOST_CHANNELS, MOST_ELEMENTS = 2**16, 2**13, 2**35
 """Of an input; 2^35 elements in fp16 take 64 GiB. What plans and predicts works on tables that grow with them."""
 WEEK_SECONDS = 7 * 24 * 3600
+DIRECTIONS_BY_NAME = {"forward": (INFERENCE,), "backward": (TRAINING,), "both": DIRECTIONS}
+
+
+def bad_usage(command: str, error: Exception) -> int:
+    """Says why a command does not run, and with which code it ends."""
+    print(f"sk-triton {command}: {error}", file=sys.stderr)
+    return BAD_USAGE
+
+
+def add_direction(parser: argparse.ArgumentParser) -> None:
+    """The option that :func:`directions_of` reads."""
+    parser.add_argument(
+        "--direction",
+        choices=tuple(DIRECTIONS_BY_NAME),
+        default="forward",
+        help="forward: what inference runs (default); backward: what a training step runs, its forward pass included",
+    )
+
+
+def directions_of(args: argparse.Namespace) -> tuple[str, ...]:
+    """The directions that the command's options ask for."""
+    return DIRECTIONS_BY_NAME[args.direction]
 
 
 def positive(text: str) -> int:

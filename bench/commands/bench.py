@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from sk_triton.environment import require
-from sk_triton.exit_codes import BAD_USAGE, FAILED, INTERRUPTED
+from sk_triton.exit_codes import FAILED, INTERRUPTED
 
 from ..problems import in_one_line
 from ..shapes import STAGES
 from ..suites import GPU_OPTIONS, HOST, LAYER, ONE_BATCH, OPTIONS, SUITES, Choice
-from .arguments import DTYPE_NAMES, choose_device, positive, seed, whole_seconds, writable_folder
+from .arguments import DTYPE_NAMES, bad_usage, choose_device, positive, seed, whole_seconds, writable_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,8 +90,7 @@ def run(args: argparse.Namespace) -> int:
             earlier = [_earlier(request, args) for request in requests]
             writable_folder(args.output)
         except (ValueError, OSError, RevisionError) as error:
-            console.print(f"sk-triton bench: {error}", markup=False, style="red", soft_wrap=True)
-            return BAD_USAGE
+            return bad_usage("bench", error)
         if device.type == "cuda":
             torch.cuda.set_device(device)
         codes = []

@@ -12,7 +12,6 @@ from sk_triton import planning
 from sk_triton.backend import Schedule
 from sk_triton.chips import Chip
 from sk_triton.environment import require
-from sk_triton.exit_codes import BAD_USAGE
 
 from ..formats import microseconds
 from ..model import speed_of_light as sol
@@ -21,6 +20,7 @@ from ..model.choice import choice, refused, rejected
 from ..model.gpus import Gpu, chip_for, find_gpu, refuse_precision
 from ..model.speed_of_light import Prediction, Problem
 from ..model.validation import Compared, committed, compare, measured_here, rank_correlation
+from .arguments import bad_usage
 from .unit_arguments import add_unit_arguments, problem_of, unit_of
 
 if TYPE_CHECKING:
@@ -67,8 +67,7 @@ def run(args: argparse.Namespace) -> int:
             else:
                 compared = measured_here(problem, measured, args.dtype, predictions)
     except ValueError as error:
-        print(f"sk-triton explain: {error}", file=sys.stderr)
-        return BAD_USAGE
+        return bad_usage("explain", error)
     if args.json:
         print(json.dumps(as_json(problem, gpu, predictions, compared), indent=1))
         return 0

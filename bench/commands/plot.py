@@ -8,14 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from sk_triton.environment import require
-from sk_triton.exit_codes import BAD_USAGE, FAILED
+from sk_triton.exit_codes import FAILED
 
 from .. import readme
 from ..csv_file import write_csv
 from ..markdown import markdown_table
 from ..problems import in_one_line
 from ..results import read
-from .arguments import writable_folder
+from .arguments import bad_usage, writable_folder
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +59,7 @@ def run(args: argparse.Namespace) -> int:
         else:
             raise ValueError("RESULT.json must name at least one results file (or give --readme README.md)")
     except (OSError, ValueError) as error:
-        print(f"sk-triton plot: {error}", file=sys.stderr)
-        return BAD_USAGE
+        return bad_usage("plot", error)
     for path in written:
         print(path)
     for failure in failures:

@@ -10,11 +10,19 @@ import torch
 
 from sk_triton.backend import SCHEDULES
 from sk_triton.environment import require
-from sk_triton.exit_codes import BAD_USAGE, FAILED
+from sk_triton.exit_codes import FAILED
 
-from ..shapes import CLASSIC, DIRECTIONS, INFERENCE, PAPER, STAGES, Case, stage_shape
+from ..shapes import CLASSIC, PAPER, STAGES, Case, stage_shape
 from ..unit_times import EAGER, SUITE
-from .arguments import DTYPE_NAMES, choose_device, positive, writable_folder
+from .arguments import (
+    DTYPE_NAMES,
+    add_direction,
+    bad_usage,
+    choose_device,
+    directions_of,
+    positive,
+    writable_folder,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,9 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--unit", choices=(PAPER, CLASSIC), nargs="+", default=[PAPER, CLASSIC], help="default: both"
     )
-    parser.add_argument(
-        "--direction", choices=DIRECTIONS, nargs="+", default=[INFERENCE], help="default: inference"
-    )
+    add_direction(parser)
     parser.add_argument(
         "--schedule",
         choices=(AUTO, EAGER, *SCHEDULES),
@@ -79,8 +85,7 @@ def run(args: argparse.Namespace) -> int:
         if args.output:
             writable_folder(args.output)
     except ValueError as error:
-        console.print(f"sk-triton profile: {error}", markup=False, style="red", soft_wrap=True)
-        return BAD_USAGE
+        return bad_usage("profile", error)
     torch.cuda.set_device(device)
     stamp = take_stamp(device)
     commit = (stamp.git_commit or UNKNOWN_COMMIT)[:9] + (DIRTY if stamp.git_dirty else "")
@@ -95,7 +100,7 @@ def cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the command's options ask for, stage by stage."""
     return [
         Case(SUITE, unit, stage_shape(unit, stage), args.batch, args.dtype, direction)
-        for direction in args.direction
+        for direction in directions_of(args)
         for stage in args.stage
         for unit in args.unit
     ]

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from sk_triton.environment import require
-from sk_triton.exit_codes import BAD_USAGE
 from sk_triton.exit_codes import INTERRUPTED as INTERRUPTED_CODE
 
 from ..problems import in_one_line
@@ -25,7 +24,7 @@ from ..report.file import FAILED, INTERRUPTED, Report, StepState
 from ..report.runs import load_runs
 from ..report.steps import STEPS, Context, Ending
 from ..stamp import Stamp, take_stamp
-from .arguments import choose_device, seed, whole_seconds, writable_folder
+from .arguments import bad_usage, choose_device, seed, whole_seconds, writable_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.again:  # which may replace a file that cannot be read
             load_runs(args.output)
     except (ValueError, OSError) as error:
-        return _refused(error, console)
+        return bad_usage("report", error)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     report.seed = args.seed
@@ -94,12 +93,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         return int(failed or any(run.exit_code for run in load_runs(args.output)))
     except ValueError as error:
-        return _refused(error, console)
-
-
-def _refused(error: Exception, console: Console) -> int:
-    console.print(f"sk-triton report: {error}", markup=False, style="red", soft_wrap=True)
-    return BAD_USAGE
+        return bad_usage("report", error)
 
 
 def choose_steps(wanted: Sequence[str] | None, on_gpu: bool) -> list[str]:

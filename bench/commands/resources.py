@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from sk_triton.chips import CHIPS, is_amd
 from sk_triton.environment import require
-from sk_triton.exit_codes import BAD_USAGE
 
 from ..compiled import training_resources
 from ..compiled.resources import Row, compilable_chips, measure, measure_all
 from ..compiled.shipping import measure_analytic, write_configs
 from ..grid import CASES, PRECISIONS, UNITS, Case
-from .arguments import positive
+from .arguments import bad_usage, positive
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -83,11 +81,12 @@ def run(args: argparse.Namespace) -> int:
     that exclude each other."""
     require("rich")
     if args.training and args.write_configs:
-        print(
-            "sk-triton resources: --write-configs does not act on --training: what is shipped are configs of inference",
-            file=sys.stderr,
+        return bad_usage(
+            "resources",
+            ValueError(
+                "--write-configs does not act on --training: what is shipped are configs of inference"
+            ),
         )
-        return BAD_USAGE
     from rich.console import Console
 
     console = Console()

@@ -9,7 +9,7 @@ import sys
 
 from sk_triton.backend import SCHEDULES
 from sk_triton.environment import require
-from sk_triton.exit_codes import BAD_USAGE, FAILED
+from sk_triton.exit_codes import FAILED
 from sk_triton.save import SAVES
 
 from ..interpreted.traffic import (
@@ -23,6 +23,7 @@ from ..interpreted.traffic import (
     passes,
 )
 from ..shapes import CLASSIC, PAPER
+from .arguments import bad_usage
 
 TRAIN = "train"
 
@@ -55,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         refuse(args)
     except ValueError as error:
-        print(f"sk-triton traffic: {error}", file=sys.stderr)
-        return BAD_USAGE
+        return bad_usage("traffic", error)
     if not dispatch.is_interpreted():
         return _interpreted(args)
     from rich.console import Console

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from sk_triton import dispatch
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, INTERRUPTED
 from sk_triton.tuning import cache
-from sk_triton.tuning.keys import DIRECTIONS, INFERENCE
 
 from ..grid import PRECISIONS
 from ..model.gpus import Gpu, refuse_precision
@@ -28,7 +26,7 @@ from ..tuning.ranking import failures, rank
 from ..tuning.session import BUDGET_SECONDS, INTERRUPT, Request, present, product, tune_here
 from ..tuning.targets import Target, refusal, targets_of
 from ..tuning.units import network_problems, title
-from .arguments import WEEK_SECONDS, choose_device, positive
+from .arguments import WEEK_SECONDS, add_direction, bad_usage, choose_device, directions_of, positive
 from .unit_arguments import add_unit_arguments, batch_of, problem_of, refuse_unit_options
 
 if TYPE_CHECKING:
@@ -47,13 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="all units of a network, at 224 x 224 pixels; refuses options that describe a unit",
     )
     add_unit_arguments(parser, subject)
-    parser.add_argument(
-        "--direction",
-        choices=DIRECTIONS,
-        nargs="+",
-        default=[INFERENCE],
-        help="of training, the launches of its forward and backward passes (default: inference)",
-    )
+    add_direction(parser)
     parser.add_argument(
         "--budget",
         type=_seconds,
@@ -103,11 +95,10 @@ def run(args: argparse.Namespace) -> int:
         problems = _problems(args)
         cache.path()  # not to find out after the measurements
     except (ValueError, OSError) as error:
-        print(f"sk-triton tune: {error}", file=sys.stderr)
-        return BAD_USAGE
+        return bad_usage("tune", error)
     limit = args.candidates or (DRY_CANDIDATES if args.dry_run else CANDIDATES)
     by_key: dict[str, Target] = {}
-    for direction in args.direction:
+    for direction in directions_of(args):
         for problem in problems:
             if reason := refusal(problem.on(chip), direction):
                 console.print(

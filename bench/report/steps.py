@@ -21,7 +21,7 @@ from sk_triton.tuning import cache
 from .. import results, suites
 from ..measuring.ceilings import measure_ceilings
 from ..problems import complaints
-from ..shapes import DIRECTIONS, SKNET50
+from ..shapes import SKNET50
 from ..tuning.flow import LEFT
 from ..verdict import comparisons, speed_summary
 from . import pytest_run, runs
@@ -170,7 +170,7 @@ def tune(context: Context) -> Ending:
     title = "Tuned configs"
     if context.on_gpu:
         seconds = max(context.time_limit - TUNE_MARGIN_SECONDS, 1)
-        arguments = ["tune", "--model", SKNET50, "--direction", *DIRECTIONS, "--device", str(context.device)]
+        arguments = ["tune", "--model", SKNET50, "--direction", "both", "--device", str(context.device)]
         arguments += ["--budget", f"{seconds:g}s"]
         arguments += ["--again"] if context.again else []
     else:
