@@ -216,11 +216,17 @@ def _results(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
         lines = [f"**{what}:** {speed_summary(compared)}, each in its fastest measured form."]
         if graphs := graph_summary(compared):
             lines.append(f"{graphs[0].upper()}{graphs[1:]}.")
-        lines += filter(None, (coverage.sentence(item.run), _ungraphed(item)))
+        if ungraphed := _ungraphed(item):
+            lines.append(ungraphed)
+        if gaps := coverage.sentence(item.run):
+            lines.append(
+                "Some of the peers' default forms were not measured: they are listed below the cases."
+            )
         lines.append(f"{_provenance(item)}: {_files(item)}.")
         parts.append("\n".join(lines))
-        notes = "".join(f"\n\n{note}" for note in item.run.notes) if item.older else ""
-        parts.append(_folded(f"Every case of {what}", markdown_table(item.run).strip() + notes))
+        notes = [*filter(None, (gaps,)), *(item.run.notes if item.older else ())]
+        table = markdown_table(item.run).strip()
+        parts.append(_folded(f"Every case of {what}", "\n\n".join([table, *notes])))
     return "\n\n".join(parts)
 
 
@@ -262,16 +268,14 @@ def _losses(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:
         ungraphed = _without(item.run, lambda record: record.ours and is_graph(record))
         if len(ungraphed.records) < len(item.run.records):
             parts += _lost(ungraphed, f"{where}, out of a CUDA graph and peers in one, we lose")
-    return "\n\n".join(parts)
+    return "\n\n".join(parts) or "None."
 
 
 def _lost(run: Results, sentence: str) -> list[str]:
-    lost = losses(comparisons(run))
-    count = losses_count(comparisons(run))
-    parts = [f"{sentence} in {count} of suite {run.suite}{':' if lost else '.'}"]
-    if lost:
-        parts.append("\n".join(f"- {line}" for line in lost))
-    return parts
+    """Nothing where no case is lost."""
+    compared = comparisons(run)
+    lost = [f"- {line}" for line in losses(compared)]
+    return [f"{sentence} in {losses_count(compared)} of suite {run.suite}:", "\n".join(lost)] if lost else []
 
 
 def _peers(shown: list[Evidence], units: Sequence[UnitEvidence]) -> str:

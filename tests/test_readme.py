@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from sk_triton.bench.formats import microseconds
@@ -16,7 +17,8 @@ from sk_triton.bench.model.gpus import chip_for, find_gpu
 from sk_triton.bench.model.speed_of_light import MEMORY, Problem, least_steps, schedules_for
 from sk_triton.bench.shapes import STAGES
 
-from .versions import needs_narrow_products
+from .compiling import output_of
+from .versions import needs_narrow_products, needs_predicting_compiler
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -85,6 +87,12 @@ def test_the_two_set_up_commands():
 
 
 @needs_narrow_products
+@needs_predicting_compiler
+@pytest.mark.compile
+def test_the_table_of_predictions_is_the_models():
+    assert output_of("predicted_table.py").strip() in README.read_text()
+
+
 def test_predicted_passes_and_memory_are_the_models():
     """What follows from the shapes alone; the rest of the table depends on the compiler."""
     section = README.read_text().partition("### Predicted, without a GPU")[2]

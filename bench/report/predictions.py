@@ -42,8 +42,8 @@ def predictions(gpu: str = "H100 SXM", batch: int = 128) -> str:
     product = find_gpu(gpu)
     problems = [Problem(paper_unit(c), batch, size, size, torch.float16) for c, size in STAGES.values()]
     lines = [
-        "| stage | schedule | passes | convolution, instructions per output | memory | L2 | issue slots | **unit** | "
-        "bound by | eager, by its passes |",
+        "| stage | schedule | passes | convolution, instructions per output | memory | tensor cores | "
+        "issue slots | **unit** | bound by | eager, by its passes |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for problem, predicted in zip(problems, sol.predict_all(problems, product), strict=True):
@@ -54,7 +54,7 @@ def predictions(gpu: str = "H100 SXM", batch: int = 128) -> str:
             for step in chosen.steps
             if step.work.name.startswith(("branch_conv", "unit")) and step.work.warp_instructions is not None
         ]
-        times = [f"{microseconds(chosen.seconds(bound))} µs" for bound in (sol.MEMORY, sol.L2, sol.ISSUE)]
+        times = [f"{microseconds(chosen.seconds(bound))} µs" for bound in (sol.MEMORY, sol.MATRIX, sol.ISSUE)]
         cells = [
             f"{problem.spec.in_channels} @ {problem.height}²",
             chosen.schedule,
