@@ -86,13 +86,13 @@ def test_the_two_set_up_commands():
     assert [line for line in found if "pip install -e" in line] == SETUP
 
 
-@needs_narrow_products
 @needs_predicting_compiler
 @pytest.mark.compile
 def test_the_table_of_predictions_is_the_models():
     assert output_of("predicted_table.py").strip() in README.read_text()
 
 
+@needs_narrow_products
 def test_predicted_passes_and_memory_are_the_models():
     """What follows from the shapes alone; the rest of the table depends on the compiler."""
     section = README.read_text().partition("### Predicted, without a GPU")[2]
