@@ -10,6 +10,7 @@ import torch
 
 from sk_triton import SelectiveKernel, SKConv, use_backend
 from sk_triton.analytic.branch import branch_config, branch_cost
+from sk_triton.bench.tuning.shortlist import shortlist
 from sk_triton.chips import CHIPS
 from sk_triton.kernels.config import WindowConfig
 from sk_triton.kernels.geometry import ConvShape
@@ -257,7 +258,7 @@ def test_a_short_search_tries_dense_and_sparse_products(task):
     numbers = torch.float16, True, CHIPS["sm_90"]
     shape = ConvShape(128, 128, 32, (3, 3), (1, 2))
     analytic = branch_config(shape, 128, 56, 56, *numbers, task=task)
-    found = space.shortlist(
+    found = shortlist(
         space.branch_configs(shape, 56, *numbers, task=task),
         analytic,
         lambda config: branch_cost(config, shape, 128, 56, 56, CHIPS["sm_90"], task),

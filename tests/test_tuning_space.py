@@ -6,6 +6,7 @@ import torch
 from sk_triton import planning
 from sk_triton.analytic.grad import grad_config
 from sk_triton.bench.grid import CASES, classic_unit
+from sk_triton.bench.tuning.shortlist import shortlist
 from sk_triton.chips import CHIPS, PREFETCHING
 from sk_triton.kernels.config import GradWideConfig
 from sk_triton.kernels.geometry import ConvShape, blocking, can_run, tiles
@@ -34,7 +35,7 @@ def test_every_candidate_is_valid_for_its_launch_and_the_analytic_choice_is_amon
                 assert len(set(candidates)) == len(candidates) > 0
                 if request.kind not in ("border_sums", "merged_conv"):  # whose programs depend on the batch
                     assert request.analytic() in candidates
-                short = space.shortlist(candidates, request.analytic(), request.cost, 6)
+                short = shortlist(candidates, request.analytic(), request.cost, 6)
                 assert short[0] == request.analytic()
                 assert set(short[1:]) <= set(candidates)
                 if request.kind.startswith("branch"):
@@ -86,6 +87,6 @@ def test_configs_of_gradients_are_ranked_whatever_prefetches(chip, groups):
     found = space.grad_configs(shape, 56, 56, torch.float16, choice, chip)
     wide = {config.PREFETCH for config in found if isinstance(config, GradWideConfig)}
     assert wide == {True, False} & {chip.name in PREFETCHING, False}
-    ranked = space.shortlist(found, choice, None, 6)
+    ranked = shortlist(found, choice, None, 6)
     assert ranked[0] == choice
     assert len(ranked) == 6

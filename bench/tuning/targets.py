@@ -15,7 +15,7 @@ from sk_triton.kernels.launch import Launch
 from sk_triton.plan import Plan
 from sk_triton.save import Save
 from sk_triton.training.plan import make_training_plan
-from sk_triton.tuning import launches, space
+from sk_triton.tuning import launches
 from sk_triton.tuning.entries import Choice, Entry, Trial
 from sk_triton.tuning.keys import INFERENCE, KINDS, SCHEDULE, TRAINING
 from sk_triton.tuning.lookup import Request, analytic_only, experiment, recorded_requests
@@ -25,6 +25,7 @@ from ..compiled.planned import prepared_steps, unit_parameters
 from ..compiled.training_steps import take_step
 from ..model.gpus import Gpu
 from ..problems import in_one_line
+from .shortlist import shortlist
 
 TRAIN: Literal["train"] = "train"
 SAVE: Save = "branches"
@@ -143,7 +144,7 @@ def _of_launches(
     seen: Counter[str] = Counter()
     for request in requests:
         candidates = list(request.candidates())
-        choices = tuple(space.shortlist(candidates, request.analytic(), request.cost, limit))
+        choices = tuple(shortlist(candidates, request.analytic(), request.cost, limit))
         found.append(
             Target(
                 unit,
