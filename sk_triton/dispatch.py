@@ -69,7 +69,7 @@ def choose(
         if training.is_training(x, branches, gate):
             not_trained = cpu.training_reason(x, branches, gate, spec)
             if not not_trained:
-                return cpu.training_plan(x, spec)
+                return cpu.plan(x, spec, is_training=True)
             if not_trained != reason:
                 reason = f"{reason}; for training, {not_trained}"
         if backend == "torch":

@@ -96,17 +96,8 @@ def _call_reason(x: Tensor, spec: SKSpec) -> str:
     )
 
 
-def training_plan(x: Tensor, spec: SKSpec) -> Plan:
-    """The plan for an input that :func:`training_reason` accepts."""
-    return _cached_plan(x, spec, is_training=True)
-
-
-def plan(x: Tensor, spec: SKSpec) -> Plan:
-    """The plan for an input that :func:`reason` accepts."""
-    return _cached_plan(x, spec, is_training=False)
-
-
-def _cached_plan(x: Tensor, spec: SKSpec, is_training: bool) -> Plan:
+def plan(x: Tensor, spec: SKSpec, *, is_training: bool = False) -> Plan:
+    """The plan for an input that :func:`reason` or, with `is_training`, :func:`training_reason` accepts."""
     n, _, h, w = x.shape
     is_channels_last = memory_format(x) == torch.channels_last
     can_pack = not is_training and packs_weights(x.dtype)
