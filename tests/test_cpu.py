@@ -14,7 +14,9 @@ from torch import nn
 
 from sk_triton import BranchSpec, SKSpec, dispatch, layout, reference
 from sk_triton.cpu import choice as cpu
-from sk_triton.cpu.merging import window_sums
+from sk_triton.cpu.merging import merged_branch, taps_of, window_sums
+from sk_triton.kernels.merging import lattice_taps, merged_shape
+from sk_triton.planning import conv_shapes
 
 from .tolerances import assert_errs_like_eager, assert_same, assert_typical_errors_like_eager
 from .units import CLASSIC, PAPER, mergeable, random_unit, sizes, specs
@@ -45,7 +47,7 @@ def cast_to(part, dtype):
 def plan_of(spec, x, schedule, samples):
     """A plan of a schedule, whether or not it would pay."""
     plan = dataclasses.replace(cpu.plan(x, spec), schedule=schedule, samples=samples, merged=None)
-    return dataclasses.replace(plan, merged=cpu.merged_branch(spec)) if schedule == "merged" else plan
+    return dataclasses.replace(plan, merged=merged_branch(spec)) if schedule == "merged" else plan
 
 
 def run(spec, x, branches, gate, schedule, samples):
@@ -139,12 +141,26 @@ def test_window_sums_are_a_convolution_with_ones():
 
 def test_the_merged_kernel_holds_every_branch():
     def kernel(*branches):
-        return str(cpu.merged_branch(SKSpec(4, 4, branches, gate_width=1)))
+        return str(merged_branch(SKSpec(4, 4, branches, gate_width=1)))
 
     assert kernel(BranchSpec(3), BranchSpec(3, 2)) == "5x5"
     assert kernel(BranchSpec(3, 2), BranchSpec(3, 4), BranchSpec(1, 3)) == "5x5 d2"
     assert kernel(BranchSpec(1, 5), BranchSpec(1)) == "1x1"
     assert kernel(BranchSpec(3, 2, 2), BranchSpec(7, 3, 2)) == "19x19 g2"
+
+
+@pytest.mark.parametrize(
+    "branches", [((3, 1), (3, 2)), ((3, 2), (3, 4), (1, 3)), ((1, 5), (1, 1)), ((3, 2), (7, 3))]
+)
+def test_the_kernels_for_gpus_merge_branches_on_the_same_taps(branches):
+    spec = SKSpec(4, 4, tuple(BranchSpec(*branch) for branch in branches), gate_width=1)
+    ((_, _, shape),) = conv_shapes(spec)
+    merged, expected = merged_branch(spec), merged_shape(shape)
+    assert {(merged.kernel_size, merged.dilation)} == set(
+        zip(expected.kernels, expected.dilations, strict=True)
+    )
+    taps = [tuple(range(merged.kernel_size)[taps_of(branch, merged)]) for branch in spec.branches]
+    assert tuple(taps) == lattice_taps(shape)
 
 
 @pytest.mark.parametrize("schedule", ["folded", "merged"])

@@ -15,8 +15,9 @@ from ..layout import memory_format
 from ..params import Branch, Gate
 from ..plan import Plan
 from ..reasons import state_reason, tracing_reason, unit_reason
-from ..spec import BranchSpec, SKSpec
+from ..spec import SKSpec
 from .convolution import packs_weights
+from .merging import merged_branch
 
 # A batch whose branch takes no more than this is computed whole, and its last branch becomes the result in place. A
 # larger one would leave the caches between two steps, and the memory its branches take would go back to the system at
@@ -189,14 +190,6 @@ def _unmergeable_reason(spec: SKSpec) -> str:
     if side > 2 * least:  # rounding errors grow as the square root of the number of products: as the side
         return f"a sum over {side}x{side} taps may err more than twice as much as one over {least}x{least}"
     return ""
-
-
-def merged_branch(spec: SKSpec) -> BranchSpec:
-    """The smallest kernel and dilation whose taps include those of all branches."""
-    wide = [branch for branch in spec.branches if branch.kernel_size > 1]
-    dilation = math.gcd(*(branch.dilation for branch in wide)) or 1
-    reach = max(branch.padding for branch in spec.branches)
-    return BranchSpec(2 * reach // dilation + 1, dilation, spec.branches[0].groups)
 
 
 def _merge_balance(spec: SKSpec, n: int, h: int, w: int, parts: int, costs: _Costs) -> tuple[bool, str]:

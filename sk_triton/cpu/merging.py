@@ -6,6 +6,7 @@ commutes with a convolution: the pooled sum of a branch needs only the sums of x
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
@@ -32,6 +33,17 @@ class MergedKernels(NamedTuple):
     weights: tuple[Tensor, ...]
     biases: Tensor | None
     total_weight: Tensor
+
+
+def merged_branch(spec: SKSpec) -> BranchSpec:
+    """The smallest kernel and dilation whose taps include those of all branches, which have equal groups.
+
+    The same lattice as :func:`..kernels.merging.merged_shape` takes.
+    """
+    wide = [branch for branch in spec.branches if branch.kernel_size > 1]
+    dilation = math.gcd(*(branch.dilation for branch in wide)) or 1
+    reach = max(branch.padding for branch in spec.branches)
+    return BranchSpec(2 * reach // dilation + 1, dilation, spec.branches[0].groups)
 
 
 def merge(
