@@ -67,8 +67,8 @@ class Explanation:
             lines.append(f"samples   {plan.samples} at a time")
         if plan.is_packed:
             lines.append("weights   laid out for oneDNN once, in channels_last")
-        if plan.merged is not None:
-            lines.append(f"merged    {plan.merged}")
+        if plan.merged_branch is not None:
+            lines.append(f"merged    {plan.merged_branch}")
         lines.extend(self._launch_lines())
         for source in plan.sources:
             lines.append(f"source    {source.kind}: {source.text}")

@@ -80,7 +80,7 @@ class Plan:
         is_packed: whether the CPU's schedule "folded" lays out weights for its library once, and computes in
             channels_last.
         samples: how many samples pass through all steps of a schedule on the CPU together.
-        merged: the kernel that holds those of all branches, for the CPU's schedules "merged" and "train_merged".
+        merged_branch: the kernel that holds those of all branches, for the CPU's schedules "merged" and "train_merged".
     """
 
     backend: str
@@ -102,7 +102,7 @@ class Plan:
     allow_tf32: bool = False
     is_packed: bool = False
     samples: int = 0
-    merged: BranchSpec | None = None
+    merged_branch: BranchSpec | None = None
 
     def rejecting(self, name: str, reason: str) -> Plan:
         """This plan, with one more alternative that was not taken."""

@@ -46,8 +46,8 @@ def cast_to(part, dtype):
 
 def plan_of(spec, x, schedule, samples):
     """A plan of a schedule, whether or not it would pay."""
-    plan = dataclasses.replace(cpu.plan(x, spec), schedule=schedule, samples=samples, merged=None)
-    return dataclasses.replace(plan, merged=merged_branch(spec)) if schedule == "merged" else plan
+    plan = dataclasses.replace(cpu.plan(x, spec), schedule=schedule, samples=samples, merged_branch=None)
+    return dataclasses.replace(plan, merged_branch=merged_branch(spec)) if schedule == "merged" else plan
 
 
 def run(spec, x, branches, gate, schedule, samples):

@@ -148,7 +148,7 @@ def _plan(
                 dtype=dtype,
                 rejected=(_NOT_TRITON, (names[0], balance)),
                 samples=samples,
-                merged=merged_branch(spec),
+                merged_branch=merged_branch(spec),
             )
         not_merged = balance
     rejected = (_NOT_TRITON, (names[1], not_merged))

@@ -188,13 +188,13 @@ class InferenceCall:
 
     Attributes:
         is_converted: whether x is copied so that its channels are adjacent.
-        v: size and stride of the output, which has x's dtype.
+        v_layout: size and stride of the output, which has x's dtype.
         stream: that it ran on.
         packed: keeps alive what the kernels' other pointers point to, where nobody else does.
     """
 
     is_converted: bool
-    v: tuple[torch.Size, tuple[int, ...]]
+    v_layout: tuple[torch.Size, tuple[int, ...]]
     stream: Stream
     recording: Recording
     packed: Packed | None = None
@@ -223,7 +223,7 @@ class InferenceCall:
     def start(self, x: Tensor) -> Tensor:
         if self.is_converted:
             x = with_adjacent_channels(x)
-        v = x.new_empty_strided(*self.v)
+        v = x.new_empty_strided(*self.v_layout)
         workspace = borrow(self.recording.workspace_bytes, self.stream)
         self.recording.start(x, v, workspace)
         give_back(workspace, self.stream)

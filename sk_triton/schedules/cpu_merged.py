@@ -29,7 +29,7 @@ def prepare(
     cache: PackCache | None,
 ) -> Callable[[Tensor], Tensor]:
     """What computes the unit's output from inputs in a memory format, as :func:`sk_triton.functional.sk_conv` does."""
-    merged = plan.merged
+    merged = plan.merged_branch
     assert merged is not None
 
     @torch.no_grad()

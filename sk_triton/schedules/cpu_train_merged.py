@@ -53,7 +53,7 @@ class _MergedUnit(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, plan: Plan, spec: SKSpec, x: Tensor, *parameters: Tensor | None) -> Tensor:
-        m, merged = spec.num_branches, plan.merged
+        m, merged = spec.num_branches, plan.merged_branch
         assert merged is not None
         weights = [weight for weight in parameters[:m] if weight is not None]
         kernels = merge(weights, parameters[m : 2 * m], spec, merged, memory_format(x))

@@ -35,7 +35,7 @@ class TrainingCall:
         call: it, but for its tensors.
         slots: of the parameters.
         running: statistics that norms do not take from the batch.
-        v: size and stride of the output.
+        v_layout: size and stride of the output.
         saved: what the gradient needs, parts of one piece of memory of `saved_bytes`.
         counters: of the batches that norms saw, which the kernels bring up to date with their statistics.
     """
@@ -53,7 +53,7 @@ class TrainingCall:
     ) -> None:
         self.call, self.slots, self.running = call, slots, running
         self.dtype, self.is_converted = x.dtype, x.stride(1) != 1
-        self.v = v.shape, v.stride()
+        self.v_layout = v.shape, v.stride()
         self.saved = [Part.of(tensor, side_by_side.add(tensor)) for tensor in saved]
         self.saved_bytes = side_by_side.nbytes
         self.counters = [own.counter for own in call.updates if own is not None]
@@ -69,7 +69,7 @@ class TrainingCall:
     def forward(self, x: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The output, and the memory of what the gradient needs."""
         x = with_adjacent_channels(x) if self.is_converted else x
-        v, saved = x.new_empty_strided(*self.v), _memory(x, self.saved_bytes)
+        v, saved = x.new_empty_strided(*self.v_layout), _memory(x, self.saved_bytes)
         workspace = _memory(x, self.recording.workspace_bytes)
         self.recording.start(x, saved, v, workspace, *[params[i] for i in self.recording.reads])
         if self.counters:
