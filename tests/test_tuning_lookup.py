@@ -163,7 +163,7 @@ def test_a_training_plan_is_made_anew_after_tuning_in_the_same_process(folder, m
 )
 def test_training_takes_what_was_tuned_for_it(kind, field, folder):
     work = workload()
-    with lookup.recorded_requests() as asked:
+    with lookup.experiment() as asked:
         make_training_plan(work, "branches")
     request = next(request for request in asked if request.kind == kind)
     assert request.key.startswith(f"training/{kind}/")
@@ -234,7 +234,7 @@ def test_an_experiment_sees_its_own_choices_only_and_leaves_nothing_behind(reque
         assert make_plan("store", workload()).branch_launches[0].config == request_.analytic()
     with lookup.experiment({request_.key: request_.candidates()[-1]}):
         assert make_plan("store", workload()).branch_launches[0].config == request_.candidates()[-1]
-    with lookup.recorded_requests() as asked:
+    with lookup.experiment() as asked:
         make_plan("store", workload())
     assert [request.kind for request in asked] == ["branch_store", "gate", "select"]
     assert store(workload())[0] == chosen

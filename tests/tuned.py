@@ -12,7 +12,7 @@ from sk_triton.chips import Chip
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.tuning.entries import Entry, Origin, Trial
 from sk_triton.tuning.keys import stamp
-from sk_triton.tuning.lookup import recorded_requests
+from sk_triton.tuning.lookup import experiment
 from sk_triton.workload import Workload
 
 H100 = Chip("sm_90", 132, 50, "NVIDIA H100 80GB HBM3")
@@ -30,7 +30,7 @@ def origin(chip: Chip = H100, **changes) -> Origin:
 
 def requests(schedule: str, work: Workload) -> dict:
     """The lookups of a schedule by the kind of launch."""
-    with recorded_requests() as asked:
+    with experiment() as asked:
         planning.make_plan(schedule, work)
     return {request.kind: request for request in asked}
 

@@ -18,7 +18,7 @@ from sk_triton.training.plan import make_training_plan
 from sk_triton.tuning import launches
 from sk_triton.tuning.entries import Choice, Entry, Trial
 from sk_triton.tuning.keys import INFERENCE, KINDS, SCHEDULE, TRAINING
-from sk_triton.tuning.lookup import Request, analytic_only, experiment, recorded_requests
+from sk_triton.tuning.lookup import Request, analytic_only, experiment
 from sk_triton.workload import Workload
 
 from ..compiled.planned import prepared_steps, unit_parameters
@@ -116,7 +116,7 @@ def _of_inference(unit: str, workload: Workload, limit: int) -> list[Target]:
     found: dict[str, Target] = {}
     # What schedules have in common is of the one that is expected to be taken.
     for schedule in sorted(schedules, key=lambda name: name != expected):
-        with recorded_requests() as requests:
+        with experiment() as requests:
             planning.make_plan(schedule, workload)
         for target in _of_launches(unit, workload, limit, schedule, requests):
             found.setdefault(target.key, target)
@@ -129,7 +129,7 @@ def _of_inference(unit: str, workload: Workload, limit: int) -> list[Target]:
 
 def _of_training(unit: str, workload: Workload, limit: int) -> list[Target]:
     """The launches of a training step, those that inference has as well included; there is one schedule."""
-    with recorded_requests() as requests:
+    with experiment() as requests:
         plan = make_training_plan(workload, SAVE)
     # What it was planned from may ask for more than its launches take.
     used = {source.key for source in plan.sources}

@@ -70,32 +70,23 @@ class _Experiment:
 _experiment: ContextVar[_Experiment | None] = ContextVar("sk_triton_experiment", default=None)
 
 
-def experiment(choices: Mapping[str, Choice]) -> contextlib.AbstractContextManager[object]:
-    """Inside, lookups take `choices` by key, and else the analytic choice.
+@contextlib.contextmanager
+def experiment(choices: Mapping[str, Choice] = {}) -> Iterator[list[Request]]:
+    """Inside, lookups take `choices` by key, and else the analytic choice. Yields the list of their requests.
 
     For what tries configs out: plan inside with :func:`sk_triton.planning.make_plan`, which remembers nothing.
     """
-    return _session(choices)
-
-
-def analytic_only() -> contextlib.AbstractContextManager[object]:
-    """As :func:`experiment`: inside, lookups take the analytic choice, whatever was tuned or is shipped."""
-    return _session({})
-
-
-def recorded_requests() -> contextlib.AbstractContextManager[list[Request]]:
-    """As :func:`analytic_only`; yields the list of the requests that are made inside."""
-    return _session({})
-
-
-@contextlib.contextmanager
-def _session(choices: Mapping[str, Choice]) -> Iterator[list[Request]]:
     session = _Experiment(choices)
     token = _experiment.set(session)
     try:
         yield session.requests
     finally:
         _experiment.reset(token)
+
+
+def analytic_only() -> contextlib.AbstractContextManager[object]:
+    """As :func:`experiment`: inside, lookups take the analytic choice, whatever was tuned or is shipped."""
+    return experiment()
 
 
 def resolve(request: Request, chip: Chip) -> Found:
