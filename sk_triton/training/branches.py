@@ -117,7 +117,7 @@ def convolve(x: Tensor, unit: TrainingUnit, plan: Plan, vectors: BranchVectors, 
         members = slice(launch.start, launch.stop)
         x_in = x[:, launch.start * spec.branch_in_channels :] if spec.split_input else x
         packed, shift = operands(launch, unit, x.dtype, vectors, tape)
-        settings = conv_settings(launch, plan)
+        settings = launch_settings(launch, plan)
         if launch.task == "train":
             moments = empty_moments(x, launch, unit)
             tape.run(branch_train_fwd(x_in, packed, shift, y[members], moments, **settings))
@@ -137,13 +137,21 @@ def operands(
 ) -> tuple[Tensor, Tensor | None]:
     """Packed weights and biases ``[M, C]`` of the branches of a launch."""
     members = slice(launch.start, launch.stop)
-    weights = [tape.filling_memory(weight) for weight in unit.tensors.weights[members]]
-    packed, gather = branch_weight_launch(weights, launch.shape, launch.config, dtype)
-    tape.run(gather)
+    packed = packed_weights(launch, unit, dtype, tape)
     return packed, None if vectors.biases is None else vectors.biases[members]
 
 
-def conv_settings(launch: BranchLaunch, plan: Plan) -> dict[str, Any]:
+def packed_weights(
+    launch: BranchLaunch, unit: TrainingUnit, dtype: torch.dtype, tape: Tape, scale: Tensor | None = None
+) -> Tensor:
+    """Packed weights of the branches of a launch, times a `scale` ``[M, C]`` of these."""
+    weights = [tape.filling_memory(weight) for weight in unit.tensors.weights[launch.start : launch.stop]]
+    packed, gather = branch_weight_launch(weights, launch.shape, launch.config, dtype, scale)
+    tape.run(gather)
+    return packed
+
+
+def launch_settings(launch: BranchLaunch, plan: Plan) -> dict[str, Any]:
     """What the launchers of the branch kernels take of a plan."""
     return {"shape": launch.shape, "allow_tf32": plan.allow_tf32, "config": launch.config}
 

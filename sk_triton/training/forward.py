@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..kernels.batch_stats import moment_tiles, tile_moments_fwd
 from ..kernels.branch_conv import branch_measure_fwd, branch_pool_fwd, branch_select_fwd
-from ..kernels.gather import branch_weight_launch
 from ..kernels.geometry import tile_count
 from ..kernels.norm_params import norm_scale_shift
 from ..kernels.pooled_moments import pooled_moments_fwd
@@ -20,10 +19,11 @@ from .branches import (
     BranchVectors,
     Moments,
     TrainingUnit,
-    conv_settings,
     convolve,
     empty_moments,
+    launch_settings,
     operands,
+    packed_weights,
     sums_over_pixels,
 )
 from .tape import Tape
@@ -96,7 +96,9 @@ class FoldedBranches:
         launch = self.plan.folded_launches[0]
         moments = empty_moments(self.x, launch, self.unit)
         packed, shift = operands(launch, self.unit, self.x.dtype, self.vectors, self.tape)
-        self.tape.run(branch_measure_fwd(self.x, packed, shift, moments, **conv_settings(launch, self.plan)))
+        self.tape.run(
+            branch_measure_fwd(self.x, packed, shift, moments, **launch_settings(launch, self.plan))
+        )
         return [(slice(launch.start, launch.stop), moments)]
 
     def pool(self, norm: BranchNorm) -> Tensor:
@@ -105,7 +107,7 @@ class FoldedBranches:
         h, w = spec.output_size(*self.x.shape[2:])
         size = (self.x.shape[0], tile_count(launch.shape, launch.config, h, w), spec.out_channels)
         partial = self.x.new_empty(size, dtype=torch.float32)
-        settings = conv_settings(launch, self.plan)
+        settings = launch_settings(launch, self.plan)
         packed, shift = self._normalizing(launch, norm)
         self.tape.run(
             branch_pool_fwd(
@@ -117,7 +119,7 @@ class FoldedBranches:
     def select(self, norm: BranchNorm, attention: Tensor, v: Tensor) -> None:
         """Write the output ``v`` (Eq. 6)."""
         launch = self.plan.folded_launches[2]
-        settings = conv_settings(launch, self.plan)
+        settings = launch_settings(launch, self.plan)
         packed, shift = self._normalizing(launch, norm)
         self.tape.run(
             branch_select_fwd(
@@ -135,10 +137,7 @@ class FoldedBranches:
             self.tape.run(norm_scale_shift(norm.mean, norm.rstd, affine, biases, scale, shift))
             self._fold = scale, shift
         scale, shift = self._fold
-        weights = [self.tape.filling_memory(weight) for weight in self.unit.tensors.weights]
-        packed, gather = branch_weight_launch(weights, launch.shape, launch.config, self.x.dtype, scale)
-        self.tape.run(gather)
-        return packed, shift
+        return packed_weights(launch, self.unit, self.x.dtype, self.tape, scale), shift
 
 
 def of_all_branches(partial: Tensor) -> Tensor:
