@@ -39,8 +39,13 @@ class GateTensors(NamedTuple):
     select_biases: tuple[Tensor, ...] | None
 
 
-class GateNorm(NamedTuple):
-    """How the gate's norm acts: "none", "batch" or "given" statistics, and the group that shares a batch."""
+class GateHidden(NamedTuple):
+    """What stands between the gate's maps: a norm, and whether a ReLU follows it.
+
+    Attributes:
+        statistics: of the norm, "batch", "given" or "none".
+        epsilon, group: of the norm, as in :class:`.norms.NormSettings`.
+    """
 
     statistics: str
     epsilon: float
@@ -100,7 +105,7 @@ def train_gate_fwd(
     partial: Tensor,
     affine: Tensor | None,
     tensors: GateTensors,
-    norm: GateNorm,
+    hidden: GateHidden,
     given: tuple[Tensor, ...],
     running: Running | None,
     *,
@@ -139,18 +144,18 @@ def train_gate_fwd(
         )
     )  # fmt: skip
     # Statistics of a group are taken apart from the kernels, and so is what follows from them.
-    statistics = "none" if norm.group else norm.statistics
+    statistics = "none" if hidden.group else hidden.statistics
     mean, rstd, var = (empty(d if statistics != "none" else 0) for _ in range(3))
     tape.run(
         gate_norm_fwd(
             summands, tensors.reduce_bias, tensors.gamma, tensors.beta, given, h, z, mean, rstd, var, running,
-            statistics=statistics, epsilon=norm.epsilon, has_relu=norm.has_relu and not norm.group,
+            statistics=statistics, epsilon=hidden.epsilon, has_relu=hidden.has_relu and not hidden.group,
         )
     )  # fmt: skip
     size = empty(0)
-    if norm.group:
+    if hidden.group:
         tape.note_operators()
-        z, mean, rstd, var, size = _norm_over_group(h, tensors, norm)
+        z, mean, rstd, var, size = _norm_over_group(h, tensors, hidden)
     tape.run(gate_select_fwd(z, tensors.select_weights, tensors.select_biases, attention))
     return GateState(s, h, z, mean, rstd, size, attention), var, partial[:, 0] if total is None else total
 
@@ -162,7 +167,7 @@ def train_gate_bwd(
     state: GateState,
     branch_norm: tuple[Tensor, Tensor],
     tensors: GateTensors,
-    norm: GateNorm,
+    hidden: GateHidden,
     grads: ParameterGrads,
     *,
     batch_norms: Sequence[bool],
@@ -201,16 +206,16 @@ def train_gate_bwd(
         unused if grad is None else grad
         for grad in (grads.gate.reduce_bias, grads.gate.gamma, grads.gate.beta)
     )
-    statistics = "none" if norm.group else norm.statistics
+    statistics = "none" if hidden.group else hidden.statistics
     tape.run(
         gate_norm_bwd(
             summands, state.h, state.z, state.mean, state.rstd, tensors.gamma, dh, dgamma, dbeta, dbias,
-            statistics=statistics, has_relu=norm.has_relu,
+            statistics=statistics, has_relu=hidden.has_relu,
         )
     )  # fmt: skip
-    if norm.group:
+    if hidden.group:
         tape.note_operators()
-        dh = _norm_over_group_bwd(dh, state, tensors, norm, grads.gate)
+        dh = _norm_over_group_bwd(dh, state, tensors, hidden, grads.gate)
     g, affine_grad, terms = empty(n, c), empty(2, m, c), empty(2, m, c)
     tape.run(gate_reduce_bwd(dh, tensors.reduce_weight, g, pixels=pixels))
     tape.run(
@@ -225,29 +230,29 @@ def train_gate_bwd(
 
 
 def _norm_over_group(
-    h: Tensor, tensors: GateTensors, norm: GateNorm
+    h: Tensor, tensors: GateTensors, hidden: GateHidden
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """z, mean, rstd, unbiased variance and number of samples, with the statistics of a group's batch."""
     var, mean = torch.var_mean(h, 0, correction=0)
-    mean, var, size = gather_moments(mean, var, h.shape[0], norm.group)
-    rstd = (var + norm.epsilon).rsqrt()
+    mean, var, size = gather_moments(mean, var, h.shape[0], hidden.group)
+    rstd = (var + hidden.epsilon).rsqrt()
     z = (h - mean) * rstd
     if tensors.gamma is not None:
         z *= tensors.gamma
     if tensors.beta is not None:
         z += tensors.beta
-    if norm.has_relu:
+    if hidden.has_relu:
         z = z.relu_()
     return z, mean, rstd, var * (size / (size - 1)), size
 
 
 def _norm_over_group_bwd(
-    dz: Tensor, state: GateState, tensors: GateTensors, norm: GateNorm, grads: GateTensors
+    dz: Tensor, state: GateState, tensors: GateTensors, hidden: GateHidden, grads: GateTensors
 ) -> Tensor:
     """The gradient of h from that before the activation; writes those of the norm and of the bias before it."""
     h_hat = (state.h - state.mean) * state.rstd
     sums = torch.stack([dz.sum(0), (dz * h_hat).sum(0)])
-    dbeta, dgamma = sum_over(sums, norm.group) / state.size
+    dbeta, dgamma = sum_over(sums, hidden.group) / state.size
     dh = (dz - dbeta - h_hat * dgamma) * state.rstd
     if tensors.gamma is not None:
         dh *= tensors.gamma

@@ -13,6 +13,9 @@ from ..params import STATISTICS, Branch, Gate, norms_of
 from ..spec import SKSpec
 from .distributed import sync_group
 
+# By the letter of a norm's kind, what the gate's kernels call the statistics that it takes.
+_GATE_STATISTICS = {"b": "batch", "r": "given", "-": "none"}
+
 
 class NormSettings(NamedTuple):
     """The norms of the M branches, then the gate's.
@@ -38,6 +41,11 @@ class NormSettings(NamedTuple):
     @property
     def branch_groups(self) -> list[str]:
         return self.groups.split(",")[:-1]
+
+    @property
+    def gate_statistics(self) -> str:
+        """The kind of the gate's norm in its kernels' words: "batch", "given" or "none"."""
+        return _GATE_STATISTICS[self.kinds[-1]]
 
     @property
     def gate_group(self) -> str:

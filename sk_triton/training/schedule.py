@@ -26,7 +26,7 @@ from .distributed import gather_moments, sum_over
 from .forward import FoldedBranches, StoredBranches
 from .gate import (
     GateGrads,
-    GateNorm,
+    GateHidden,
     GateState,
     GateTensors,
     ParameterGrads,
@@ -49,7 +49,7 @@ def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, 
         branches.pool(norm),
         branches.affine,
         _gate_tensors(unit.tensors, unit.spec.num_branches, tape),
-        _gate_norm(unit),
+        _gate_hidden(unit),
         unit.running[unit.norms.running_of(-1)],
         unit.updates[-1] if unit.updates else None,
         branches=unit.spec.num_branches,
@@ -89,7 +89,7 @@ def backward(
         GateState(*saved[-len(GateState._fields) :]),
         (norm.rstd, norm.gamma),
         _gate_tensors(unit.tensors, m, tape),
-        _gate_norm(unit),
+        _gate_hidden(unit),
         _parameter_grads(targets, m, tape),
         batch_norms=[kind == "b" for kind in unit.norms.branch_kinds],
         pixels=y.shape[2] * y.shape[3],
@@ -240,11 +240,6 @@ def _gate_tensors(t: UnitTensors, m: int, tape: Tape) -> GateTensors:
     )
 
 
-def _gate_norm(unit: TrainingUnit) -> GateNorm:
-    statistics = {"-": "none", "b": "batch", "r": "given"}
-    return GateNorm(
-        statistics[unit.norms.kinds[-1]],
-        unit.norms.epsilons[-1],
-        unit.norms.gate_group,
-        unit.spec.gate_has_relu,
-    )
+def _gate_hidden(unit: TrainingUnit) -> GateHidden:
+    norms = unit.norms
+    return GateHidden(norms.gate_statistics, norms.epsilons[-1], norms.gate_group, unit.spec.gate_has_relu)
