@@ -107,9 +107,7 @@ _Shapes = tuple[tuple[int, ...], ...]
 _Like = tuple[torch.device, torch.dtype, "torch.dtype | None"]
 
 
-def _check_tensor(
-    tensor: Tensor, shapes: tuple[tuple[int, ...], ...], like: _Like, name: str, index: int = 0
-) -> None:
+def _check_tensor(tensor: Tensor, shapes: _Shapes, like: _Like, name: str, index: int = 0) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name.format(index)} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.shape not in shapes:

@@ -11,8 +11,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sk_triton.environment import missing_message, version
-from sk_triton.exit_codes import CLOSED_OUTPUT, FAILED, INTERRUPTED, MISSING_PACKAGE
+from .environment import missing_message, version
+from .exit_codes import CLOSED_OUTPUT, FAILED, INTERRUPTED, MISSING_PACKAGE
 
 
 @dataclass(frozen=True)

@@ -99,13 +99,8 @@ def installed_triton() -> str | None:
     for distribution in importlib.metadata.packages_distributions().get("triton", ()):
         if found := version(distribution):
             return found
-    return _module_version("triton")
-
-
-def _module_version(name: str) -> str | None:
-    """What a module says of itself; None if it cannot be imported or says nothing."""
     try:
-        return getattr(importlib.import_module(name), "__version__", None)
+        return getattr(importlib.import_module("triton"), "__version__", None)
     except Exception:  # a package that is there may fail in any way when imported
         return None
 

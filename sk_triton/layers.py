@@ -345,7 +345,7 @@ def _kernel_sizes(kernel_size: int | Sequence[int] | None) -> tuple[int, ...]:
                 f"kernel_size must be odd and >= 3 for every branch, got {kernel_size}: a 1x1 branch has "
                 "no dilated 3x3 form (sk_triton.functional.sk_conv runs one, by BranchSpec(1) in its SKSpec)"
             )
-        require_odd_kernel("kernel_size", k, minimum=3)
+        require_odd_kernel(k, minimum=3)
     return tuple(kernel_size)
 
 

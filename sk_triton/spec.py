@@ -44,17 +44,17 @@ def require_bool(name: str, value: object) -> None:
         raise TypeError(f"{name} must be a bool, got {value!r}")
 
 
-def require_odd_kernel(name: str, value: object, minimum: int = 1) -> None:
-    """Raise unless ``value`` is an odd ``int``: an even kernel has no symmetric "same" padding.
+def require_odd_kernel(value: object, minimum: int = 1) -> None:
+    """Raise unless a ``kernel_size`` is an odd ``int``: an even kernel has no symmetric "same" padding.
 
     Raises:
         TypeError: ``value`` is not an ``int``.
         ValueError: ``value`` is even or below ``minimum``.
     """
-    require_int(name, value, minimum)
+    require_int("kernel_size", value, minimum)
     if value % 2 == 0:  # type: ignore[operator]
         raise ValueError(
-            f"{name} must be odd and >= {minimum}, got {value}: the padding of an even kernel is ambiguous"
+            f"kernel_size must be odd and >= {minimum}, got {value}: the padding of an even kernel is ambiguous"
         )
 
 
@@ -107,7 +107,7 @@ class BranchSpec:
     padding: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        require_odd_kernel("kernel_size", self.kernel_size)
+        require_odd_kernel(self.kernel_size)
         require_int("dilation", self.dilation)
         require_int("groups", self.groups)
         object.__setattr__(self, "padding", self.dilation * (self.kernel_size - 1) // 2)

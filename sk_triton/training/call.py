@@ -53,7 +53,7 @@ def run_backward(
     params: Sequence[Tensor],
     running: Sequence[Tensor],
     saved: Sequence[Tensor],
-    needs: list[bool],
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     """The gradients that `needs` names, by the operator where somebody watches: it refuses a second derivative.
 

@@ -61,7 +61,7 @@ def backward_pass(
     tape = Tape()
     with undisturbed(x):
         plan = plan_training(workload_of(x, unit.spec), "branches")
-        return train.backward(dv, x, unit, plan, Saved(*saved), list(needs), tape), tape
+        return train.backward(dv, x, unit, plan, Saved(*saved), needs, tape), tape
 
 
 def kernel_inputs(dv: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

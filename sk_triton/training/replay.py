@@ -83,7 +83,7 @@ class TrainingCall:
         memory = memory.contiguous()
         if torch.is_grad_enabled() or is_watched(dv):
             saved = [part.view(memory) for part in self.saved]
-            return run_backward(dv, x, self.call, params, self.running, saved, list(needs))
+            return run_backward(dv, x, self.call, params, self.running, saved, needs)
         dv, x_in = kernel_inputs(dv, x)
         # Hooks on single saved tensors may hand over others: of another layout, elsewhere.
         kind = (

@@ -67,7 +67,7 @@ def forward(x: Tensor, v: Tensor, unit: TrainingUnit, plan: Plan, *, save: str, 
 
 
 def backward(
-    dv: Tensor, x: Tensor, unit: TrainingUnit, plan: Plan, saved: Saved, needs: list[bool], tape: Tape
+    dv: Tensor, x: Tensor, unit: TrainingUnit, plan: Plan, saved: Saved, needs: Sequence[bool], tape: Tape
 ) -> list[Tensor]:
     """The outputs of :func:`.operators.unit_bwd`, for x with adjacent channels and dv with equally spaced pixels. The
     gradient of x has the strides of x."""
