@@ -47,7 +47,7 @@ def run_inference_op(x: Tensor, branches: Sequence[Branch], gate: Gate, spec: SK
 
 @torch.library.custom_op("sk_triton::unit_inference", mutates_args=())
 def unit_inference(
-    x: Tensor, tensors: Sequence[Tensor], has: Sequence[bool], epsilons: Sequence[float], spec: str
+    x: Tensor, tensors: Sequence[Tensor], has: Sequence[bool], epsilons: Sequence[float], encoded: str
 ) -> Tensor:
     """A unit in inference.
 
@@ -56,7 +56,7 @@ def unit_inference(
         tensors: those that the unit `has`, of each branch: weight, bias, and the norm's as in ``FrozenNorm``; of the
             gate: the same of its first layer, then the weights and the biases of its second.
         epsilons: the norms', the gate's last; 0 where there is no norm.
-        spec: ``SKSpec.encoded``.
+        encoded: ``SKSpec.encoded``.
 
     Returns:
         v ``[N, C, H', W']`` in the memory format of x.
@@ -67,29 +67,29 @@ def unit_inference(
     from . import launching
     from .packing import pack
 
-    unit = SKSpec.decode(spec)
+    spec = SKSpec.decode(encoded)
     remaining = iter(tensors)
     branches, gate = _unit([next(remaining) if present else None for present in has], epsilons)
     with undisturbed(x):
-        plan = inference_plan(x, unit)
+        plan = inference_plan(x, spec)
         may_keep = are_kept(branches, gate) and not is_capturing(x.device)
         cache = shared_cache(tensors) if may_keep else None
         packed = pack(plan, x.shape[2], x.shape[3], branches, gate, cache)
         kind = call_kind(x)
-        start = packed.calls.get((kind, unit))
+        start = packed.calls.get((kind, spec))
         if start is not None:
             return start(x)
-        v, call = launching.run_packed(plan, x, packed, unit)
+        v, call = launching.run_packed(plan, x, packed, spec)
         if kind is not None and cache is not None and call is not None:
             if len(packed.calls) >= MAX_RECORDINGS:
                 packed.calls.clear()
-            packed.calls[kind, unit] = call.start
+            packed.calls[kind, spec] = call.start
         return v
 
 
 @unit_inference.register_fake
-def _(x, tensors, has, epsilons, spec):
-    return empty_output(x, SKSpec.decode(spec))
+def _(x, tensors, has, epsilons, encoded):
+    return empty_output(x, SKSpec.decode(encoded))
 
 
 def _norm_tensors(norm: object) -> list[Tensor | None]:

@@ -45,7 +45,7 @@ def unit_fwd(
     params: Sequence[Tensor],
     running: Sequence[Tensor],
     has: Sequence[bool],
-    spec: str,
+    encoded: str,
     kinds: str,
     epsilons: Sequence[float],
     groups: str,
@@ -57,7 +57,7 @@ def unit_fwd(
         x: ``[N, in_channels, H, W]``.
         params: those of ``UnitTensors.flat()`` that the unit `has`.
         running: mean and variance of each norm of kind "r".
-        spec: ``SKSpec.encoded``.
+        encoded: ``SKSpec.encoded``.
         kinds, epsilons, groups: :class:`.norms.NormSettings`.
         save: "branches" or "input".
 
@@ -73,7 +73,7 @@ def unit_fwd(
     if reason := inference_schedule_reason():
         raise cannot_run("triton", reason)
     norms = NormSettings(kinds, tuple(epsilons), groups)
-    return forward(x, params, running, tuple(has), SKSpec.decode(spec), norms, save)
+    return forward(x, params, running, tuple(has), SKSpec.decode(encoded), norms, save)
 
 
 @torch.library.custom_op("sk_triton::unit_bwd", mutates_args=())
@@ -84,7 +84,7 @@ def unit_bwd(
     running: Sequence[Tensor],
     saved: Sequence[Tensor],
     has: Sequence[bool],
-    spec: str,
+    encoded: str,
     kinds: str,
     epsilons: Sequence[float],
     groups: str,
@@ -94,22 +94,22 @@ def unit_bwd(
     from .operator_replay import backward
 
     norms = NormSettings(kinds, tuple(epsilons), groups)
-    return backward(dv, x, params, running, saved, tuple(has), SKSpec.decode(spec), norms, tuple(needs))
+    return backward(dv, x, params, running, saved, tuple(has), SKSpec.decode(encoded), norms, tuple(needs))
 
 
 @unit_fwd.register_fake
-def _(x, params, running, has, spec, kinds, epsilons, groups, save):
-    unit = SKSpec.decode(spec)
+def _(x, params, running, has, encoded, kinds, epsilons, groups, save):
+    spec = SKSpec.decode(encoded)
     n, _, h_in, w_in = x.shape
-    h, w = unit.output_size(h_in, w_in)
-    m, c, d = unit.num_branches, unit.out_channels, unit.gate_width
+    h, w = spec.output_size(h_in, w_in)
+    m, c, d = spec.num_branches, spec.out_channels, spec.gate_width
     norms = NormSettings(kinds, epsilons, groups)
 
     def sums(*size: Any, when: bool = True) -> Tensor:
         return x.new_empty(size if when else (0,), dtype=torch.float32)
 
-    v = empty_output(x, unit)
-    is_kept, has_norm, has_gate_norm = save == "branches", unit.branch_norm, unit.gate_norm
+    v = empty_output(x, spec)
+    is_kept, has_norm, has_gate_norm = save == "branches", spec.branch_norm, spec.gate_norm
     variances = [sums(m, c, when="b" in norms.branch_kinds), sums(d, when=has_gate_norm)]
     rows = 2 * m * has_norm + sum(has[m : 2 * m])
     saved = Saved(
@@ -131,7 +131,7 @@ def _(x, params, running, has, spec, kinds, epsilons, groups, save):
 
 
 @unit_bwd.register_fake
-def _(dv, x, params, running, saved, has, spec, kinds, epsilons, groups, needs):
+def _(dv, x, params, running, saved, has, encoded, kinds, epsilons, groups, needs):
     grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))]
     grads += [torch.empty_like(param) for param in params]
     return [grad for grad, is_needed in zip(grads, needs, strict=True) if is_needed]
