@@ -20,6 +20,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+# Threads may end steps at once: `next` is atomic, which `_taken += 1` is not; two steps would count as one.
 _steps = itertools.count(1)
 _taken = 0
 _watched: dict[int, StorageWeakRef] = {}

@@ -29,7 +29,8 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def tracing_reason(who: str, *, is_operator: bool = False) -> str:
-    """A transformation of PyTorch's is active; asked before sizes are looked at. `is_operator`: compiling is none."""
+    """A transformation of PyTorch's is active; asked before sizes are looked at. With `is_operator` torch.compile is no
+    reason: `who` are operators."""
     # Before compiling, which may be of a function that transforms another.
     if torch._C._are_functorch_transforms_active():
         return f"a torch.func transformation is active; {who} have no rule for it"

@@ -1,4 +1,4 @@
-"""Where kernels are started for an operator or a function of autograd."""
+"""Turns off gradients and autocast around kernels that an operator or an autograd function starts."""
 
 import contextlib
 from collections.abc import Iterator

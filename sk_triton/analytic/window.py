@@ -32,13 +32,14 @@ MAX_BF16_SELECTED = {True: 6, False: 4}
 MAX_UNHELD_STORED = 5
 # Chip whose compiler spills runs of this length that are stored, no weights held.
 SPILLING_STORE = ("sm_120", 4)
-# Of a tile, once its sums are read: an eighth of the shortest program.
+# Cost of reading a tile's sums once more: an eighth of the shortest program.
 TILE_COST = 40
-# Of a sample's merged weights.
+# Cost of building a sample's merged weights.
 BUILD_COST = 400
-# Of a strip whose rows a merged convolution fetches into L2: in shorter ones the weights take longer than the loads.
+# Rows of a strip from which on a merged convolution fetches them into L2: in shorter ones the weights take longer than
+# the loads.
 MIN_PREFETCHED_ROWS = 8
-# Of a strip: taller ones repeat fewer rows, and leave fewer programs.
+# Most rows of a strip: taller ones repeat fewer rows, and leave fewer programs.
 MAX_ROWS = 56
 # Warps of a program that fetches rows ahead, by task: the fastest of 1, 2 and 4 on an H100 in stages 1 to 3 of
 # SKNet-50, or within 3 % of it; to store, which was not measured, as in training, which takes moments besides. Other

@@ -60,8 +60,10 @@ class SideBySide:
 
 
 class Places:
-    """Those of one call, by what holds a tensor: the index of one of the call's tensors, after these of the workspace,
-    then of the fixed tensors that are read whole.
+    """Where the tensors of one call lie, as (holder, offset in bytes).
+
+    Holders are numbered: the call's own tensors, then the workspace, then the fixed tensors that are read whole;
+    `IN_PLACE` is none of these.
 
     Args:
         tensors: each in a storage of its own.

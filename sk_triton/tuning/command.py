@@ -110,7 +110,7 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    sections = _sound(args.file, lambda: load_sections(cache.read_text(args.file)))
+    sections = _load_and_report(args.file, lambda: load_sections(cache.read_text(args.file)))
     for origin, entries in sections.items():
         print(f"{_title(origin)}: {len(entries)} entries")
     if not any(sections.values()):
@@ -131,11 +131,11 @@ def _clear(args: argparse.Namespace) -> int:
 
 
 def _kept() -> Sections:
-    return _sound(cache.path(), cache.inspect)
+    return _load_and_report(cache.path(), cache.inspect)
 
 
-def _sound(file: Path, load: Callable[[], tuple[Sections, list[str]]]) -> Sections:
-    """The sound entries of a file; of the others it is told why they are ignored.
+def _load_and_report(file: Path, load: Callable[[], tuple[Sections, list[str]]]) -> Sections:
+    """The sound entries of a file; prints why the others are ignored.
 
     Raises:
         BrokenFileError: it is no file of configs; the message names it.
