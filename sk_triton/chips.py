@@ -28,14 +28,12 @@ class Chip:
         l2_mib: L2 that all processors share, in whole MiB; 0 where dies have each their own.
         gpu: the product as its driver names it, "NVIDIA H100 80GB HBM3"; "" for a typical one, for which nothing is
             tuned.
-        is_pinned: only what the package itself ships may be looked up for it, nothing that a user tuned.
     """
 
     name: str
     processors: int
     l2_mib: int
     gpu: str = ""
-    is_pinned: bool = False
 
     @property
     def is_amd(self) -> bool:
@@ -83,9 +81,3 @@ def product_of(typical: Chip, processors: int, l2_bytes: int, gpu: str = "") -> 
     """A product with a chip: with its own processors and, where dies do not have each their own, its own L2."""
     l2_mib = l2_bytes >> 20 if typical.l2_mib else 0
     return replace(typical, processors=processors, l2_mib=l2_mib, gpu=gpu)
-
-
-@lru_cache
-def pinned(chip: Chip) -> Chip:
-    """The chip, for which nothing that a user tuned is looked up."""
-    return replace(chip, is_pinned=True)

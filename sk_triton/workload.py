@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .chips import Chip, chip_of, pinned
+from .chips import Chip, chip_of
 from .precision import allows_tf32
 from .spec import SKSpec
 from .tuning.ranks import pinning_reason
@@ -19,7 +19,8 @@ class Workload:
     """A unit on a batch of `n` inputs of `h_in` x `w_in` pixels, in `dtype`, on `chip`.
 
     `allow_tf32`: fp32 products may round their operands to TF32. `is_converted`: the input's channels are not adjacent
-    in memory, so that it is copied first.
+    in memory, so that it is copied first. `is_pinned`: only what the package itself ships may be looked up for it,
+    nothing that a user tuned.
     """
 
     spec: SKSpec
@@ -30,6 +31,7 @@ class Workload:
     chip: Chip
     allow_tf32: bool = False
     is_converted: bool = False
+    is_pinned: bool = False
 
     @cached_property
     def output_size(self) -> tuple[int, int]:
@@ -48,7 +50,6 @@ def workload_of(x: Tensor, spec: SKSpec) -> Workload:
     n, _, h_in, w_in = x.shape
     chip = chip_of(x.device)
     assert chip is not None
-    if chip.gpu and pinning_reason():
-        chip = pinned(chip)
     allow_tf32 = x.dtype == torch.float32 and allows_tf32()
-    return Workload(spec, n, h_in, w_in, x.dtype, chip, allow_tf32, x.stride(1) != 1)
+    is_pinned = bool(chip.gpu and pinning_reason())
+    return Workload(spec, n, h_in, w_in, x.dtype, chip, allow_tf32, x.stride(1) != 1, is_pinned)

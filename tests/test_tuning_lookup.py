@@ -13,7 +13,7 @@ from sk_triton import SelectiveKernel, dispatch, explain, planning, use_backend
 from sk_triton import workload as workload_module
 from sk_triton.analytic import branch as analytic
 from sk_triton.bench.grid import classic_unit
-from sk_triton.chips import CHIPS, Chip, chip_of, pinned
+from sk_triton.chips import CHIPS, Chip, chip_of
 from sk_triton.kernels.config import StreamConfig
 from sk_triton.planning import make_plan
 from sk_triton.preference import fastest_plan
@@ -136,7 +136,7 @@ def test_a_file_that_the_package_ships_for_a_gpu_counts_after_the_users_own(requ
     assert store(workload()) == (theirs, "tuned for NVIDIA H100 80GB HBM3 (132 SMs)")
     tune(request_, mine)
     assert store(workload())[0] == mine
-    assert store(workload(chip=pinned(H100)))[0] == theirs
+    assert store(workload(is_pinned=True))[0] == theirs
     shipped.contributed.cache_clear()
 
 

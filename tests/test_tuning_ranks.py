@@ -20,7 +20,7 @@ RANK = """
 import json, os, sys
 import torch
 import torch.distributed as dist
-from sk_triton import chips, sync_configs
+from sk_triton import sync_configs
 from sk_triton.bench.grid import paper_unit
 from sk_triton.chips import Chip
 from sk_triton.planning import plan_schedule
@@ -34,8 +34,8 @@ lookup.shipped = lambda name: {}
 
 def chosen():
     pinned = ranks.pinning_reason()
-    used = chips.pinned(chip) if pinned else chip
-    plan = plan_schedule("store", Workload(paper_unit(128), 128, 56, 56, torch.float16, used))
+    workload = Workload(paper_unit(128), 128, 56, 56, torch.float16, chip, is_pinned=bool(pinned))
+    plan = plan_schedule("store", workload)
     return [pinned, plan.branch_launches[0].source.text, str(plan.branch_launches[0].config)]
 
 found = [chosen()]

@@ -155,8 +155,10 @@ def schedule_request(
         # Each program more of "gated" computes a gate more.
         return (choice != "gated" or workload.n <= n) and expected(n) == expected(workload.n)
 
-    n = workload.n
-    return Request(SCHEDULE, schedule_key(workload), candidates, lambda: expected(n), n, serves=serves)
+    n, name = workload.n, schedule_key(workload)
+    return Request(
+        SCHEDULE, name, candidates, lambda: expected(n), n, serves=serves, is_pinned=workload.is_pinned
+    )
 
 
 def schedule_key(workload: Workload) -> str:
@@ -184,4 +186,5 @@ def _look_up(
     """The config of a launch, asked for as by :class:`Request`; what, size and allow_tf32 are parts of its key: `what`
     it works on, and the `size` of images that matters to it, the output's where none is given."""
     name = _key(workload, kind, what, allow_tf32, size)
-    return resolve(Request(kind, name, candidates, analytic, workload.n, cost), workload.chip)
+    request = Request(kind, name, candidates, analytic, workload.n, cost, is_pinned=workload.is_pinned)
+    return resolve(request, workload.chip)

@@ -46,6 +46,7 @@ class Request:
         cost: relative predicted time of a candidate, where there is a model of it.
         serves: whether an entry that was measured at so many samples serves this batch as well; the entry's choice is
             None where it is the analytic one.
+        is_pinned: as of :class:`sk_triton.workload.Workload`.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class Request:
     n: int
     cost: Callable[[Any], float] | None = None
     serves: Callable[[Choice | None, int], bool] = lambda choice, n: True
+    is_pinned: bool = False
 
     def found(self, config: Any, text: str) -> Found:
         """The answer, from where `text` says."""
@@ -110,7 +112,7 @@ def tuned(request: Request, chip: Chip) -> Found | None:
     if not chip.gpu or _experiment.get() is not None:
         return None
     for key in near(request.key):
-        entry, is_own = _entry(key, chip), key == request.key
+        entry, is_own = _entry(key, chip, request.is_pinned), key == request.key
         if entry is None:
             continue
         if entry.failure and is_own:
@@ -156,9 +158,9 @@ def _predicted(request: Request, chip: Chip) -> Any:
     return shipped(chip.name).get(request.key)
 
 
-def _entry(key: str, chip: Chip) -> Entry | None:
+def _entry(key: str, chip: Chip, is_pinned: bool) -> Entry | None:
     """The user's entry before the package's."""
-    found = None if chip.is_pinned else _of(user_sections(), chip).get(key)
+    found = None if is_pinned else _of(user_sections(), chip).get(key)
     return found or _of(contributed(chip.gpu, chip.processors), chip).get(key)
 
 
