@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from sk_triton.tuning import cache
+from sk_triton.tuning import user_file
 
 from . import coverage, unit_times
 from .joining import join
@@ -31,7 +31,7 @@ MARKED = re.compile(r"(<!-- generated: ([\w-]+) -->\n)(.*?)(<!-- end -->)", re.D
 OPENING = re.compile(r"<!-- generated: [\w-]+ -->")
 
 UNITS_PICTURE = "units-inference.png"
-NO_SUITES = (report_file.NAME, cache.FILE_NAME)
+NO_SUITES = (report_file.NAME, user_file.FILE_NAME)
 """JSON files of `sk-triton report` that hold no suite's results."""
 
 

@@ -13,7 +13,7 @@ import torch
 from . import environment
 from .dispatch import is_interpreted
 from .environment import OPTIONAL_PACKAGES, OptionalPackage
-from .tuning import cache
+from .tuning import user_file
 from .tuning.entries import BrokenFileError, NewerFileError
 
 LABEL_WIDTH = 14
@@ -138,17 +138,17 @@ def _probe_device(device: torch.device, dtype: torch.dtype) -> list[BackendState
 def _tuned() -> str:
     """Where this user's tuned configs are, how many, and how many of them this version uses."""
     try:
-        sections, complaints = cache.inspect()
+        sections, complaints = user_file.inspect()
     except NewerFileError as error:
-        return f"{cache.path()}: not used: {error}"
+        return f"{user_file.path()}: not used: {error}"
     except BrokenFileError as error:
-        return f"{cache.path()}: damaged: {error}"
+        return f"{user_file.path()}: damaged: {error}"
     except OSError as error:
         return f"not used: {error}"
     entries = sum(map(len, sections.values()))
     current = sum(len(found) for origin, found in sections.items() if origin.is_current)
     damaged = f", {len(complaints)} damaged; the first: {complaints[0]}" if complaints else ""
-    return f"{cache.path()}: {entries} entries, {current} current{damaged}"
+    return f"{user_file.path()}: {entries} entries, {current} current{damaged}"
 
 
 def _why_no_gpu() -> str:

@@ -17,7 +17,7 @@ from .kernels.geometry import MAX_ITEMS, ConvShape, can_run, resident_items
 from .kernels.merging import merged_shape
 from .plan import BranchLaunch, MergedLaunch, Plan
 from .spec import BranchSpec, SKSpec
-from .tuning import cache, launches
+from .tuning import launches, user_file
 from .workload import Workload
 
 
@@ -268,4 +268,4 @@ def eager_passes(spec: SKSpec) -> float:
     return m * split + fuse + select
 
 
-cache.when_changed(plan_schedule.cache_clear)
+user_file.when_changed(plan_schedule.cache_clear)

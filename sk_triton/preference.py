@@ -27,7 +27,7 @@ from .planning import (
     refusal,
 )
 from .spec import SKSpec
-from .tuning import cache, launches
+from .tuning import launches, user_file
 from .tuning.lookup import analytic_only, tuned
 from .workload import Workload, workload_of
 
@@ -239,4 +239,4 @@ def _worthwhile_recompute(workload: Workload) -> Plan | str:
     return plan
 
 
-cache.when_changed(fastest_plan.cache_clear)
+user_file.when_changed(fastest_plan.cache_clear)

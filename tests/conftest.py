@@ -123,13 +123,13 @@ def memory_format(request):
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The folder for tuned configs, empty and of this test alone; it does not exist yet."""
-    from sk_triton.tuning import cache
+    from sk_triton.tuning import user_file
 
     def start_anew():
-        cache.forget()
-        cache.changed()
+        user_file.forget()
+        user_file.changed()
 
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "tuned"))
+    monkeypatch.setenv(user_file.FOLDER_VARIABLE, str(tmp_path / "tuned"))
     start_anew()
     yield tmp_path / "tuned"
     start_anew()

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from sk_triton import cli
-from sk_triton.tuning import cache, shipped
+from sk_triton.tuning import shipped, user_file
 from sk_triton.tuning.entries import SCHEMA, Entry, dump_sections
 
 from .tuned import H100, entry, origin, other_choice, requests, workload
@@ -20,8 +20,8 @@ ENTRY = entry(CHOICE)
 
 @pytest.fixture
 def filled(folder):
-    cache.save(origin(), {KEY: ENTRY, KEY.replace("/n7", "/n0"): entry(None, 1)})
-    cache.save(origin(triton="3.0.0"), {KEY: ENTRY})
+    user_file.save(origin(), {KEY: ENTRY, KEY.replace("/n7", "/n0"): entry(None, 1)})
+    user_file.save(origin(triton="3.0.0"), {KEY: ENTRY})
     return folder
 
 
@@ -62,13 +62,13 @@ def test_show_tells_each_entry_and_what_was_tried(filled, capsys):
 def test_show_says_so_where_there_is_nothing(folder, capsys):
     assert run("show", capsys=capsys)[:2] == (0, "no entries; `sk-triton tune` makes them\n")
     failed = Entry(None, 128, 0.0, 0.0, (), "the GPU failed: unspecified launch failure")
-    cache.save(origin(), {KEY: failed})
+    user_file.save(origin(), {KEY: failed})
     assert "  not measured at a batch of 128: the GPU failed: unspecified" in run("show", capsys=capsys)[1]
     assert "no entry whose key contains '/n3'" in run("show", "--key", "/n3", capsys=capsys)[1]
 
 
 def test_export_of_stale_entries_names_the_option_that_takes_them(folder, tmp_path, capsys):
-    cache.save(origin(triton="3.0.0"), {KEY: ENTRY})
+    user_file.save(origin(triton="3.0.0"), {KEY: ENTRY})
     code, _, err = run("export", tmp_path / "mine.json", capsys=capsys)
     assert code == 1
     assert "no entries to export; 1 are for other versions of the kernels, --all exports these" in err
@@ -84,10 +84,10 @@ def test_an_exported_file_is_imported_elsewhere_and_can_be_shipped(filled, tmp_p
     assert set(shipped.contributed(H100.gpu, H100.processors)) == {origin()}
     shipped.contributed.cache_clear()
 
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "elsewhere"))
-    cache.save(origin(), {KEY: entry(None)})
+    monkeypatch.setenv(user_file.FOLDER_VARIABLE, str(tmp_path / "elsewhere"))
+    user_file.save(origin(), {KEY: entry(None)})
     assert run("import", file, capsys=capsys)[0] == 0
-    assert cache.read()[origin()][KEY] == ENTRY
+    assert user_file.read()[origin()][KEY] == ENTRY
 
 
 def test_export_writes_over_no_file(filled, tmp_path, capsys):
@@ -173,7 +173,7 @@ def test_import_of_a_file_that_is_not_there(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("action", ["list", "show", "clear"])
 def test_a_folder_that_there_is_not_is_one_line(action, monkeypatch, capsys):
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, "~nosuchuser/x")
+    monkeypatch.setenv(user_file.FOLDER_VARIABLE, "~nosuchuser/x")
     code, _, err = run(action, capsys=capsys)
     assert code == 1
     assert err.splitlines()[-1].startswith("sk-triton configs: SK_TRITON_CACHE_DIR must name a folder")
@@ -186,6 +186,6 @@ def test_clear_of_nothing_leaves_nothing(folder, capsys):
 
 def test_clear_removes_what_is_stale_or_everything(filled, capsys):
     assert run("clear", "--stale", capsys=capsys)[1].startswith("1 entries removed")
-    assert set(cache.read()) == {origin()}
+    assert set(user_file.read()) == {origin()}
     assert run("clear", capsys=capsys)[1].startswith("2 entries removed")
-    assert cache.read() == {}
+    assert user_file.read() == {}

@@ -13,7 +13,7 @@ import torch
 import sk_triton
 from sk_triton import cli, doctor, environment
 from sk_triton.environment import OptionalPackage
-from sk_triton.tuning import cache
+from sk_triton.tuning import user_file
 from sk_triton.tuning.entries import SCHEMA
 
 from .tuned import entry, origin, requests, workload
@@ -97,7 +97,7 @@ def tuned_row() -> str:
 
 
 def test_a_folder_for_tuned_configs_that_there_is_not_is_told(monkeypatch):
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, "~nosuchuser/x")
+    monkeypatch.setenv(user_file.FOLDER_VARIABLE, "~nosuchuser/x")
     assert tuned_row().startswith(
         "tuned not used: SK_TRITON_CACHE_DIR must name a folder, got '~nosuchuser/x'"
     )
@@ -107,8 +107,8 @@ def test_tuned_configs_are_counted_those_of_this_version_apart(folder):
     file = folder / "tuned.json"
     assert tuned_row() == f"tuned {file}: 0 entries, 0 current"
     key = requests("store", workload())["branch_store"].key
-    cache.save(origin(), {key: entry(None), key.replace("/n7", "/n0"): entry(None, 1)})
-    cache.save(origin(triton="3.0.0"), {key: entry(None)})
+    user_file.save(origin(), {key: entry(None), key.replace("/n7", "/n0"): entry(None, 1)})
+    user_file.save(origin(triton="3.0.0"), {key: entry(None)})
     assert tuned_row() == f"tuned {file}: 3 entries, 2 current"
     file.write_text(file.read_text().replace('"analytic_us":100.0', '"analytic_us":-1', 1))
     assert tuned_row().startswith(f"tuned {file}: 2 entries, 1 current, 1 damaged; the first: ")

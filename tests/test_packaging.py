@@ -281,7 +281,7 @@ def test_a_kernel_imports_torch_triton_and_its_siblings_only(module):
 @pytest.mark.parametrize("module", members("sk_triton"))
 def test_the_package_imports_torch_and_the_kernels_and_never_the_bench(module):
     # The file of tuned configs: where caches belong, and a lock on it.
-    others = {"filelock", "platformdirs"} if module == "sk_triton.tuning.cache" else set()
+    others = {"filelock", "platformdirs"} if module == "sk_triton.tuning.user_file" else set()
     for name in imports_of(module):
         root = name.partition(".")[0]
         assert root in {"torch", "sk_triton", *others, *sys.stdlib_module_names}, name

@@ -16,7 +16,7 @@ from sk_triton.kernels.config import WindowConfig
 from sk_triton.kernels.geometry import ConvShape
 from sk_triton.kernels.merging import lattice_points
 from sk_triton.kernels.window_geometry import branch_points, partners, places
-from sk_triton.tuning import cache, launches, space
+from sk_triton.tuning import launches, space, user_file
 
 from .compiling import rows_of
 from .packed import pack_branch_weights
@@ -45,7 +45,7 @@ def make_sparse(monkeypatch, tasks=("pool", "select", "store", "train", "measure
 
     patch("branch_config", lambda workload, shape, task: task)
     patch("merged_config", lambda *_: "merged")
-    cache.changed()
+    user_file.changed()
     return found
 
 
@@ -54,7 +54,7 @@ def chosen(monkeypatch):
     """The window configs that units ran by, made sparse."""
     yield make_sparse(monkeypatch)
     monkeypatch.undo()
-    cache.changed()
+    user_file.changed()
 
 
 def paper(channels, group_channels, device="cpu", dtype=torch.float16):
@@ -126,7 +126,7 @@ def test_a_layer_packs_weights_for_each_kind_of_products(unit, schedule):
             make_sparse(patched, tasks)
             with torch.no_grad(), use_backend("triton", schedule=schedule):
                 found.append(layer(x))
-        cache.changed()
+        user_file.changed()
     for v in found[1:]:
         torch.testing.assert_close(v, found[0], rtol=2e-3, atol=2e-3)
     assert torch.equal(found[-1], found[0])

@@ -16,7 +16,7 @@ from sk_triton.bench.tuning import machine, ranking, session
 from sk_triton.bench.tuning.assessing import Assessor
 from sk_triton.bench.tuning.flow import LEFT
 from sk_triton.chips import CHIPS, Chip
-from sk_triton.tuning import cache, keys
+from sk_triton.tuning import keys, user_file
 from sk_triton.tuning.entries import Trial
 
 from .fake_machine import FakeMachine
@@ -110,7 +110,7 @@ def test_budgets(text, seconds):
 
 
 def test_a_folder_that_there_is_not_is_refused_before_anything_is_measured(gpu, monkeypatch, capsys):
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, "~nosuchuser/x")
+    monkeypatch.setenv(user_file.FOLDER_VARIABLE, "~nosuchuser/x")
     code, _, err = run(*SMALL, capsys=capsys)
     assert code == 2
     assert "SK_TRITON_CACHE_DIR must name a folder, got '~nosuchuser/x'" in err
@@ -224,7 +224,7 @@ def test_a_direction_is_tuned_and_kept_under_its_own_kinds(direction, kinds, gpu
     monkeypatch.setattr(session, "Assessor", partial(Assessor, make_pool=Instant))
     code, out, _ = run(*SMALL, "--direction", direction, capsys=capsys)
     assert code == 0
-    ((_, entries),) = cache.read().items()
+    ((_, entries),) = user_file.read().items()
     assert {keys.kind_of_key(key).name for key in entries} == kinds
     assert all(entry.choice is not None for entry in entries.values())
     assert "branch_grad (train)" in out
@@ -243,7 +243,7 @@ def test_a_run_keeps_what_is_faster_and_the_next_one_measures_nothing_again(gpu,
     assert "(measured before)" in out
     assert "rank correlation (Spearman)" in out
     assert f"kept in {folder / 'tuned.json'}" in out
-    ((origin, entries),) = cache.read().items()
+    ((origin, entries),) = user_file.read().items()
     assert (origin.gpu, origin.processors, origin.chip) == (H100.gpu, 132, "sm_90")
     assert {keys.kind_of_key(key).name for key in entries} == {
         "branch_store", "branch_pool", "branch_select", "gate", "select", "gated_select", "pooled_sums",

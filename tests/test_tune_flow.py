@@ -11,7 +11,7 @@ import torch
 from sk_triton.bench.tuning import tables
 from sk_triton.bench.tuning.flow import LEFT, DeviceLostError, Outcome, tune
 from sk_triton.bench.tuning.targets import targets_of
-from sk_triton.tuning import cache
+from sk_triton.tuning import user_file
 from sk_triton.tuning.entries import Entry, Trial
 
 from .fake_machine import FakeMachine
@@ -167,11 +167,11 @@ def test_an_interrupt_loses_no_finished_target(folder, end):
         return assess(target, settled)
 
     def keep(target, entry):
-        cache.save(origin(), {target.key: entry})
+        user_file.save(origin(), {target.key: entry})
 
     with pytest.raises(end):
         list(tune(TARGETS, FakeMachine({GOOD: 50e-6}), stop, {}.get, keep, math.inf))
-    left = cache.read()[origin()]
+    left = user_file.read()[origin()]
     assert list(left) == sorted(target.key for target in TARGETS[:2])
     machine = FakeMachine()
     list(tune(TARGETS, machine, assess, left.get, keep, math.inf))
@@ -179,7 +179,7 @@ def test_an_interrupt_loses_no_finished_target(folder, end):
     better = {target.key: GOOD for target in TARGETS[:2] if GOOD in target.choices}
     assert FIRST.key in better
     assert machine.settled[TARGETS[2].key] == better
-    assert set(cache.read()[origin()]) == {target.key for target in TARGETS}
+    assert set(user_file.read()[origin()]) == {target.key for target in TARGETS}
 
 
 def test_a_lost_device_ends_the_run_and_the_next_one_gets_past_what_lost_it():

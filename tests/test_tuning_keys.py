@@ -10,7 +10,7 @@ from sk_triton.kernels.config import TapConfig
 from sk_triton.planning import make_plan
 from sk_triton.preference import fastest_plan
 from sk_triton.training.plan import make_training_plan, plan_training
-from sk_triton.tuning import cache, launches
+from sk_triton.tuning import launches, user_file
 from sk_triton.tuning.entries import Entry
 
 from .tuned import entry, origin, requests, workload
@@ -30,7 +30,7 @@ def test_what_is_tuned_for_a_launch_changes_no_expectation(folder):
     step = plan_training(work, "branches")
     candidates = requests("store", work)["branch_store"].candidates()
     tap = next(config for config in candidates if isinstance(config, TapConfig))
-    cache.save(origin(), {launches.branch_key(work, shape, "store"): entry(tap)})
+    user_file.save(origin(), {launches.branch_key(work, shape, "store"): entry(tap)})
     assert make_plan("store", work).branch_launches[0].config == tap
     assert (fastest_plan(work).schedule, fastest_plan(work).rejected) == (
         expected.schedule,
@@ -39,7 +39,7 @@ def test_what_is_tuned_for_a_launch_changes_no_expectation(folder):
     assert [la.task for la in plan_training(work, "branches").branch_launches] == [
         la.task for la in step.branch_launches
     ]
-    cache.save(origin(), {launches.schedule_key(work): Entry(expected.schedule, 128, 60e-6, 60e-6)})
+    user_file.save(origin(), {launches.schedule_key(work): Entry(expected.schedule, 128, 60e-6, 60e-6)})
     assert fastest_plan(work).schedule == expected.schedule
     assert source_of(fastest_plan(work), "schedule").text == (
         "analytic (sm_90), confirmed on NVIDIA H100 80GB HBM3 (132 SMs)"
@@ -49,11 +49,11 @@ def test_what_is_tuned_for_a_launch_changes_no_expectation(folder):
 def test_a_batch_of_the_same_power_of_two_is_told_apart(folder):
     """Five samples are kept under the key of eight."""
     at = workload(n=5)
-    cache.save(origin(), {launches.schedule_key(at): entry("store", 5)})
+    user_file.save(origin(), {launches.schedule_key(at): entry("store", 5)})
     assert source_of(fastest_plan(at), "schedule").text == "tuned for NVIDIA H100 80GB HBM3 (132 SMs)"
     other = source_of(fastest_plan(replace(at, n=8)), "schedule").text
     assert other == "tuned for NVIDIA H100 80GB HBM3 (132 SMs) at a batch of 5"
-    cache.save(origin(), {launches.schedule_key(at): entry("gated", 5)})
+    user_file.save(origin(), {launches.schedule_key(at): entry("gated", 5)})
     assert fastest_plan(at).schedule == "gated"
     assert (
         fastest_plan(replace(at, n=8)).schedule == "recompute"

@@ -19,7 +19,7 @@ from sk_triton.planning import make_plan
 from sk_triton.preference import fastest_plan
 from sk_triton.replay.calls import call_kind
 from sk_triton.training.plan import make_training_plan, plan_training
-from sk_triton.tuning import cache, keys, launches, lookup, shipped
+from sk_triton.tuning import keys, launches, lookup, shipped, user_file
 from sk_triton.tuning.entries import Entry, dump_config, dump_sections
 
 from .tuned import H100, entry, origin, other_choice, requests, workload
@@ -38,7 +38,7 @@ def request_(folder, monkeypatch):
 
 
 def tune(request, choice, chip=H100, **changes):
-    assert cache.save(origin(chip, **changes), {request.key: entry(choice, request.n)})
+    assert user_file.save(origin(chip, **changes), {request.key: entry(choice, request.n)})
 
 
 def store(work):
@@ -179,7 +179,7 @@ def test_training_takes_what_was_tuned_for_it(kind, field, folder):
 def test_a_measured_schedule_comes_before_the_expected_one(folder):
     work = workload()
     assert fastest_plan(work).schedule == "recompute"
-    cache.save(origin(), {launches.schedule_key(work): entry("store")})
+    user_file.save(origin(), {launches.schedule_key(work): entry("store")})
     plan = fastest_plan(work)
     assert plan.schedule == "store"
     assert source(plan, "schedule").text == "tuned for NVIDIA H100 80GB HBM3 (132 SMs)"
@@ -190,7 +190,7 @@ def test_a_measured_schedule_comes_before_the_expected_one(folder):
 def test_where_the_device_failed_nothing_is_confirmed(request_):
     failed = Entry(None, 128, 0.0, 0.0, (), "the GPU failed: unspecified launch failure")
     stayed = Entry(None, 128, 100e-6, 100e-6)
-    cache.save(origin(), {request_.key: failed, requests("store", workload())["select"].key: stayed})
+    user_file.save(origin(), {request_.key: failed, requests("store", workload())["select"].key: stayed})
     text = "analytic (sm_90), not tuned on NVIDIA H100 80GB HBM3 (132 SMs): the GPU failed: unspecified launch failure"
     assert store(workload()) == (request_.analytic(), text)
     assert store(workload(64))[1] == "analytic (sm_90)"
@@ -199,7 +199,7 @@ def test_where_the_device_failed_nothing_is_confirmed(request_):
 
 def test_a_measured_schedule_that_cannot_run_is_not_used(folder):
     work = workload()
-    cache.save(origin(), {launches.schedule_key(work): entry("merged")})
+    user_file.save(origin(), {launches.schedule_key(work): entry("merged")})
     with pytest.warns(RuntimeWarning, match="has no candidate merged"):
         assert fastest_plan(work).schedule == "recompute"
 
@@ -217,13 +217,13 @@ def test_a_measured_schedule_that_cannot_run_is_not_used(folder):
 def test_a_measured_schedule_serves_batches_that_the_same_is_expected_for(
     chosen, measured, asked, expected, folder
 ):
-    cache.save(origin(), {launches.schedule_key(workload(n=measured)): entry(chosen, measured)})
+    user_file.save(origin(), {launches.schedule_key(workload(n=measured)): entry(chosen, measured)})
     assert fastest_plan(workload(n=asked)).schedule == expected
 
 
 def test_an_entry_that_does_not_serve_lets_another_one(folder):
     confirmed, near = (launches.schedule_key(workload(n=n)) for n in (1, 8))
-    cache.save(origin(), {confirmed: Entry("gated", 1, 100e-6, 100e-6), near: entry("store", 8)})
+    user_file.save(origin(), {confirmed: Entry("gated", 1, 100e-6, 100e-6), near: entry("store", 8)})
     assert fastest_plan(workload(n=2)).schedule == "store"
 
 
@@ -274,7 +274,7 @@ def test_calls_tune_nothing_and_write_nothing(folder, monkeypatch):
     from sk_triton.bench.measuring import protocol
 
     monkeypatch.setattr(protocol, "measure", lambda *args, **options: pytest.fail("measured"))
-    monkeypatch.setattr(cache, "save", lambda *args: pytest.fail("tuned"))
+    monkeypatch.setattr(user_file, "save", lambda *args: pytest.fail("tuned"))
     monkeypatch.setattr(workload_module, "chip_of", lambda device: H100)
     layer, x = SelectiveKernel(8, groups=4).eval(), torch.randn(2, 8, 4, 4)
     with torch.no_grad(), use_backend("triton"):
@@ -298,7 +298,7 @@ def test_explain_shows_level_and_key(folder, monkeypatch):
             "gate"
         ]
         assert request.key == key
-        cache.save(origin(), {key: entry(other_choice(request), 1)})
+        user_file.save(origin(), {key: entry(other_choice(request), 1)})
         text = str(explain(layer, x))
     assert "gpu       NVIDIA H100 80GB HBM3 (132 SMs), sm_90: 1 launches are tuned for it" in text
     assert "source    gate: tuned for NVIDIA H100 80GB HBM3 (132 SMs)" in text
@@ -368,7 +368,7 @@ def test_recorded_calls_are_planned_anew_once_the_configs_change_or_are_pinned(f
     with torch.no_grad():
         kinds = [call_kind(x), call_kind(x)]
         assert kinds[0] == kinds[1]
-        cache.changed()
+        user_file.changed()
         kinds.append(call_kind(x))
         torch.use_deterministic_algorithms(True)
         try:

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from sk_triton import sync_configs
-from sk_triton.tuning import cache, ranks
+from sk_triton.tuning import ranks, user_file
 from sk_triton.tuning.entries import dump_sections
 
 from .tuned import entry, origin, requests, workload
@@ -103,7 +103,7 @@ def test_where_rank_0_cannot_read_its_configs_no_rank_waits_for_it(monkeypatch):
     def fail():
         raise RuntimeWarning("tuned configs are not used")
 
-    monkeypatch.setattr(cache, "read", fail)
+    monkeypatch.setattr(user_file, "read", fail)
     first = Ranks(0)
     for run in (first, Ranks(1, "RuntimeWarning: tuned configs are not used")):
         monkeypatch.setattr(ranks, "dist", run)
@@ -124,5 +124,5 @@ def test_outside_of_a_distributed_run_there_is_nothing_to_agree_on():
 def test_ranks_that_have_agreed_read_no_file(folder, monkeypatch):
     agreed = {origin(): {}}
     monkeypatch.setattr(ranks, "_agreed", agreed)
-    monkeypatch.setattr(cache, "read", lambda: pytest.fail("read a file"))
+    monkeypatch.setattr(user_file, "read", lambda: pytest.fail("read a file"))
     assert ranks.user_sections() is agreed

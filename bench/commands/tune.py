@@ -13,7 +13,7 @@ import torch
 from sk_triton import dispatch
 from sk_triton.environment import require
 from sk_triton.exit_codes import BAD_USAGE, INTERRUPTED
-from sk_triton.tuning import cache
+from sk_triton.tuning import user_file
 
 from ..grid import PRECISIONS
 from ..model.gpus import Gpu, refuse_precision
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         chip, gpu = product(args.gpu) if device is None else present(device)
         refuse_precision(gpu, args.dtype)
         problems = _problems(args)
-        cache.path()  # not to find out after the measurements
+        user_file.path()  # not to find out after the measurements
     except (ValueError, OSError) as error:
         return bad_usage("tune", error)
     limit = args.candidates or (DRY_CANDIDATES if args.dry_run else CANDIDATES)
@@ -152,7 +152,7 @@ def show(outcomes: list[Outcome], console: Console) -> None:
     console.print(tables.gained(outcomes))
     for line in tables.correlations(outcomes):
         console.print(line, markup=False, highlight=False)
-    console.print(f"kept in {cache.path()}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"kept in {user_file.path()}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _refuse(args: argparse.Namespace) -> None:

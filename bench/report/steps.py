@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sk_triton import doctor, environment
-from sk_triton.tuning import cache
+from sk_triton.tuning import user_file
 
 from .. import results, suites
 from ..measuring.ceilings import measure_ceilings
@@ -178,19 +178,23 @@ def tune(context: Context) -> Ending:
     try:
         with context.console.status(title):
             trouble = _gather(
-                context, title, arguments, context.time_limit, {cache.FOLDER_VARIABLE: str(context.folder)}
+                context,
+                title,
+                arguments,
+                context.time_limit,
+                {user_file.FOLDER_VARIABLE: str(context.folder)},
             )
     except subprocess.TimeoutExpired:
         return Ending(PARTIAL, "the time limit came first; what was tuned is kept for the next run")
     finally:
-        (context.folder / f"{cache.FILE_NAME}.lock").unlink(missing_ok=True)
+        (context.folder / f"{user_file.FILE_NAME}.lock").unlink(missing_ok=True)
     if trouble:
         return Ending(FAILED, trouble)
     if not context.on_gpu:
         return Ending(DONE, f"{NO_GPU}candidates of stage 4 ranked by prediction, none measured")
     is_partial = LEFT in context.report.evidence[title]
     return Ending(
-        PARTIAL if is_partial else DONE, f"sk-triton configs import {context.folder / cache.FILE_NAME}"
+        PARTIAL if is_partial else DONE, f"sk-triton configs import {context.folder / user_file.FILE_NAME}"
     )
 
 

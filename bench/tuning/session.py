@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sk_triton.chips import CHIPS, Chip, chip_of
-from sk_triton.tuning import cache
+from sk_triton.tuning import user_file
 from sk_triton.tuning.entries import Entry, Origin, Trial
 from sk_triton.tuning.keys import stamp
 
@@ -76,13 +76,13 @@ def tune_here(targets: list[Target], request: Request, console: Console) -> tupl
     """What became of each target, and why it ended early, or "". Entries are kept as they come."""
     from .machine import Device
 
-    earlier = {} if request.again else cache.read().get(request.origin, {})
+    earlier = {} if request.again else user_file.read().get(request.origin, {})
     outcomes: list[Outcome] = []
 
     unkept: list[Target] = []
 
     def keep(target: Target, entry: Entry) -> None:
-        if not cache.save(request.origin, {target.key: entry}):
+        if not user_file.save(request.origin, {target.key: entry}):
             unkept.append(target)
 
     try:

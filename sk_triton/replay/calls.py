@@ -22,7 +22,7 @@ from ..params import tensors_of
 from ..precision import allows_tf32
 from ..reasons import tracing_reason
 from ..save import Save, chosen_save
-from ..tuning import cache
+from ..tuning import user_file
 from ..tuning.ranks import pinning_reason
 from .recording import MAX_RECORDINGS, Recording, record
 from .watch import Watch
@@ -179,7 +179,7 @@ def call_kind(x: Any, save: Save | None = None) -> Hashable | None:
 def settings_for(dtype: torch.dtype) -> tuple[Hashable, ...]:
     """What a plan depends on besides the call: whether TF32 is allowed, which configs there are, and whether those of
     this user may be used."""
-    return dtype is torch.float32 and allows_tf32(), cache.changes, pinning_reason()
+    return dtype is torch.float32 and allows_tf32(), user_file.changes, pinning_reason()
 
 
 @dataclass(frozen=True)

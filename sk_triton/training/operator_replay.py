@@ -19,7 +19,7 @@ from ..layout import with_adjacent_channels
 from ..replay.calls import settings_for
 from ..replay.recording import Recording, record
 from ..spec import SKSpec
-from ..tuning import cache
+from ..tuning import user_file
 from ..undisturbed import undisturbed
 from .norms import NormSettings
 from .passes import (
@@ -168,4 +168,4 @@ def _places(tensors: Sequence[Tensor]) -> list[Hashable]:
     return [(t.data_ptr(), t.shape, t.stride(), t.dtype) for t in tensors]
 
 
-cache.when_changed(forget)
+user_file.when_changed(forget)

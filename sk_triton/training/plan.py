@@ -14,8 +14,8 @@ from ..plan import MAX_GATE_TILES, BranchLaunch, Plan
 from ..planning import branch_launch, eager_passes, make_plan, plan_store
 from ..preference import library_reason, recompute_reason
 from ..save import Save
-from ..tuning import cache
 from ..tuning import launches as lookups
+from ..tuning import user_file
 from ..tuning.lookup import Found
 from ..workload import Workload
 
@@ -117,4 +117,4 @@ def _gradient_config(workload: Workload, launches: tuple[BranchLaunch, ...]) -> 
     return lookups.grad_config(workload, launches[0].shape)
 
 
-cache.when_changed(plan_training.cache_clear)
+user_file.when_changed(plan_training.cache_clear)

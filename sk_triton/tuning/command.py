@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..exit_codes import BAD_USAGE, FAILED
-from . import cache
+from . import user_file
 from .entries import BrokenFileError, Entry, Origin, Sections, dump_config, dump_sections, load_sections
 from .keys import gpu_slug
 
@@ -63,7 +63,7 @@ def _warnings_in_a_line() -> Iterator[None]:
 
 def _list(args: argparse.Namespace) -> int:
     sections = _kept()
-    print(cache.path())
+    print(user_file.path())
     for origin, entries in sections.items():
         tuned = sum(entry.is_tuned for entry in entries.values())
         print(f"{_title(origin)}: {len(entries)} entries, {tuned} faster than the analytic choice")
@@ -110,28 +110,28 @@ def _export(args: argparse.Namespace) -> int:
 
 
 def _import(args: argparse.Namespace) -> int:
-    sections = _load_and_report(args.file, lambda: load_sections(cache.read_text(args.file)))
+    sections = _load_and_report(args.file, lambda: load_sections(user_file.read_text(args.file)))
     for origin, entries in sections.items():
         print(f"{_title(origin)}: {len(entries)} entries")
     if not any(sections.values()):
         print(f"sk-triton configs: {args.file} holds no entry to import", file=sys.stderr)
         return BAD_USAGE
-    return 0 if cache.merge(sections) else FAILED
+    return 0 if user_file.merge(sections) else FAILED
 
 
 def _clear(args: argparse.Namespace) -> int:
-    before = cache.read()
-    if cache.path().exists() and not cache.clear(lambda origin: args.stale and origin.is_current):
+    before = user_file.read()
+    if user_file.path().exists() and not user_file.clear(lambda origin: args.stale and origin.is_current):
         return FAILED
-    after = cache.read()
+    after = user_file.read()
     print(
-        f"{sum(map(len, before.values())) - sum(map(len, after.values()))} entries removed from {cache.path()}"
+        f"{sum(map(len, before.values())) - sum(map(len, after.values()))} entries removed from {user_file.path()}"
     )
     return 0
 
 
 def _kept() -> Sections:
-    return _load_and_report(cache.path(), cache.inspect)
+    return _load_and_report(user_file.path(), user_file.inspect)
 
 
 def _load_and_report(file: Path, load: Callable[[], tuple[Sections, list[str]]]) -> Sections:

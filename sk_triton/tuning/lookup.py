@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..chips import CHIPS, Chip
-from . import cache
+from . import user_file
 from .entries import Choice, Entry, Origin, Sections
 from .keys import most_samples, near
 from .ranks import pinning_reason, user_sections
@@ -128,7 +128,7 @@ def tuned(request: Request, chip: Chip) -> Found | None:
             return request.found(entry.choice, f"analytic ({chip.name}), confirmed on {where}")
         if entry.choice in request.candidates():
             return request.found(entry.choice, f"tuned for {where}")
-        cache.warn_once(f"a tuned entry is not used: {key} has no candidate {entry.choice}")
+        user_file.warn_once(f"a tuned entry is not used: {key} has no candidate {entry.choice}")
     return None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from . import cache
+from . import user_file
 from .entries import Sections
 
 _agreed: Sections | None = None
@@ -30,7 +30,7 @@ def sync_configs(group: dist.ProcessGroup | None = None, *, src: int = 0) -> Non
     found: list[Sections | str] = [""]
     if dist.get_rank() == src:
         try:
-            found = [cache.read()]
+            found = [user_file.read()]
         except Exception as error:  # as a warning that is an error: the others wait for what this rank sends
             found = [f"{type(error).__name__}: {error}"]
     dist.broadcast_object_list(found, src=src, group=group)
@@ -39,12 +39,12 @@ def sync_configs(group: dist.ProcessGroup | None = None, *, src: int = 0) -> Non
         raise RuntimeError(f"sync_configs() found no tuned configs on rank {src}: {agreed}")
     global _agreed
     _agreed = agreed
-    cache.changed()
+    user_file.changed()
 
 
 def user_sections() -> Sections:
     """The user's entries: those that the ranks agreed on, else those of the file."""
-    return cache.read() if _agreed is None else _agreed
+    return user_file.read() if _agreed is None else _agreed
 
 
 def pinning_reason() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..chips import NARROW_PRODUCTS
 from ..environment import triton_version
-from . import cache
+from . import user_file
 from .entries import Config, Sections, dump_config, load_config, load_sections
 from .keys import gpu_slug, kernels_hash
 
@@ -56,4 +56,4 @@ def contributed(gpu: str, processors: int) -> Sections:
     file = FOLDER / f"{gpu_slug(gpu, processors)}.json"
     if not file.is_file():
         return {}
-    return load_sections(cache.read_text(file))[0]
+    return load_sections(user_file.read_text(file))[0]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from sk_triton.kernels.config import GateConfig
-from sk_triton.tuning import cache
+from sk_triton.tuning import user_file
 from sk_triton.tuning.entries import (
     MAX_BYTES,
     SCHEMA,
@@ -32,7 +32,7 @@ OTHER_KEY = KEY.replace("/n7", "/n0")
 
 
 def save(key=KEY, choice=CHOICE, **changes) -> bool:
-    return cache.save(origin(**changes), {key: entry(choice, 1 if key == OTHER_KEY else 128)})
+    return user_file.save(origin(**changes), {key: entry(choice, 1 if key == OTHER_KEY else 128)})
 
 
 def content(folder) -> dict:
@@ -40,27 +40,27 @@ def content(folder) -> dict:
 
 
 def test_the_folder_is_the_platforms_or_the_one_that_is_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
-    assert cache.path() == tmp_path / "tuned.json"
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, "~/here")
-    assert cache.path() == Path.home() / "here/tuned.json"
+    monkeypatch.setenv(user_file.FOLDER_VARIABLE, str(tmp_path))
+    assert user_file.path() == tmp_path / "tuned.json"
+    monkeypatch.setenv(user_file.FOLDER_VARIABLE, "~/here")
+    assert user_file.path() == Path.home() / "here/tuned.json"
     for unset in ("", None):
-        monkeypatch.delenv(cache.FOLDER_VARIABLE) if unset is None else monkeypatch.setenv(
-            cache.FOLDER_VARIABLE, unset
+        monkeypatch.delenv(user_file.FOLDER_VARIABLE) if unset is None else monkeypatch.setenv(
+            user_file.FOLDER_VARIABLE, unset
         )
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-        assert cache.path().name == "tuned.json"
-        assert "sk_triton" in cache.path().parts
+        assert user_file.path().name == "tuned.json"
+        assert "sk_triton" in user_file.path().parts
         if sys.platform == "linux":
-            assert cache.path() == tmp_path / "sk_triton/tuned.json"
+            assert user_file.path() == tmp_path / "sk_triton/tuned.json"
 
 
 def test_what_is_saved_is_read_back_and_the_rest_stays(folder):
-    assert cache.read() == {}
+    assert user_file.read() == {}
     assert save()
     assert save(OTHER_KEY, None)
     assert save(triton="3.0.0")
-    assert cache.read() == {
+    assert user_file.read() == {
         origin(): {KEY: entry(CHOICE), OTHER_KEY: entry(None, 1)},
         origin(triton="3.0.0"): {KEY: entry(CHOICE)},
     }
@@ -70,15 +70,15 @@ def test_what_is_saved_is_read_back_and_the_rest_stays(folder):
 def test_the_file_is_read_again_only_once_it_has_changed(folder, monkeypatch):
     save()
     reads = []
-    read_text = cache.read_text
-    monkeypatch.setattr(cache, "read_text", lambda file: reads.append(file) or read_text(file))
+    read_text = user_file.read_text
+    monkeypatch.setattr(user_file, "read_text", lambda file: reads.append(file) or read_text(file))
     for _ in range(3):
-        assert cache.read()[origin()][KEY].choice == CHOICE
+        assert user_file.read()[origin()][KEY].choice == CHOICE
     assert len(reads) == 1
     raw = content(folder)
     raw["sections"] = []
     (folder / "tuned.json").write_text(json.dumps(raw))
-    assert cache.read() == {}
+    assert user_file.read() == {}
     assert len(reads) == 2
 
 
@@ -86,7 +86,7 @@ def test_the_file_is_read_again_only_once_it_has_changed(folder, monkeypatch):
 WRITER = """
 import sys
 from dataclasses import replace
-from sk_triton.tuning import cache
+from sk_triton.tuning import user_file
 from sk_triton.tuning.entries import load_sections
 print("ready", flush=True)
 first, text = int(sys.argv[1]), sys.stdin.read()
@@ -94,7 +94,7 @@ first, text = int(sys.argv[1]), sys.stdin.read()
 ((key, entry),) = entries.items()
 prefix = key.rpartition("n")[0]
 for n in range(first, first + 20):
-    assert cache.save(origin, {f"{prefix}n{n}": replace(entry, n=1 << n)})
+    assert user_file.save(origin, {f"{prefix}n{n}": replace(entry, n=1 << n)})
 """
 
 
@@ -121,7 +121,7 @@ def test_two_processes_that_write_at_once_lose_nothing(folder):
         writer.stdout.close()
     numbers = {int(key.rpartition("n")[2]) for key in content(folder)["sections"][0]["entries"]}
     assert numbers == {0, *range(10, 30), *range(50, 70)}
-    assert len(cache.read()[origin()]) == 41
+    assert len(user_file.read()[origin()]) == 41
 
 
 def test_a_process_that_dies_while_it_writes_leaves_the_old_file(folder, monkeypatch):
@@ -134,7 +134,7 @@ def test_a_process_that_dies_while_it_writes_leaves_the_old_file(folder, monkeyp
     def die(*args):
         raise DiedError
 
-    monkeypatch.setattr(cache.os, "replace", die)
+    monkeypatch.setattr(user_file.os, "replace", die)
     with pytest.raises(DiedError):
         save(OTHER_KEY)
     assert (folder / "tuned.json").read_text() == before
@@ -145,7 +145,7 @@ def full_disk(folder, monkeypatch):
     def fsync(handle):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(cache.os, "fsync", fsync)
+    monkeypatch.setattr(user_file.os, "fsync", fsync)
 
 
 def no_folder(folder, monkeypatch):
@@ -156,10 +156,10 @@ def held_lock(folder, monkeypatch):
     import filelock
 
     folder.mkdir()
-    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(user_file, "LOCK_SECONDS", 0.05)
     lock = filelock.FileLock(folder / "tuned.json.lock")
     lock.acquire()
-    monkeypatch.setattr(cache, "_held_by_the_test", lock, raising=False)
+    monkeypatch.setattr(user_file, "_held_by_the_test", lock, raising=False)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_a_broken_file_is_ignored_with_one_warning(folder, text):
     folder.mkdir()
     (folder / "tuned.json").write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.warns(RuntimeWarning, match="are not used") as caught:
-        assert [cache.read(), cache.read()] == [{}, {}]
+        assert [user_file.read(), user_file.read()] == [{}, {}]
     assert len(caught) == 1
 
 
@@ -277,20 +277,20 @@ def test_a_hostile_entry_is_ignored_and_the_others_serve(folder, raw):
     folder.mkdir()
     (folder / "tuned.json").write_text(json.dumps(both).replace("Infinity", "1e999"))
     with pytest.warns(RuntimeWarning, match="1 entries of .* are not used; the first: "):
-        assert cache.read() == {origin(): {OTHER_KEY: entry(None, 1)}}
+        assert user_file.read() == {origin(): {OTHER_KEY: entry(None, 1)}}
 
 
 def test_a_file_that_is_no_file_does_not_block(folder):
     folder.mkdir()
     os.mkfifo(folder / "tuned.json")
     with pytest.warns(RuntimeWarning, match="it is no plain file"):
-        assert cache.read() == {}
+        assert user_file.read() == {}
 
 
 def test_a_folder_in_the_files_place_is_ignored(folder):
     (folder / "tuned.json").mkdir(parents=True)
     with pytest.warns(RuntimeWarning, match="are not used"):
-        assert cache.read() == {}
+        assert user_file.read() == {}
     with pytest.warns(RuntimeWarning, match="are not kept"):
         assert not save()
 
@@ -301,7 +301,7 @@ def test_a_broken_file_is_put_aside_when_new_entries_come(folder):
     with pytest.warns(RuntimeWarning, match="put aside as tuned.broken"):
         assert save()
     assert (folder / "tuned.broken").read_text() == "{ torn"
-    assert cache.read() == {origin(): {KEY: entry(CHOICE)}}
+    assert user_file.read() == {origin(): {KEY: entry(CHOICE)}}
 
 
 def test_what_was_put_aside_before_stays(folder):
@@ -315,29 +315,29 @@ def test_what_was_put_aside_before_stays(folder):
 
 
 def test_a_home_that_there_is_not_is_warned_of_and_the_run_goes_on(monkeypatch):
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, "~nosuchuser/x")
+    monkeypatch.setenv(user_file.FOLDER_VARIABLE, "~nosuchuser/x")
     with pytest.warns(RuntimeWarning, match="SK_TRITON_CACHE_DIR must name a folder, got '~nosuchuser/x'"):
-        assert (cache.read(), save()) == ({}, False)
+        assert (user_file.read(), save()) == ({}, False)
     with pytest.raises(OSError, match="nosuchuser"):
-        cache.path()
+        user_file.path()
 
 
 def test_the_file_never_grows_larger_than_can_be_read(folder, monkeypatch):
     """Entries for other versions make room; those of this one are not given up for new ones."""
     save(triton="3.0.0")
     save()
-    size = len(cache.to_json(content(folder)))
-    monkeypatch.setattr(cache, "MAX_BYTES", size)
+    size = len(user_file.to_json(content(folder)))
+    monkeypatch.setattr(user_file, "MAX_BYTES", size)
     with pytest.warns(RuntimeWarning, match="for other versions of the kernels is dropped"):
         assert save(OTHER_KEY)
     kept = {origin(): {KEY: entry(CHOICE), OTHER_KEY: entry(CHOICE, 1)}}
-    assert cache.read() == kept
-    monkeypatch.setattr(cache, "MAX_BYTES", len((folder / "tuned.json").read_text()))
+    assert user_file.read() == kept
+    monkeypatch.setattr(user_file, "MAX_BYTES", len((folder / "tuned.json").read_text()))
     with pytest.warns(
         RuntimeWarning, match="it would be larger than 0 MiB; `sk-triton configs clear` empties it"
     ):
-        assert not cache.save(origin(), {KEY.replace("/n7", "/n6"): entry(CHOICE, 64)})
-    assert cache.read() == kept
+        assert not user_file.save(origin(), {KEY.replace("/n7", "/n6"): entry(CHOICE, 64)})
+    assert user_file.read() == kept
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640])
@@ -378,18 +378,18 @@ def test_entries_that_this_version_does_not_understand_stay_in_the_file(folder):
 
 def test_what_a_driver_says_in_colours_and_lines_can_be_read_back(folder):
     noisy = Trial(CHOICE, None, None, "\x1b[31mfailed\x1b[0m\nat line 1" + "!" * 1000)
-    cache.save(origin(), {KEY: Entry(None, 128, 1e-4, 1e-4, (noisy,))})
-    (trial,) = cache.read()[origin()][KEY].trials
+    user_file.save(origin(), {KEY: Entry(None, 128, 1e-4, 1e-4, (noisy,))})
+    (trial,) = user_file.read()[origin()][KEY].trials
     assert trial.dropped.startswith(" [31mfailed [0m at line 1!!!")
 
 
 def test_clearing_removes_what_is_not_to_be_kept(folder):
     save()
     save(triton="3.0.0")
-    assert cache.clear(lambda found: found == origin())
-    assert cache.read() == {origin(): {KEY: entry(CHOICE)}}
-    assert cache.clear()
-    assert cache.read() == {}
+    assert user_file.clear(lambda found: found == origin())
+    assert user_file.read() == {origin(): {KEY: entry(CHOICE)}}
+    assert user_file.clear()
+    assert user_file.read() == {}
 
 
 def test_times_survive_the_file_to_a_nanosecond():
