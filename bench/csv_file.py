@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 from pathlib import Path
 from typing import Any
 
 from .results import Memory, Record, Results, Timing
 from .shapes import Case, Shape
+from .text_file import write_text
 
 
 def write_csv(run: Results, path: Path) -> None:
@@ -18,10 +20,11 @@ def write_csv(run: Results, path: Path) -> None:
     """
     rows = [_row(run, record) for record in run.records]
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(text.getvalue(), path)
 
 
 def _row(run: Results, record: Record) -> dict[str, Any]:

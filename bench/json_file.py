@@ -1,13 +1,9 @@
-"""Dataclasses as JSON files: with the version of their schema inside, written in one atomic step."""
+"""Dataclasses as the text of JSON files, with the version of their schema inside."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
-import secrets
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,18 +13,6 @@ if TYPE_CHECKING:
 def text_of(value: DataclassInstance) -> str:
     """A dataclass as JSON."""
     return json.dumps(dataclasses.asdict(value), indent=1, ensure_ascii=False) + "\n"
-
-
-def write(value: DataclassInstance, path: Path) -> None:
-    """Writes `text_of` a dataclass, so that an interrupted write leaves no half file, nor do two at a time."""
-    partial = path.with_name(f"{path.name}-{os.getpid()}-{secrets.token_hex(4)}.part")
-    try:
-        partial.write_text(text_of(value), encoding="utf-8")
-        os.replace(partial, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        raise
 
 
 def fields_of(text: str, schema: int, what: str) -> dict[str, Any]:

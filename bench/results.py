@@ -12,6 +12,7 @@ from typing import Any
 from . import json_file
 from .shapes import Case, Shape
 from .stamp import Stamp
+from .text_file import write_text
 
 SCHEMA = 2
 
@@ -239,7 +240,7 @@ class Results:
 
 def save(results: Results, path: Path) -> None:
     """Writes JSON in one atomic step, so that an interrupted save leaves no half file."""
-    json_file.write(results, path)
+    write_text(results.to_json(), path)
 
 
 def load(path: Path) -> Results:

@@ -11,7 +11,7 @@ import re
 import pytest
 import torch
 
-from sk_triton.bench import csv_file, formats, json_file, markdown, results, stamp, verdict
+from sk_triton.bench import csv_file, formats, markdown, results, stamp, text_file, verdict
 from sk_triton.bench.report import page as report_page
 from sk_triton.bench.results import Check, Timing
 from sk_triton.bench.shapes import CLASSIC, PAPER
@@ -39,21 +39,22 @@ def test_two_writers_of_one_file_leave_a_whole_one(tmp_path, monkeypatch):
     first, second = small(), small(interrupted=True)
 
     def save_another_before(partial, whole):
-        monkeypatch.setattr(json_file.os, "replace", replace)
+        monkeypatch.setattr(text_file.os, "replace", replace)
         results.save(second, path)
         replace(partial, whole)
 
-    monkeypatch.setattr(json_file.os, "replace", save_another_before)
+    monkeypatch.setattr(text_file.os, "replace", save_another_before)
     results.save(first, path)
     assert results.load(path) == first
     assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path):
-    (tmp_path / "run.json").mkdir()
+@pytest.mark.parametrize("write", [results.save, csv_file.write_csv])
+def test_a_write_that_fails_leaves_nothing(tmp_path, write):
+    (tmp_path / "run").mkdir()
     with pytest.raises(IsADirectoryError):
-        results.save(small(), tmp_path / "run.json")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["run.json"]
+        write(small(), tmp_path / "run")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["run"]
 
 
 def test_another_schema_is_refused():

@@ -15,6 +15,7 @@ from ..csv_file import write_csv
 from ..markdown import markdown_table
 from ..problems import in_one_line
 from ..results import read
+from ..text_file import write_text
 from .arguments import bad_usage, writable_folder
 
 
@@ -96,7 +97,7 @@ def _draw(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
             write_csv(run, folder / f"{stem}.csv")
             written.append(folder / f"{stem}.csv")
         if args.markdown:
-            (folder / f"{stem}.md").write_text(markdown_table(run), encoding="utf-8")
+            write_text(markdown_table(run), folder / f"{stem}.md")
             written.append(folder / f"{stem}.md")
     if len(runs) > 1:
         before = len(written) + len(failures)

@@ -9,6 +9,7 @@ from typing import Any
 from .. import json_file
 from ..results import Ceilings, Tests
 from ..stamp import Stamp
+from ..text_file import write_text
 
 SCHEMA = 1
 NAME = "report.json"
@@ -76,7 +77,7 @@ def load(folder: Path) -> Report | None:
 
 def save(report: Report, folder: Path) -> None:
     """Writes the report in one atomic step."""
-    json_file.write(report, folder / NAME)
+    write_text(json_file.text_of(report), folder / NAME)
 
 
 def _report(data: dict[str, Any]) -> Report:

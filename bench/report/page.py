@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
@@ -15,6 +14,7 @@ from .. import coverage, plots
 from ..plots import style
 from ..problems import complaints, in_one_line
 from ..results import Results
+from ..text_file import write_text
 from ..verdict import Comparison, cells, comparisons, host_bound_note, losses, losses_count, speed_summary
 from .file import Report
 
@@ -50,10 +50,7 @@ def write_page(report: Report, runs: Sequence[Results], folder: Path) -> list[st
                 continue
             room -= len(data) + PICTURE_OVERHEAD
             pictures[f"{run.suite}/{name}"] = data
-    partial = folder / f"{NAME}.part"
-    with partial.open("w", encoding="utf-8") as file:
-        file.writelines(_parts(report, runs, pictures))
-    os.replace(partial, folder / NAME)
+    write_text("".join(_parts(report, runs, pictures)), folder / NAME)
     return left_out
 
 
