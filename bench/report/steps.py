@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sk_triton import doctor, environment
+from sk_triton.backend import SCHEDULES
 from sk_triton.tuning import user_file
 
 from .. import results, suites
@@ -34,10 +35,8 @@ DTYPES = {"cuda": ("fp16", "bf16", "fp32"), "cpu": ("fp32",)}
 NO_GPU = "no GPU here: "
 TUNE_MARGIN_SECONDS = 60
 """Of the time limit, to start and to finish the target in hand."""
-INTERPRETED_TESTS = tuple(
-    f"tests/test_{name}.py" for name in ("store", "recompute", "merged", "kernels_gate")
-)
-"""Every schedule through Triton's interpreter, which takes two minutes; the kernels one by one take many."""
+INTERPRETED_TESTS = tuple(f"tests/test_{name}.py" for name in (*SCHEDULES, "kernels_gate"))
+"""Every schedule through Triton's interpreter, which takes a minute or two; the kernels one by one take many."""
 
 
 @dataclass
