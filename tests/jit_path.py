@@ -11,9 +11,10 @@ import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from sk_triton import planning
 from sk_triton.bench.compiled import resources, training_resources
-from sk_triton.bench.compiled.compile import jit_compiled
-from sk_triton.bench.compiled.planned import packing_steps
+from sk_triton.bench.compiled.compile import jit_compiled, with_memory
+from sk_triton.bench.compiled.planned import empty_on_meta, unit_parameters
 from sk_triton.bench.grid import CASES
 from sk_triton.kernels.branch_grad import branch_grad, reduce_weight_grad
 from sk_triton.kernels.config import GradStreamConfig, GradWideConfig
@@ -22,6 +23,7 @@ from sk_triton.kernels.geometry import ConvShape
 from sk_triton.kernels.grad_geometry import partial_shape
 from sk_triton.kernels.grad_terms import grad_terms
 from sk_triton.kernels.launch import Launch
+from sk_triton.packing import prepare_packed
 
 
 class Starting:
@@ -35,13 +37,6 @@ class Starting:
 
     def get_current_target(self):
         return GPUTarget("cuda", 90, 32)
-
-
-def small_tensor(argument):
-    """A tensor in memory in place of one that has none, alone or in a tuple."""
-    if isinstance(argument, tuple):
-        return tuple(map(small_tensor, argument))
-    return torch.empty(64, dtype=argument.dtype) if isinstance(argument, torch.Tensor) else argument
 
 
 CHOSEN = {
@@ -65,9 +60,12 @@ def inference_launches():
     for case in CASES:
         if (case.name, case.precision) in CHOSEN:
             small = dataclasses.replace(case, n=2, size=8)
+            workload = resources.workload_of(small, "sm_90")
+            parameters = unit_parameters(small.spec, empty_on_meta(workload))
             for schedule in resources.schedules(small, "sm_90"):
-                workload = resources.workload_of(small, "sm_90")
-                yield from (step for step in packing_steps(schedule, workload) if isinstance(step, Launch))
+                plan = planning.plan_schedule(schedule, workload)
+                _, steps = prepare_packed(plan, small.size, small.size, *parameters)
+                yield from (step for step in steps if isinstance(step, Launch))
                 yield from resources.launches(small, "sm_90", schedule)[1]
             if case.name == "stage 4":  # many tiles: weights are held
                 yield from resources.launches(case, "sm_90", "store")[1]
@@ -121,7 +119,7 @@ for launch in different(training_launches() if sys.argv[1:] == ["training"] else
     ahead = jit_compiled(launch, "sm_90")
     driver.set_active(Starting())
     compiled = launch.kernel.warmup(
-        *map(small_tensor, launch.arguments),
+        *map(with_memory, launch.arguments),
         grid=launch.grid,
         **launch.constexprs,
         **launch.compile_options,

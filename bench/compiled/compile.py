@@ -107,7 +107,7 @@ def _compiling_for(target: str) -> Iterator[None]:
 def jit_compiled(launch: Launch, target: str) -> Any:
     """What Triton's JIT compiles where a launch is started on a chip: it finds this in its cache then. Tensors on the
     meta device count as aligned."""
-    arguments = (_in_memory(argument) for argument in launch.arguments)
+    arguments = (with_memory(argument) for argument in launch.arguments)
     options = launch.options_for(is_amd=is_amd(target))
     with _compiling_for(target):
         return launch.kernel.warmup(*arguments, grid=launch.grid, **launch.constexprs, **options)
@@ -133,10 +133,10 @@ def compile_launches(launches: Sequence[Launch], target: str) -> list[Resources]
     ]
 
 
-def _in_memory(argument: object) -> object:
+def with_memory(argument: object) -> object:
     """A tensor in memory in place of one that has none, alone or in a tuple."""
     if isinstance(argument, tuple):
-        return tuple(map(_in_memory, argument))
+        return tuple(map(with_memory, argument))
     if isinstance(argument, torch.Tensor) and argument.is_meta:
         return torch.empty(64, dtype=argument.dtype)
     return argument

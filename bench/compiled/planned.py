@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -28,29 +29,20 @@ def planned_steps(schedule: Schedule, workload: Workload) -> tuple[Plan, list[St
         RuntimeError: the schedule cannot run the unit.
     """
     plan = planning.plan_schedule(schedule, workload)
-    spec, dtype = workload.spec, workload.dtype
-    x = torch.empty((workload.n, spec.in_channels, workload.h_in, workload.w_in), dtype=dtype, device="meta")
+    return plan, *meta_steps(plan, workload)
+
+
+def meta_steps(plan: Plan, workload: Workload) -> tuple[list[Step], Tensor]:
+    """The steps of a plan and its output, on channels_last inputs, all on "meta"."""
+    spec, empty = workload.spec, empty_on_meta(workload)
+    x = empty(workload.n, spec.in_channels, workload.h_in, workload.w_in)
     x = x.to(memory_format=torch.channels_last)
-    return plan, *prepared_steps(plan, x, *_meta_parameters(workload), spec)
+    return prepared_steps(plan, x, *unit_parameters(spec, empty), spec)
 
 
-def packing_steps(schedule: Schedule, workload: Workload) -> list[Step]:
-    """The kernels, and operators that write for others, that pack a unit's parameters for a schedule, all on "meta".
-
-    Raises:
-        RuntimeError: the schedule cannot run the unit.
-    """
-    from sk_triton.packing import prepare_packed
-
-    plan = planning.plan_schedule(schedule, workload)
-    branches, gate = _meta_parameters(workload)
-    return prepare_packed(plan, workload.h_in, workload.w_in, branches, gate)[1]
-
-
-def _meta_parameters(workload: Workload) -> tuple[list[Branch], Gate]:
-    return unit_parameters(
-        workload.spec, lambda *shape: torch.empty(shape, dtype=workload.dtype, device="meta")
-    )
+def empty_on_meta(workload: Workload) -> Callable[..., Tensor]:
+    """Makes tensors of a workload's dtype on "meta", given their sizes."""
+    return functools.partial(torch.empty, dtype=workload.dtype, device="meta")
 
 
 def prepared_steps(

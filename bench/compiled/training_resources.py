@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import torch
-
 from sk_triton.kernels.launch import Launch
 from sk_triton.save import SAVES
 from sk_triton.training.plan import plan_training
 
 from ..grid import Case
 from .resources import Row, kernel_name, row_of, workload_of
-from .training_steps import take_step
+from .training_steps import meta_launches
 
 
 def launches(case: Case, target: str) -> list[Launch]:
     """The different launches of training steps under both save policies on chip `target`, on meta tensors."""
     workload = workload_of(case, target)
-
-    def make(*size: int) -> torch.Tensor:
-        return torch.empty(size, dtype=case.dtype, device="meta")
-
-    found: list[Launch] = []
-    for save in SAVES:
-        plan = plan_training(workload, save)
-        take_step(workload, plan, save, make, lambda launch, _: found.append(launch))
+    found = [la for save in SAVES for la in meta_launches(workload, plan_training(workload, save), save)]
     different = {(kernel_name(la), str(la.constexprs), str(la.options), la.grid): la for la in found}
     return list(different.values())
 

@@ -21,7 +21,7 @@ from sk_triton.training.operators import FIRST_SAVED
 from sk_triton.training.tensors import Saved, unit_tensors
 from sk_triton.workload import Workload
 
-from .planned import unit_parameters
+from .planned import empty_on_meta, unit_parameters
 
 if TYPE_CHECKING:
     from sk_triton.training.branches import TrainingUnit  # imports Triton
@@ -65,6 +65,13 @@ def take_step(
     x, dv = (tensor.to(memory_format=torch.channels_last) for tensor in (x, dv))
     with intercepted(start):
         return step(unit, plan, save, x, dv)[0]
+
+
+def meta_launches(workload: Workload, plan: Plan, save: Save) -> list[Launch]:
+    """The launches of one step on tensors on "meta", none of which is run."""
+    found: list[Launch] = []
+    take_step(workload, plan, save, empty_on_meta(workload), lambda launch, _: found.append(launch))
+    return found
 
 
 def training_unit(spec: SKSpec, branches: list[Branch], gate: Gate) -> TrainingUnit:

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
 from sk_triton import planning, preference
 from sk_triton.backend import Schedule
 from sk_triton.kernels.launch import Launch
@@ -21,8 +19,8 @@ from sk_triton.tuning.keys import INFERENCE, KINDS, SCHEDULE, TRAINING
 from sk_triton.tuning.lookup import Request, analytic_only, experiment
 from sk_triton.workload import Workload
 
-from ..compiled.planned import prepared_steps, unit_parameters
-from ..compiled.training_steps import take_step
+from ..compiled.planned import meta_steps
+from ..compiled.training_steps import meta_launches
 from ..model.gpus import Gpu
 from ..problems import in_one_line
 from .shortlist import shortlist
@@ -198,15 +196,7 @@ def least_seconds(target: Target, gpu: Gpu) -> list[float]:
 
 
 def _steps_on_meta(target: Target, choice: Choice, settled: Settled) -> list[Any]:
-    work = target.workload
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=work.dtype, device="meta")
-
+    plan = target.plan(choice, settled)
     if target.is_training:
-        launched: list[Any] = []
-        take_step(work, target.plan(choice, settled), SAVE, empty, lambda launch, _: launched.append(launch))
-        return launched
-    x = empty(work.n, work.spec.in_channels, work.h_in, work.w_in).to(memory_format=torch.channels_last)
-    branches, gate = unit_parameters(work.spec, empty)
-    return prepared_steps(target.plan(choice, settled), x, branches, gate, work.spec)[0]
+        return meta_launches(target.workload, plan, SAVE)
+    return meta_steps(plan, target.workload)[0]
