@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import geometric_mean
 
-from .formats import ratio
 from .results import REVISION, Record, Results, fastest_ours
-from .verdict import Comparison, cases_in_order, losses, losses_count, sk_triton_records
+from .verdict import (
+    Comparison,
+    cases_in_order,
+    losses,
+    losses_count,
+    sk_triton_records,
+    speed_summary,
+)
 
 
 @dataclass(frozen=True)
@@ -43,14 +48,6 @@ def _timed_revisions(records: list[Record]) -> dict[str, list[Record]]:
 def _verdict(compared: list[Comparison]) -> Verdict:
     revision = compared[0].peer
     assert revision is not None
-    ratios = [comparison.speedup for comparison in compared if comparison.speedup is not None]
-    if not ratios:
-        words = "no case that both ran"
-    elif not any(comparison.is_beyond_noise for comparison in compared):
-        words = "no difference beyond the noise"
-    else:
-        spread = f" ({ratio(min(ratios))} to {ratio(max(ratios))})" if len(ratios) > 1 else ""
-        words = f"{ratio(geometric_mean(ratios))} its speed{spread}"
-    missing = "" if len(ratios) == len(compared) else f" over {len(ratios)} of {len(compared)} cases"
-    summary = f"against {revision.source_label}: {words}{missing}, slower in {losses_count(compared)}"
-    return Verdict(summary, losses(compared))
+    label = revision.source_label
+    nothing = f"no case in common with {label}, behind in {losses_count(compared)}"
+    return Verdict(speed_summary(compared, label) or nothing, losses(compared))

@@ -123,10 +123,11 @@ def is_graph(record: Record) -> bool:
     return form is not None and form.is_graph
 
 
-def speed_summary(compared: list[Comparison]) -> str | None:
+def speed_summary(compared: list[Comparison], peer: str = "the fastest measured peer") -> str | None:
     """sk_triton's speed over some cases in one sentence, a geometric mean; None without a case to compare in.
 
     Cases that sk_triton could not run have no speed: how many the mean is over is said where it is not over all.
+    `peer`: what it is compared with.
     """
     ratios = [comparison.speedup for comparison in compared if comparison.speedup is not None]
     if not ratios:
@@ -135,8 +136,8 @@ def speed_summary(compared: list[Comparison]) -> str | None:
     with_peer = sum(comparison.peer is not None for comparison in compared)
     over = f" over {len(ratios)} of {with_peer} cases" if len(ratios) < with_peer else ""
     if not any(comparison.is_beyond_noise for comparison in compared):
-        return f"no difference beyond the noise from the fastest measured peer{over}, behind in {behind}"
-    mean = f"{ratio(geometric_mean(ratios))} the speed of the fastest measured peer"
+        return f"no difference beyond the noise from {peer}{over}, behind in {behind}"
+    mean = f"{ratio(geometric_mean(ratios))} the speed of {peer}"
     spread = f" ({ratio(min(ratios))} to {ratio(max(ratios))})" if len(ratios) > 1 else ""
     return f"{mean}{spread}{over}, behind in {behind}"
 

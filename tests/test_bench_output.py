@@ -234,14 +234,12 @@ def test_a_revision_is_compared_beside_the_peers_and_never_among_them():
     faster, slower = with_revision(run, 0.5), with_revision(run, 2.0)
     assert verdict.comparisons(faster) == verdict.comparisons(run)
     text = printed(faster)
-    assert "against sk_triton at 1: 0.50x its speed (0.50x to 0.50x), slower in 2 of 2 cases" in text
-    assert text.count("0.50x the speed of sk_triton at 1") == 2
+    assert "\n0.50x the speed of sk_triton at 1 (0.50x to 0.50x), behind in 2 of 2 cases\n" in text
+    assert text.count(": 0.50x the speed of sk_triton at 1") == 2
     assert "We lose in 0 of 4 cases." in text
-    assert "against sk_triton at 1: 2.00x its speed (2.00x to 2.00x), slower in 0 of 2 cases" in printed(
-        slower
-    )
-    assert "against" not in printed(run)
-    assert "against" not in printed(dataclasses.replace(slower, objections=("a reason",)))
+    assert "2.00x the speed of sk_triton at 1 (2.00x to 2.00x), behind in 0 of 2 cases" in printed(slower)
+    assert "the speed of sk_triton" not in printed(run)
+    assert "the speed of sk_triton" not in printed(dataclasses.replace(slower, objections=("a reason",)))
 
 
 def test_a_revision_where_sk_triton_fails_is_said_to_be_compared_in_fewer_cases():
@@ -249,7 +247,11 @@ def test_a_revision_where_sk_triton_fails_is_said_to_be_compared_in_fewer_cases(
     for position, record in enumerate(run.records):
         if record.ours and record.case.batch == 8 and record.case.subject == PAPER:
             run = with_status(run, position, results.FAILED)
-    assert "2.00x its speed over 1 of 2 cases, slower in 1 of 2 cases" in printed(run)
+    assert "2.00x the speed of sk_triton at 1 over 1 of 2 cases, behind in 1 of 2 cases" in printed(run)
+    for position, record in enumerate(run.records):
+        if record.ours:
+            run = with_status(run, position, results.FAILED)
+    assert "no case in common with sk_triton at 1, behind in 2 of 2 cases" in printed(run)
 
 
 def test_a_complaint_is_listed_once():
