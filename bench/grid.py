@@ -26,7 +26,7 @@ def precision_of(dtype: torch.dtype, allow_tf32: bool) -> str:
 
 
 @dataclass(frozen=True)
-class Case:
+class GridCase:
     """A unit on a batch of `n` inputs of `size` x `size` pixels."""
 
     name: str
@@ -114,7 +114,7 @@ UNITS: tuple[tuple[str, SKSpec, int, int], ...] = (
     ("one branch", paper_unit(128, kernels=(3,), dilations=(1,)), 128, 56),
 )
 CASES = tuple(
-    Case(name, spec, n, size, dtype, allow_tf32)
+    GridCase(name, spec, n, size, dtype, allow_tf32)
     for name, spec, n, size in UNITS
     for dtype, allow_tf32 in PRECISIONS.values()
 )

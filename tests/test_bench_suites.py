@@ -142,7 +142,7 @@ def tiny(monkeypatch):
 
 
 def request(suite, revisions=(), **options):
-    return session.Request(suite, CPU, Choice(on_gpu=False, quick=True, **options), revisions=revisions)
+    return session.SuiteRequest(suite, CPU, Choice(on_gpu=False, quick=True, **options), revisions=revisions)
 
 
 def measure(wanted, **arguments):

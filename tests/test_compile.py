@@ -8,7 +8,7 @@ import torch
 
 from sk_triton.backend import SCHEDULES
 from sk_triton.bench.compiled import resources
-from sk_triton.bench.grid import CASES, Case, paper_unit
+from sk_triton.bench.grid import CASES, GridCase, paper_unit
 
 from .compiling import output_of, rows_of
 from .versions import (
@@ -24,8 +24,8 @@ pytestmark = pytest.mark.compile
 TARGETS = resources.compilable_chips()
 NVIDIA = [name for name in TARGETS if name.startswith("sm_")]
 # Of 16-bit narrow groups, branches of slices of the input alone still stream, on NVIDIA.
-SPLIT = Case("stage 1, split", paper_unit(128, in_channels=256, split_input=True), 128, 56, torch.float16)
-LARGE = Case("over 2^31 elements", paper_unit(64, groups=16), 1, 8192, torch.float16)
+SPLIT = GridCase("stage 1, split", paper_unit(128, in_channels=256, split_input=True), 128, 56, torch.float16)
+LARGE = GridCase("over 2^31 elements", paper_unit(64, groups=16), 1, 8192, torch.float16)
 # What is compiled here, cold in some minutes: everything for sm_90, the chip that was measured, each formulation for
 # gfx942, whose compiler is another, and some of both for the others. `sk-triton resources` compiles the support grid.
 UNITS = {

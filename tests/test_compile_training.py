@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sk_triton.bench.compiled import resources, training_resources
-from sk_triton.bench.grid import CASES, Case, paper_unit
+from sk_triton.bench.grid import CASES, GridCase, paper_unit
 
 from .versions import needs_narrow_products
 
@@ -18,12 +18,12 @@ FP16 = {case.name: case for case in CASES if case.precision == "fp16"}
 GRADIENTS = [
     FP16["stage 2"],
     FP16["one branch"],
-    Case("2 channels per group", paper_unit(64), 128, 56, torch.float16),
-    Case("stage 2, one branch", paper_unit(256, kernels=(3,), dilations=(2,)), 128, 28, torch.float16),
+    GridCase("2 channels per group", paper_unit(64), 128, 56, torch.float16),
+    GridCase("stage 2, one branch", paper_unit(256, kernels=(3,), dilations=(2,)), 128, 28, torch.float16),
 ]
 # Branches of slices of the input, which stream or go by columns where windows take the others; they alone are compiled.
 SPLIT = [
-    Case(
+    GridCase(
         f"{channels} channels, split",
         paper_unit(channels, in_channels=2 * channels, split_input=True),
         128,

@@ -110,7 +110,7 @@ def test_a_training_step(save, total):
     assert ("branch_conv_window, measure" in names) == (save == "input")
 
 
-def test_seed_unit():
+def test_classic_unit():
     rows, unit = traffic.count(classic_unit(16, groups=4), 1, 14, classic_unit(128))
     assert traffic.passes(rows, unit) == 6
 
@@ -138,7 +138,7 @@ def test_an_access_outside_of_its_tensors_is_caught():
 @needs_narrow_products
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_merged_schedule_moves_three_passes_of_linear_branches(stage):
-    full, spec, n, size = traffic.UNITS[CLASSIC][stage]
+    full, spec, n, size = traffic.COUNTED[CLASSIC][stage]
     rows, unit = traffic.count(spec, n, size, full, "merged")
     convolution = "merged_conv" if stage == 3 else "merged_conv_window"
     assert {row.kernel for row in rows} == {"border_sums", "gate", convolution}
@@ -149,7 +149,7 @@ def test_merged_schedule_moves_three_passes_of_linear_branches(stage):
 
 @needs_narrow_products
 def test_a_few_channels_are_merged_by_the_configs_of_all(monkeypatch):
-    full, spec, n, size = traffic.UNITS[CLASSIC][3]
+    full, spec, n, size = traffic.COUNTED[CLASSIC][3]
     planned, small = (
         planning.plan_schedule("merged", Workload(each, 128, size, size, torch.float16, CHIPS["sm_90"]))
         for each in (full, spec)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-    from ..measuring.session import Request
+    from ..measuring.session import SuiteRequest
     from ..measuring.sources import Ours
     from ..results import Results
 
@@ -107,8 +107,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _request(
     suite: str, args: argparse.Namespace, device: torch.device, revisions: Sequence[Ours]
-) -> Request:
-    from ..measuring.session import Request
+) -> SuiteRequest:
+    from ..measuring.session import SuiteRequest
 
     choice = Choice(
         on_gpu=device.type == "cuda",
@@ -117,7 +117,7 @@ def _request(
         batches=tuple(args.batch) if args.batch else None,
         dtypes=tuple(args.dtype) if args.dtype else None,
     )
-    return Request(
+    return SuiteRequest(
         suite,
         device,
         choice,
@@ -128,7 +128,7 @@ def _request(
     )
 
 
-def _earlier(request: Request, args: argparse.Namespace) -> Results | None:
+def _earlier(request: SuiteRequest, args: argparse.Namespace) -> Results | None:
     """What `--resume` keeps. Raises ValueError where that was measured in another way: it would be overwritten."""
     from ..measuring.session import reusable
 
@@ -140,11 +140,11 @@ def _earlier(request: Request, args: argparse.Namespace) -> Results | None:
         raise ValueError(f"{error}: take another --output, or leave --resume out to replace it") from None
 
 
-def _path(request: Request, folder: Path) -> Path:
+def _path(request: SuiteRequest, folder: Path) -> Path:
     return folder / f"{request.suite}-{request.device.type}.json"
 
 
-def _run_suite(request: Request, earlier: Results | None, folder: Path, console: Console) -> int:
+def _run_suite(request: SuiteRequest, earlier: Results | None, folder: Path, console: Console) -> int:
     """Measures a suite, writes and shows it; what fails on the way costs the other suites nothing."""
     from .. import results
 
@@ -165,7 +165,7 @@ def _run_suite(request: Request, earlier: Results | None, folder: Path, console:
 
 
 def _measure_and_show(
-    request: Request,
+    request: SuiteRequest,
     earlier: Results | None,
     path: Path,
     save: Callable[[Results], object],

@@ -14,7 +14,7 @@ from sk_triton.environment import require
 from ..compiled import training_resources
 from ..compiled.resources import Row, compilable_chips, measure, measure_all
 from ..compiled.shipping import measure_analytic, write_configs
-from ..grid import CASES, PRECISIONS, UNITS, Case
+from ..grid import CASES, PRECISIONS, UNITS, GridCase
 from .arguments import bad_usage, positive
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _compiled(args: argparse.Namespace, console: Console) -> list[Row]:
     cases = [
         case for case in CASES if case.precision in args.dtype and (not args.unit or case.name in args.unit)
     ]
-    chosen: Callable[[Case, str], list[Row]] = measure_analytic if args.write_configs else measure
+    chosen: Callable[[GridCase, str], list[Row]] = measure_analytic if args.write_configs else measure
     if args.training:
         chosen = training_resources.measure
     jobs = [

@@ -13,10 +13,10 @@ from sk_triton.exit_codes import FAILED
 from sk_triton.save import SAVES
 
 from ..interpreted.traffic import (
+    COUNTED,
     DEFAULT_SAVE,
     STAGES,
     SUMS,
-    UNITS,
     batch_workload,
     count,
     count_training,
@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--unit",
-        choices=tuple(UNITS),
+        choices=tuple(COUNTED),
         default=PAPER,
         help=f"default: the paper's; {CLASSIC}: linear branches",
     )
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    full, spec, n, size = UNITS[args.unit][args.stage]
+    full, spec, n, size = COUNTED[args.unit][args.stage]
     if args.schedule == TRAIN:
         rows, unit = count_training(spec, n, size, full, args.save or DEFAULT_SAVE)
     else:
@@ -111,7 +111,7 @@ def refuse(args: argparse.Namespace) -> None:
         raise ValueError(f"--save acts on --schedule {TRAIN}, got --schedule {args.schedule}")
     from sk_triton import planning
 
-    full, spec, _, size = UNITS[args.unit][args.stage]
+    full, spec, _, size = COUNTED[args.unit][args.stage]
     for each in (full, spec):
         if reason := planning.refusal(args.schedule, batch_workload(each, size)):
             raise ValueError(

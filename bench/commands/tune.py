@@ -23,7 +23,7 @@ from ..shapes import NETWORKS
 from ..tuning import tables
 from ..tuning.flow import LEFT, Outcome
 from ..tuning.ranking import failures, rank
-from ..tuning.session import BUDGET_SECONDS, INTERRUPT, Request, present, product, tune_here
+from ..tuning.session import BUDGET_SECONDS, INTERRUPT, TuneRequest, present, product, tune_here
 from ..tuning.targets import Target, refusal, targets_of
 from ..tuning.units import network_problems, title
 from .arguments import WEEK_SECONDS, add_direction, bad_usage, choose_device, directions_of, positive
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         return BAD_USAGE
     if device is None or args.dry_run:
         return dry_run(targets, gpu, args.budget or DRY_BUDGET_SECONDS, args.workers, console)
-    request = Request(device, chip, gpu, args.budget or BUDGET_SECONDS, args.again, args.workers)
+    request = TuneRequest(device, chip, gpu, args.budget or BUDGET_SECONDS, args.again, args.workers)
     outcomes, trouble = tune_here(targets, request, console)
     show(outcomes, console)
     left = sum(outcome.note == LEFT for outcome in outcomes)

@@ -17,7 +17,7 @@ from sk_triton.kernels.launch import Launch, flat
 from sk_triton.plan import BranchLaunch, Plan
 from sk_triton.workload import Workload
 
-from ..grid import Case
+from ..grid import GridCase
 from .phases import counted, has_phases
 from .planned import planned_steps
 from .processes import compiling_until_left
@@ -51,7 +51,7 @@ class Row:
     None where the compiler unrolled loops so that they cannot be counted, and for the gate.
     """
 
-    case: Case
+    case: GridCase
     kernel: str
     config: str
     resources: Resources
@@ -73,7 +73,7 @@ class Row:
         return found
 
 
-def launches(case: Case, target: str, schedule: Schedule = "store") -> tuple[Plan, list[Launch]]:
+def launches(case: GridCase, target: str, schedule: Schedule = "store") -> tuple[Plan, list[Launch]]:
     """The plan and the kernel launches of `case` under a schedule on chip `target`, on meta tensors.
 
     Raises:
@@ -83,12 +83,12 @@ def launches(case: Case, target: str, schedule: Schedule = "store") -> tuple[Pla
     return plan, [step for step in steps if isinstance(step, Launch)]
 
 
-def workload_of(case: Case, target: str) -> Workload:
+def workload_of(case: GridCase, target: str) -> Workload:
     return Workload(case.spec, case.n, case.size, case.size, case.dtype, CHIPS[target], case.allow_tf32)
 
 
 def measure(
-    case: Case, target: str, *, with_phases: bool = True, without: Sequence[Schedule] = ()
+    case: GridCase, target: str, *, with_phases: bool = True, without: Sequence[Schedule] = ()
 ) -> list[Row]:
     """Compile the case's kernels for `target`, those of every schedule that can run it, and read what they use.
 
@@ -142,7 +142,7 @@ def kernel_name(launch: Launch) -> str:
 
 
 def row_of(
-    case: Case, launch: Launch, used: Resources, computed: int, branch_launch: BranchLaunch | None = None
+    case: GridCase, launch: Launch, used: Resources, computed: int, branch_launch: BranchLaunch | None = None
 ) -> Row:
     """The row of a launch that computes as many elements of the branches, or of the output, as `computed` says."""
     name, per_output = kernel_name(launch), None
@@ -153,7 +153,7 @@ def row_of(
     return Row(case, name, config, used, per_output, branch_launch)
 
 
-def schedules(case: Case, target: str) -> list[Schedule]:
+def schedules(case: GridCase, target: str) -> list[Schedule]:
     """The schedules that can run a case."""
     return [name for name in SCHEDULES if not planning.refusal(name, workload_of(case, target))]
 

@@ -9,11 +9,11 @@ from sk_triton.tuning import shipped
 from sk_triton.tuning.launches import branch_key
 from sk_triton.tuning.lookup import analytic_only
 
-from ..grid import Case
+from ..grid import GridCase
 from .resources import Row, measure, workload_of
 
 
-def measure_analytic(case: Case, target: str) -> list[Row]:
+def measure_analytic(case: GridCase, target: str) -> list[Row]:
     """`resources.measure` with the analytic configs, not with what is shipped today; for a process that does nothing
     else, since its plans are remembered."""
     with analytic_only():

@@ -6,12 +6,12 @@ from sk_triton.kernels.launch import Launch
 from sk_triton.save import SAVES
 from sk_triton.training.plan import plan_training
 
-from ..grid import Case
+from ..grid import GridCase
 from .resources import Row, kernel_name, row_of, workload_of
 from .training_steps import meta_launches
 
 
-def launches(case: Case, target: str) -> list[Launch]:
+def launches(case: GridCase, target: str) -> list[Launch]:
     """The different launches of training steps under both save policies on chip `target`, on meta tensors."""
     workload = workload_of(case, target)
     found = [la for save in SAVES for la in meta_launches(workload, plan_training(workload, save), save)]
@@ -19,7 +19,7 @@ def launches(case: Case, target: str) -> list[Launch]:
     return list(different.values())
 
 
-def measure(case: Case, target: str, kernels: str | tuple[str, ...] = "") -> list[Row]:
+def measure(case: GridCase, target: str, kernels: str | tuple[str, ...] = "") -> list[Row]:
     """Compiles the kernels of a case's training steps for `target` and reads what they use; `per_output` is by element
     of all branches. `kernels`: how the names of those wanted begin, any of several."""
     from .compile import compile_launches

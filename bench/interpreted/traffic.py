@@ -176,4 +176,5 @@ def _stages(unit: Callable[..., SKSpec]) -> dict[int, tuple[SKSpec, SKSpec, int,
 
 
 STAGES = _stages(paper_unit)
-UNITS = {PAPER: STAGES, CLASSIC: _stages(classic_unit)}
+COUNTED = {PAPER: STAGES, CLASSIC: _stages(classic_unit)}
+"""The stages of each unit."""

@@ -78,7 +78,7 @@ class _Competition:
         self.case, self.setting, self.on_progress = case, setting, on_progress
         self.dtype = DTYPES[case.dtype]
         self.providers = list(setting.competitors(case))
-        self.outcome = {provider.key: provider.record(case) for provider in self.providers}
+        self.found = {provider.key: provider.record(case) for provider in self.providers}
         self.entrants: dict[str, Entrant] = {}
         self.measured = protocol.Measurement()
 
@@ -113,14 +113,14 @@ class _Competition:
     def fail_rest(self, error: Exception) -> None:
         """Records an error that befell all the providers that are still without a verdict."""
         status, message = protocol.failure(error)
-        for key, record in self.outcome.items():
+        for key, record in self.found.items():
             if record.status == results.NOT_MEASURED and not self.measured.samples.get(key):
-                self.outcome[key] = replace(record, status=status, message=message)
+                self.found[key] = replace(record, status=status, message=message)
 
     def records(self) -> list[results.Record]:
         """What is known by now."""
         finished = []
-        for key, record in self.outcome.items():
+        for key, record in self.found.items():
             timing = self.measured.timing(key)
             if key in self.measured.failures:
                 status, message = self.measured.failures[key]
@@ -149,7 +149,7 @@ class _Competition:
         return finished
 
     def _build(self, state: State) -> None:
-        """The providers that can run here become entrants; why the others cannot goes to `outcome`."""
+        """The providers that can run here become entrants; why the others cannot goes to `found`."""
         for provider in self.providers:
             missing = provider.source.missing()
             if missing:
@@ -193,13 +193,13 @@ class _Competition:
         entrant = self.entrants[provider.key]
         try:
             with provider.scope():
-                record = replace(self.outcome[provider.key], runs=entrant.runs(x))
+                record = replace(self.found[provider.key], runs=entrant.runs(x))
                 call, outcome = provider.form.run(partial(_first_call, entrant, x, dv))
                 checks = judge.check(outcome)
         except Exception as error:
             self._settle(provider.key, *protocol.failure(error))
             return None
-        self.outcome[provider.key] = replace(record, checks=(*record.checks, *checks))
+        self.found[provider.key] = replace(record, checks=(*record.checks, *checks))
         for judged in checks:
             if not judged.passed:
                 size = "not finite" if judged.error is None else f"{judged.error:.3g}"
@@ -225,7 +225,7 @@ class _Competition:
             except Exception as error:
                 self._settle(provider.key, *protocol.failure(error))
                 continue
-            self.outcome[provider.key] = replace(self.outcome[provider.key], runs=runs)
+            self.found[provider.key] = replace(self.found[provider.key], runs=runs)
             contestants[provider.key] = Contestant(call, provider.scope, provider.form.run)
         return contestants
 
@@ -243,7 +243,7 @@ class _Competition:
                 self._settle(key, *protocol.failure(error))
                 del contestants[key]
                 continue
-            self.outcome[key] = replace(self.outcome[key], memory=weighed)
+            self.found[key] = replace(self.found[key], memory=weighed)
 
     def _input(self, kind: str, batch: int) -> tuple[Tensor, Tensor | None]:
         """x, and in training the gradient of the output, both NCHW."""
@@ -255,7 +255,7 @@ class _Competition:
         return x, inputs.make_gradient(size, self.dtype, device, seed)
 
     def _settle(self, key: str, status: str, message: str) -> None:
-        self.outcome[key] = replace(self.outcome[key], status=status, message=message)
+        self.found[key] = replace(self.found[key], status=status, message=message)
         self.entrants.pop(key, None)
 
 

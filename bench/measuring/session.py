@@ -26,7 +26,7 @@ from .sources import Ours
 
 
 @dataclass(frozen=True)
-class Request:
+class SuiteRequest:
     """What one suite is asked to do.
 
     revisions: sk_triton at other revisions, which compete as well.
@@ -53,7 +53,7 @@ class Request:
 class _SuiteRun:
     """A suite while it runs. `wanted`: its cases, and those that `earlier` was asked for and left."""
 
-    request: Request
+    request: SuiteRequest
     stamp: Stamp
     clocks: ClockLog
     earlier: results.Results | None
@@ -113,7 +113,7 @@ def _partly_checked(records: Sequence[results.Record]) -> list[str]:
 
 
 def measure_suite(
-    request: Request,
+    request: SuiteRequest,
     console: Console,
     earlier: results.Results | None = None,
     checkpoint: Callable[[results.Results], object] = lambda run: None,
@@ -139,7 +139,7 @@ def measure_suite(
     return suite_run.results(interrupted), suite_run.cases_left
 
 
-def reusable(path: Path, request: Request) -> results.Results | None:
+def reusable(path: Path, request: SuiteRequest) -> results.Results | None:
     """What an earlier run of the same suite left at `path`; None if nothing did.
 
     Raises:

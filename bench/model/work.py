@@ -189,7 +189,7 @@ def memory_bytes(steps: Sequence[PlannedStep], l2_size: int) -> list[float]:
 
 
 def step_name(step: PlannedStep) -> str:
-    """The kernel's name as the resources table has it, or the operator's."""
+    """The kernel's name without its task, or the operator's."""
     if isinstance(step, Launch):
         return step.kernel.fn.__name__.removesuffix("_fwd_kernel")
     if isinstance(step, Convolution):

@@ -12,7 +12,7 @@ from ..results import Results, Tests
 from ..shapes import Case
 
 if TYPE_CHECKING:
-    from ..measuring.session import Request
+    from ..measuring.session import SuiteRequest
 
 
 def file_of(folder: Path, suite: str) -> Path:
@@ -26,7 +26,7 @@ def load_runs(folder: Path) -> list[Results]:
     return [results.read(path) for path in paths if path.exists()]
 
 
-def earlier(folder: Path, request: Request, own: set[Case], again: bool) -> Results | None:
+def earlier(folder: Path, request: SuiteRequest, own: set[Case], again: bool) -> Results | None:
     """What the suite's file holds beside a step's `own` cases, where those are measured `again`, and else with them.
 
     Raises:

@@ -126,7 +126,7 @@ def measure(context: Context, *, suite: str, dtype: str | None = None) -> Ending
     choice = suites.Choice(
         on_gpu=context.on_gpu, quick=not context.on_gpu, dtypes=None if dtype is None else (dtype,)
     )
-    request = session.Request(
+    request = session.SuiteRequest(
         suite,
         context.device,
         choice,

@@ -51,7 +51,7 @@ def present(device: torch.device) -> tuple[Chip, Gpu]:
 
 
 @dataclass(frozen=True)
-class Request:
+class TuneRequest:
     """Where and how long to tune. `gpu`: the figures that predictions take."""
 
     device: torch.device
@@ -72,7 +72,7 @@ UNKEPT = "not everything that was tuned could be kept, see the warning"
 INTERRUPT = "interrupted; what was tuned is kept, the next run goes on"
 
 
-def tune_here(targets: list[Target], request: Request, console: Console) -> tuple[list[Outcome], str]:
+def tune_here(targets: list[Target], request: TuneRequest, console: Console) -> tuple[list[Outcome], str]:
     """What became of each target, and why it ended early, or "". Entries are kept as they come."""
     from .machine import Device
 
@@ -109,7 +109,7 @@ def tune_here(targets: list[Target], request: Request, console: Console) -> tupl
 
 @contextmanager
 def _assessing(
-    targets: list[Target], earlier: dict[str, Entry], request: Request
+    targets: list[Target], earlier: dict[str, Entry], request: TuneRequest
 ) -> Iterator[Callable[[Target, Settled], list[Trial]]]:
     """Compiles ahead in other processes while this one measures."""
     assessor = Assessor(request.gpu, request.workers)
