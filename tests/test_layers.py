@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, pack_cache, use_backend
+from sk_triton.bench.measuring.peers import ClassicSKConv
 from sk_triton.pack_cache import PackCache
 
-from .peers import ClassicSKConv, NormedClassicSKConv, WrappedClassicSKConv
+from .peers import NormedClassicSKConv, WrappedClassicSKConv
 from .tolerances import assert_same
 from .units import randomize_norms
 

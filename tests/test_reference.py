@@ -14,9 +14,9 @@ from timm.layers.selective_kernel import SelectiveKernel as TimmSelectiveKernel
 from torch import nn
 
 from sk_triton import BranchSpec, SelectiveKernel, SKConv, SKSpec, reference
+from sk_triton.bench.measuring.peers import ClassicSKConv
 from sk_triton.functional import sk_conv
 
-from .peers import ClassicSKConv
 from .tolerances import assert_same
 from .units import random_unit, randomize_norms, specs, tensors
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 
 from sk_triton import SelectiveKernel, SKConv, dispatch, steps, use_backend
+from sk_triton.bench.measuring.peers import ClassicSKConv
 from sk_triton.kernels.config import SelectConfig
 
-from .peers import ClassicSKConv
 from .tolerances import assert_errs_like_eager, assert_same
 from .units import randomize_norms, sizes, specs
 from .whole_units import LAYERS, VIEWS, compare, compare_bad_value, compare_unit
