@@ -121,6 +121,12 @@ def memory_format(request):
 
 
 @pytest.fixture
+def without_tf32(monkeypatch):
+    """Convolutions in fp32 are IEEE's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture
 def folder(tmp_path, monkeypatch):
     """The folder for tuned configs, empty and of this test alone; it does not exist yet."""
     from sk_triton.tuning import user_file

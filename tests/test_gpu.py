@@ -11,14 +11,9 @@ from sk_triton.bench.grid import UNITS
 from .tolerances import assert_errs_like_eager
 from .units import random_unit, randomize_norms
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("without_tf32")]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-
-
-@pytest.fixture(autouse=True)
-def _ieee(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def compare(layer, x):

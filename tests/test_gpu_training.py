@@ -10,13 +10,8 @@ from sk_triton import SelectiveKernel, SKConv, save_for_backward, use_backend
 from .tolerances import assert_typical_errors_like_eager
 from .units import randomize_norms
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("without_tf32")]
 SAVES = pytest.mark.parametrize("save", ["branches", "input"])
-
-
-@pytest.fixture(autouse=True)
-def _ieee(monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def unit(channels=64, dtype=torch.float16, group_channels=4):
