@@ -271,7 +271,7 @@ def test_a_short_search_tries_dense_and_sparse_products(task):
 
 @pytest.fixture(scope="module")
 def compiled():
-    rows = rows_of("sparse_resources.py", *TARGETS)
+    rows = rows_of("window_resources.py", "sparse", *TARGETS)
     assert {row["chip"] for row in rows} == set(TARGETS)
     assert {row["task"] for row in rows} == {"pool", "select", "store", "train", "measure", "merged"}
     return rows
