@@ -18,10 +18,7 @@ def resources(instructions: dict[str, int], **changes) -> Resources:
         instructions=sum(instructions.values()),
         wide_loads=0,
         loads=0,
-        wide_stores=0,
-        stores=0,
         matrix=sum(count for name, count in instructions.items() if "MMA" in name),
-        by_opcode=Counter(),
         by_instruction=Counter(instructions),
     )
     return dataclasses.replace(used, **changes)

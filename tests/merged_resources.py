@@ -3,6 +3,7 @@ own, because kernels are compiled in a process that never interprets."""
 
 import json
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from itertools import product
 
@@ -12,6 +13,7 @@ from sk_triton import planning
 from sk_triton.analytic import merged as analytic_merged
 from sk_triton.analytic.window import takes_window
 from sk_triton.bench.compiled.compile import compile_launches
+from sk_triton.bench.compiled.instructions import opcode
 from sk_triton.bench.compiled.planned import planned_steps
 from sk_triton.bench.grid import classic_unit
 from sk_triton.chips import CHIPS
@@ -51,6 +53,9 @@ def measure(job: tuple[str, str]) -> list[dict]:
     steps, outputs = launches(name, chip)
     rows = []
     for step, used in zip(steps, compile_launches(steps, chip), strict=True):
+        counts = Counter()
+        for instruction, count in used.by_instruction.items():
+            counts[opcode(instruction)] += count
         per_output = used.instructions and used.instructions * used.threads * step.grid[0] / outputs
         rows.append(
             {
@@ -62,8 +67,8 @@ def measure(job: tuple[str, str]) -> list[dict]:
                 "spills": used.spills,
                 "shared": used.shared,
                 "matrix": used.matrix,
-                "stores": used.stores,
-                "barriers": used.by_opcode["BAR"],
+                "stores": counts["STG"],
+                "barriers": counts["BAR"],
                 "per_output": per_output,
             }
         )

@@ -5,6 +5,7 @@ own, because kernels are compiled in a process that never interprets."""
 import json
 import re
 import sys
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 
@@ -13,6 +14,7 @@ from sk_triton.analytic import merged as analytic_merged
 from sk_triton.analytic.window import merged_window_candidates, window_candidates
 from sk_triton.bench.compiled import resources, training_resources
 from sk_triton.bench.compiled.compile import compile_launches, jit_compiled
+from sk_triton.bench.compiled.instructions import opcode
 from sk_triton.bench.grid import CASES
 from sk_triton.tuning import lookup
 
@@ -69,13 +71,17 @@ def layouts(ttgir):
 
 
 def of_dense(launch, used):
+    counts = Counter()
+    for name, count in used.by_instruction.items():
+        counts[opcode(name)] += count
+        counts["wide stores"] += count * (opcode(name) == "STG" and ".128" in name)
     return {
         "blocks": launch.constexprs["BLOCKS"],
         "shared": used.shared,
-        "stores": used.stores,
-        "wide_stores": used.wide_stores,
-        "barriers": used.by_opcode["BAR"],
-        "prefetches": used.by_opcode["CCTL"],
+        "stores": counts["STG"],
+        "wide_stores": counts["wide stores"],
+        "barriers": counts["BAR"],
+        "prefetches": counts["CCTL"],
     }
 
 

@@ -53,12 +53,9 @@ class Resources:
     instructions: int | None
     wide_loads: int
     loads: int
-    wide_stores: int
-    stores: int
     matrix: int
-    by_opcode: Counter[str] = field(compare=False, repr=False)
-    by_instruction: Counter[str] = field(compare=False, repr=False, default_factory=Counter)
-    """As `by_opcode`, with modifiers: "LDG.E.128" and "HMMA.16816.F32" say how much they move and multiply."""
+    by_instruction: Counter[str] = field(repr=False)
+    """With modifiers: "LDG.E.128" and "HMMA.16816.F32" say how much they move and multiply."""
     loop: tuple[Step, ...] = field(compare=False, repr=False, default=())
     """The longest loop, for `warps`."""
 
@@ -145,39 +142,23 @@ def with_memory(argument: object) -> object:
 def _read_cubin(compiled: Any, sass: str, target: str, trips: tuple[int, ...]) -> Resources:
     code = instructions_of(sass)
     weights = loop_weights(code, trips)
-    opcodes: Counter[str] = Counter()
     instructions: Counter[str] = Counter()
-    counts: Counter[str] = Counter()
-    for (_, opcode, _), weight in zip(code, weights or [1] * len(code), strict=True):
-        base = opcode.split(".")[0]
-        opcodes[base] += weight
-        instructions[opcode] += weight
-        counts["instructions"] += weight
-        if base in ("LDG", "LDGSTS"):
-            counts["loads"] += weight
-            counts["wide_loads"] += weight * (".128" in opcode)
-        elif base == "STG":
-            counts["stores"] += weight
-            counts["wide_stores"] += weight * (".128" in opcode)
-        elif base in ("LDL", "STL"):
-            counts["spills"] += weight
-        elif base in ("HMMA", "HGMMA", "UTCHMMA", "IMMA", "OMMA") or (
-            base.startswith("UTC") and "MMA" in base
-        ):
-            counts["matrix"] += weight
+    for instruction, weight in zip(code, weights or [1] * len(code), strict=True):
+        instructions[instruction.opcode] += weight
+
+    def total(pattern: str) -> int:
+        return sum(count for name, count in instructions.items() if re.match(pattern, name))
+
     return Resources(
         target=target,
         registers=registers_of(compiled.asm["cubin"]),
-        spills=counts["spills"],
+        spills=total(r"(LDL|STL)\b"),
         shared=compiled.metadata.shared,
         threads=32 * compiled.metadata.num_warps,
-        instructions=counts["instructions"] if weights else None,
-        wide_loads=counts["wide_loads"],
-        loads=counts["loads"],
-        wide_stores=counts["wide_stores"],
-        stores=counts["stores"],
-        matrix=counts["matrix"],
-        by_opcode=opcodes,
+        instructions=instructions.total() if weights else None,
+        wide_loads=total(r"(LDG|LDGSTS)\b.*\.128"),
+        loads=total(r"(LDG|LDGSTS)\b"),
+        matrix=total(r"(H|HG|I|O)MMA\b|UTC\w*MMA"),
         by_instruction=instructions,
         loop=longest_loop(code, sass),
     )
@@ -208,9 +189,6 @@ def _read_amdgcn(compiled: Any, target: str) -> Resources:
         instructions=sum(opcodes.values()),
         wide_loads=opcodes["global_load_dwordx4"] + opcodes["buffer_load_dwordx4"],
         loads=total("global_load") + total("buffer_load"),
-        wide_stores=opcodes["global_store_dwordx4"],
-        stores=total("global_store"),
         matrix=total("v_mfma"),
-        by_opcode=opcodes,
         by_instruction=opcodes,
     )
