@@ -89,7 +89,7 @@ def unit_spec(unit: str, shape: Shape) -> SKSpec:
 
 
 # (name, unit, batch, input size): the four SKNet-50 stages first.
-UNITS: tuple[tuple[str, SKSpec, int, int], ...] = (
+GRID_UNITS: tuple[tuple[str, SKSpec, int, int], ...] = (
     ("stage 1", paper_unit(128), 128, 56),
     ("stage 2", paper_unit(256), 128, 28),
     ("stage 3", paper_unit(512), 128, 14),
@@ -115,6 +115,6 @@ UNITS: tuple[tuple[str, SKSpec, int, int], ...] = (
 )
 CASES = tuple(
     GridCase(name, spec, n, size, dtype, allow_tf32)
-    for name, spec, n, size in UNITS
+    for name, spec, n, size in GRID_UNITS
     for dtype, allow_tf32 in PRECISIONS.values()
 )

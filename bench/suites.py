@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
-from .grid import UNITS as GRID_UNITS
+from .grid import GRID_UNITS
 from .shapes import (
     CLASSIC,
     INFERENCE,

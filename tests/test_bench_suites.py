@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from sk_triton.bench import results, shapes, suites, verdict
-from sk_triton.bench.grid import UNITS, paper_unit
+from sk_triton.bench.grid import GRID_UNITS, paper_unit
 from sk_triton.bench.measuring import competition, host, protocol, providers, session
 from sk_triton.bench.measuring.peers import SKNet50
 from sk_triton.bench.measuring.providers import competitors
@@ -82,8 +82,8 @@ def test_a_sweep_varies_one_thing_up_to_a_dense_unit():
 def test_the_grid_is_measured_as_it_is_compiled():
     """Each unit of the support grid once, with the parameters that it has there, against every peer of its kind."""
     cases = list(suites.grid(Choice(on_gpu=True, dtypes=("fp16",))))
-    assert [case.name for case in cases] == [name for name, *_ in UNITS]
-    for case, (_, spec, n, size) in zip(cases, UNITS, strict=True):
+    assert [case.name for case in cases] == [name for name, *_ in GRID_UNITS]
+    for case, (_, spec, n, size) in zip(cases, GRID_UNITS, strict=True):
         assert (case.batch, case.shape.height) == (n, size)
         providers = competitors(case, "cuda", quick=False)
         assert {p.source.key for p in providers} >= ({"classic"} if spec.is_linear else {"timm", "paper"})
@@ -103,11 +103,11 @@ def test_no_unit_of_the_grid_is_measured_twice_under_two_names(choice):
 
 
 def test_the_grid_holds_dense_wide_split_and_strided_units():
-    dense = [spec for _, spec, *_ in UNITS if spec.group_channels > MAX_KERNEL_CHANNELS]
+    dense = [spec for _, spec, *_ in GRID_UNITS if spec.group_channels > MAX_KERNEL_CHANNELS]
     assert {len(spec.branches) for spec in dense} == {1, 2}
     assert {spec.is_linear for spec in dense} == {spec.stride > 1 for spec in dense} == {True, False}
     assert {spec.branches[0].groups == 1 for spec in dense} == {True, False}
-    assert any(spec.split_input for _, spec, *_ in UNITS)
+    assert any(spec.split_input for _, spec, *_ in GRID_UNITS)
 
 
 def test_a_unit_of_the_grid_that_is_lost_is_listed(monkeypatch):

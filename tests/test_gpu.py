@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sk_triton import SelectiveKernel, SKConv, cli, dispatch, explain, use_backend
-from sk_triton.bench.grid import UNITS
+from sk_triton.bench.grid import GRID_UNITS
 
 from .tolerances import assert_errs_like_eager
 from .units import random_unit, randomize_norms
@@ -42,7 +42,7 @@ def test_sknet_stages(channels, size, dtype, n, memory_format):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: unit[0])
+@pytest.mark.parametrize("unit", GRID_UNITS, ids=lambda unit: unit[0])
 def test_support_grid(unit, dtype):
     from sk_triton import functional
 

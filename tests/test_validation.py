@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from sk_triton.bench import results, suites, unit_times
-from sk_triton.bench.grid import UNITS
+from sk_triton.bench.grid import GRID_UNITS
 from sk_triton.bench.model import speed_of_light as sol
 from sk_triton.bench.model import validation
 from sk_triton.bench.model.gpus import find_gpu
@@ -68,7 +68,7 @@ def test_predictions_meet_the_fastest_measured_form():
 
 
 def test_units_of_the_support_grid_are_predicted_as_they_are_measured():
-    specs = {name: spec for name, spec, *_ in UNITS}
+    specs = {name: spec for name, spec, *_ in GRID_UNITS}
     cases = list(suites.grid(suites.Choice(on_gpu=True, dtypes=("fp16",))))
     assert any(case.shape.split_input for case in cases)
     assert [case.name for case in cases if validation.problem_of(case, "fp16").spec != specs[case.name]] == []

@@ -14,7 +14,7 @@ from sk_triton.environment import require
 from ..compiled import training_resources
 from ..compiled.resources import Row, compilable_chips, measure, measure_all
 from ..compiled.shipping import measure_analytic, write_configs
-from ..grid import CASES, PRECISIONS, UNITS, GridCase
+from ..grid import CASES, GRID_UNITS, PRECISIONS, GridCase
 from .arguments import bad_usage, positive
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ select and convolve by merged weights came out within 9 % of what an H100 took."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `sk-triton resources`."""
-    names = [name for name, *_ in UNITS]
+    names = [name for name, *_ in GRID_UNITS]
     parser.add_argument(
         "--chip",
         choices=tuple(CHIPS),
