@@ -7,6 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+from .save import Save
+from .spec import SKSpec
+
 Map = Callable[[Tensor], Tensor]
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -110,3 +113,23 @@ def slots_of(branches: Sequence[Branch], gate: Gate) -> list[Tensor | None]:
                 found += (getattr(norm, "weight", None), getattr(norm, "bias", None))
             found += norm._buffers.values()
     return found
+
+
+class UnitModule(nn.Module):
+    """A module that owns a unit's parameters.
+
+    Attributes:
+        save: "branches" or "input", what this layer saves for the backward pass where the kernels train it; None, the
+            default, is "branches". See :func:`sk_triton.save_for_backward`, which goes before it.
+    """
+
+    spec: SKSpec
+    save: Save | None = None
+
+    def branches(self) -> tuple[Branch, ...]:
+        """The M branches' parameters, as they are now."""
+        raise NotImplementedError
+
+    def gate(self) -> Gate:
+        """The gate's parameters, as they are now."""
+        raise NotImplementedError

@@ -5,29 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from . import functional
 from .pack_cache import PackCache, forget_shared
-from .params import Branch, Gate
+from .params import UnitModule
 from .reasons import hooks_of
 from .replay.calls import Replays
-from .save import Save
-from .spec import SKSpec
 
 Unit = TypeVar("Unit", bound="SKUnit")
 
 
-class SKUnit(nn.Module):
-    """What both layers share: the forward through :func:`sk_triton.functional.sk_conv` and the cache.
-
-    Attributes:
-        save: "branches" or "input", what this layer saves for the backward pass where the kernels train it; None, the
-            default, is "branches". See :func:`sk_triton.save_for_backward`, which goes before it.
-    """
-
-    spec: SKSpec
-    save: Save | None = None
+class SKUnit(UnitModule):
+    """What both layers share: the forward through :func:`sk_triton.functional.run` and the cache."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -45,14 +35,6 @@ class SKUnit(nn.Module):
         return functional.run(
             x, self.branches(), self.gate(), self.spec, cache=self._cache, recorder=recorder, save=self.save
         )
-
-    def branches(self) -> tuple[Branch, ...]:
-        """The M branches' parameters, as they are now."""
-        raise NotImplementedError
-
-    def gate(self) -> Gate:
-        """The gate's parameters, as they are now."""
-        raise NotImplementedError
 
     def attention(self, x: Tensor) -> Tensor:
         """The attention to each branch ``[N, M, C]``, which sums to 1 over M; see :func:`.functional.attention`.

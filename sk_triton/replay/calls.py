@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..backend import current_backend, current_schedule
 from ..layout import with_adjacent_channels
-from ..params import tensors_of
+from ..params import UnitModule, tensors_of
 from ..precision import allows_tf32
 from ..reasons import tracing_reason
 from ..save import Save, chosen_save
@@ -31,7 +31,6 @@ from .workspace import Stream, borrow, give_back, stream_of
 if TYPE_CHECKING:
     from ..packing import Packed
     from ..steps import Step  # imports Triton
-    from ..unit import SKUnit
 
 
 _PACKAGE = f"{__name__.partition('.')[0]}."
@@ -72,12 +71,12 @@ class Replays:
             return None
         return start(x)
 
-    def recorder(self, layer: SKUnit, x: Tensor) -> Recorder | None:
+    def recorder(self, layer: UnitModule, x: Tensor) -> Recorder | None:
         """What takes note of the layer's call on x, None where such a call is planned each time."""
         kind = call_kind(x, layer.save)
         return None if kind is None else Recorder(self, layer, kind, torch.is_grad_enabled())
 
-    def watch(self, layer: SKUnit, has_gradients: bool) -> Watch:
+    def watch(self, layer: UnitModule, has_gradients: bool) -> Watch:
         """The one that holds, or a new one."""
         watch = self._watches.get(has_gradients)
         if watch is not None:
@@ -89,7 +88,7 @@ class Replays:
             self._watches[has_gradients] = watch
         return watch
 
-    def add(self, layer: SKUnit, kind: Hashable, watch: Watch, start: Callable[[Tensor], Tensor]) -> None:
+    def add(self, layer: UnitModule, kind: Hashable, watch: Watch, start: Callable[[Tensor], Tensor]) -> None:
         """Take `start` for the layer's calls of a kind, if nothing has changed since it was watched first."""
         if len(self._recordings) >= MAX_RECORDINGS:
             self.clear()
@@ -114,7 +113,7 @@ class Recorder(NamedTuple):
     """
 
     replays: Replays
-    layer: SKUnit
+    layer: UnitModule
     kind: Hashable
     has_gradients: bool
     watch: Watch | None = None
