@@ -9,7 +9,8 @@ from torch import Tensor
 
 from .layout import empty_output, with_adjacent_channels
 from .pack_cache import PackCache
-from .packing import Packed, pack
+from .packed import Packed
+from .packing import pack
 from .params import Branch, Gate
 from .plan import Plan
 from .replay.calls import InferenceCall, Recorder

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,10 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .kernels.lasting import is_capturing, lasting
 from .optimizer_steps import sharded_steps, watch_optimizers
+from .packed import Packed
 from .params import Branch, Gate, are_kept, norms_of, slots_of
-
-if TYPE_CHECKING:
-    from .packing import Packed  # imports Triton
 
 T = TypeVar("T")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,11 +12,9 @@ from .kernels.branch_conv import branch_conv_fwd
 from .kernels.gate import gate_fwd
 from .kernels.geometry import tile_count
 from .kernels.launch import Launch
+from .packed import Packed
 from .plan import MAX_GATE_TILES, Plan
 from .spec import SKSpec
-
-if TYPE_CHECKING:
-    from .packing import Packed
 
 Step = Launch | Callable[[], object]
 """One thing to run, mostly a kernel launch."""

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from ..backend import current_backend, current_schedule
 from ..layout import with_adjacent_channels
+from ..packed import Packed
 from ..params import UnitModule, tensors_of
 from ..precision import allows_tf32
 from ..reasons import tracing_reason
@@ -29,7 +30,6 @@ from .watch import Watch
 from .workspace import Stream, borrow, give_back, stream_of
 
 if TYPE_CHECKING:
-    from ..packing import Packed
     from ..steps import Step  # imports Triton
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..kernels.gated_select import gated_select_fwd
-from ..packing import Packed
+from ..packed import Packed
 from ..plan import Plan
 from ..spec import SKSpec
 from ..steps import Step, store_steps

@@ -14,7 +14,7 @@ from ..kernels.pooled_sums import pooled_sums_fwd
 from ..kernels.select import select_fwd
 from ..layout import branch_inputs
 from ..library import Convolution, without_memory
-from ..packing import Packed
+from ..packed import Packed
 from ..plan import Plan
 from ..spec import SKSpec
 from ..steps import Step, gate_steps

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.border_sums import border_sums_fwd
 from ..kernels.geometry import cdiv
 from ..kernels.merged_conv import merged_conv_fwd
-from ..packing import MergedPacked
+from ..packed import MergedPacked
 from ..plan import Plan
 from ..section_tables import column_table, strip_table
 from ..spec import SKSpec

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.branch_conv import branch_pool_fwd, branch_select_fwd
 from ..kernels.geometry import tile_count
-from ..packing import Packed
+from ..packed import Packed
 from ..plan import Plan
 from ..spec import SKSpec
 from ..steps import Step, gate_steps

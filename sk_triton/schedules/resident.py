@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.geometry import tile_count
 from ..kernels.unit_resident import STATE_HEADER, unit_resident_fwd
-from ..packing import Packed
+from ..packed import Packed
 from ..plan import Plan
 from ..replay.workspace import kept_exchange
 from ..spec import SKSpec

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.select import select_fwd
-from ..packing import Packed
+from ..packed import Packed
 from ..plan import Plan
 from ..spec import SKSpec
 from ..steps import Step, gate_steps, store_steps
