@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import importlib.metadata
 import json
 import os
@@ -267,6 +268,17 @@ def test_imports_are_found():
     assert room("sk_triton.kernels.gate") == "sk_triton.kernels"
     assert "sk_triton.kernels.launch.Launch" in imports_of("sk_triton.kernels.gate")
     assert "sk_triton.launching" in imports_of("sk_triton.dispatch")
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Not for types alone either, nor inside of functions."""
+    graph = {
+        module: {name if name in MODULES else name.rpartition(".")[0] for name in imports_of(module)}
+        & MODULES.keys() - {module}
+        for module in MODULES
+    }
+    assert "sk_triton.dispatch" in graph["sk_triton.functional"]
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 @pytest.mark.parametrize("module", members("sk_triton.kernels"))
