@@ -74,9 +74,7 @@ def forward(
     save: str,
 ) -> list[Tensor]:
     """As :func:`.operators.unit_fwd`."""
-
-    with torch.no_grad():
-        x_in = with_adjacent_channels(x)
+    x_in = with_adjacent_channels(x)
 
     def run() -> tuple[list[Tensor], Tape]:
         return forward_pass(x, x_in, unit_of(params, running, has, spec, norms), save)
