@@ -21,9 +21,9 @@ WEEK_SECONDS = 7 * 24 * 3600
 DIRECTIONS_BY_NAME = {"forward": (INFERENCE,), "backward": (TRAINING,), "both": DIRECTIONS}
 
 
-def bad_usage(command: str, error: Exception) -> int:
-    """Says why a command does not run, and with which code it ends."""
-    print(f"sk-triton {command}: {error}", file=sys.stderr)
+def bad_usage(command: str, reason: object) -> int:
+    """The exit code of a command that does not run; prints why."""
+    print(f"sk-triton {command}: {reason}", file=sys.stderr)
     return BAD_USAGE
 
 

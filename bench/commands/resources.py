@@ -83,9 +83,7 @@ def run(args: argparse.Namespace) -> int:
     if args.training and args.write_configs:
         return bad_usage(
             "resources",
-            ValueError(
-                "--write-configs does not act on --training: what is shipped are configs of inference"
-            ),
+            "--write-configs does not act on --training: what is shipped are configs of inference",
         )
     from rich.console import Console
 
