@@ -1,4 +1,4 @@
-"""Variants of the classic class, written anew from their documents, to compare results and checkpoints with."""
+"""Variants of the classic class that ports have, to compare results and checkpoints with."""
 
 from __future__ import annotations
 
